@@ -1,0 +1,324 @@
+"""The configuration of a run: a TOML file, overridden on the command line by `key.sub=value`.
+
+Every key is a field below with its meaning, unit and default; an unknown key is an error that names the nearest one.
+`preflight.py` checks what needs more than this file (the model's shape, files, the machine).
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from stare_megatron.errors import UserError
+
+Scalar = str | int | float | bool
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class RunConfig(Section):
+    name: str = Field("run", min_length=1, pattern=r"^[A-Za-z0-9._-]+$", description="Name of the run and its folder.")
+    dir: Path = Field(Path("runs"), description="Folder that holds run folders.")
+    steps: int = Field(ge=1, description="Optimizer steps to train for.")
+    seed: int = Field(0, ge=0, lt=2**31, description="Seed of everything random in the run.")
+    resume: str = Field(
+        "never",
+        description="`never`: refuse a run folder that already has a checkpoint; `auto`: continue from its newest one; "
+        "or the path of a checkpoint folder.",
+    )
+
+
+class ModelConfig(Section):
+    path: Path = Field(description="Hugging Face checkpoint folder: config.json, safetensors, tokenizer.")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Compute dtype of trainer and engines.")
+
+
+class DataConfig(Section):
+    train: list[Path] = Field(min_length=1, description="Prompt files, JSONL or parquet.")
+    prompt_key: str = Field("prompt", description="Column with the prompt: a string, or a list of chat messages.")
+    answer_key: str = Field("answer", description="Column with the reference answer given to the reward.")
+    id_key: str = Field("id", description="Column with a unique id; rows without it are numbered `file:line`.")
+    source_key: str = Field("source", description="Column with the row's source; the file's stem if absent.")
+    chat_template: bool = Field(False, description="Wrap a string prompt as a user message in the chat template.")
+    shuffle: bool = Field(True, description="Shuffle prompts anew each epoch (seeded).")
+    max_prompt_tokens: int = Field(1024, ge=1, description="Longest prompt, tokens.")
+    overlong_prompts: Literal["drop", "refuse"] = Field(
+        "drop", description="What to do with longer prompts: drop and count them, or refuse to start."
+    )
+
+
+class RewardConfig(Section):
+    name: str = Field(description="Reward function, a name from the rewards registry, e.g. `math`, `order_free_sum`.")
+
+
+class RolloutConfig(Section):
+    prompts_per_step: int = Field(64, ge=1, description="Groups in an update batch.")
+    group_size: int = Field(8, ge=2, description="Samples per prompt.")
+    dynamic_sampling: bool = Field(True, description="Drop groups whose rewards are all equal and sample others.")
+    prompts_per_generation: int = Field(
+        0, ge=0, description="Prompts sampled per generation batch under dynamic sampling; 0: `prompts_per_step`."
+    )
+    max_refills: int = Field(
+        10,
+        ge=0,
+        description="Further generation batches allowed for one update batch; then zero-variance groups fill it.",
+    )
+    max_response_tokens: int = Field(3072, ge=1, description="Longest response, tokens.")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature; the trainer scores at the same one.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling threshold.")
+    stop: list[str] = Field(default_factory=list, description="Strings that end a response (kept in it).")
+
+
+class StareConfig(Section):
+    variant: Literal["O1", "C2"] = Field("O1", description="O1: W on L+. C2: W on L+ and M on L-.")
+    fraction: float = Field(0.1, gt=0, le=1, description="P: share of each subset taken as entropy-critical.")
+    weight_pos: float = Field(1.1, gt=0, description="W: weight of L+ (initial value when adaptive).")
+    weight_neg: float = Field(0.9, gt=0, description="M: weight of L- in variant C2 (initial value when adaptive).")
+    target_entropy: float = Field(0.3, gt=0, description="H_tgt: the gate opens below it, nats a token.")
+    scope: Literal["batch", "microbatch"] = Field(
+        "batch", description="Where the quantile is taken: the whole update batch, or each micro-batch (the reference)."
+    )
+    adaptive: bool = Field(False, description="Move W and M by `alpha` a step towards the target.")
+    alpha: float = Field(0.01, gt=0, description="Step of the adaptive schedule.")
+    weight_pos_max: float = Field(1.5, ge=1, description="Upper bound of an adaptive W.")
+    weight_neg_min: float = Field(0.5, gt=0, le=1, description="Lower bound of an adaptive M.")
+
+
+class AlgorithmConfig(Section):
+    method: Literal["grpo", "stare"] = Field("stare", description="Method, a name from the registry.")
+    normalize_std: bool = Field(True, description="Divide the group-relative advantage by the group's std + 1e-6.")
+    clip_low: float = Field(0.2, gt=0, lt=1, description="eps_low of the clipped ratio.")
+    clip_high: float = Field(0.28, gt=0, description="eps_high of the clipped ratio.")
+    dual_clip: float = Field(3.0, gt=1, description="c: bound on the loss of negative advantages, as a ratio.")
+    reduction: Literal["token-mean", "sequence-mean-token-mean", "sequence-mean-token-sum"] = Field(
+        "token-mean", description="How per-token losses become one number; denominators are those of the whole batch."
+    )
+    stare: StareConfig = Field(default_factory=lambda: StareConfig(), description="Settings of method `stare`.")
+
+
+class OptimizerConfig(Section):
+    lr: float = Field(1e-6, gt=0, description="Peak learning rate.")
+    warmup_steps: int = Field(0, ge=0, description="Linear warm-up, optimizer steps.")
+    schedule: Literal["constant", "cosine", "linear"] = Field("constant", description="Decay after the warm-up.")
+    min_lr: float = Field(0.0, ge=0, description="Learning rate at the end of a decay.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
+    beta1: float = Field(0.9, ge=0, lt=1, description="Adam beta 1.")
+    beta2: float = Field(0.95, ge=0, lt=1, description="Adam beta 2.")
+    eps: float = Field(1e-8, gt=0, description="Adam epsilon.")
+    clip_grad: float = Field(1.0, gt=0, description="Gradient norm above which gradients are scaled down.")
+
+
+class TrainerConfig(Section):
+    world_size: int = Field(1, ge=1, description="Trainer ranks over all nodes; one GPU each.")
+    tensor_parallel: int = Field(1, ge=1, description="TP: ranks that split each layer.")
+    pipeline_parallel: int = Field(1, ge=1, description="PP: ranks that split the layers.")
+    virtual_pipeline: int = Field(1, ge=1, description="Model chunks per pipeline rank (interleaved 1F1B when > 1).")
+    context_parallel: int = Field(1, ge=1, description="CP: ranks that split each sequence.")
+    expert_parallel: int = Field(1, ge=1, description="EP: ranks that split the experts (MoE).")
+    sequence_parallel: bool = Field(False, description="Split norms and dropout over the TP ranks, by tokens.")
+    distributed_optimizer: bool = Field(True, description="Split optimizer state over the data-parallel ranks.")
+    micro_batch_tokens: int = Field(
+        8192, ge=1, description="Token budget of a packed micro-batch; a longer sequence gets a micro-batch of its own."
+    )
+    updates_per_batch: int = Field(1, ge=1, description="Optimizer steps per update batch (mini-batches of groups).")
+    recompute: Literal["none", "selective", "full"] = Field("none", description="Activation recomputation.")
+    optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(), description="Optimizer settings.")
+    megatron: dict[str, Any] = Field(
+        default_factory=dict, description="Further Megatron-Core TransformerConfig fields, by their upstream names."
+    )
+
+    @property
+    def data_parallel(self) -> int:
+        return self.world_size // (self.tensor_parallel * self.pipeline_parallel * self.context_parallel)
+
+    @model_validator(mode="after")
+    def _layout(self) -> TrainerConfig:
+        ranks = self.tensor_parallel * self.pipeline_parallel * self.context_parallel
+        if self.world_size % ranks:
+            raise ValueError(
+                f"world_size {self.world_size} is not a multiple of tensor_parallel {self.tensor_parallel} x "
+                f"pipeline_parallel {self.pipeline_parallel} x context_parallel {self.context_parallel} = {ranks}"
+            )
+        if self.virtual_pipeline > 1 and self.pipeline_parallel == 1:
+            raise ValueError("virtual_pipeline > 1 needs pipeline_parallel > 1")
+        if self.sequence_parallel and self.tensor_parallel == 1:
+            raise ValueError("sequence_parallel needs tensor_parallel > 1")
+        return self
+
+
+class InferenceConfig(Section):
+    engines: int = Field(1, ge=1, description="vLLM engines.")
+    tensor_parallel: int = Field(1, ge=1, description="TP of each engine; one GPU a rank.")
+    placement: Literal["colocated", "separate"] = Field(
+        "colocated", description="Engines share the trainer's devices and take turns, or have their own."
+    )
+    max_model_len: int = Field(0, ge=0, description="Engine window, tokens; 0: longest prompt + longest response.")
+    vllm: dict[str, Any] = Field(default_factory=dict, description="Further vLLM EngineArgs, by their upstream names.")
+
+
+class SyncConfig(Section):
+    probe_every: int = Field(
+        1, ge=0, description="Compare engine and trainer log-probs after every n-th push; 0: never."
+    )
+    probe_threshold: float = Field(
+        1e-3, gt=0, description="Largest mean |log-prob difference| on the probe prompt, nats; beyond it the run stops."
+    )
+
+
+class CheckpointConfig(Section):
+    every: int = Field(0, ge=0, description="Save every n steps; 0: only at the end and when interrupted.")
+    keep_last: int = Field(2, ge=1, description="Training checkpoints kept.")
+    export_final: bool = Field(True, description="Write the final policy as a Hugging Face checkpoint.")
+
+
+class LoggingConfig(Section):
+    tensorboard: bool = Field(True, description="Write TensorBoard event files.")
+    wandb: Literal["offline", "online", "disabled"] = Field("offline", description="Weights & Biases mode.")
+    wandb_project: str = Field("stare_megatron", description="Weights & Biases project.")
+    samples_every: int = Field(10, ge=0, description="Write sampled trajectories as text every n steps; 0: never.")
+    samples: int = Field(4, ge=1, description="Trajectories written each time.")
+
+
+class ClusterConfig(Section):
+    address: str = Field(
+        "local", description="`local` starts Ray on this machine; `auto` or HOST:PORT joins a cluster."
+    )
+    object_store_mb: int = Field(512, ge=80, description="Object store of a local Ray, MB.")
+    start_timeout: float = Field(600.0, gt=0, description="Seconds to wait for ranks and engines to be ready.")
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig = Field(description="The run itself.")
+    model: ModelConfig = Field(description="The policy.")
+    data: DataConfig = Field(description="Prompts.")
+    reward: RewardConfig = Field(description="The reward.")
+    rollout: RolloutConfig = Field(default_factory=lambda: RolloutConfig(), description="Sampling.")
+    algorithm: AlgorithmConfig = Field(default_factory=lambda: AlgorithmConfig(), description="The objective.")
+    trainer: TrainerConfig = Field(default_factory=lambda: TrainerConfig(), description="Megatron-Core ranks.")
+    inference: InferenceConfig = Field(default_factory=lambda: InferenceConfig(), description="vLLM engines.")
+    sync: SyncConfig = Field(default_factory=lambda: SyncConfig(), description="Weight pushes.")
+    checkpoint: CheckpointConfig = Field(default_factory=lambda: CheckpointConfig(), description="What is saved.")
+    logging: LoggingConfig = Field(default_factory=lambda: LoggingConfig(), description="Where metrics go.")
+    cluster: ClusterConfig = Field(default_factory=lambda: ClusterConfig(), description="Ray.")
+
+    @property
+    def window(self) -> int:
+        """Longest sequence, tokens."""
+        return self.inference.max_model_len or self.data.max_prompt_tokens + self.rollout.max_response_tokens
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.run.dir / self.run.name
+
+    @model_validator(mode="after")
+    def _cross(self) -> Config:
+        need = self.data.max_prompt_tokens + self.rollout.max_response_tokens
+        if self.window < need:
+            raise ValueError(
+                f"inference.max_model_len {self.window} is shorter than data.max_prompt_tokens "
+                f"{self.data.max_prompt_tokens} + rollout.max_response_tokens {self.rollout.max_response_tokens} = {need}"
+            )
+        r, t = self.rollout, self.trainer
+        if r.prompts_per_step % t.updates_per_batch:
+            raise ValueError(
+                f"rollout.prompts_per_step {r.prompts_per_step} is not a multiple of trainer.updates_per_batch "
+                f"{t.updates_per_batch}"
+            )
+        sequences = r.prompts_per_step * r.group_size // t.updates_per_batch
+        if sequences < t.data_parallel:
+            raise ValueError(
+                f"rollout.prompts_per_step x rollout.group_size / trainer.updates_per_batch = {sequences} sequences "
+                f"cannot feed {t.data_parallel} data-parallel ranks"
+            )
+        if r.prompts_per_generation and not r.dynamic_sampling:
+            raise ValueError("rollout.prompts_per_generation is for rollout.dynamic_sampling = true")
+        return self
+
+
+def load(path: Path, overrides: list[str]) -> Config:
+    """Read a TOML file and apply `key.sub=value` overrides (values are TOML; a bare word is a string).
+
+    Relative paths in the file are resolved against the current directory.
+
+    Raises:
+        UserError: unreadable file, malformed TOML, unknown key, wrong value.
+    """
+    try:
+        tree = tomllib.loads(path.read_text())
+    except OSError as e:
+        raise UserError(f"{path}: cannot read the configuration: {e.strerror}") from e
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: not valid TOML: {e}") from e
+    for item in overrides:
+        _override(tree, item)
+    return parse(tree, str(path))
+
+
+def parse(tree: dict[str, Any], origin: str) -> Config:
+    """Validate a nested mapping; `origin` names it in errors."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as e:
+        raise UserError(_explain(e, origin)) from e
+
+
+def _override(tree: dict[str, Any], item: str) -> None:
+    key, eq, text = item.partition("=")
+    parts = key.strip().split(".")
+    if not eq or not all(parts):
+        raise UserError(f"command line: {item!r} is not key.sub=value")
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    node = tree
+    for part in parts[:-1]:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise UserError(f"command line: {item!r}: {part!r} is a value, not a table")
+    node[parts[-1]] = value
+
+
+def all_keys() -> dict[str, str]:
+    """Every dotted key with its description, in order."""
+    found: dict[str, str] = {}
+
+    def walk(model: type[Section], prefix: str) -> None:
+        for name, field in model.model_fields.items():
+            kind = field.annotation
+            if isinstance(kind, type) and issubclass(kind, Section):
+                walk(kind, f"{prefix}{name}.")
+            else:
+                found[prefix + name] = field.description or ""
+
+    walk(Config, "")
+    return found
+
+
+def _explain(error: ValidationError, origin: str) -> str:
+    """The first fault, as one line."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        keys = all_keys()
+        tables = {k.rpartition(".")[0] for k in keys}
+        near = difflib.get_close_matches(key, [*keys, *tables], n=1, cutoff=0.5)
+        if not near:
+            leaf = {k.rpartition(".")[2]: k for k in keys}
+            near = [leaf[n] for n in difflib.get_close_matches(key.rpartition(".")[2], leaf, n=1)]
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"{origin}: unknown key {key!r}{hint}"
+    if first["type"] == "missing":
+        return f"{origin}: key {key!r} is missing: {all_keys().get(key, 'a table is required')}"
+    message = first["msg"].removeprefix("Value error, ")
+    value = "" if first["type"] == "value_error" else f" = {first['input']!r}"
+    return f"{origin}: {key}{value}: {message}" if key else f"{origin}: {message}"

@@ -1,0 +1,102 @@
+"""The only file that knows whether we are on CPUs or NVIDIA GPUs.
+
+Everything else asks this module: which torch device a rank uses, which backend torch.distributed speaks, which weight
+transport joins trainer and engine, which environment an engine or a trainer process needs.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Device(enum.Enum):
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+@functools.cache
+def current() -> Device:
+    """CUDA if torch sees an NVIDIA GPU, else CPU. `STARE_DEVICE=cpu` forces the CPU on a GPU machine."""
+    import torch
+
+    forced = os.environ.get("STARE_DEVICE", "")
+    if forced:
+        return Device(forced)
+    return Device.CUDA if torch.cuda.is_available() else Device.CPU
+
+
+def torch_device(local_rank: int) -> torch.device:
+    """The device of a trainer rank; selects it as current on a GPU."""
+    import torch
+
+    if current() is Device.CPU:
+        return torch.device("cpu")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def distributed_backend() -> str:
+    """Backend for torch.distributed process groups."""
+    return "gloo" if current() is Device.CPU else "nccl"
+
+
+def weight_transport(colocated: bool) -> str:
+    """Name of the vLLM weight-transfer backend: gloo on CPUs, CUDA IPC on shared GPUs, NCCL between GPUs."""
+    if current() is Device.CPU:
+        return "gloo"
+    return "ipc" if colocated else "nccl"
+
+
+def has_transformer_engine() -> bool:
+    """Transformer Engine needs CUDA; without both the local Megatron-Core spec is used."""
+    return current() is Device.CUDA and importlib.util.find_spec("transformer_engine") is not None
+
+
+def has_apex() -> bool:
+    """NVIDIA Apex (a source build; the PyPI package of that name is something else, without `apex.optimizers`)."""
+    return (
+        current() is Device.CUDA
+        and importlib.util.find_spec("apex") is not None
+        and bool(importlib.util.find_spec("apex.optimizers"))
+    )
+
+
+def trainer_environment() -> dict[str, str]:
+    """Environment variables of a trainer rank's process."""
+    if current() is Device.CPU:
+        return {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    return {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+
+
+def _preloads() -> list[str]:
+    """Libraries vLLM's CPU build must have preloaded: Intel OpenMP (20x) and, where installed, tcmalloc."""
+    libraries = []
+    for pattern in ("/usr/lib/*/libtcmalloc_minimal.so.4", "/usr/lib64/libtcmalloc_minimal.so.4"):
+        libraries += [str(p) for p in sorted(Path("/").glob(pattern.lstrip("/")))][:1]
+    omp = Path(sys.prefix) / "lib" / "libiomp5.so"
+    if omp.exists():
+        libraries.append(str(omp))
+    return libraries
+
+
+def engine_environment() -> dict[str, str]:
+    """Environment variables of an engine's process and of the workers vLLM starts from it."""
+    common = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    if current() is Device.CUDA:
+        return common
+    return common | {
+        "LD_PRELOAD": ":".join(_preloads()),
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "TORCHDYNAMO_DISABLE": "1",
+    }
