@@ -225,7 +225,8 @@ class Config(Section):
         if self.window < need:
             raise ValueError(
                 f"inference.max_model_len {self.window} is shorter than data.max_prompt_tokens "
-                f"{self.data.max_prompt_tokens} + rollout.max_response_tokens {self.rollout.max_response_tokens} = {need}"
+                f"{self.data.max_prompt_tokens} + rollout.max_response_tokens {self.rollout.max_response_tokens} = "
+                f"{need}"
             )
         r, t = self.rollout, self.trainer
         if r.prompts_per_step % t.updates_per_batch:

@@ -54,6 +54,35 @@ class Prompt:
             raise ValueError(f"prompt {self.id}: no tokens")
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How one completion is drawn. `stop` strings end it and stay in it; the end-of-sequence token always ends it.
+
+    Example:
+        Sampling(max_tokens=64, temperature=1.0, top_p=1.0, stop=(), seed=71)
+    """
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    stop: tuple[str, ...]
+    seed: int
+
+
+@dataclass(frozen=True, eq=False)
+class Completion:
+    """What an engine sampled for one request: `token_ids` int32 [n], `logprobs` float32 [n] (raw, natural log).
+
+    `status` is COMPLETED (end-of-sequence or stop string), TRUNCATED (token budget) or FAILED; `weight_version` is the
+    policy version of the first token.
+    """
+
+    token_ids: npt.NDArray[np.int32]
+    logprobs: npt.NDArray[np.float32]
+    status: Status
+    weight_version: int
+
+
 @dataclass(frozen=True, eq=False)
 class Span:
     """A run of tokens of one kind, exactly as the engine saw them.
@@ -197,6 +226,20 @@ class GroupSummary:
 
 
 @dataclass(frozen=True)
+class GroupRequest:
+    """An order for one group: sample `group_size` trajectories of `prompt`.
+
+    `order`: position in the generation batch, by which results are sorted, so that the batch does not depend on which
+    engine was faster. Sample i draws with a seed derived from (`seed`, i).
+    """
+
+    order: int
+    prompt: Prompt
+    group_size: int
+    seed: int
+
+
+@dataclass(frozen=True)
 class Assignment:
     """Which samples of which group one data-parallel rank trains on, and their place in the update batch.
 
@@ -210,6 +253,24 @@ class Assignment:
     group: int
     samples: tuple[int, ...]
     first_token: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class UpdateShare:
+    """One data-parallel rank's part of one optimizer step, as the driver orders it.
+
+    `assignments` name groups by their index in the list of groups handed over with it. `num_action_tokens` and
+    `num_sequences` count the whole step over all ranks. `num_micro_batches` is the same on every rank.
+
+    Example:
+        UpdateShare(assignments=(Assignment(0, (0, 1), (0, 22)),), num_action_tokens=30, num_sequences=2,
+                    num_micro_batches=1)
+    """
+
+    assignments: tuple[Assignment, ...]
+    num_action_tokens: int
+    num_sequences: int
+    num_micro_batches: int
 
 
 @dataclass(frozen=True, eq=False)
