@@ -1,0 +1,74 @@
+"""The command line: `stare-megatron train run.toml key.sub=value ...`.
+
+Exit codes: 0 done; 1 the run had to stop; 2 the user's configuration, files or machine; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from stare_megatron import __version__
+from stare_megatron.errors import RunError, UserError
+
+
+def _train(args: argparse.Namespace) -> int:
+    from stare_megatron import config
+
+    resolved = config.load(args.config, args.overrides)
+    if args.print_config:
+        from stare_megatron.run_folder import to_toml
+
+        print(to_toml(resolved), end="")
+        return 0
+    from stare_megatron import build
+
+    command = ["stare-megatron", "train", str(args.config), *args.overrides]
+    return build.train(resolved, quiet=args.quiet, command=command)
+
+
+def _plot(args: argparse.Namespace) -> int:
+    from stare_megatron.metrics.plot import plot
+
+    print(plot(args.run))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="stare-megatron", description="Reinforcement learning of language models with STARE."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a policy", description="Train a policy.")
+    train.add_argument("config", type=Path, help="TOML file; every key is in docs/configuration.md")
+    train.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a key of the file")
+    train.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
+    train.add_argument("--quiet", action="store_true", help="one plain line a step instead of the live display")
+    train.set_defaults(handler=_train)
+
+    plot = commands.add_parser("plot", help="draw a run's curves", description="Draw a run's curves from its metrics.")
+    plot.add_argument("run", type=Path, help="run folder")
+    plot.set_defaults(handler=_plot)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        return args.handler(args)
+    except UserError as e:
+        print(f"stare-megatron: {e}", file=sys.stderr)
+        return 2
+    except RunError as e:
+        print(f"stare-megatron: the run stopped: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stare-megatron: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""vLLM engines as Ray actors, and the driver's handle: groups go to the least loaded engine."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from stare_megatron.cluster import runtime
+from stare_megatron.cluster.placement import Slot
+from stare_megatron.config import Config
+from stare_megatron.types import Group, GroupRequest, GroupSummary
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from stare_megatron.inference.engine import Engine
+
+# Built in the composition root: the engine goes in, a function that samples and scores one group comes out.
+MakeRunner = Callable[["Engine"], Callable[[GroupRequest], Awaitable[Group]]]
+
+
+@ray.remote
+class EngineActor:
+    """One engine and the episodes that run on it. vLLM is imported in this process only."""
+
+    def __init__(self, config: Config, index: int, transport: str, make_runner: MakeRunner, logs: Path) -> None:
+        runtime.log_to(logs, f"engine_{index}")
+        self._config = config
+        self._index = index
+        self._transport = transport
+        self._make_runner = make_runner
+
+    async def start(self) -> None:
+        from stare_megatron.inference.engine import Engine
+
+        self._engine = Engine(self._config, index=self._index, transport=self._transport)
+        await self._engine.start()
+        self._run = self._make_runner(self._engine)
+
+    @ray.method(num_returns=2)
+    async def run_group(self, request: GroupRequest) -> tuple[Group, GroupSummary]:
+        group = await self._run(request)
+        return group, group.summary()
+
+    async def logprobs(self, token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        return await self._engine.logprobs(token_ids)
+
+    async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        await self._engine.init_weight_transfer_engine(init_info)
+
+    async def start_weight_update(self) -> None:
+        await self._engine.start_weight_update()
+
+    async def update_weights(self, update_info: Any) -> None:
+        await self._engine.update_weights(update_info)
+
+    async def finish_weight_update(self, version: str | None) -> None:
+        await self._engine.finish_weight_update(version)
+
+    async def checksums(self) -> dict[str, str]:
+        return await self._engine.checksums()
+
+    async def sleep(self) -> None:
+        await self._engine.sleep()
+
+    async def wake(self) -> None:
+        await self._engine.wake()
+
+    async def peak_memory_bytes(self) -> int:
+        return self._engine.peak_memory_bytes()
+
+    async def close(self) -> None:
+        await self._engine.close()
+
+
+class EngineGroup:
+    """All engines. `run` is the dispatcher the rollout collects groups through."""
+
+    def __init__(
+        self, config: Config, slots: Sequence[Slot], transport: str, make_runner: MakeRunner, logs: Path
+    ) -> None:
+        self._names = [f"engine {i}" for i in range(len(slots))]
+        self.actors: list[Any] = [
+            EngineActor.options(**slot.options, runtime_env={"env_vars": slot.environment}).remote(
+                config, i, transport, make_runner, logs
+            )
+            for i, slot in enumerate(slots)
+        ]
+        self._timeout = config.cluster.start_timeout
+        self._starting = [actor.start.remote() for actor in self.actors]
+
+    def ready(self) -> None:
+        """Wait until every engine can sample."""
+        runtime.wait(self._starting, self._names, self._timeout)
+
+    def run(self, requests: Sequence[GroupRequest]) -> Iterator[tuple[GroupRequest, ray.ObjectRef, GroupSummary]]:
+        """Sample every request; yields in the order of completion.
+
+        A new group goes to the engine with the fewest unfinished ones. All samples of a group share an engine, hence
+        the prefix cache of their prompt.
+        """
+        load = [0] * len(self.actors)
+        flying: dict[ray.ObjectRef, tuple[GroupRequest, ray.ObjectRef, int]] = {}
+        waiting = collections.deque(requests)
+        depth = max(1, _MAX_SEQUENCES_IN_FLIGHT // requests[0].group_size) if requests else 1
+        while waiting or flying:
+            while waiting and min(load) < depth:
+                engine = load.index(min(load))
+                request = waiting.popleft()
+                group, summary = self.actors[engine].run_group.remote(request)
+                flying[summary] = (request, group, engine)
+                load[engine] += 1
+            done, _ = ray.wait(list(flying), num_returns=1)
+            request, group, engine = flying.pop(done[0])
+            load[engine] -= 1
+            yield request, group, runtime.get(done[0], self._names[engine])
+
+    def logprobs(self, token_ids: npt.NDArray[np.int32]) -> list[npt.NDArray[np.float32]]:
+        """Each engine's log-probs of a probe prompt."""
+        return self._all("logprobs", token_ids)
+
+    def checksums(self) -> list[dict[str, str]]:
+        return self._all("checksums")
+
+    def sleep(self) -> None:
+        self._all("sleep")
+
+    def wake(self) -> None:
+        self._all("wake")
+
+    def peak_memory_bytes(self) -> int:
+        """The largest engine's."""
+        return max(self._all("peak_memory_bytes"))
+
+    def close(self) -> None:
+        """Stop every engine; one that does not answer within 20 s is killed."""
+        refs = [actor.close.remote() for actor in self.actors]
+        ray.wait(refs, num_returns=len(refs), timeout=20.0)
+        for actor in self.actors:
+            ray.kill(actor)
+
+    def _all(self, method: str, *args: Any) -> list[Any]:
+        refs = [getattr(actor, method).remote(*args) for actor in self.actors]
+        return runtime.wait(refs, self._names)
+
+
+# More than an engine's scheduler runs at once (vLLM's max_num_seqs defaults to 256), so that it never starves, and
+# few enough that a late engine can still be given less.
+_MAX_SEQUENCES_IN_FLIGHT = 512

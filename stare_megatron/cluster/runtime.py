@@ -1,0 +1,106 @@
+"""Start or join Ray, wait for actors with a clear culprit, and always shut down."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.exceptions
+
+from stare_megatron.config import ClusterConfig
+from stare_megatron.errors import RunError, UserError
+
+
+@contextlib.contextmanager
+def cluster(config: ClusterConfig, actors: int) -> Iterator[None]:
+    """Ray for the length of a run: a local one (`address = "local"`) or an existing cluster.
+
+    `actors`: how many actors the run starts; a local Ray gets that many logical CPUs, since actors here are scheduled
+    by count and cap their own threads.
+
+    Raises:
+        UserError: the cluster cannot be reached, or a local one cannot start.
+    """
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
+    try:
+        if config.address == "local":
+            ray.init(
+                address="local",
+                num_cpus=actors,
+                object_store_memory=config.object_store_mb * 2**20,
+                include_dashboard=False,
+                **common,
+            )
+        else:
+            ray.init(address=config.address, **common)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as e:
+        raise UserError(f"cluster.address = {config.address!r}: Ray does not answer: {_first_line(e)}") from e
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def wait(refs: Sequence[ray.ObjectRef], names: Sequence[str], timeout: float | None = None) -> list[Any]:
+    """Results of `refs`, in order. The first failure wins, so that one dead rank never hangs the driver on the others.
+
+    Raises:
+        UserError, RunError: raised by the actor; passed on.
+        RunError: the actor died, or did not answer within `timeout` seconds; the message names it.
+    """
+    name_of = dict(zip(refs, names, strict=True))
+    pending = list(refs)
+    results: dict[ray.ObjectRef, Any] = {}
+    while pending:
+        done, pending = ray.wait(pending, num_returns=1, timeout=timeout)
+        if not done:
+            raise RunError(f"{', '.join(name_of[r] for r in pending)}: no answer within {timeout:.0f} s")
+        results[done[0]] = get(done[0], name_of[done[0]])
+    return [results[r] for r in refs]
+
+
+def get(ref: ray.ObjectRef, name: str) -> Any:
+    """The value of one finished reference, with Ray's wrapping taken off errors."""
+    try:
+        return ray.get(ref)
+    except ray.exceptions.RayTaskError as e:
+        if isinstance(e.cause, UserError | RunError):
+            raise type(e.cause)(f"{name}: {e.cause}") from e
+        raise
+    except ray.exceptions.RayActorError as e:
+        raise RunError(f"{name}: its process died: {_first_line(e)}; its log is in the run folder's logs/") from e
+
+
+def log_to(folder: Path, name: str) -> None:
+    """Send this process's stdout and stderr to `folder/name.log` (its children's too)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.close(handle)
+
+
+def node_address() -> str:
+    """This node's address, as other nodes reach it."""
+    return ray.util.get_node_ip_address()
+
+
+def free_port() -> int:
+    """A TCP port free on this node at the moment of asking."""
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return int(s.getsockname()[1])
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,189 @@
+"""Trainer ranks as Ray actors, and the driver's handle on all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from stare_megatron.cluster import runtime
+from stare_megatron.cluster.placement import Slot
+from stare_megatron.config import Config
+from stare_megatron.data.packing import plan_updates
+from stare_megatron.types import Control, Group, GroupSummary, ScoreSummary, UpdateShare, UpdateStats
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from stare_megatron.cluster.engines import EngineGroup
+    from stare_megatron.trainer.rank import Position
+
+
+@ray.remote
+class TrainerActor:
+    """One rank. Megatron and vLLM's transfer classes are imported in this process only."""
+
+    def __init__(self, config: Config, rank: int, local_rank: int, logs: Path) -> None:
+        runtime.log_to(logs, f"trainer_{rank}")
+        self._config = config
+        self._rank = rank
+        self._local_rank = local_rank
+
+    def endpoint(self) -> tuple[str, int]:
+        """An address and a free port of this rank's node, for a rendezvous."""
+        return runtime.node_address(), runtime.free_port()
+
+    def start(self, master_addr: str, master_port: int) -> Position:
+        from stare_megatron.trainer.rank import TrainerRank
+
+        self._trainer = TrainerRank(
+            self._config,
+            rank=self._rank,
+            world_size=self._config.trainer.world_size,
+            local_rank=self._local_rank,
+            master_addr=master_addr,
+            master_port=master_port,
+        )
+        return self._trainer.position()
+
+    def connect(self, endpoint: tuple[str, int], engines: list[Any], transport: str) -> None:
+        """Join the weight transport. Rank 0 speaks to the engines; the others take part in the gathering."""
+        from stare_megatron.cluster.weights import RayWeightSyncClient
+        from stare_megatron.sync.push import WeightPusher
+
+        self._pusher = WeightPusher(
+            transport,
+            rank=self._rank,
+            endpoint=endpoint,
+            metadata=self._trainer.weight_metadata,
+            weights=self._trainer.weights,
+            client=RayWeightSyncClient(engines, self._config.inference.tensor_parallel),
+            receivers=len(engines) * self._config.inference.tensor_parallel,
+        )
+        self._pusher.connect()
+
+    def push(self, version: int) -> None:
+        self._pusher.push(version)
+
+    def checksums(self) -> dict[str, str]:
+        return self._pusher.checksums()
+
+    def load(self, updates: list[tuple[list[ray.ObjectRef], UpdateShare]]) -> None:
+        fetched: list[tuple[list[Group], UpdateShare]] = [(ray.get(refs), share) for refs, share in updates]
+        self._trainer.load(fetched)
+
+    def score(self) -> ScoreSummary:
+        return self._trainer.score()
+
+    def update(self, control: Control) -> list[UpdateStats]:
+        return self._trainer.update(control)
+
+    def score_tokens(self, token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        return self._trainer.score_tokens(token_ids)
+
+    def save(self, folder: Path, step: int) -> None:
+        self._trainer.save(folder, step)
+
+    def restore(self, folder: Path) -> int:
+        return self._trainer.restore(folder)
+
+    def export_hf(self, folder: Path) -> None:
+        self._trainer.export_hf(folder)
+
+    def peak_memory_bytes(self) -> int:
+        return self._trainer.peak_memory_bytes()
+
+    def close(self) -> None:
+        self._trainer.close()
+
+
+class TrainerGroup:
+    """All trainer ranks. Every method runs on all of them and returns what rank 0 says."""
+
+    def __init__(self, config: Config, slots: Sequence[Slot], logs: Path) -> None:
+        self._config = config
+        self._names = [f"trainer rank {rank}" for rank in range(len(slots))]
+        self._actors: list[Any] = [
+            TrainerActor.options(**slot.options, runtime_env={"env_vars": slot.environment}).remote(
+                config, rank, slot.local_rank, logs
+            )
+            for rank, slot in enumerate(slots)
+        ]
+        self._timeout = config.cluster.start_timeout
+        address, port = runtime.wait([self._actors[0].endpoint.remote()], self._names[:1], self._timeout)[0]
+        self._starting = [actor.start.remote(address, port) for actor in self._actors]
+
+    def ready(self) -> None:
+        """Wait until every rank holds its part of the model."""
+        self._positions: list[Position] = runtime.wait(self._starting, self._names, self._timeout)
+
+    def connect(self, engines: EngineGroup, transport: str) -> None:
+        endpoint = runtime.wait([self._actors[0].endpoint.remote()], self._names[:1])[0]
+        refs = [actor.connect.remote(endpoint, engines.actors, transport) for actor in self._actors]
+        runtime.wait(refs, self._names, self._timeout)
+
+    def load(self, groups: Sequence[tuple[ray.ObjectRef, GroupSummary]]) -> None:
+        """Give each rank its share of the update batch; tokens travel from the engines' nodes, not through here."""
+        trainer = self._config.trainer
+        plans = plan_updates(
+            [summary for _, summary in groups],
+            data_parallel=trainer.data_parallel,
+            updates_per_batch=trainer.updates_per_batch,
+            micro_batch_tokens=trainer.micro_batch_tokens,
+            min_micro_batch_multiple=trainer.pipeline_parallel if trainer.virtual_pipeline > 1 else 1,
+        )
+        refs = []
+        for actor, position in zip(self._actors, self._positions, strict=True):
+            shares = [_with_groups(groups, plan[position.data_parallel_rank]) for plan in plans]
+            refs.append(actor.load.remote(shares))
+        runtime.wait(refs, self._names)
+
+    def score(self) -> ScoreSummary:
+        return self._all("score")[0]
+
+    def update(self, control: Control) -> list[UpdateStats]:
+        return self._all("update", control)[0]
+
+    def push(self, version: int) -> None:
+        self._all("push", version)
+
+    def score_tokens(self, token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        return self._all("score_tokens", token_ids)[0]
+
+    def checksums(self) -> dict[str, str]:
+        return self._all("checksums")[0]
+
+    def save(self, folder: Path, step: int) -> None:
+        self._all("save", folder, step)
+
+    def restore(self, folder: Path) -> int:
+        return self._all("restore", folder)[0]
+
+    def export_hf(self, folder: Path) -> None:
+        self._all("export_hf", folder)
+
+    def peak_memory_bytes(self) -> int:
+        """The largest rank's."""
+        return max(self._all("peak_memory_bytes"))
+
+    def close(self) -> None:
+        for actor in self._actors:
+            ray.kill(actor)
+
+    def _all(self, method: str, *args: Any) -> list[Any]:
+        refs = [getattr(actor, method).remote(*args) for actor in self._actors]
+        return runtime.wait(refs, self._names)
+
+
+def _with_groups(
+    groups: Sequence[tuple[ray.ObjectRef, GroupSummary]], share: UpdateShare
+) -> tuple[list[ray.ObjectRef], UpdateShare]:
+    """References of the groups a share names, and the share renumbered to that list."""
+    needed = sorted({a.group for a in share.assignments})
+    place = {group: i for i, group in enumerate(needed)}
+    renumbered = tuple(dataclasses.replace(a, group=place[a.group]) for a in share.assignments)
+    return [groups[g][0] for g in needed], dataclasses.replace(share, assignments=renumbered)

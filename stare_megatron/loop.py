@@ -1,0 +1,86 @@
+"""The training loop. What happens in a step and in which order; how is behind `Run`."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Generic, Protocol, TypeVar
+
+from stare_megatron.types import Control, ScoreSummary, UpdateStats
+
+Batch = TypeVar("Batch")
+
+
+class Run(Protocol, Generic[Batch]):
+    """Everything a step needs, put together in `build.py`."""
+
+    steps: int
+
+    def restore(self) -> int:
+        """Load the checkpoint to resume from, if any; returns the number of steps done."""
+        ...
+
+    def push(self, version: int) -> float:
+        """Stream the weights into the engines; returns the probe's mean |log-prob difference|, nats."""
+        ...
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Time a phase; when devices are shared, give them to whoever works in it."""
+        ...
+
+    def collect(self, step: int) -> Batch:
+        """Sample groups with rewards."""
+        ...
+
+    def load(self, batch: Batch) -> None:
+        """Hand the groups to the trainer ranks."""
+        ...
+
+    def score(self) -> ScoreSummary:
+        """Log-probs and entropies of the policy about to be updated."""
+        ...
+
+    def observe(self, scores: ScoreSummary) -> Control:
+        """The gate."""
+        ...
+
+    def update(self, control: Control) -> list[UpdateStats]:
+        """Weigh tokens, take the optimizer steps."""
+        ...
+
+    def report(
+        self, step: int, batch: Batch, scores: ScoreSummary, control: Control, updates: list[UpdateStats], probe: float
+    ) -> None:
+        """Log the step."""
+        ...
+
+    def save_due(self, step: int) -> bool: ...
+
+    def save(self, step: int) -> None: ...
+
+    def stopping(self) -> bool:
+        """The user asked for an end."""
+        ...
+
+
+def train(run: Run[Batch]) -> int:
+    """Train until `run.steps` are done or the user asks for an end; returns the number of steps done."""
+    step = run.restore()
+    with run.phase("push"):
+        run.push(step)
+    while step < run.steps and not run.stopping():
+        with run.phase("rollout"):
+            batch = run.collect(step)
+        with run.phase("score"):
+            run.load(batch)
+            scores = run.score()
+        control = run.observe(scores)
+        with run.phase("update"):
+            updates = run.update(control)
+        step += 1
+        with run.phase("push"):
+            probe = run.push(step)
+        if run.save_due(step) or run.stopping():
+            with run.phase("save"):
+                run.save(step)
+        run.report(step, batch, scores, control, updates, probe)
+    return step
