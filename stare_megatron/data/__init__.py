@@ -1,0 +1,1 @@
+"""Prompts from files, tokenised and shuffled resumably; packing of trajectories into batches."""

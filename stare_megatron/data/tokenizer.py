@@ -1,0 +1,60 @@
+"""The checkpoint's tokenizer, checked against the checkpoint's vocabulary."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stare_megatron.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face checkpoint folder.
+
+    Raises:
+        UserError: no such folder, no config.json or tokenizer in it, no end-of-sequence token, or token ids that the
+            model's embedding does not have ("vocabulary mismatch").
+    """
+    from transformers import AutoTokenizer
+
+    vocab_size = read_vocab_size(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(model), local_files_only=True)
+    except (OSError, ValueError, ImportError) as e:
+        raise UserError(f"{model}: no tokenizer that transformers can load: {first_line(e)}") from e
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= vocab_size:
+        raise UserError(
+            f"{model}: vocabulary mismatch: the tokenizer has token id {largest}, config.json says vocab_size = "
+            f"{vocab_size}; use the tokenizer this checkpoint was saved with"
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{model}: the tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
+    return tokenizer
+
+
+def read_vocab_size(model: Path) -> int:
+    """`vocab_size` of a checkpoint folder's config.json.
+
+    Raises:
+        UserError: missing or malformed.
+    """
+    path = model / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except OSError as e:
+        raise UserError(f"{path}: cannot read the checkpoint's configuration: {e.strerror}; set model.path") from e
+    except ValueError as e:
+        raise UserError(f"{path}: not valid JSON: {e}") from e
+    size = config.get("vocab_size") if isinstance(config, dict) else None
+    if not isinstance(size, int) or size < 1:
+        raise UserError(f"{path}: vocab_size = {size!r}, want a positive number")
+    return size
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

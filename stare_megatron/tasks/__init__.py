@@ -1,0 +1,23 @@
+"""Generated tasks: name -> task. A task here is also a reward of the same name."""
+
+from __future__ import annotations
+
+import difflib
+
+from stare_megatron.errors import UserError
+from stare_megatron.tasks import order_free_sum
+from stare_megatron.tasks.base import Task
+
+TASKS: dict[str, Task] = {task.name: task for task in (order_free_sum.TASK,)}
+
+
+def get(name: str) -> Task:
+    """The task of that name.
+
+    Raises:
+        UserError: there is none; names the nearest.
+    """
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.0)[0]
+        raise UserError(f"unknown task {name!r}; did you mean {near!r}? Known: {', '.join(sorted(TASKS))}")
+    return TASKS[name]

@@ -1,0 +1,96 @@
+"""What a generated task is: prompts, worked answers to warm a model up on, and a strict verifier.
+
+A new task is one file with an object of this shape, and its line in `stare_megatron.tasks.TASKS`; it is then a reward,
+a source of prompts and something `tools/make_tiny_model.py` can warm a model up on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from stare_megatron.types import Score
+
+Split = Literal["train", "eval"]
+
+# Ids 12 + n are the number n: a checkpoint's ids can be read by eye. Order is part of every warmed-up checkpoint.
+SPECIAL_WORDS = ("<pad>", "<bos>", "<eos>", "<unk>")
+ARITHMETIC_WORDS = ("+", ":", "=", "-", "*", "(", ")", ",", *(str(n) for n in range(100)))
+
+
+@dataclass(frozen=True)
+class TaskPrompt:
+    """A prompt as text, and the reference answer its verifier wants.
+
+    Example:
+        TaskPrompt(id="order_free_sum-train-00017", text="3 9 4 1 :", answer="17")
+    """
+
+    id: str
+    text: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """Supervised warm-up of a tiny model: batches of `batch_size` worked answers, AdamW at constant `lr`.
+
+    It stops, deliberately early, once the model's sampled accuracy on training prompts reaches `stop_accuracy`, and
+    is given up after `max_batches`.
+    """
+
+    max_batches: int
+    batch_size: int
+    lr: float
+    stop_accuracy: float
+
+
+class Task(Protocol):
+    """A generated task over a word-level vocabulary (words are separated by one space)."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The vocabulary after `SPECIAL_WORDS`, in id order."""
+        ...
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Longest prompt, with `<bos>`."""
+        ...
+
+    @property
+    def max_response_tokens(self) -> int:
+        """Longest right response, with `<eos>`."""
+        ...
+
+    @property
+    def warm_up(self) -> WarmUp:
+        """A warm-up that leaves a tiny model able to do the task now and then."""
+        ...
+
+    def prompts(self, split: Split, count: int, seed: int) -> list[TaskPrompt]:
+        """`count` distinct prompts of a split, equal for equal arguments.
+
+        Raises:
+            UserError: the split has fewer prompts than that.
+        """
+        ...
+
+    def trace(self, prompt: TaskPrompt, rng: random.Random) -> str:
+        """A right response drawn at random, without `<eos>`."""
+        ...
+
+    def verify(self, prompt_text: str, answer: str, response: str) -> Score:
+        """Score a response that ended by itself; `response` is without its final `<eos>`."""
+        ...
+
+
+def held_out(key: str, one_in: int) -> bool:
+    """Whether an instance belongs to the held-out split: a stable hash of `key`, one in `one_in`."""
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % one_in == 0
