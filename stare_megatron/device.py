@@ -12,7 +12,7 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -90,13 +90,31 @@ def _preloads() -> list[str]:
 
 def engine_environment() -> dict[str, str]:
     """Environment variables of an engine's process and of the workers vLLM starts from it."""
-    common = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    common = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+    }
     if current() is Device.CUDA:
         return common
     return common | {
         "LD_PRELOAD": ":".join(_preloads()),
         "OMP_NUM_THREADS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
+        # A single worker lives in the engine core's process: 2 processes an engine instead of 3.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "TORCHDYNAMO_DISABLE": "1",
     }
+
+
+def engine_args(colocated: bool) -> dict[str, Any]:
+    """vLLM EngineArgs that follow from the device; `[inference.vllm]` overrides them."""
+    if current() is Device.CPU:
+        # vLLM writes the whole KV cache at start, so its size is resident memory.
+        return {"enforce_eager": True, "kv_cache_memory_bytes": 256 << 20}
+    return {"enable_sleep_mode": colocated}
+
+
+def engine_sleeps() -> bool:
+    """Whether a paused engine can free its memory (vLLM's sleep mode). On CPUs it only stops working."""
+    return current() is Device.CUDA

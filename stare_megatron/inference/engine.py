@@ -1,0 +1,239 @@
+"""One vLLM engine: token ids in, token ids and log-probs out, weights from the trainer.
+
+vLLM's AsyncLLM runs its core in a child process. Nothing here knows Ray. The process that makes an `Engine` must have
+been started with `device.engine_environment()`: some of those variables are read when vLLM is imported.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from stare_megatron import device
+from stare_megatron.config import InferenceConfig
+from stare_megatron.errors import RunError
+from stare_megatron.inference.options import check_engine_args
+from stare_megatron.inference.processes import Brood
+from stare_megatron.types import Completion, Sampling, Status
+
+if TYPE_CHECKING:
+    from vllm.outputs import RequestOutput
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+T = TypeVar("T")
+
+UNPUSHED = -1
+"""Weight version of an engine that still has the weights of its checkpoint folder."""
+
+_STATUS = {"stop": Status.COMPLETED, "length": Status.TRUNCATED}
+
+
+class Engine:
+    """An engine and its life: start, sample, take new weights, sleep and wake, close. Use it from one event loop.
+
+    Args:
+        name: how errors call it.
+        model: Hugging Face checkpoint folder with a tokenizer.
+        dtype: `float32` or `bfloat16`.
+        config: `[inference]`.
+        window: longest sequence, prompt and response, tokens.
+        seed: vLLM's own seed; each request brings another.
+        transport: name of the weight-transfer backend, `device.weight_transport()`.
+    """
+
+    def __init__(
+        self, name: str, model: Path, dtype: str, config: InferenceConfig, window: int, seed: int, transport: str
+    ) -> None:
+        check_engine_args(config.vllm)
+        self.name = name
+        self.window = window
+        self.version = UNPUSHED
+        self._args: dict[str, Any] = {
+            "model": str(model),
+            "dtype": dtype,
+            "max_model_len": window,
+            "tensor_parallel_size": config.tensor_parallel,
+            "seed": seed,
+            "generation_config": "vllm",  # no sampling defaults from the checkpoint
+            "logprobs_mode": "raw_logprobs",  # before temperature and top-p
+            "enable_prefix_caching": True,
+            "disable_log_stats": True,
+            "weight_transfer_config": {"backend": transport},
+            "worker_extension_cls": "stare_megatron.sync.worker.ChecksumExtension",
+            **device.engine_args(config.placement == "colocated"),
+            **config.vllm,
+        }
+        self._llm: AsyncLLM | None = None
+        self._brood = Brood()
+        self._ids = itertools.count()
+        self._asleep = False
+
+    async def start(self) -> None:
+        """Load the checkpoint and get ready to sample; blocks the event loop meanwhile.
+
+        Raises:
+            RunError: vLLM refuses the model or the settings, or its process dies. Nothing is left running.
+        """
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self._brood.begin()
+        try:
+            self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._args))
+            await self._llm.update_weight_version(str(UNPUSHED))
+        except (RuntimeError, ValueError, OSError) as e:
+            await self.close()
+            raise RunError(f"{self.name}: vLLM did not start: {e}") from e
+        except BaseException:
+            await self.close()
+            raise
+
+    async def sample(self, token_ids: Sequence[int], sampling: Sampling) -> Completion:
+        """Continue `token_ids`. The response keeps its end-of-sequence token or stop string.
+
+        Raises:
+            ValueError: the prompt fills the window.
+            RunError: the engine died.
+        """
+        from vllm.logprobs import FlatLogprobs
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        stop = list(sampling.stop)
+        params = SamplingParams(
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+            stop=stop or None,
+            include_stop_str_in_output=bool(stop),
+            detokenize=bool(stop),
+            logprobs=0,
+            flat_logprobs=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        output = (await self._generate(token_ids, params)).outputs[0]
+        ids = np.asarray(output.token_ids, np.int32)
+        values = output.logprobs.logprobs if isinstance(output.logprobs, FlatLogprobs) else []
+        logprobs = np.asarray(values, np.float32)
+        if len(ids) != len(logprobs):
+            raise RunError(f"{self.name}: {len(ids)} tokens came with {len(logprobs)} log-probs")
+        return Completion(
+            token_ids=ids,
+            logprobs=logprobs,
+            status=_STATUS.get(output.finish_reason or "", Status.FAILED),
+            weight_version=int(output.weight_versions[0].version) if output.weight_versions else self.version,
+        )
+
+    async def logprobs(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Log-prob of each token given those before it, float32 [n - 1], natural log, temperature 1; 1 < n < window."""
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        params = SamplingParams(
+            max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+        result = await self._generate(token_ids, params)
+        table = result.prompt_logprobs or []
+        chosen = [entry[token].logprob for token, entry in zip(token_ids, table, strict=True) if entry]
+        return np.asarray(chosen, np.float32)
+
+    async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Join the trainer; returns when the transport's rendezvous is complete."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        await self._call(self._running().init_weight_transfer_engine(WeightTransferInitRequest(init_info)))
+
+    async def start_weight_update(self) -> None:
+        """Stop scheduling (requests in flight wait) and prepare the model for new weights."""
+        llm = self._running()
+        await self._call(llm.pause_generation(mode="keep", clear_cache=False))
+        await self._call(llm.start_weight_update())
+
+    async def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
+        """Receive weights. Returns when they are in the model."""
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        await self._call(self._running().update_weights(WeightTransferUpdateRequest(update_info)))
+
+    async def finish_weight_update(self, version: int) -> None:
+        """Put the weights to use as `version` and drop what older ones computed.
+
+        The prefix cache is emptied; requests in flight lose their KV cache, which is computed anew, and go on.
+        """
+        llm = self._running()
+        await self._call(llm.finish_weight_update(str(version)))
+        await self._call(llm.reset_prefix_cache(reset_running_requests=True))
+        self.version = version
+        if not self._asleep:
+            await self._call(llm.resume_generation())
+
+    async def checksums(self) -> dict[str, str]:
+        """Checksum of each parameter the model computes with now, by its Hugging Face name (see `sync.check`)."""
+        return (await self._call(self._running().collective_rpc("stare_checksums")))[0]
+
+    async def sleep(self) -> None:
+        """Yield the devices to the trainer: on GPUs weights and KV cache are dropped, on CPUs the engine only pauses.
+
+        The weights are not kept: `wake("weights")`, a push and `wake("kv_cache")` must follow, in this order.
+        """
+        llm = self._running()
+        if device.engine_sleeps():
+            await self._call(llm.sleep(level=2, mode="keep"))
+        else:
+            await self._call(llm.pause_generation(mode="keep", clear_cache=False))
+        self._asleep = True
+
+    async def wake(self, part: Literal["weights", "kv_cache"]) -> None:
+        """Take memory back for one part; with the KV cache sampling goes on."""
+        llm = self._running()
+        if device.engine_sleeps():
+            await self._call(llm.wake_up(tags=[part]))
+        elif part == "kv_cache":
+            await self._call(llm.resume_generation())
+        self._asleep = self._asleep and part != "kv_cache"
+
+    def peak_memory_bytes(self) -> int:
+        """Sum over this process and those of the engine of each one's largest resident size so far (Linux)."""
+        return self._brood.peak_memory_bytes()
+
+    async def close(self) -> None:
+        """End the engine and every process it started. Harmless when repeated or never started."""
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            llm.shutdown()
+        await asyncio.to_thread(self._brood.end)
+
+    def _running(self) -> AsyncLLM:
+        if self._llm is None:
+            raise RunError(f"{self.name}: not running")
+        return self._llm
+
+    async def _generate(self, token_ids: Sequence[int], params: SamplingParams) -> RequestOutput:
+        from vllm.inputs.engine import tokens_input
+
+        if not 0 < len(token_ids) < self.window:
+            raise ValueError(f"{self.name}: a prompt of {len(token_ids)} tokens in a window of {self.window}")
+
+        async def last() -> RequestOutput:
+            prompt = tokens_input([int(t) for t in token_ids])
+            async for output in self._running().generate(prompt, params, f"{self.name}-{next(self._ids)}"):
+                if output.finished:
+                    return output
+            raise RunError(f"{self.name}: a request ended without an output")
+
+        return await self._call(last())
+
+    async def _call(self, call: Coroutine[Any, Any, T]) -> T:
+        """Await a call to vLLM; the engine's death becomes a RunError that names it."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            return await call
+        except EngineDeadError as e:
+            raise RunError(f"{self.name}: its vLLM process died; the cause is in its output above") from e

@@ -1,0 +1,67 @@
+"""Child processes of an engine, so that none outlives it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+
+GRACE = 5.0
+"""Seconds between the polite signal and the last one."""
+
+
+class Brood:
+    """Processes that this one has started, directly or not, since `begin()`."""
+
+    def __init__(self) -> None:
+        self._before: set[psutil.Process] | None = None
+
+    def begin(self) -> None:
+        self._before = set(_descendants())
+
+    def peak_memory_bytes(self) -> int:
+        """Largest resident sizes of this process and of those it started, summed; shared pages count in each."""
+        started = [p for p in _descendants() if p not in (self._before or set())]
+        return sum(_peak(p.pid) for p in [psutil.Process(), *started])
+
+    def end(self) -> None:
+        """Terminate what is still there, kill what does not listen; returns when all are gone."""
+        if self._before is None:
+            return
+        left = [p for p in _descendants() if p not in self._before]
+        for process in left:
+            _signal(process, kill=False)
+        _, left = psutil.wait_procs(left, timeout=GRACE)
+        for process in left:
+            _signal(process, kill=True)
+        psutil.wait_procs(left, timeout=GRACE)
+        self._before = None
+
+
+def _descendants() -> list[psutil.Process]:
+    """All but multiprocessing's resource tracker, which serves this whole process and ends with it."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if not any("resource_tracker" in word for word in process.cmdline()):
+                found.append(process)
+        except psutil.Error:  # gone, or a zombie without a command line
+            continue
+    return found
+
+
+def _peak(pid: int) -> int:
+    """VmHWM of a process, bytes; 0 if it has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    fields = dict(line.split(":", 1) for line in status.splitlines())
+    return int(fields.get("VmHWM", "0 kB").split()[0]) * 1024
+
+
+def _signal(process: psutil.Process, kill: bool) -> None:
+    try:
+        process.kill() if kill else process.terminate()
+    except psutil.NoSuchProcess:
+        return

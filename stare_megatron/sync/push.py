@@ -1,0 +1,108 @@
+"""The trainer's side of a push, driven on every trainer rank."""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING, Any
+
+from stare_megatron.sync.fanout import EngineFanOut
+from stare_megatron.sync.source import WeightStream, weight_source
+
+if TYPE_CHECKING:
+    from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeightTransferEngine
+
+
+class _Versioned:
+    """A client that gives `version` to the engines: vLLM's trainer engines finish an update without one."""
+
+    def __init__(self, client: EngineFanOut) -> None:
+        self._client = client
+        self.version = 0
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._client.init_weight_transfer_engine(init_info)
+
+    def start_weight_update(self) -> None:
+        self._client.start_weight_update()
+
+    def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
+        self._client.update_weights(update_info)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._client.finish_weight_update(str(self.version))
+
+
+class WeightPusher:
+    """Pushes the policy into the running engines. Every trainer rank has one and calls it together with the others.
+
+    Args:
+        transport: `device.weight_transport()`: gloo, nccl or ipc.
+        rank: trainer rank; rank 0 sends and is the only one that calls `client`.
+        stream: the policy's parameters.
+        client: the engines (rank 0; on other ranks it is not called).
+        host: address of rank 0's machine as the engines see it.
+    """
+
+    def __init__(self, transport: str, rank: int, stream: WeightStream, client: EngineFanOut, host: str) -> None:
+        self._transport = transport
+        self._rank = rank
+        self._stream = stream
+        self._client = _Versioned(client)
+        self._host = host
+        self._world_size = 1 + sum(client.workers)
+        self._engine: TrainerWeightTransferEngine | None = None
+
+    def connect(self) -> None:
+        """Rendezvous with all engine workers; once, before the first push."""
+        if self._only_iterates():
+            return
+        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+
+        from stare_megatron.sync.plugin import register
+
+        register()
+        self._engine = WeightTransferTrainerFactory.trainer_init(
+            self._init_info(), client=self._client, source=weight_source(self._stream)
+        )
+
+    def push(self, version: int) -> None:
+        """Send all parameters; when it returns on rank 0 every engine samples with `version`."""
+        if self._only_iterates():
+            for _ in self._stream.tensors():
+                pass
+            return
+        if self._engine is None:
+            raise RuntimeError("connect() comes before push()")
+        self._client.version = version
+        self._engine.send_weights()
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.shutdown()
+            self._engine = None
+
+    def _only_iterates(self) -> bool:
+        """A rank other than 0 of a broadcasting backend only takes part in the passes over the stream, so it can do
+        without vLLM (9 s and hundreds of MB). With ipc every rank shares its GPU's memory."""
+        return self._rank != 0 and self._transport in ("gloo", "nccl")
+
+    def _init_info(self) -> TrainerInitInfo:
+        if self._transport == "gloo":
+            from stare_megatron.sync.gloo import GlooTrainerInitInfo
+
+            return GlooTrainerInitInfo(self._host, self._world_size, rank=self._rank)
+        if self._transport == "nccl":
+            from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+            return NCCLTrainerInitInfo(self._host, _free_port(), self._world_size, rank=self._rank)
+        if self._transport == "ipc":
+            from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+
+            return IPCTrainerInitInfo(packed=True, rank=self._rank)
+        raise ValueError(f"no weight transport {self._transport!r}: gloo, nccl or ipc")
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return s.getsockname()[1]

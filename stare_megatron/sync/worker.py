@@ -1,0 +1,140 @@
+"""Runs inside vLLM's workers: checksums of the parameters a model computes with, by Hugging Face name.
+
+vLLM fuses and shards what a checkpoint holds apart (qkv_proj, gate_up_proj), pads the vocabulary, and on CPUs keeps
+linear weights only in a packed form: vLLM's own `compute_weight_checksums` digests those local tensors, which on a
+CPU are empty, so it cannot be compared with a trainer's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from vllm.distributed.parallel_state import get_world_group
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+from stare_megatron.sync.check import merge_shards, shard_sum
+
+Packed = Mapping[str, list[str]]
+
+
+class Piece(NamedTuple):
+    """A block of one parameter on this worker: `tensor` [rows, columns] at (`row`, `column`) of a matrix `width`
+    wide. Workers with the same `shard` hold the same block."""
+
+    name: str
+    tensor: torch.Tensor
+    row: int
+    column: int
+    width: int
+    shard: int
+
+
+class ChecksumExtension:
+    """Mixed into vLLM's worker class (`worker_extension_cls`)."""
+
+    model_runner: Any
+
+    def stare_checksums(self) -> dict[str, str]:
+        """Parameter name -> checksum of the whole parameter; all workers make the call and return the same.
+
+        Covers linear layers, embeddings, LM heads and unsharded parameters; not fused mixture-of-experts weights.
+        """
+        model = self.model_runner.get_model()
+        mine = {
+            p.name: (p.shard, shard_sum(p.tensor, p.row, p.column, p.width))
+            for p in pieces(model, model.packed_modules_mapping)
+        }
+        group = get_world_group()
+        everyone: list[dict[str, tuple[int, int]]] = [{} for _ in range(group.world_size)]
+        torch.distributed.all_gather_object(everyone, mine, group=group.cpu_group)
+        return merge_shards(everyone)
+
+
+@torch.no_grad()
+def pieces(model: torch.nn.Module, packed: Packed) -> Iterator[Piece]:
+    """Every parameter of `model` that can be told by a Hugging Face name."""
+    embeddings: set[int] = set()
+    for path, module in model.named_modules():
+        if isinstance(module, ParallelLMHead):
+            weight = _weight(module)
+            if id(module.weight) not in embeddings or not torch.equal(weight, _stored(module)):
+                yield from _embedding(path, module, weight)
+        elif isinstance(module, VocabParallelEmbedding):
+            embeddings.add(id(module.weight))
+            yield from _embedding(path, module, _stored(module))
+        elif isinstance(module, LinearBase):
+            yield from _linear(path, module, packed)
+        elif "FusedMoE" not in type(module).__name__:
+            for name, parameter in module.named_parameters(recurse=False):
+                matrix = _matrix(parameter)
+                yield Piece(f"{path}.{name}", matrix, 0, 0, matrix.shape[1], 0)
+
+
+def _embedding(path: str, module: Any, weight: torch.Tensor) -> Iterator[Piece]:
+    where = module.shard_indices
+    rows = where.org_vocab_end_index - where.org_vocab_start_index
+    yield Piece(f"{path}.weight", weight[:rows], where.org_vocab_start_index, 0, module.embedding_dim, module.tp_rank)
+
+
+def _linear(path: str, module: Any, packed: Packed) -> Iterator[Piece]:
+    tensors = {"weight": _weight(module)}
+    if module.bias is not None:
+        tensors["bias"] = _matrix(module.bias)
+    for kind, tensor in tensors.items():
+        if isinstance(module, RowParallelLinear):
+            if kind == "bias":
+                yield Piece(f"{path}.bias", tensor, 0, 0, 1, 0)
+            else:
+                column = module.tp_rank * tensor.shape[1]
+                yield Piece(f"{path}.weight", tensor, 0, column, module.input_size, module.tp_rank)
+        elif isinstance(module, ColumnParallelLinear):
+            yield from _columns(path, kind, module, tensor, packed)
+        else:
+            yield Piece(f"{path}.{kind}", tensor, 0, 0, tensor.shape[1], 0)
+
+
+def _columns(path: str, kind: str, module: Any, tensor: torch.Tensor, packed: Packed) -> Iterator[Piece]:
+    """Output-sharded, maybe several projections on top of each other."""
+    parent, _, leaf = path.rpartition(".")
+    names = [f"{parent}.{part}" for part in packed[leaf]] if leaf in packed else [path]
+    shards = [module.tp_rank] * len(names)
+    if isinstance(module, QKVParallelLinear):
+        heads, kv = module.num_heads, module.num_kv_heads
+        sizes = [heads * module.head_size, kv * module.head_size, kv * module.v_head_size]
+        shards[1:] = [module.tp_rank // module.num_kv_head_replicas] * 2
+    elif isinstance(module, MergedColumnParallelLinear):
+        sizes = [size // module.tp_size for size in module.output_sizes]
+    else:
+        sizes = [tensor.shape[0]]
+    for name, part, shard in zip(names, tensor.split(sizes), shards, strict=True):
+        yield Piece(f"{name}.{kind}", part, shard * part.shape[0], 0, part.shape[1], shard)
+
+
+def _weight(module: Any) -> torch.Tensor:
+    """The matrix the module multiplies with, [outputs, inputs].
+
+    On CPUs that is a packed copy behind `cpu_linear`. Multiplying the identity by it gives every element exactly (a
+    sum of one value and zeros), so this is what the engine uses, not what it was sent.
+    """
+    if "cpu_linear" not in module.__dict__:
+        return module.weight
+    inputs = module.input_size_per_partition
+    identity = torch.eye(inputs, dtype=module.params_dtype, device=module.weight.device)
+    return module.cpu_linear(identity, module.weight, None).t()
+
+
+def _stored(module: Any) -> torch.Tensor:
+    return module.weight
+
+
+def _matrix(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(tensor.shape[0], -1)
