@@ -1,0 +1,63 @@
+"""STARE's token weights (arXiv 2606.19236): which action tokens are entropy-critical, and by how much they count.
+
+Action tokens are split by the sign of their advantage, T+ = {A > 0} and T- = {A < 0}. The k = ceil(P n) tokens of
+highest surprisal s = -log pi in each are the entropy-critical sets L+ and L-. With the gate shut w = 1; with it open,
+O1: w = W on L+; C2: w = W on L+ and M on L-.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from stare_megatron.algo.selection import NEGATIVE, POSITIVE, Selection, select_top, subset_codes
+from stare_megatron.algo.shards import Shards
+from stare_megatron.config import StareConfig
+from stare_megatron.types import Control
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """Tokens to be weighed, [T] each: this rank's part of the scope (update batch or micro-batch).
+
+    `surprisal_T` float32, nats, under the policy about to be updated; `advantage_T`; `action_T` bool: a token of this
+    rank that carries loss; `global_id_T` int64.
+    """
+
+    surprisal_T: torch.Tensor
+    advantage_T: torch.Tensor
+    action_T: torch.Tensor
+    global_id_T: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """`weight_T` float [T]: factor of each token's loss.
+
+    `subset_T` int64 [T]: POSITIVE, NEGATIVE or NEITHER; `selection`: L+ and L-.
+    """
+
+    weight_T: torch.Tensor
+    subset_T: torch.Tensor
+    selection: Selection
+
+
+def weigh(tokens: Candidates, control: Control, config: StareConfig, shards: Shards) -> Weights:
+    """Token weights of variant O1 or C2. L+ and L- are found, and can be reported, with the gate shut too."""
+    subset_T = subset_codes(tokens.advantage_T, tokens.action_T)
+    chosen = select_top(tokens.surprisal_T, subset_T, tokens.global_id_T, config.fraction, shards)
+    weight_T = torch.ones_like(tokens.advantage_T)
+    if control.gate_on:
+        weight_T = torch.where(chosen.selected_T & (subset_T == POSITIVE), control.weight_pos, weight_T)
+        if config.variant == "C2":
+            weight_T = torch.where(chosen.selected_T & (subset_T == NEGATIVE), control.weight_neg, weight_T)
+    return Weights(weight_T, subset_T, chosen)
+
+
+def weigh_equally(tokens: Candidates, shards: Shards) -> Weights:
+    """Weight 1 everywhere and empty L+ and L-, for methods without selection."""
+    subset_T = subset_codes(tokens.advantage_T, tokens.action_T)
+    count_S = shards.sum(torch.stack([(subset_T == code).sum() for code in (POSITIVE, NEGATIVE)]))
+    nothing = Selection(torch.zeros_like(tokens.action_T), count_S, torch.zeros_like(count_S), count_S.new_zeros(()))
+    return Weights(torch.ones_like(tokens.advantage_T), subset_T, nothing)
