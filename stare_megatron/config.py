@@ -27,6 +27,9 @@ class RunConfig(Section):
     dir: Path = Field(Path("runs"), description="Folder that holds run folders.")
     steps: int = Field(ge=1, description="Optimizer steps to train for.")
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of everything random in the run.")
+    min_free_mb: int = Field(
+        0, ge=0, description="Free disk space a start asks for, MB; 0: estimated from the model and `[checkpoint]`."
+    )
     resume: str = Field(
         "never",
         description="`never`: refuse a run folder that already has a checkpoint; `auto`: continue from its newest one; "

@@ -10,6 +10,8 @@ import enum
 import functools
 import importlib.util
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +34,26 @@ def current() -> Device:
     if forced:
         return Device(forced)
     return Device.CUDA if torch.cuda.is_available() else Device.CPU
+
+
+@functools.cache
+def gpu_names() -> tuple[str, ...]:
+    """NVIDIA GPUs this process may use, by name, without importing torch; () where `current` would say CPU.
+
+    Asks `nvidia-smi`, which comes with the driver, and honours CUDA_VISIBLE_DEVICES by count.
+    """
+    if os.environ.get("STARE_DEVICE", "") == Device.CPU.value or shutil.which("nvidia-smi") is None:
+        return ()
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    names = tuple(line.strip() for line in done.stdout.splitlines() if line.strip())
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return names
+    return names[: len([item for item in visible.split(",") if item.strip() not in ("", "-1")])]
 
 
 def torch_device(local_rank: int) -> torch.device:

@@ -1,0 +1,93 @@
+"""The sink protocol, several sinks as one, and the sinks a configuration asks for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from rich.console import Console
+
+from stare_megatron.config import Config
+from stare_megatron.metrics import jsonl, tensorboard
+from stare_megatron.metrics.catalogue import Metric
+from stare_megatron.metrics.console import ConsoleSink
+
+
+class Sink(Protocol):
+    def log(self, step: int, metrics: Sequence[Metric]) -> None:
+        """Write one finished step. Steps come in rising order, each once."""
+        ...
+
+    def close(self) -> None:
+        """Flush and release. Called once."""
+        ...
+
+
+class Sinks:
+    """All sinks of a run, as one. `close` closes each, also when one of them fails."""
+
+    def __init__(self, console: ConsoleSink, others: Sequence[Sink]) -> None:
+        self._console = console
+        # The record on disk comes before the display.
+        self._all: tuple[Sink, ...] = (*others, console)
+
+    def status(self, text: str) -> None:
+        """Tell the user what is going on now."""
+        self._console.status(text)
+
+    def log(self, step: int, metrics: Sequence[Metric]) -> None:
+        for sink in self._all:
+            sink.log(step, metrics)
+
+    def close(self) -> None:
+        with contextlib.ExitStack() as stack:
+            for sink in self._all:
+                stack.callback(sink.close)
+
+
+def target_entropy(config: Config) -> float | None:
+    """H_tgt, nats; None when the method has no gate."""
+    return config.algorithm.stare.target_entropy if config.algorithm.method == "stare" else None
+
+
+def open_sinks(config: Config, folder: Path, restored_step: int, quiet: bool, console: Console) -> Sinks:
+    """The sinks `[logging]` asks for, in the run's `folder`, which exists.
+
+    `restored_step`: steps done before this start; what was logged beyond it is cut.
+
+    Raises:
+        UserError: a damaged metrics file, or wandb refuses to start.
+    """
+    record = jsonl.JsonlSink(folder / jsonl.FILE, restored_step)
+    others: list[Sink] = [record]
+    with contextlib.ExitStack() as opened:
+        opened.callback(record.close)
+        if config.logging.tensorboard:
+            events = tensorboard.TensorBoardSink(folder / tensorboard.FOLDER, restored_step)
+            opened.callback(events.close)
+            others.append(events)
+        if config.logging.wandb != "disabled":
+            from stare_megatron.metrics import wandb
+
+            others.append(
+                wandb.WandbSink(
+                    folder / wandb.FOLDER,
+                    config.logging.wandb,
+                    config.logging.wandb_project,
+                    config.run.name,
+                    config.model_dump(mode="json"),
+                )
+            )
+        opened.pop_all()
+    display = ConsoleSink(
+        console,
+        config.run.name,
+        config.run.steps,
+        restored_step,
+        target_entropy(config),
+        quiet,
+        history=jsonl.read(folder / jsonl.FILE),
+    )
+    return Sinks(display, others)

@@ -1,0 +1,34 @@
+"""TensorBoard event files, written without TensorFlow or torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+# protobuf makes these classes when imported, so a type checker does not see them.
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from stare_megatron.metrics.catalogue import Metric
+
+FOLDER = "tensorboard"
+
+
+class TensorBoardSink:
+    """One scalar a metric. A resumed run marks its first step so that TensorBoard drops later events of older files."""
+
+    def __init__(self, folder: Path, restored_step: int) -> None:
+        self._writer = EventFileWriter(str(folder))
+        if restored_step:
+            start = SessionLog(status=SessionLog.START)
+            self._writer.add_event(Event(wall_time=time.time(), step=restored_step + 1, session_log=start))
+
+    def log(self, step: int, metrics: Sequence[Metric]) -> None:
+        values = [Summary.Value(tag=m.name, simple_value=m.value) for m in metrics]
+        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()

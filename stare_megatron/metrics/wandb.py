@@ -1,0 +1,68 @@
+"""Weights & Biases. The only file that imports wandb; offline unless `logging.wandb` says otherwise."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import wandb
+
+from stare_megatron.errors import UserError
+from stare_megatron.metrics.catalogue import Metric, by_name
+
+FOLDER = "wandb"
+_ID_FILE = "run_id"
+
+
+class WandbSink:
+    """Logs to one wandb run. Its id is kept in `folder/run_id`, so a resumed run continues it.
+
+    Values are plotted over their own `step`, so that steps repeated after a resume are kept and not dropped.
+
+    Args:
+        folder: where wandb keeps its files.
+        config: the resolved configuration, as nested JSON-like values.
+
+    Raises:
+        UserError: wandb refuses to start (no login for `online`, no network).
+    """
+
+    def __init__(
+        self, folder: Path, mode: Literal["offline", "online"], project: str, name: str, config: dict[str, Any]
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        id_file = folder / _ID_FILE
+        if not id_file.exists():
+            partial = id_file.with_name(_ID_FILE + ".partial")
+            partial.write_text(secrets.token_hex(4))
+            partial.replace(id_file)
+        settings = wandb.Settings(
+            silent=True, console="off", disable_git=True, disable_code=True, x_disable_meta=True, x_disable_stats=True
+        )
+        try:
+            self._run = wandb.init(
+                id=id_file.read_text().strip(),
+                # wandb calls its folder "wandb" itself.
+                dir=str(folder.parent),
+                mode=mode,
+                project=project,
+                name=name,
+                config=config,
+                resume="allow" if mode == "online" else None,
+                settings=settings,
+            )
+        except wandb.Error as e:
+            first = str(e).strip().splitlines()[0]
+            raise UserError(
+                f"logging.wandb = {mode!r}: wandb does not start: {first}; use logging.wandb=offline or disabled"
+            ) from e
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, step: int, metrics: Sequence[Metric]) -> None:
+        self._run.log({"step": step, **by_name(metrics)})
+
+    def close(self) -> None:
+        self._run.finish()
