@@ -1,0 +1,183 @@
+import io
+import math
+
+import pytest
+from rich.console import Console
+
+from stare_megatron.config import Config, parse
+from stare_megatron.errors import UserError
+from stare_megatron.metrics import jsonl
+from stare_megatron.metrics.catalogue import metrics
+from stare_megatron.metrics.console import ConsoleSink, clock, sparkline
+from stare_megatron.metrics.jsonl import JsonlSink
+from stare_megatron.metrics.sinks import Sinks, open_sinks
+from stare_megatron.metrics.tensorboard import TensorBoardSink
+
+
+def config(**logging) -> Config:
+    tree = {
+        "run": {"name": "unit", "steps": 10},
+        "model": {"path": "m"},
+        "data": {"train": ["a.jsonl"]},
+        "reward": {"name": "math"},
+        "logging": logging,
+    }
+    return parse(tree, "test")
+
+
+def write_steps(path, first, last):
+    sink = JsonlSink(path, first - 1)
+    for step in range(first, last + 1):
+        sink.log(step, metrics({"reward/mean": step / 10}))
+    sink.close()
+
+
+def test_jsonl_reads_back_what_was_logged(tmp_path):
+    sink = JsonlSink(tmp_path / "m.jsonl", 0)
+    sink.log(1, metrics({"update/grad_norm": math.inf, "sync/probe": math.nan, "reward/mean": 0.5}))
+    # Flushed before the sink is closed: a killed run keeps its steps.
+    (row,) = jsonl.read(tmp_path / "m.jsonl")
+    sink.close()
+    assert row["step"] == 1
+    assert row["update/grad_norm"] == math.inf
+    assert math.isnan(row["sync/probe"])
+    assert row["reward/mean"] == 0.5
+
+
+def test_jsonl_resume_cuts_what_lies_beyond_the_checkpoint(tmp_path):
+    path = tmp_path / "m.jsonl"
+    write_steps(path, 1, 6)
+    before = path.read_text().splitlines()
+    write_steps(path, 4, 5)
+    assert [row["step"] for row in jsonl.read(path)] == [1, 2, 3, 4, 5]
+    assert path.read_text().splitlines()[:3] == before[:3]
+
+
+def test_jsonl_resume_drops_a_torn_last_line(tmp_path):
+    path = tmp_path / "m.jsonl"
+    write_steps(path, 1, 3)
+    with path.open("a") as f:
+        f.write('{"step": 4, "rew')
+    write_steps(path, 4, 4)
+    assert [row["step"] for row in jsonl.read(path)] == [1, 2, 3, 4]
+
+
+def test_jsonl_damage_is_named_by_file_and_line(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"m\.jsonl:2: not a line of metrics"):
+        jsonl.read(path)
+
+
+def test_tensorboard_holds_every_scalar(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    first = TensorBoardSink(tmp_path, 0)
+    for step in (1, 2, 3):
+        first.log(step, metrics({"reward/mean": step / 10, "policy/entropy": 1.0}))
+    first.close()
+    seen = EventAccumulator(str(tmp_path)).Reload()
+    assert set(seen.Tags()["scalars"]) == {"reward/mean", "policy/entropy"}
+    assert [(e.step, round(e.value, 3)) for e in seen.Scalars("reward/mean")] == [(1, 0.1), (2, 0.2), (3, 0.3)]
+
+
+def test_tensorboard_resume_purges_steps_beyond_the_checkpoint(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.summary.writer import event_file_writer
+
+    clocks = iter((1000, 2000))
+    monkeypatch.setattr(event_file_writer.time, "time", lambda now=event_file_writer.time.time: now())
+    for restored, value in ((0, 0.1), (1, 0.9)):
+        # Event files are ordered by the second in their names.
+        second = next(clocks)
+        monkeypatch.setattr(event_file_writer.time, "time", lambda second=second: second)
+        sink = TensorBoardSink(tmp_path, restored)
+        for step in range(restored + 1, 4):
+            sink.log(step, metrics({"reward/mean": value}))
+        sink.close()
+    scalars = EventAccumulator(str(tmp_path)).Reload().Scalars("reward/mean")
+    assert [(e.step, round(e.value, 3)) for e in scalars] == [(1, 0.1), (2, 0.9), (3, 0.9)]
+
+
+def test_wandb_offline_keeps_one_id(tmp_path):
+    from stare_megatron.metrics.wandb import WandbSink
+
+    for _ in range(2):
+        sink = WandbSink(tmp_path / "wandb", "offline", "p", "n", {"run": {"steps": 1}})
+        sink.log(1, metrics({"reward/mean": 0.5}))
+        sink.close()
+    runs = [p for p in (tmp_path / "wandb").iterdir() if p.name.startswith("offline-run-")]
+    name = (tmp_path / "wandb" / "run_id").read_text()
+    assert len(runs) == 2
+    assert all((run / f"run-{name}.wandb").stat().st_size > 0 for run in runs)
+
+
+def test_open_sinks_writes_everywhere_and_closes(tmp_path):
+    out = io.StringIO()
+    sinks = open_sinks(config(wandb="disabled"), tmp_path, 0, False, Console(file=out, width=200))
+    sinks.status("starting engines")
+    sinks.status("rollout")
+    sinks.log(1, metrics({"reward/mean": 0.25, "policy/entropy": 0.4, "stare/gate": 0.0}))
+    sinks.close()
+    assert out.getvalue().splitlines() == [
+        "starting engines",
+        "step 1/10  reward 0.250  entropy 0.400  target 0.300  gate 0",
+    ]
+    assert jsonl.read(tmp_path / "metrics.jsonl")[0]["reward/mean"] == 0.25
+    assert list((tmp_path / "tensorboard").iterdir())
+    assert not (tmp_path / "wandb").exists()
+
+
+def test_close_reaches_every_sink_when_one_fails():
+    class Failing:
+        def log(self, step, metrics): ...
+
+        def close(self):
+            raise OSError("disk gone")
+
+    class Watched(Failing):
+        closed = False
+
+        def close(self):
+            self.closed = True
+
+    watched = Watched()
+    console = ConsoleSink(Console(file=io.StringIO()), "unit", 1, 0, None, quiet=True)
+    with pytest.raises(OSError, match="disk gone"):
+        Sinks(console, [watched, Failing(), Watched()]).close()
+    assert watched.closed
+
+
+def test_live_display_shows_progress_and_ends_clean():
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=110, height=30, color_system=None)
+    sink = ConsoleSink(console, "unit", 4, 0, 0.3, quiet=False)
+    sink.status("rollout")
+    sink.log(1, metrics({"reward/mean": 0.1, "policy/entropy": 0.5, "stare/gate": 0.0, "time/step": 2.0}))
+    sink.log(2, metrics({"reward/mean": 0.3, "policy/entropy": 0.2, "stare/gate": 1.0, "time/step": 2.0}))
+    sink.close()
+    last = out.getvalue()[out.getvalue().rindex("stare-megatron unit") :]
+    for text in ("step 2/4", "0:04 left", "0.200 target 0.300, gate open", "0.200", "▁█", "█▁"):
+        assert text in last, text
+    assert out.getvalue().endswith("\x1b[?25h"), "the cursor must be shown again"
+
+
+def test_quiet_never_starts_the_live_display():
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=110, color_system=None)
+    sink = ConsoleSink(console, "unit", 4, 0, None, quiet=True)
+    sink.log(1, metrics({"reward/mean": 0.1}))
+    sink.close()
+    assert out.getvalue() == "step 1/4  reward 0.100\n"
+
+
+def test_sparkline_scales_averages_and_marks_non_finite():
+    assert sparkline([0.0, 1.0], 10) == "▁█"
+    assert sparkline([5.0, 5.0, 5.0], 10) == "▁▁▁"
+    assert sparkline([0.0, 0.0, 7.0, 7.0], 2) == "▁█"
+    assert sparkline([0.0, math.nan, 1.0], 10) == "▁?█"
+    assert sparkline([], 10) == ""
+
+
+def test_clock():
+    assert (clock(0.2), clock(75), clock(3671)) == ("0:00", "1:15", "1:01:11")
