@@ -25,9 +25,10 @@ _PARTIAL = ".partial"
 
 @dataclasses.dataclass(frozen=True)
 class LoopState:
-    """What the loop must know to go on as if it had never stopped."""
+    """What the loop must know to go on as if it had never stopped. `trained_tokens`: action tokens of all steps."""
 
     step: int
+    trained_tokens: int
     stream: StreamState
     controller: ControllerState
 
@@ -43,10 +44,12 @@ def save(root: Path, state: LoopState, write_trainer: Callable[[Path], None], ke
     partial.mkdir(parents=True)
     write_trainer(partial / "trainer")
     write_atomic(partial / "loop.json", json.dumps(dataclasses.asdict(state), indent=2))
+    stale = final.with_name(final.name + ".stale" + _PARTIAL)
     if final.exists():
-        shutil.rmtree(final)
+        os.rename(final, stale)
     os.rename(partial, final)
     write_atomic(root / "latest", final.name + "\n")
+    shutil.rmtree(stale, ignore_errors=True)
     for old in _complete(root)[:-keep_last]:
         shutil.rmtree(old)
     return final
@@ -85,6 +88,7 @@ def read(folder: Path) -> LoopState:
         tree = json.loads(file.read_text())
         return LoopState(
             step=int(tree["step"]),
+            trained_tokens=int(tree["trained_tokens"]),
             stream=StreamState(**tree["stream"]),
             controller=ControllerState(**tree["controller"]),
         )

@@ -79,8 +79,8 @@ def train(run: Run[Batch]) -> int:
         step += 1
         with run.phase("push"):
             probe = run.push(step)
+        run.report(step, batch, scores, control, updates, probe)
         if run.save_due(step) or run.stopping():
             with run.phase("save"):
                 run.save(step)
-        run.report(step, batch, scores, control, updates, probe)
     return step

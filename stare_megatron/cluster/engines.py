@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 
@@ -38,7 +38,16 @@ class EngineActor:
     async def start(self) -> None:
         from stare_megatron.inference.engine import Engine
 
-        self._engine = Engine(self._config, index=self._index, transport=self._transport)
+        config = self._config
+        self._engine = Engine(
+            f"engine {self._index}",
+            config.model.path,
+            config.model.dtype,
+            config.inference,
+            config.window,
+            config.run.seed,
+            self._transport,
+        )
         await self._engine.start()
         self._run = self._make_runner(self._engine)
 
@@ -59,7 +68,7 @@ class EngineActor:
     async def update_weights(self, update_info: Any) -> None:
         await self._engine.update_weights(update_info)
 
-    async def finish_weight_update(self, version: str | None) -> None:
+    async def finish_weight_update(self, version: int) -> None:
         await self._engine.finish_weight_update(version)
 
     async def checksums(self) -> dict[str, str]:
@@ -68,8 +77,8 @@ class EngineActor:
     async def sleep(self) -> None:
         await self._engine.sleep()
 
-    async def wake(self) -> None:
-        await self._engine.wake()
+    async def wake(self, part: Literal["weights", "kv_cache"]) -> None:
+        await self._engine.wake(part)
 
     async def peak_memory_bytes(self) -> int:
         return self._engine.peak_memory_bytes()
@@ -130,8 +139,8 @@ class EngineGroup:
     def sleep(self) -> None:
         self._all("sleep")
 
-    def wake(self) -> None:
-        self._all("wake")
+    def wake(self, part: Literal["weights", "kv_cache"]) -> None:
+        self._all("wake", part)
 
     def peak_memory_bytes(self) -> int:
         """The largest engine's."""

@@ -78,6 +78,11 @@ def get(ref: ray.ObjectRef, name: str) -> Any:
         raise RunError(f"{name}: its process died: {_first_line(e)}; its log is in the run folder's logs/") from e
 
 
+def fetch(refs: Sequence[ray.ObjectRef]) -> list[Any]:
+    """Bring objects to this process."""
+    return ray.get(list(refs))
+
+
 def log_to(folder: Path, name: str) -> None:
     """Send this process's stdout and stderr to `folder/name.log` (its children's too)."""
     folder.mkdir(parents=True, exist_ok=True)

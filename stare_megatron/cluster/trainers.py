@@ -50,27 +50,30 @@ class TrainerActor:
         )
         return self._trainer.position()
 
-    def connect(self, endpoint: tuple[str, int], engines: list[Any], transport: str) -> None:
+    def connect(self, engines: list[Any], transport: str) -> None:
         """Join the weight transport. Rank 0 speaks to the engines; the others take part in the gathering."""
-        from stare_megatron.cluster.weights import RayWeightSyncClient
+        from stare_megatron.cluster.weights import ray_fan_out
         from stare_megatron.sync.push import WeightPusher
+        from stare_megatron.sync.source import ParamSpec, WeightStream
 
-        self._pusher = WeightPusher(
-            transport,
-            rank=self._rank,
-            endpoint=endpoint,
-            metadata=self._trainer.weight_metadata,
-            weights=self._trainer.weights,
-            client=RayWeightSyncClient(engines, self._config.inference.tensor_parallel),
-            receivers=len(engines) * self._config.inference.tensor_parallel,
-        )
+        specs = tuple(ParamSpec(*meta) for meta in self._trainer.weight_metadata())
+        self._stream = WeightStream(specs, self._trainer.weights)
+        client = ray_fan_out(engines, self._config.inference.tensor_parallel)
+        self._pusher = WeightPusher(transport, self._rank, self._stream, client, runtime.node_address())
         self._pusher.connect()
 
     def push(self, version: int) -> None:
         self._pusher.push(version)
 
     def checksums(self) -> dict[str, str]:
-        return self._pusher.checksums()
+        """Of each exported parameter, by its Hugging Face name; a collective, computed on rank 0."""
+        from stare_megatron.sync.check import checksum
+
+        found = {}
+        for name, tensor in self._stream.tensors():
+            if self._rank == 0:
+                found[name] = checksum(tensor)
+        return found
 
     def load(self, updates: list[tuple[list[ray.ObjectRef], UpdateShare]]) -> None:
         fetched: list[tuple[list[Group], UpdateShare]] = [(ray.get(refs), share) for refs, share in updates]
@@ -122,8 +125,7 @@ class TrainerGroup:
         self._positions: list[Position] = runtime.wait(self._starting, self._names, self._timeout)
 
     def connect(self, engines: EngineGroup, transport: str) -> None:
-        endpoint = runtime.wait([self._actors[0].endpoint.remote()], self._names[:1])[0]
-        refs = [actor.connect.remote(endpoint, engines.actors, transport) for actor in self._actors]
+        refs = [actor.connect.remote(engines.actors, transport) for actor in self._actors]
         runtime.wait(refs, self._names, self._timeout)
 
     def load(self, groups: Sequence[tuple[ray.ObjectRef, GroupSummary]]) -> None:

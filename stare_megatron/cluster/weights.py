@@ -1,36 +1,25 @@
-"""The control side of a weight push: vLLM's `VLLMWeightSyncClient`, spoken to every engine actor by Ray."""
+"""How the trainer's rank 0 reaches the engines during a weight push: Ray calls behind `sync.fanout.EngineFanOut`."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import ray
+from stare_megatron.cluster import runtime
+from stare_megatron.sync.fanout import EngineFanOut
 
 
-class RayWeightSyncClient:
-    """Fans each call out to all engines and waits for all.
+def ray_fan_out(engines: list[Any], workers: int) -> EngineFanOut:
+    """Calls to engine actors, all at once.
 
-    `init_weight_transfer_engine` gives each engine its own `rank_offset`: engine i's workers follow those of the
-    engines before it in the transfer group, whose rank 0 is the trainer.
+    Args:
+        engines: actor handles.
+        workers: vLLM workers of each engine.
     """
+    names = [f"engine {i}" for i in range(len(engines))]
 
-    def __init__(self, engines: list[Any], tensor_parallel: int) -> None:
-        self._engines = engines
-        self._tensor_parallel = tensor_parallel
+    def call(method: str, arguments: Sequence[tuple[Any, ...]]) -> None:
+        refs = [getattr(engine, method).remote(*args) for engine, args in zip(engines, arguments, strict=True)]
+        runtime.wait(refs, names)
 
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        infos = [dict(init_info) for _ in self._engines]
-        for i, info in enumerate(infos):
-            if "rank_offset" in info:
-                info["rank_offset"] += i * self._tensor_parallel
-        calls = zip(self._engines, infos, strict=True)
-        ray.get([engine.init_weight_transfer_engine.remote(info) for engine, info in calls])
-
-    def start_weight_update(self) -> None:
-        ray.get([engine.start_weight_update.remote() for engine in self._engines])
-
-    def update_weights(self, update_info: Any) -> None:
-        ray.get([engine.update_weights.remote(update_info) for engine in self._engines])
-
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
-        ray.get([engine.finish_weight_update.remote(weight_version) for engine in self._engines])
+    return EngineFanOut([workers] * len(engines), call)

@@ -1,0 +1,265 @@
+"""The composition root: Config -> a run, from the first check to the last file. Knows every other module."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import resource
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from stare_megatron import checkpoint, device, loop, preflight, report, run_folder
+from stare_megatron.algo import controller
+from stare_megatron.algo.registry import ALGORITHMS
+from stare_megatron.cluster import placement, runtime
+from stare_megatron.cluster.engines import EngineGroup
+from stare_megatron.cluster.trainers import TrainerGroup
+from stare_megatron.config import Config
+from stare_megatron.data.prompts import PromptStream, load_prompts
+from stare_megatron.data.tokenizer import load_tokenizer
+from stare_megatron.metrics.plot import plot
+from stare_megatron.metrics.samples import write_samples
+from stare_megatron.metrics.sinks import Sinks, open_sinks
+from stare_megatron.metrics.summary import render, summarize
+from stare_megatron.rollout.collect import Collected, Collector
+from stare_megatron.rollout.runner import make_runner
+from stare_megatron.sync.check import compare, first_difference, require_agreement
+from stare_megatron.types import Control, ScoreSummary, UpdateStats
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class StopSignal:
+    """Ctrl-C or SIGTERM: the first asks for an end after the current step, the second ends at once."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self.asked = False
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        self._console.print("stopping after this step; once more to stop at once", style="yellow")
+
+
+class StareRun:
+    """What `loop.train` drives: the engines, the ranks, the data and the records of one run."""
+
+    def __init__(
+        self,
+        config: Config,
+        trainers: TrainerGroup,
+        engines: EngineGroup,
+        stream: PromptStream,
+        tokenizer: PreTrainedTokenizerBase,
+        sinks: Sinks,
+        stop: StopSignal,
+        resume_from: Path | None,
+    ) -> None:
+        self.steps = config.run.steps
+        self.saved_step = -1
+        self._config = config
+        self._trainers = trainers
+        self._engines = engines
+        self._stream = stream
+        self._collector = Collector(config, engines, stream)
+        self._tokenizer = tokenizer
+        self._sinks = sinks
+        self._stop = stop
+        self._resume_from = resume_from
+        self._algorithm = ALGORITHMS[config.algorithm.method]
+        self._state = controller.initial(config.algorithm)
+        self._colocated = config.inference.placement == "colocated"
+        self._asleep = False
+        self._probe = stream.probe()
+        self._seconds: dict[str, float] = {}
+        self._trained = 0
+        self._began = self._step_began = time.monotonic()
+
+    def restore(self) -> int:
+        if self._resume_from is None:
+            return 0
+        self._sinks.status(f"restoring {self._resume_from}")
+        state = checkpoint.read(self._resume_from)
+        self._trainers.restore(self._resume_from / "trainer")
+        self._stream.restore(state.stream)
+        self._state = state.controller
+        self._trained = state.trained_tokens
+        return state.step
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self._sinks.status(name)
+        began = time.monotonic()
+        yield
+        if name == "rollout" and self._colocated:
+            self._engines.sleep()
+            self._asleep = True
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - began
+
+    def collect(self, step: int) -> Collected:
+        return self._collector.collect(step)
+
+    def load(self, batch: Collected) -> None:
+        self._trainers.load(batch.groups)
+
+    def score(self) -> ScoreSummary:
+        scores = self._trainers.score()
+        self._trained += scores.num_action_tokens
+        return scores
+
+    def observe(self, scores: ScoreSummary) -> Control:
+        self._state, control = self._algorithm.controller(self._config.algorithm, self._state, scores.entropy)
+        return control
+
+    def update(self, control: Control) -> list[UpdateStats]:
+        return self._trainers.update(control)
+
+    def push(self, version: int) -> float:
+        if self._asleep:
+            self._engines.wake("weights")
+        self._trainers.push(version)
+        if self._asleep:
+            self._engines.wake("kv_cache")
+            self._asleep = False
+        every = self._config.sync.probe_every
+        return self._check_push(version) if every and version % every == 0 else math.nan
+
+    def _check_push(self, version: int) -> float:
+        """Engines and trainer must give a prompt of the data set the same log-probs; else name the culprit and stop."""
+        ours = self._trainers.score_tokens(self._probe)
+        worst = 0.0
+        for i, theirs in enumerate(self._engines.logprobs(self._probe)):
+            agreement = compare(theirs, ours)
+            worst = max(worst, agreement.mean)
+            require_agreement(
+                f"engine {i}",
+                version,
+                agreement,
+                self._config.sync.probe_threshold,
+                lambda i=i: first_difference(self._trainers.checksums(), self._engines.checksums()[i]),
+            )
+        return worst
+
+    def report(
+        self,
+        step: int,
+        batch: Collected,
+        scores: ScoreSummary,
+        control: Control,
+        updates: list[UpdateStats],
+        probe: float,
+    ) -> None:
+        now = time.monotonic()
+        costs = report.StepCosts(
+            seconds=self._seconds,
+            step_seconds=now - self._step_began,
+            elapsed=now - self._began,
+            trainer_peak=self._trainers.peak_memory_bytes(),
+            engine_peak=self._engines.peak_memory_bytes(),
+            driver_peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            trained_total=self._trained,
+        )
+        self._sinks.log(
+            step, report.step_metrics(step, batch, scores, control, updates, probe, costs, self._stream.state().epoch)
+        )
+        every = self._config.logging.samples_every
+        if every and (step % every == 0 or step == 1):
+            groups = runtime.fetch([ref for ref, _ in batch.groups[: self._config.logging.samples]])
+            decode = functools.partial(self._tokenizer.decode, skip_special_tokens=False)
+            folder = self._config.folder / "samples"
+            write_samples(folder, step, groups, decode, self._config.logging.samples)
+        self._seconds = {}
+        self._step_began = time.monotonic()
+
+    def save_due(self, step: int) -> bool:
+        every = self._config.checkpoint.every
+        return step == self.steps or bool(every and step % every == 0)
+
+    def save(self, step: int) -> None:
+        state = checkpoint.LoopState(step, self._trained, self._stream.state(), self._state)
+        keep = self._config.checkpoint.keep_last
+        checkpoint.save(
+            self._config.folder / "checkpoints", state, lambda folder: self._trainers.save(folder, step), keep
+        )
+        self.saved_step = step
+
+    def stopping(self) -> bool:
+        return self._stop.asked
+
+
+def train(config: Config, *, quiet: bool, command: list[str]) -> int:
+    """Check everything, run, sum up; returns the exit code.
+
+    Raises:
+        UserError: before anything is started. RunError: the run had to stop.
+    """
+    console = Console()
+    preflight.check(config)
+    tokenizer = load_tokenizer(config.model.path)
+    stream = PromptStream(load_prompts(config.data, tokenizer), seed=config.run.seed, shuffle=config.data.shuffle)
+    resume_from = checkpoint.find(config.folder / "checkpoints", config.run.resume)
+    restored = 0 if resume_from is None else checkpoint.read(resume_from).step
+    folder = run_folder.open_run(config, command)
+    sinks = open_sinks(config, folder.path, restored, quiet, console)
+    stop = StopSignal(console)
+    try:
+        with stop.installed():
+            code = _train(config, folder, stream, tokenizer, sinks, stop, resume_from)
+    finally:
+        sinks.close()
+    if folder.metrics.exists() and folder.metrics.stat().st_size:
+        plot(folder.path)
+        console.print(render(summarize(folder.path), config.run.name, folder.outputs()))
+    return code
+
+
+def _train(
+    config: Config,
+    folder: run_folder.RunFolder,
+    stream: PromptStream,
+    tokenizer: PreTrainedTokenizerBase,
+    sinks: Sinks,
+    stop: StopSignal,
+    resume_from: Path | None,
+) -> int:
+    transport = device.weight_transport(colocated=config.inference.placement == "colocated")
+    with contextlib.ExitStack() as stack:
+        sinks.status("starting Ray")
+        stack.enter_context(runtime.cluster(config.cluster, config.trainer.world_size + config.inference.engines + 1))
+        places = placement.plan(config)
+        stack.callback(places.release)
+        sinks.status("starting engines and trainer ranks")
+        runner = functools.partial(make_runner, config)
+        engines = EngineGroup(config, places.engines, transport, runner, folder.logs)
+        stack.callback(engines.close)
+        trainers = TrainerGroup(config, places.trainers, folder.logs)
+        stack.callback(trainers.close)
+        trainers.ready()
+        engines.ready()
+        trainers.connect(engines, transport)
+        run = StareRun(config, trainers, engines, stream, tokenizer, sinks, stop, resume_from)
+        done = loop.train(run)
+        finished = done >= config.run.steps
+        if finished and config.checkpoint.export_final:
+            sinks.status("exporting the policy")
+            trainers.export_hf(folder.export)
+    return 0 if finished else 130

@@ -1,0 +1,91 @@
+"""One finished step as the metrics of the catalogue."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from stare_megatron.metrics.catalogue import Metric, metrics
+from stare_megatron.rollout.collect import Collected
+from stare_megatron.types import Control, ScoreSummary, UpdateStats
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """What a step took. `seconds`: by phase; peaks in bytes; `trained_total`: action tokens of all steps so far."""
+
+    seconds: Mapping[str, float]
+    step_seconds: float
+    elapsed: float
+    trainer_peak: int
+    engine_peak: int
+    driver_peak: int
+    trained_total: int
+
+
+def step_metrics(
+    version: int,
+    batch: Collected,
+    scores: ScoreSummary,
+    control: Control,
+    updates: Sequence[UpdateStats],
+    probe: float,
+    costs: StepCosts,
+    epoch: int,
+) -> tuple[Metric, ...]:
+    """Metrics of the step that made policy `version`. `probe` is NaN when the push was not probed."""
+    stats = batch.stats
+    kept = [summary for _, summary in batch.groups]
+    rewards = [reward for summary in kept for reward in summary.rewards]
+    staleness = max(version - 1 - v for summary in kept for v in summary.weight_versions)
+    count = len(updates)
+    values: dict[str, float] = {
+        "reward/mean": stats.reward_mean,
+        "reward/kept_mean": sum(rewards) / len(rewards),
+        "reward/correct": stats.correct_share,
+        "groups/sampled": stats.groups_sampled,
+        "groups/full_solve": stats.full_solve,
+        "groups/no_solve": stats.no_solve,
+        "groups/dropped": stats.zero_variance_dropped,
+        "groups/zero_variance_kept": sum(summary.zero_variance for summary in kept),
+        "groups/refills": stats.generation_batches - 1,
+        "response/length_mean": stats.length_mean,
+        "response/length_max": stats.length_max,
+        "response/truncated": stats.truncated_share,
+        "response/failed": stats.failed,
+        "data/epoch": epoch,
+        "policy/entropy": scores.entropy,
+        "policy/target_entropy": control.target,
+        "policy/surprisal": scores.surprisal,
+        "stare/gate": float(control.gate_on),
+        "stare/weight_pos": control.weight_pos if control.gate_on else 1.0,
+        "stare/weight_neg": control.weight_neg if control.gate_on else 1.0,
+        "stare/selected_pos": sum(u.selected_pos for u in updates),
+        "stare/selected_neg": sum(u.selected_neg for u in updates),
+        "stare/tokens_pos": sum(u.num_pos for u in updates),
+        "stare/tokens_neg": sum(u.num_neg for u in updates),
+        "update/loss": sum(u.loss for u in updates) / count,
+        "update/grad_norm": sum(u.grad_norm for u in updates) / count,
+        "update/lr": updates[-1].learning_rate,
+        "update/clip_fraction": sum(u.clip_fraction for u in updates) / count,
+        "update/ratio_max": max(u.ratio_max for u in updates),
+        "update/kl": sum(u.kl for u in updates) / count,
+        "mismatch/mean": scores.mismatch_mean,
+        "mismatch/max": scores.mismatch_max,
+        "mismatch/kl": scores.mismatch_kl,
+        "sync/probe": probe,
+        "sync/weight_version": version,
+        "sync/staleness": staleness,
+        "throughput/tokens_per_second": stats.tokens_sampled / costs.step_seconds,
+        "throughput/rollout_tokens_per_second": stats.tokens_sampled / costs.seconds["rollout"],
+        "throughput/trained_tokens": scores.num_action_tokens,
+        "throughput/trained_tokens_total": costs.trained_total,
+        "time/step": costs.step_seconds,
+        "time/elapsed": costs.elapsed,
+        "memory/trainer_peak": costs.trainer_peak / 2**20,
+        "memory/engine_peak": costs.engine_peak / 2**20,
+        "memory/driver_peak": costs.driver_peak / 2**20,
+    }
+    for name in ("rollout", "score", "update", "push", "save"):
+        values[f"time/{name}"] = costs.seconds.get(name, 0.0)
+    return metrics(values)
