@@ -16,7 +16,6 @@ import math
 import os
 import platform
 import shutil
-import struct
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 
 import psutil
 import tomli_w
+from safetensors import SafetensorError, safe_open
 
 from stare_megatron import device
 from stare_megatron.config import Config
@@ -200,13 +200,9 @@ def parameter_count(model: Path) -> int:
     total = 0
     for file in sorted(model.glob("*.safetensors")):
         try:
-            with file.open("rb") as f:
-                (length,) = struct.unpack("<Q", f.read(8))
-                if length > file.stat().st_size:
-                    raise ValueError("header longer than the file")
-                header = json.loads(f.read(length))
-            total += sum(math.prod(t["shape"]) for name, t in header.items() if name != "__metadata__")
-        except (OSError, ValueError, KeyError, TypeError, struct.error) as e:
+            with safe_open(file, framework="np") as tensors:
+                total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+        except (OSError, SafetensorError) as e:
             raise UserError(f"{file}: not a safetensors file ({e}); fetch or convert the checkpoint again") from e
     return total
 

@@ -1,0 +1,227 @@
+import json
+import shutil
+import subprocess
+import tomllib
+from collections import namedtuple
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from stare_megatron import config, device, run_folder
+from stare_megatron.errors import UserError
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file({"a": np.zeros((3, 5), np.float16), "b": np.zeros(7, np.float32)}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def make(tmp_path, model):
+    def build(**run):
+        tree = {
+            "run": {"name": "unit", "dir": str(tmp_path / "runs"), "steps": 3, "seed": 5, **run},
+            "model": {"path": str(model)},
+            "data": {"train": ["a.jsonl"]},
+            "reward": {"name": "math"},
+            "trainer": {"megatron": {"softmax_scale": 0.5}},
+        }
+        return config.parse(tree, "test")
+
+    return build
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_new_folder_holds_the_configuration_and_the_record(make, tmp_path):
+    folder = run_folder.open_run(make(), ["stare-megatron", "train", "x.toml"])
+    assert folder.fresh
+    assert folder.path == tmp_path / "runs" / "unit"
+    assert names(tmp_path / "runs") == ["unit"]
+    assert config.load(folder.config, []) == make()
+    (start,) = json.loads(folder.record.read_text())["starts"]
+    assert start["command"] == ["stare-megatron", "train", "x.toml"]
+    assert start["seed"] == 5
+    assert start["packages"]["ray"]
+    assert "CPUs" in start["hardware"]
+
+
+def test_record_does_not_name_the_machine(make):
+    import socket
+
+    name = socket.gethostname()
+    record = json.loads(run_folder.open_run(make(), []).record.read_text())["starts"][0]
+    assert name not in record["hardware"].split()
+    assert set(record) == {"time", "command", "seed", "python", "packages", "commit", "dirty", "hardware"}
+
+
+def test_to_toml_round_trips_every_key(make):
+    tree = tomllib.loads(run_folder.to_toml(make()))
+    assert config.parse(tree, "again") == make()
+    assert tree["trainer"]["megatron"] == {"softmax_scale": 0.5}
+
+
+def test_a_run_with_steps_is_refused_with_the_cure(make):
+    folder = run_folder.open_run(make(), [])
+    folder.metrics.write_text('{"step": 1}\n')
+    with pytest.raises(UserError, match=r"run\.name = 'unit' has already run; .*run\.resume=auto, or choose another"):
+        run_folder.open_run(make(), [])
+    assert folder.metrics.read_text() == '{"step": 1}\n'
+
+
+def test_a_run_with_a_checkpoint_is_refused(make):
+    folder = run_folder.open_run(make(), [])
+    (folder.checkpoints / "step_000001").mkdir(parents=True)
+    with pytest.raises(UserError, match="has already run"):
+        run_folder.open_run(make(), [])
+
+
+def test_auto_continues_and_keeps_both_starts(make):
+    first = run_folder.open_run(make(), ["first"])
+    first.metrics.write_text('{"step": 1}\n')
+    second = run_folder.open_run(make(resume="auto", steps=9), ["second"])
+    assert not second.fresh
+    assert second.metrics.read_text() == '{"step": 1}\n'
+    assert [s["command"] for s in json.loads(second.record.read_text())["starts"]] == [["first"], ["second"]]
+    assert config.load(second.config, []).run.steps == 9
+    assert config.load(second.path / "config.1.toml", []).run.steps == 3
+
+
+def test_auto_without_a_folder_starts_anew(make):
+    assert run_folder.open_run(make(resume="auto"), []).fresh
+
+
+def test_a_failed_start_is_replaced(make):
+    first = run_folder.open_run(make(), ["first"])
+    first.logs.mkdir()
+    second = run_folder.open_run(make(), ["second"])
+    assert second.fresh
+    assert not second.logs.exists()
+    assert [s["command"] for s in json.loads(second.record.read_text())["starts"]] == [["second"]]
+
+
+def test_resuming_from_another_run_does_not_touch_this_one(make, tmp_path):
+    folder = run_folder.open_run(make(), [])
+    folder.metrics.write_text('{"step": 1}\n')
+    other = tmp_path / "runs" / "other" / "checkpoints" / "step_000002"
+    with pytest.raises(UserError, match=r"holds another run than run\.resume = .*choose another run\.name"):
+        run_folder.open_run(make(resume=str(other)), [])
+    assert not run_folder.open_run(make(resume=str(folder.checkpoints / "step_000001")), []).fresh
+
+
+@pytest.mark.parametrize("resume", ["never", "auto"])
+def test_a_foreign_folder_is_left_alone(make, tmp_path, resume):
+    mine = tmp_path / "runs" / "unit" / "thesis.tex"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("x")
+    with pytest.raises(UserError, match="is not the folder of a run; choose another"):
+        run_folder.open_run(make(resume=resume), [])
+    assert mine.read_text() == "x"
+
+
+def test_nothing_half_made_remains(make, tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_folder, "_write_record", fail)
+    with pytest.raises(UserError, match=r"run\.dir = .*cannot write the run folder .*No space left"):
+        run_folder.open_run(make(), [])
+    assert names(tmp_path / "runs") == []
+
+
+def test_unwritable_place_names_the_key(make, tmp_path):
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(UserError, match=r"run\.dir = .*cannot write the run folder"):
+        run_folder.open_run(make(), [])
+
+
+def test_full_disk_is_found_first(make, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 300 * 2**20))
+    with pytest.raises(UserError, match=r"run\.dir = .*300 MB free on its disk, the run needs 500 MB .*free some"):
+        run_folder.open_run(make(min_free_mb=500), [])
+    assert not (tmp_path / "runs").exists()
+    run_folder.open_run(make(), [])
+
+
+def test_disk_need_grows_with_the_model_and_the_checkpoints_kept(make, monkeypatch):
+    monkeypatch.setattr(run_folder, "parameter_count", lambda _: 100 * 2**20)
+    # (2 kept + 1 being written) x 16 bytes, and 4 bytes exported, a parameter.
+    assert run_folder.disk_need_mb(make()) == 100 * (3 * 16 + 4) + 256
+
+
+def test_parameters_are_counted_from_headers(model):
+    assert run_folder.parameter_count(model) == 22
+
+
+@pytest.mark.parametrize("content", [b"abc", b"\xff" * 64, b"\x04\0\0\0\0\0\0\0nope", b"\x02\0\0\0\0\0\0\0[]"])
+def test_damaged_safetensors_is_named(model, content):
+    (model / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.safetensors: not a safetensors file"):
+        run_folder.parameter_count(model)
+
+
+def test_discard_removes_only_an_unused_fresh_folder(make):
+    used = run_folder.open_run(make(name="used"), [])
+    used.metrics.write_text('{"step": 1}\n')
+    run_folder.discard(used)
+    assert used.path.exists()
+    continued = run_folder.open_run(make(name="used", resume="auto"), [])
+    continued.metrics.unlink()
+    run_folder.discard(continued)
+    assert continued.path.exists()
+    unused = run_folder.open_run(make(name="unused"), [])
+    run_folder.discard(unused)
+    assert not unused.path.exists()
+
+
+def test_git_state_of_a_checkout_and_outside_one(tmp_path):
+    repo = tmp_path / "repo"
+    repo.mkdir()
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    (repo / "a").write_text("1")
+    for args in (["init", "-q"], ["add", "a"], [*identity, "commit", "-qm", "a"]):
+        subprocess.run(["git", "-C", str(repo), *args], check=True)
+    commit, dirty = run_folder.git_state(repo)
+    assert len(commit) == 40
+    assert not dirty
+    (repo / "a").write_text("2")
+    assert run_folder.git_state(repo) == (commit, True)
+    assert run_folder.git_state(tmp_path) == ("", False)
+
+
+@pytest.fixture
+def gpus(monkeypatch, tmp_path):
+    """A driver's nvidia-smi that reports two GPUs."""
+    tool = tmp_path / "bin" / "nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\necho NVIDIA H100\necho NVIDIA H100\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:/usr/bin:/bin")
+    monkeypatch.delenv("STARE_DEVICE", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    device.gpu_names.cache_clear()
+    yield
+    device.gpu_names.cache_clear()
+
+
+@pytest.mark.parametrize(("visible", "count"), [(None, 2), ("0", 1), ("", 0), ("-1", 0)])
+def test_gpu_names_honour_the_visible_ones(gpus, monkeypatch, visible, count):
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert device.gpu_names() == ("NVIDIA H100",) * count
+
+
+def test_hardware_line_counts_equal_gpus(gpus):
+    assert run_folder.hardware().endswith("2 x NVIDIA H100")
+
+
+def test_forced_cpu_has_no_gpus(gpus, monkeypatch):
+    monkeypatch.setenv("STARE_DEVICE", "cpu")
+    assert device.gpu_names() == ()

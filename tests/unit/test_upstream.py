@@ -1,0 +1,56 @@
+import subprocess
+import sys
+
+import pytest
+
+from stare_megatron import upstream
+from stare_megatron.errors import UserError
+
+
+def test_fields_are_those_of_the_installed_dataclass():
+    """The source reading against the real import, in a process of its own."""
+    code = (
+        "import dataclasses\n"
+        "from megatron.core.transformer.transformer_config import TransformerConfig as T, MLATransformerConfig as M\n"
+        "print(*sorted({f.name for f in (*dataclasses.fields(T), *dataclasses.fields(M))}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert upstream.megatron_fields() == set(done.stdout.split())
+
+
+def test_reserved_names_exist_upstream():
+    assert upstream.RESERVED.keys() - upstream.megatron_fields() == set()
+
+
+def test_known_key_passes():
+    upstream.check_megatron({"attention_softmax_in_fp32": True})
+
+
+def test_unknown_key_names_the_nearest():
+    with pytest.raises(UserError, match=r"trainer\.megatron\.atention_softmax_in_fp32: .*'attention_softmax_in_fp32'"):
+        upstream.check_megatron({"atention_softmax_in_fp32": True})
+
+
+@pytest.mark.parametrize(
+    ("key", "cure"),
+    [
+        ("tensor_model_parallel_size", "set trainer.tensor_parallel instead"),
+        ("bf16", "set model.dtype instead"),
+        ("num_layers", "config.json"),
+        ("hidden_dropout", "the run sets it itself"),
+    ],
+)
+def test_reserved_key_names_the_right_one(key, cure):
+    with pytest.raises(UserError) as e:
+        upstream.check_megatron({key: 2})
+    assert str(e.value).startswith(f"trainer.megatron.{key} = 2: not settable here: ")
+    assert cure in str(e.value)
+
+
+def test_nothing_heavy_is_imported():
+    code = (
+        "import sys; from stare_megatron import upstream; upstream.check_megatron({'softmax_scale': 1.0})\n"
+        "print([m for m in ('torch', 'megatron', 'vllm') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
