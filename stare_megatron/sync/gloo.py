@@ -88,9 +88,13 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         if self._group is None:
             raise RuntimeError("weights sent before init_weight_transfer_engine")
         load_weights: Callable[..., Any] = self.model.load_weights  # type: ignore[assignment]
-        with disable_mtp_completeness_check():
-            for weights in wire.receive(self._group, update_info.specs(), self._buffer_bytes):
-                load_weights(weights)
+        try:
+            with disable_mtp_completeness_check():
+                for weights in wire.receive(self._group, update_info.specs(), self._buffer_bytes):
+                    load_weights(weights)
+        except BaseException:
+            self._group.close()  # the sender must not wait for us
+            raise
 
     def finish_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
@@ -99,7 +103,8 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         repack_tied_heads(self.model)
 
     def shutdown(self) -> None:
-        self._group = None
+        if self._group is not None:
+            self._group.close()
 
 
 def repack_tied_heads(model: torch.nn.Module) -> None:
@@ -175,9 +180,13 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
 
             wire.send(self._group, specs, iter(self._source), self._buffer_bytes, failed)
             received.result()
+        except BaseException:
+            self._group.close()  # the workers must not wait for us
+            raise
         finally:
-            pool.shutdown(wait=False)  # after an error here the workers are still waiting for bytes
+            pool.shutdown(wait=False)
         self.client.finish_weight_update()
 
     def shutdown(self) -> None:
-        self._group = None
+        if self._group is not None:
+            self._group.close()

@@ -45,7 +45,7 @@ class GlooGroup:
 
     def __init__(self, store: TCPStore, rank: int, world_size: int) -> None:
         self._store = store
-        self._group: ProcessGroup = ProcessGroupGloo(PrefixStore("weights", store), rank, world_size, TIMEOUT)  # type: ignore[assignment]
+        self._group: ProcessGroup | None = ProcessGroupGloo(PrefixStore("weights", store), rank, world_size, TIMEOUT)  # type: ignore[assignment]
 
     @classmethod
     def join(cls, host: str, port: int, rank: int, world_size: int) -> GlooGroup:
@@ -53,6 +53,8 @@ class GlooGroup:
 
     def broadcast(self, buffer: torch.Tensor, failed: Callable[[], None]) -> None:
         """Broadcast uint8 `buffer` from rank 0. `failed` is called while waiting and raises if the peer gave up."""
+        if self._group is None:
+            raise RuntimeError("the weight transport was closed after an error")
         options = BroadcastOptions()
         options.rootRank = 0
         work = self._group.broadcast([buffer], options)
@@ -60,6 +62,10 @@ class GlooGroup:
             failed()
             time.sleep(2e-4)
         work.wait()
+
+    def close(self) -> None:
+        """Close the connections: whoever waits for us in a broadcast gets an error at once."""
+        self._group = None
 
 
 def host_store(host: str) -> TCPStore:

@@ -1,0 +1,33 @@
+"""`[inference.vllm]` is checked without importing vLLM."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from stare_megatron.errors import UserError
+from stare_megatron.inference.options import RESERVED, check_engine_args, engine_arg_names
+
+
+def test_names_are_those_of_the_installed_vllm() -> None:
+    assert {"enforce_eager", "max_num_seqs", "block_size", "enable_log_requests"} <= engine_arg_names()
+    assert set(RESERVED) <= engine_arg_names()
+    assert "vllm" not in sys.modules
+
+
+def test_known_options_pass() -> None:
+    check_engine_args({"enforce_eager": True, "gpu_memory_utilization": 0.5, "block_size": 32})
+
+
+@pytest.mark.parametrize(
+    ("key", "cure"),
+    [
+        ("max_num_sequences", "did you mean 'max_num_seqs'"),
+        ("tensor_parallel_size", "inference.tensor_parallel"),
+        ("logprobs_mode", "the run depends"),
+    ],
+)
+def test_others_are_refused_with_a_cure(key: str, cure: str) -> None:
+    with pytest.raises(UserError, match=cure):
+        check_engine_args({key: 1})
