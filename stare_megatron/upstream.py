@@ -31,7 +31,6 @@ RESERVED: Mapping[str, str] = {
     "virtual_pipeline_model_parallel_size": "set trainer.virtual_pipeline instead",
     "context_parallel_size": "set trainer.context_parallel instead",
     "expert_model_parallel_size": "set trainer.expert_parallel instead",
-    "expert_tensor_parallel_size": "set trainer.expert_parallel instead",
     "sequence_parallel": "set trainer.sequence_parallel instead",
     "recompute_granularity": "set trainer.recompute instead",
     **dict.fromkeys(
@@ -57,6 +56,7 @@ RESERVED: Mapping[str, str] = {
             "moe_layer_freq",
             "moe_ffn_hidden_size",
             "moe_router_topk",
+            "moe_router_pre_softmax",
             "multi_latent_attention",
             "rotary_interleaved",
         ),

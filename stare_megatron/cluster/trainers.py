@@ -34,8 +34,8 @@ class TrainerActor:
         self._local_rank = local_rank
 
     def endpoint(self) -> tuple[str, int]:
-        """An address and a free port of this rank's node, for a rendezvous."""
-        return runtime.node_address(), runtime.free_port()
+        """An address and a port of this rank's node, for a rendezvous: `cluster.port`, or a free one."""
+        return runtime.node_address(), self._config.cluster.port or runtime.free_port()
 
     def start(self, master_addr: str, master_port: int) -> Position:
         from stare_megatron.trainer.rank import TrainerRank
