@@ -1,0 +1,58 @@
+"""A meta-path finder that mends modules while they are imported (pytest rewrites asserts in the same way)."""
+
+from __future__ import annotations
+
+import ast
+import importlib.machinery
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from types import CodeType, ModuleType
+
+from stare_megatron_patches import Patch
+
+
+class PatchingFinder(MetaPathFinder):
+    """Finds the targets of `patches` by the ordinary path finder and gives them a `PatchingLoader`."""
+
+    def __init__(self, package: str, patches: Sequence[Patch]) -> None:
+        self.package = package
+        self._rewrites = [p for p in patches if p.rewrite]
+        self._fixes = [p for p in patches if p.fix]
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None):
+        rewrites = [p for p in self._rewrites if name == p.target or name.startswith(p.target + ".")]
+        fixes = [p for p in self._fixes if name == p.target]
+        if not rewrites and not fixes:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+            spec.loader = PatchingLoader(spec.loader.name, spec.loader.path, rewrites, fixes)
+        return spec
+
+
+class PatchingLoader(importlib.machinery.SourceFileLoader):
+    """Compiles the rewritten source (never from or to the byte-code cache), executes it, then runs the fixes."""
+
+    def __init__(self, name: str, path: str, rewrites: list[Patch], fixes: list[Patch]) -> None:
+        super().__init__(name, path)
+        self._rewrites = rewrites
+        self._fixes = fixes
+
+    def get_code(self, fullname: str) -> CodeType | None:
+        if not self._rewrites:
+            return super().get_code(fullname)
+        path = self.get_filename(fullname)
+        tree = ast.parse(self.get_data(path), path)
+        for patch in self._rewrites:
+            assert patch.rewrite is not None
+            tree = patch.rewrite(tree, fullname)
+        return compile(ast.fix_missing_locations(tree), path, "exec", dont_inherit=True)
+
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        # A fix may import the package's other modules; they must find this one complete.
+        sys.modules[module.__name__] = module
+        for patch in self._fixes:
+            assert patch.fix is not None
+            patch.fix(module)

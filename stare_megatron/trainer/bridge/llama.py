@@ -1,0 +1,13 @@
+"""Llama 2 and 3 (transformers `LlamaForCausalLM`): no bias, grouped queries, Llama 3's rotary scaling."""
+
+from __future__ import annotations
+
+from stare_megatron.trainer.bridge.shape import Family, Fields, ModelShape, dense_layer, read_dense
+
+
+def read(f: Fields) -> ModelShape:
+    f.only("attention_bias", False)
+    return read_dense(f, "llama", qkv_bias=False, qk_norm=False, tied=False)
+
+
+FAMILY = Family("llama", "LlamaForCausalLM", read, dense_layer)

@@ -1,0 +1,12 @@
+"""Qwen2 and Qwen2.5 (transformers `Qwen2ForCausalLM`): bias on queries, keys and values."""
+
+from __future__ import annotations
+
+from stare_megatron.trainer.bridge.shape import Family, Fields, ModelShape, dense_layer, read_dense
+
+
+def read(f: Fields) -> ModelShape:
+    return read_dense(f, "qwen2", qkv_bias=True, qk_norm=False, tied=False)
+
+
+FAMILY = Family("qwen2", "Qwen2ForCausalLM", read, dense_layer)

@@ -1,0 +1,205 @@
+"""Loading a Hugging Face checkpoint into Megatron-Core chunks, and exporting them again under the same names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.utils import get_model_config
+from torch.distributed import ProcessGroup
+
+from stare_megatron.trainer.bridge.families import FAMILIES
+from stare_megatron.trainer.bridge.shape import Layout, ModelShape, Tensor
+from stare_megatron.trainer.bridge.shards import Checkpoint, full_shapes, merge, read_shard
+
+_EMBEDDING = Tensor(Layout.VOCAB, ("model.embed_tokens.weight",), "embedding.word_embeddings.weight")
+_FINAL_NORM = Tensor(Layout.REPLICATED, ("model.norm.weight",), "decoder.final_layernorm.weight")
+_HEAD = Tensor(Layout.VOCAB, ("lm_head.weight",), "output_layer.weight")
+# The last pipeline stage's copy of tied embeddings.
+_TIED_HEAD = Tensor(Layout.VOCAB, _EMBEDDING.names, _HEAD.local)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One parameter of the whole model: `layer` (from 0) or None outside of the layers."""
+
+    layer: int | None
+    tensor: Tensor
+
+    def names(self, expert: int = 0) -> list[str]:
+        prefix = "" if self.layer is None else f"model.layers.{self.layer}."
+        return [prefix + name.format(e=expert) for name in self.tensor.names]
+
+    @property
+    def of_experts(self) -> bool:
+        return self.tensor.layout in (Layout.EXPERT_GATED, Layout.EXPERT_ROW)
+
+
+def _entries(shape: ModelShape) -> list[_Entry]:
+    """Every parameter in the order of export: embedding, layers, final norm, head."""
+    layer = FAMILIES[shape.family].layer(shape)
+    inner = [_Entry(i, tensor) for i in range(shape.layers) for tensor in layer]
+    return [_Entry(None, _EMBEDDING), *inner, _Entry(None, _FINAL_NORM)] + [_Entry(None, _HEAD)] * (not shape.tied)
+
+
+def _shape(chunks: Sequence[torch.nn.Module]) -> ModelShape:
+    return get_model_config(chunks[0]).shape
+
+
+class _Local:
+    """The parameters on this rank, by global layer and Megatron-Core name."""
+
+    def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
+        self._by_place: dict[tuple[int | None, str], torch.nn.Parameter] = {}
+        for chunk in chunks:
+            model = chunk
+            while not hasattr(model, "decoder"):
+                model = model.module  # type: ignore[assignment]
+            globals_ = [layer.layer_number - 1 for layer in model.decoder.layers]  # type: ignore[union-attr]
+            for name, parameter in model.named_parameters():
+                parts = name.split(".")
+                if parts[:2] == ["decoder", "layers"]:
+                    self._by_place[globals_[int(parts[2])], ".".join(parts[3:])] = parameter
+                else:
+                    self._by_place[None, name] = parameter
+
+    def find(self, entry: _Entry, expert: int = 0) -> torch.nn.Parameter | None:
+        """`expert`: its number on this rank."""
+        for name in (entry.tensor.local, entry.tensor.fused):
+            found = name and self._by_place.get((entry.layer, name.format(e=expert)))
+            if isinstance(found, torch.nn.Parameter):
+                return found
+        return None
+
+    def places(self) -> set[tuple[int | None, str]]:
+        return set(self._by_place)
+
+    def place_of(self, parameter: torch.nn.Parameter) -> tuple[int | None, str]:
+        return next(place for place, p in self._by_place.items() if p is parameter)
+
+
+def _groups(entry: _Entry) -> ProcessGroup:
+    """The ranks that split this parameter (each expert, for experts)."""
+    if entry.of_experts:
+        return parallel_state.get_expert_tensor_parallel_group()
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def _local_experts(shape: ModelShape, entry: _Entry) -> range:
+    """Numbers of the experts on this rank; one pseudo-expert where there are none."""
+    if not entry.of_experts:
+        return range(1)
+    assert shape.experts is not None
+    ranks, rank = parallel_state.get_expert_model_parallel_world_size(), parallel_state.get_expert_model_parallel_rank()
+    here = shape.experts.number // ranks
+    return range(rank * here, (rank + 1) * here)
+
+
+@torch.no_grad()
+def load_weights(chunks: Sequence[torch.nn.Module], path: Path) -> None:
+    """Fill every parameter of this rank from the checkpoint in folder `path`, reading only this rank's slices.
+
+    `chunks`: wrapped in DistributedDataParallel or not; an optimizer with master weights must be told afterwards.
+
+    Raises:
+        UserError: a tensor is missing or has another shape.
+        RuntimeError: a parameter that the architecture's table does not know.
+    """
+    shape, local, file = _shape(chunks), _Local(chunks), Checkpoint(path)
+    left = local.places()
+    for entry in _entries(shape) + [_Entry(None, _TIED_HEAD)] * shape.tied:
+        group = _groups(entry)
+        for here, expert in enumerate(_local_experts(shape, entry)):
+            parameter = local.find(entry, here)
+            if parameter is None:
+                continue
+            wants = full_shapes(entry.tensor.layout, shape, entry.tensor.local)
+            value = read_shard(
+                file,
+                entry.tensor.layout,
+                entry.names(expert),
+                wants,
+                shape,
+                group.rank(),
+                group.size(),
+                parameter.shape[0],
+            )
+            parameter.copy_(value)
+            left.discard(local.place_of(parameter))
+    if left:
+        raise RuntimeError(f"parameters without a counterpart in the checkpoint: {sorted(map(str, left))}")
+
+
+def metadata(shape: ModelShape, dtype: torch.dtype) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """Name, dtype and full shape of everything `export` yields, in its order; no communication."""
+    found = []
+    for entry in _entries(shape):
+        wants = full_shapes(entry.tensor.layout, shape, entry.tensor.local)
+        number = shape.experts.number if entry.of_experts and shape.experts else 1
+        for expert in range(number):
+            found += [(name, dtype, tuple(want)) for name, want in zip(entry.names(expert), wants, strict=True)]
+    return found
+
+
+@torch.no_grad()
+def export(chunks: Sequence[torch.nn.Module], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every Hugging Face tensor, whole, in `dtype`, contiguous, on the model's device, without padding rows.
+
+    A collective: all ranks must run through it. Names and order are the same on every rank. One parameter (or one
+    layer's experts) is held at a time.
+    """
+    shape, local = _shape(chunks), _Local(chunks)
+    place = next(chunks[0].parameters()).device
+    for entry, owner in zip(_entries(shape), _owners(local, shape), strict=True):
+        wants = full_shapes(entry.tensor.layout, shape, entry.tensor.local)
+        mine = owner == parallel_state.get_pipeline_model_parallel_rank()
+        if mine:
+            stacks = _gather(local, entry, shape, dtype)
+        else:
+            number = shape.experts.number if entry.of_experts and shape.experts else 1
+            stacks = [torch.empty((number, *want), dtype=dtype, device=place) for want in wants]
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            pipeline = parallel_state.get_pipeline_model_parallel_group()
+            for stack in stacks:
+                torch.distributed.broadcast(stack, group_src=owner, group=pipeline)
+        for expert in range(len(stacks[0])):
+            for name, stack in zip(entry.names(expert), stacks, strict=True):
+                yield name, stack[expert]
+
+
+def _owners(local: _Local, shape: ModelShape) -> list[int]:
+    """Pipeline rank that holds each entry; the first one, where several do."""
+    here = [local.find(entry) is not None for entry in _entries(shape)]
+    group = parallel_state.get_pipeline_model_parallel_group()
+    everywhere: list[list[bool]] = [[]] * group.size()
+    torch.distributed.all_gather_object(everywhere, here, group=group)
+    return [column.index(True) for column in zip(*everywhere, strict=True)]
+
+
+def _gather(local: _Local, entry: _Entry, shape: ModelShape, dtype: torch.dtype) -> list[torch.Tensor]:
+    """The whole tensors of a parameter of this stage, each [experts or 1, ...]."""
+    shards = []
+    for expert in range(len(_local_experts(shape, entry))):
+        parameter = local.find(entry, expert)
+        assert parameter is not None
+        shards.append(parameter.detach().to(dtype))
+    group = _groups(entry)
+    if entry.tensor.layout is Layout.REPLICATED or group.size() == 1:
+        stacks = [torch.stack(shards)]
+    else:
+        stacks = _all_gather(torch.stack(shards), group)
+    whole = [merge(entry.tensor.layout, [s[e] for s in stacks], shape) for e in range(len(shards))]
+    tensors = [torch.stack(column).contiguous() for column in zip(*whole, strict=True)]
+    experts = parallel_state.get_expert_model_parallel_group()
+    if entry.of_experts and experts.size() > 1:
+        tensors = [torch.cat(_all_gather(t, experts)) for t in tensors]
+    return tensors
+
+
+def _all_gather(tensor: torch.Tensor, group: ProcessGroup) -> list[torch.Tensor]:
+    parts = [torch.empty_like(tensor) for _ in range(group.size())]
+    torch.distributed.all_gather(parts, tensor, group=group)
+    return parts

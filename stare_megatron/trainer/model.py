@@ -1,0 +1,212 @@
+"""The policy as Megatron-Core model chunks, loaded from a Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from stare_megatron import device as devices
+from stare_megatron.config import TrainerConfig
+from stare_megatron.errors import UserError
+from stare_megatron.trainer import parallel, rope, spec
+from stare_megatron.trainer.bridge import weights
+from stare_megatron.trainer.bridge.families import read_hf_config
+from stare_megatron.trainer.bridge.shape import ModelShape
+
+
+@dataclass
+class PolicyConfig(TransformerConfig):
+    """Megatron-Core's configuration, with the shape of the model it was made from.
+
+    Gradient convention (the one place it is set): the loss a micro-batch passes to backward is already divided by the
+    denominator of the whole update, so gradients are SUMMED over data- and context-parallel ranks and over
+    micro-batches, and divided by nothing. Upstream does that when `calculate_per_token_loss` is true, the loss function
+    returns three values (loss, number of tokens, anything) and `finalize_model_grads` is not told the number of tokens.
+    """
+
+    shape: ModelShape = None  # type: ignore[assignment]  # dataclass inheritance wants a default
+
+
+def _finalize(model: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:
+    """Upstream's reduction of gradients without its division by `num_tokens`: see `PolicyConfig`."""
+    finalize_model_grads(model, None, **kwargs)
+
+
+# Fields of TransformerConfig that follow from the checkpoint or from [trainer]; they cannot be passed through.
+_OWNED_SHAPE = {
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+    "add_bias_linear", "add_qkv_bias", "qk_layernorm", "normalization", "layernorm_epsilon", "gated_linear_unit",
+    "num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk", "moe_router_pre_softmax", "activation_func",
+    "rotary_interleaved", "hidden_dropout", "attention_dropout", "init_method", "output_layer_init_method",
+}  # fmt: skip
+_OWNED_LAYOUT = {
+    "tensor_model_parallel_size": "tensor_parallel",
+    "pipeline_model_parallel_size": "pipeline_parallel",
+    "virtual_pipeline_model_parallel_size": "virtual_pipeline",
+    "context_parallel_size": "context_parallel",
+    "expert_model_parallel_size": "expert_parallel",
+    "sequence_parallel": "sequence_parallel",
+    "recompute_granularity": "recompute",
+}
+_OWNED_PRECISION = {
+    "fp16", "bf16", "params_dtype", "pipeline_dtype", "calculate_per_token_loss", "finalize_model_grads_func",
+    "variable_seq_lengths", "use_cpu_initialization", "perform_initialization",
+}  # fmt: skip
+
+
+def check_megatron_options(options: dict[str, Any]) -> None:
+    """`[trainer.megatron]` against upstream's fields.
+
+    Raises:
+        UserError: an unknown field, or one that has its own key elsewhere.
+    """
+    fields = {f.name for f in dataclasses.fields(TransformerConfig)}
+    for name in options:
+        if name in _OWNED_LAYOUT:
+            raise UserError(f"trainer.megatron.{name}: set trainer.{_OWNED_LAYOUT[name]} instead")
+        if name in _OWNED_SHAPE | _OWNED_PRECISION:
+            raise UserError(f"trainer.megatron.{name} follows from the checkpoint and model.dtype; remove it")
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"trainer.megatron.{name} is no field of Megatron-Core's TransformerConfig{hint}")
+
+
+def policy_config(shape: ModelShape, dtype: torch.dtype, trainer: TrainerConfig) -> PolicyConfig:
+    """The model's and the run's settings as Megatron-Core wants them. Needs `parallel.initialize`.
+
+    Raises:
+        UserError: the layout does not fit the model, or upstream refuses the combination.
+    """
+    check_megatron_options(trainer.megatron)
+    shape.check_layout(
+        tensor_parallel=trainer.tensor_parallel,
+        pipeline_parallel=trainer.pipeline_parallel,
+        virtual_pipeline=trainer.virtual_pipeline,
+        expert_parallel=trainer.expert_parallel,
+    )
+    settings: dict[str, Any] = {
+        "shape": shape,
+        "num_layers": shape.layers,
+        "hidden_size": shape.hidden,
+        "ffn_hidden_size": shape.ffn,
+        "num_attention_heads": shape.heads,
+        "num_query_groups": shape.kv_groups,
+        "kv_channels": shape.head_dim,
+        "add_bias_linear": False,
+        "add_qkv_bias": shape.qkv_bias,
+        "qk_layernorm": shape.qk_norm,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": shape.norm_eps,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "tensor_model_parallel_size": trainer.tensor_parallel,
+        "pipeline_model_parallel_size": trainer.pipeline_parallel,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline(trainer),
+        "context_parallel_size": trainer.context_parallel,
+        "expert_model_parallel_size": trainer.expert_parallel,
+        "expert_tensor_parallel_size": parallel.expert_tensor_parallel(trainer),
+        "sequence_parallel": trainer.sequence_parallel,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        # Every parameter is read from the checkpoint.
+        "perform_initialization": False,
+        "use_cpu_initialization": devices.current() is devices.Device.CPU,
+        # Packs differ in length, so stages tell each other the shapes.
+        "variable_seq_lengths": trainer.pipeline_parallel > 1,
+        "calculate_per_token_loss": True,
+        "finalize_model_grads_func": _finalize,
+        **spec.fusion_settings(),
+    }
+    if shape.experts is not None:
+        settings |= {
+            "num_moe_experts": shape.experts.number,
+            "moe_ffn_hidden_size": shape.experts.ffn,
+            "moe_router_topk": shape.experts.top_k,
+            "moe_router_pre_softmax": not shape.experts.normalize,
+            "moe_router_load_balancing_type": "none",
+            "moe_router_dtype": "fp32",
+            "moe_token_dispatcher_type": "alltoall",
+        }
+    if trainer.virtual_pipeline > 1:
+        # With two stages, batched messages to "previous" and "next" are between the same pair and get mixed up.
+        settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+    if trainer.recompute != "none":
+        settings["recompute_granularity"] = trainer.recompute
+    if trainer.recompute == "full":
+        settings |= {"recompute_method": "uniform", "recompute_num_layers": 1}
+    try:
+        return PolicyConfig(**(settings | trainer.megatron))
+    except (ValueError, AssertionError, TypeError) as e:
+        raise UserError(f"Megatron-Core refuses the settings of [trainer]: {e}") from e
+
+
+def padded_vocab(vocab: int, tensor_parallel: int) -> int:
+    """Rows of the embedding: the next multiple of 128, or of 128 x TP where TP does not divide 128."""
+    multiple = 128 if 128 % tensor_parallel == 0 else 128 * tensor_parallel
+    return -(-vocab // multiple) * multiple
+
+
+def build_model(
+    model_path: Path, dtype: torch.dtype, trainer: TrainerConfig, device: torch.device, window: int
+) -> list[DistributedDataParallel]:
+    """This rank's model chunks (one, or `virtual_pipeline` of them) with the checkpoint's weights. A collective.
+
+    `dtype`: float32 or bfloat16, of parameters and activations; gradients are accumulated and reduced in float32.
+    `window`: longest sequence, tokens. The logits of the last stage are [batch, tokens, padded vocabulary / TP], in
+    `dtype`; columns from `config.shape.vocab` on are padding.
+    A packed micro-batch is passed as input_ids [1, T], position_ids [1, T], attention_mask None and PackedSeqParams of
+    format "thd" whose `max_seqlen_q` is exactly the longest sequence: upstream's rotary embedding takes a larger value
+    that happens to equal T for a table of positions over the whole pack.
+
+    Raises:
+        UserError: an unsupported checkpoint or an impossible layout.
+    """
+    config = policy_config(read_hf_config(model_path), dtype, trainer)
+    chunks = [_chunk(config, stage, window) for stage in range(trainer.virtual_pipeline)]
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            parameter.data = parameter.data.to(dtype)
+        chunk.to(device)
+    weights.load_weights(chunks, model_path)
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=trainer.distributed_optimizer
+    )
+    return [
+        DistributedDataParallel(config=config, ddp_config=ddp_config, module=chunk, disable_bucketing=i > 0)
+        for i, chunk in enumerate(chunks)
+    ]
+
+
+def _chunk(config: PolicyConfig, stage: int, window: int) -> GPTModel:
+    shape = config.shape
+    vp_stage = stage if config.virtual_pipeline_model_parallel_size else None
+    where = functools.partial(dict, ignore_virtual=False, vp_stage=vp_stage)
+    chunk = GPTModel(
+        config=config,
+        transformer_layer_spec=spec.block_spec(config, vp_stage),  # type: ignore[arg-type]
+        vocab_size=padded_vocab(shape.vocab, config.tensor_model_parallel_size),
+        max_sequence_length=window,
+        pre_process=parallel_state.is_pipeline_first_stage(**where()),
+        post_process=parallel_state.is_pipeline_last_stage(**where()),
+        share_embeddings_and_output_weights=shape.tied,
+        position_embedding_type="rope",
+        rotary_base=shape.rope_theta,  # type: ignore[arg-type]
+        vp_stage=vp_stage,
+    )
+    if shape.rope_scaling is not None:
+        chunk.rotary_pos_emb.inv_freq = rope.llama3(chunk.rotary_pos_emb.inv_freq, shape.rope_scaling)
+    return chunk

@@ -1,0 +1,94 @@
+"""Megatron-Core's optimizer with the run's settings, and the learning-rate schedule.
+
+The order within a step: `zero_grad`, the forward-backward schedule (which reduces the gradients, see
+`model.PolicyConfig` for the convention), `step`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import megatron.core.optimizer as upstream
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.utils import get_model_config
+
+from stare_megatron.config import OptimizerConfig, TrainerConfig
+from stare_megatron.trainer.spec import providers
+
+if TYPE_CHECKING:
+    from stare_megatron.trainer.model import PolicyConfig
+
+
+def build_optimizer(chunks: Sequence[DistributedDataParallel], trainer: TrainerConfig) -> MegatronOptimizer:
+    """AdamW over float32 master weights, its state split over data-parallel ranks if so configured. A collective.
+
+    Biases and norm weights are not decayed. The weights must be loaded before: the master weights are copies.
+
+    Raises:
+        RuntimeError: Megatron-Core found another Adam than `spec.providers` announced.
+    """
+    if providers().adam not in upstream.Adam.__module__ and not (
+        providers().adam == "torch" and upstream.Adam.__module__.startswith("stare_megatron_patches.")
+    ):
+        raise RuntimeError(f"Adam comes from {upstream.Adam.__module__}, {providers().adam} was announced")
+    settings = trainer.optimizer
+    config: PolicyConfig = get_model_config(chunks[0])
+    optimizer = get_megatron_optimizer(
+        upstream.OptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.beta1,
+            adam_beta2=settings.beta2,
+            adam_eps=settings.eps,
+            clip_grad=settings.clip_grad,
+            bf16=config.bf16,
+            params_dtype=config.params_dtype,
+            use_distributed_optimizer=trainer.distributed_optimizer,
+        ),
+        list(chunks),
+        use_gloo_process_groups=False,
+    )
+    config.grad_scale_func = optimizer.scale_loss
+    return optimizer
+
+
+def learning_rate(settings: OptimizerConfig, step: int, total_steps: int) -> float:
+    """Learning rate of optimizer step `step` (from 0) of `total_steps`: linear warm-up, then constant, cosine or
+    linear decay to `min_lr` at the last step. A function of the step alone, so a resumed run needs no state."""
+    if step < settings.warmup_steps:
+        return settings.lr * (step + 1) / (settings.warmup_steps + 1)
+    if settings.schedule == "constant":
+        return settings.lr
+    decay_steps = max(1, total_steps - 1 - settings.warmup_steps)
+    done = min(1.0, (step - settings.warmup_steps) / decay_steps)
+    left = 1.0 - done if settings.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    return settings.min_lr + (settings.lr - settings.min_lr) * left
+
+
+def zero_grad(chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
+    """Clear the gradient buffers; before each forward-backward."""
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+
+
+def step(optimizer: MegatronOptimizer, settings: OptimizerConfig, lr: float) -> float:
+    """Clip and apply the gradients at learning rate `lr`. A collective.
+
+    Returns the gradient norm before clipping, over the whole model, equal on every rank. If it is not finite the
+    parameters are spoilt, and the caller should stop the run.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        group["weight_decay"] = settings.weight_decay * group["wd_mult"]
+    _, grad_norm, _ = optimizer.step()
+    if isinstance(grad_norm, torch.Tensor):
+        grad_norm = grad_norm.item()
+    assert grad_norm is not None
+    return float(grad_norm)
