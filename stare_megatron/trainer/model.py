@@ -127,6 +127,7 @@ def policy_config(shape: ModelShape, dtype: torch.dtype, trainer: TrainerConfig)
         "use_cpu_initialization": devices.current() is devices.Device.CPU,
         # Packs differ in length, so stages tell each other the shapes.
         "variable_seq_lengths": trainer.pipeline_parallel > 1,
+        "moe_token_dispatcher_type": "alltoall",
         "calculate_per_token_loss": True,
         "finalize_model_grads_func": _finalize,
         **spec.fusion_settings(),
@@ -139,7 +140,6 @@ def policy_config(shape: ModelShape, dtype: torch.dtype, trainer: TrainerConfig)
             "moe_router_pre_softmax": not shape.experts.normalize,
             "moe_router_load_balancing_type": "none",
             "moe_router_dtype": "fp32",
-            "moe_token_dispatcher_type": "alltoall",
         }
     if trainer.virtual_pipeline > 1:
         # With two stages, batched messages to "previous" and "next" are between the same pair and get mixed up.
