@@ -23,8 +23,8 @@ directory.
     stare-megatron train run.toml --print-config
 
 The tables `[trainer.megatron]` and `[inference.vllm]` take further fields of Megatron-Core's `TransformerConfig` and of
-vLLM's `EngineArgs` by their upstream names, checked against the installed packages. Fields that have a key here, or that
-the checkpoint or the run decides, are refused there.
+vLLM's `EngineArgs` by their upstream names, checked against the installed packages. Fields that have a key here, or
+that the checkpoint or the run decides, are refused there.
 
 Written by `python tools/make_config_docs.py` from `stare_megatron/config.py`.
 """
