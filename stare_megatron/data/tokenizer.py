@@ -13,17 +13,20 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face checkpoint folder.
+    """The tokenizer of a Hugging Face checkpoint folder: its tokenizer.json as it is, else what AutoTokenizer makes.
 
     Raises:
         UserError: no such folder, no config.json or tokenizer in it, no end-of-sequence token, or token ids that the
             model's embedding does not have ("vocabulary mismatch").
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     vocab_size = read_vocab_size(model)
+    # AutoTokenizer of transformers 5 rebuilds the tokenizer of some architectures (qwen2 among them) with its own
+    # splitting rules, whatever tokenizer.json says: wrong for DeepSeek-R1-Distill-Qwen and for our word-level ones.
+    loader = PreTrainedTokenizerFast if (model / "tokenizer.json").is_file() else AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(model), local_files_only=True)
+        tokenizer = loader.from_pretrained(str(model), local_files_only=True)
     except (OSError, ValueError, ImportError) as e:
         raise UserError(f"{model}: no tokenizer that transformers can load: {first_line(e)}") from e
     largest = max(tokenizer.get_vocab().values(), default=-1)

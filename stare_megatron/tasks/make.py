@@ -28,6 +28,7 @@ from stare_megatron.tasks.tiny_model import (
     make_model,
     make_tokenizer,
     measure,
+    save,
     warm_up,
 )
 
@@ -114,8 +115,7 @@ def _build(
     finally:
         torch.set_num_threads(threads)
     folder.mkdir()
-    model.save_pretrained(str(folder / "model"))
-    tokenizer.save_pretrained(str(folder / "model"))
+    save(model, tokenizer, folder / "model")
     write_prompts(folder / "train.jsonl", task.name, train)
     write_prompts(folder / "eval.jsonl", task.name, held_out)
     record = wanted | {

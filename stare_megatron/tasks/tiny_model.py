@@ -6,9 +6,12 @@ Plain transformers and torch, on one thread, so that equal settings give equal w
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -115,6 +118,19 @@ def make_tokenizer(task: Task) -> PreTrainedTokenizerFast:
     )
 
 
+def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write a Hugging Face checkpoint: config.json, safetensors, tokenizer.
+
+    transformers 5 loads every tokenizer of a qwen2 model as a byte-level BPE that splits numbers into digits, whatever
+    tokenizer.json says, unless `auto_map` is set; the empty one keeps AutoTokenizer with the file.
+    """
+    model.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {"auto_map": {"AutoTokenizer": [None, None]}}
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
 def make_model(settings: TinyModelSettings) -> Qwen2ForCausalLM:
     """The model before its warm-up, float32, random from the seed."""
     task = tasks.get(settings.task)
@@ -215,7 +231,7 @@ def _sample(
     """Whether each response is right, and the mean entropy over sampled tokens, nats."""
     batch = tokenizer([p.text for p in prompts], return_tensors="pt", padding=True)
     width = batch["input_ids"].shape[1]
-    out = model.generate(
+    out: Any = model.generate(  # pyright: ignore[reportAttributeAccessIssue]
         **{k: batch[k] for k in ("input_ids", "attention_mask")},
         generation_config=GenerationConfig(
             do_sample=not greedy,
@@ -234,6 +250,6 @@ def _sample(
     right = []
     for prompt, row in zip(prompts, responses.tolist(), strict=True):
         ended = _EOS in row
-        text = tokenizer.decode(row[: row.index(_EOS)] if ended else row, skip_special_tokens=False)
+        text = str(tokenizer.decode(row[: row.index(_EOS)] if ended else row, skip_special_tokens=False))
         right.append(ended and task.verify(prompt.text, prompt.answer, text).correct)
     return right, float(entropy)

@@ -1,0 +1,320 @@
+"""Prompts from JSONL and parquet files: read, tokenised once, and streamed in an order that a resumed run repeats."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jinja2 import TemplateError
+
+from stare_megatron.config import DataConfig
+from stare_megatron.data.tokenizer import first_line
+from stare_megatron.errors import UserError
+from stare_megatron.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_CHUNK = 1024  # rows tokenised in one call
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row before tokenisation: `text` is what the tokenizer gets, `rendered` whether a chat template wrote it."""
+
+    where: str
+    id: str
+    source: str
+    text: str
+    rendered: bool
+    answer: str
+
+
+@dataclass(frozen=True, eq=False)
+class PromptSet:
+    """All prompts of a run, compact: text in Arrow arrays, tokens of prompt i at `tokens[ends[i - 1]:ends[i]]`.
+
+    `tokens` int32 [total], `ends` int64 [prompts]. `dropped`: prompts left out for their length. `fingerprint`: hash
+    of every id, prompt and answer in order.
+    """
+
+    ids: pa.Array
+    sources: pa.Array
+    texts: pa.Array
+    answers: pa.Array
+    tokens: npt.NDArray[np.int32]
+    ends: npt.NDArray[np.int64]
+    dropped: int
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> Prompt:
+        return Prompt(
+            id=self.ids[index].as_py(),
+            source=self.sources[index].as_py(),
+            text=self.texts[index].as_py(),
+            token_ids=tuple(self.token_ids(index).tolist()),
+            answer=self.answers[index].as_py(),
+        )
+
+    def token_ids(self, index: int) -> npt.NDArray[np.int32]:
+        """Tokens of one prompt, int32 [n]."""
+        begin = self.ends[index - 1] if index else 0
+        return self.tokens[begin : self.ends[index]]
+
+
+def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
+    """Read, check and tokenise the files of `data.train`, in their order.
+
+    A string prompt is encoded with the tokenizer's special tokens (`<bos>`, where it adds one); chat messages, and
+    strings under `data.chat_template`, are written out by the chat template, generation prompt included.
+
+    Raises:
+        UserError: a file is missing or malformed, a row lacks a column or has a value of another kind, an id occurs
+            twice, no prompt is left, or (under `data.overlong_prompts = "refuse"`) a prompt is too long.
+    """
+    columns: dict[str, list[str]] = {"ids": [], "sources": [], "texts": [], "answers": []}
+    tokens: list[npt.NDArray[np.int32]] = []
+    seen: dict[str, str] = {}
+    digest = hashlib.blake2b(digest_size=16)
+    dropped = 0
+    for rows in _chunks(config, tokenizer):
+        for row, token_ids in zip(rows, _encode(rows, tokenizer), strict=True):
+            if row.id in seen:
+                raise UserError(f"{row.where}: id {row.id!r} was used before, at {seen[row.id]}; ids must be unique")
+            seen[row.id] = row.where
+            if _overlong(config, row, len(token_ids)):
+                dropped += 1
+                continue
+            digest.update(json.dumps([row.id, row.text, row.answer]).encode())
+            tokens.append(np.asarray(token_ids, np.int32))
+            for name, value in (("ids", row.id), ("sources", row.source), ("texts", row.text), ("answers", row.answer)):
+                columns[name].append(value)
+    if not tokens:
+        files = ", ".join(str(path) for path in config.train)
+        why = f"all {dropped} prompts are longer than data.max_prompt_tokens = {config.max_prompt_tokens}"
+        raise UserError(f"{files}: no prompts: {why if dropped else 'the data set is empty'}")
+    return PromptSet(
+        ids=pa.array(columns["ids"], pa.large_string()),
+        sources=pa.array(columns["sources"], pa.large_string()).dictionary_encode(),
+        texts=pa.array(columns["texts"], pa.large_string()),
+        answers=pa.array(columns["answers"], pa.large_string()),
+        tokens=np.concatenate(tokens),
+        ends=np.cumsum([len(t) for t in tokens], dtype=np.int64),
+        dropped=dropped,
+        fingerprint=digest.hexdigest(),
+    )
+
+
+def _overlong(config: DataConfig, row: _Row, length: int) -> bool:
+    """Whether to drop the row; raises if such rows are refused, or if it has no token at all."""
+    if length == 0:
+        raise UserError(f"{row.where}: key {config.prompt_key!r}: the prompt has no tokens")
+    if length <= config.max_prompt_tokens:
+        return False
+    if config.overlong_prompts == "refuse":
+        raise UserError(
+            f"{row.where}: a prompt of {length} tokens, data.max_prompt_tokens is {config.max_prompt_tokens}; raise "
+            'it, or set data.overlong_prompts = "drop"'
+        )
+    return True
+
+
+def _encode(rows: list[_Row], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    encoded: list[list[int]] = [[] for _ in rows]
+    for rendered in (False, True):
+        chosen = [i for i, row in enumerate(rows) if row.rendered is rendered]
+        if not chosen:
+            continue
+        # A template writes its own special tokens; adding them again would double `<bos>`.
+        batch: Any = tokenizer([rows[i].text for i in chosen], add_special_tokens=not rendered)
+        for i, token_ids in zip(chosen, batch["input_ids"], strict=True):
+            encoded[i] = token_ids
+    return encoded
+
+
+def _chunks(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[_Row]]:
+    chunk: list[_Row] = []
+    for path in config.train:
+        for number, raw in _read(path):
+            chunk.append(_row(config, tokenizer, path, number, raw))
+            if len(chunk) == _CHUNK:
+                yield chunk
+                chunk = []
+    if chunk:
+        yield chunk
+
+
+def _row(config: DataConfig, tokenizer: PreTrainedTokenizerBase, path: Path, number: int, raw: dict[str, Any]) -> _Row:
+    where = f"{path}:{number}"
+    prompt = _lookup(raw, config.prompt_key, where)
+    if isinstance(prompt, str) and config.chat_template:
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(prompt, list):
+        text, rendered = _render(tokenizer, prompt, config.prompt_key, where), True
+    elif isinstance(prompt, str):
+        text, rendered = prompt, False
+    else:
+        raise UserError(f"{where}: key {config.prompt_key!r}: want a string or a list of messages, got {prompt!r:.60}")
+    return _Row(
+        where=where,
+        id=_text(_lookup(raw, config.id_key, where), config.id_key, where) if config.id_key in raw else where,
+        source=_text(raw[config.source_key], config.source_key, where) if config.source_key in raw else path.stem,
+        text=text,
+        rendered=rendered,
+        answer=_text(_lookup(raw, config.answer_key, where), config.answer_key, where),
+    )
+
+
+def _lookup(raw: dict[str, Any], key: str, where: str) -> Any:
+    """The value of a column; a dotted key may also lead into nested objects (`reward_model.ground_truth`)."""
+    if key in raw:
+        return raw[key]
+    node: Any = raw
+    for part in key.split("."):
+        if not isinstance(node, dict) or part not in node:
+            raise UserError(f"{where}: no key {key!r}; the row has {', '.join(map(repr, raw)) or 'none'}")
+        node = node[part]
+    return node
+
+
+def _text(value: Any, key: str, where: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise UserError(f"{where}: key {key!r}: want a string or a number, got {value!r:.60}")
+    return str(value)
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Any], key: str, where: str) -> str:
+    if not messages or not all(isinstance(m, dict) and "role" in m and "content" in m for m in messages):
+        raise UserError(f"{where}: key {key!r}: want messages with 'role' and 'content', got {messages!r:.60}")
+    if not tokenizer.chat_template:
+        raise UserError(f"{where}: a chat prompt, but the checkpoint's tokenizer has no chat template")
+    try:
+        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    except TemplateError as e:
+        raise UserError(f"{where}: key {key!r}: the chat template refuses it: {first_line(e)}") from e
+
+
+def _read(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows with their number, from 1: the line of a JSONL file, the row of a parquet file."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such prompt file; see data.train")
+    if path.suffix in (".jsonl", ".json"):
+        return _read_jsonl(path)
+    if path.suffix == ".parquet":
+        return _read_parquet(path)
+    raise UserError(f"{path}: prompt files end in .jsonl or .parquet")
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield number, _object(path, number, line)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: not UTF-8: {e}") from e
+
+
+def _object(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as e:
+        raise UserError(f"{path}:{number}: not valid JSON: {e.msg} (column {e.colno}); one object a line") from e
+    if not isinstance(row, dict):
+        raise UserError(f"{path}:{number}: want one JSON object a line, got {row!r:.60}")
+    return row
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        number = 0
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(_CHUNK):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except (pa.ArrowException, OSError) as e:
+        raise UserError(f"{path}: not a readable parquet file: {first_line(e)}") from e
+
+
+@dataclass(frozen=True)
+class StreamState:
+    """Where a stream is: `cursor` prompts into pass `epoch` (from 0) over the set with that fingerprint."""
+
+    epoch: int
+    cursor: int
+    seed: int
+    fingerprint: str
+
+
+class PromptStream:
+    """Endless prompts: pass after pass over the set, each in its own order (seeded by `seed` and the pass)."""
+
+    def __init__(self, prompts: PromptSet, seed: int, shuffle: bool) -> None:
+        self.prompts = prompts
+        self._shuffle = shuffle
+        self._state = StreamState(0, 0, seed, prompts.fingerprint)
+        self._order = self._permutation()
+
+    def take(self, count: int) -> list[Prompt]:
+        """The next `count` prompts."""
+        taken = []
+        for _ in range(count):
+            if self._state.cursor == len(self.prompts):
+                self._move(self._state.epoch + 1, 0, self._state.seed)
+            taken.append(self.prompts[int(self._order[self._state.cursor])])
+            self._state = StreamState(
+                self._state.epoch, self._state.cursor + 1, self._state.seed, self._state.fingerprint
+            )
+        return taken
+
+    def state(self) -> StreamState:
+        return self._state
+
+    def restore(self, state: StreamState) -> None:
+        """Go on exactly where `state` was taken, with its seed.
+
+        Raises:
+            UserError: the prompts are not those of the state.
+        """
+        if state.fingerprint != self.prompts.fingerprint:
+            raise UserError(
+                "data.train: the prompts (or their tokenizer's template) are not those of the checkpoint; resume with "
+                "the same files, or start a new run from the exported model"
+            )
+        self._move(state.epoch, state.cursor, state.seed)
+
+    def probe(self) -> npt.NDArray[np.int32]:
+        """The longest prompt (the first of them), int32 [n], n >= 2: what engine and trainer are compared on.
+
+        Raises:
+            UserError: every prompt is a single token.
+        """
+        lengths = np.diff(self.prompts.ends, prepend=0)
+        longest = int(lengths.argmax())
+        if lengths[longest] < 2:
+            raise UserError("data.train: every prompt is a single token; set sync.probe_every = 0 or longer prompts")
+        return self.prompts.token_ids(longest).copy()
+
+    def _move(self, epoch: int, cursor: int, seed: int) -> None:
+        self._state = StreamState(epoch, cursor, seed, self.prompts.fingerprint)
+        self._order = self._permutation()
+
+    def _permutation(self) -> npt.NDArray[np.int64]:
+        count = len(self.prompts)
+        if not self._shuffle:
+            return np.arange(count)
+        return np.random.default_rng([self._state.seed, self._state.epoch]).permutation(count)

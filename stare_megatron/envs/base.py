@@ -1,0 +1,45 @@
+"""What an environment is. The token stream is the truth: sampled ids are kept as sampled, and an observation is
+encoded once, by the environment, and never re-rendered with the text before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from stare_megatron.types import Completion, Prompt
+
+
+class EnvError(Exception):
+    """The environment failed this episode (a sandbox died, a tool timed out): the trajectory becomes FAILED."""
+
+
+class Env(Protocol):
+    """One episode's environment; single use."""
+
+    async def reset(self) -> npt.NDArray[np.int32]:
+        """The prompt's tokens, int32 [n].
+
+        Raises:
+            EnvError: the episode cannot begin.
+        """
+        ...
+
+    async def step(self, action: Completion) -> npt.NDArray[np.int32] | None:
+        """Answer what the policy just wrote: the observation's tokens, int32 [n], or None when the episode is over.
+
+        Not called after a completion that ran out of tokens or failed.
+
+        Raises:
+            EnvError: the episode cannot go on.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Free what the episode holds; called once, however it ended."""
+        ...
+
+
+MakeEnv = Callable[[Prompt], Env]

@@ -1,0 +1,37 @@
+"""What a reward is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from stare_megatron.types import Prompt, Score, SpanKind, Trajectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class RewardError(Exception):
+    """This trajectory could not be graded (a time-out, a dead worker): it scores 0, with a note."""
+
+
+class Reward(Protocol):
+    """Scores one trajectory. An instance belongs to one event loop."""
+
+    async def __call__(self, prompt: Prompt, trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase) -> Score:
+        """The score of a trajectory that is not FAILED.
+
+        Raises:
+            RewardError: it cannot be graded. Any other exception is a bug and ends the run.
+        """
+        ...
+
+
+def response_text(trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase, *, skip_special_tokens: bool) -> str:
+    """What the policy wrote, decoded: all action tokens but a final end-of-sequence token."""
+    ids = [span.token_ids for span in trajectory.spans if span.kind is SpanKind.ACTION]
+    tokens = np.concatenate(ids).tolist() if ids else []
+    if tokens and tokens[-1] == tokenizer.eos_token_id:
+        tokens.pop()
+    return str(tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens))

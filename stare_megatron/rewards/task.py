@@ -1,0 +1,26 @@
+"""The strict verifier of a generated task."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from stare_megatron.rewards.base import response_text
+from stare_megatron.tasks.base import Task
+from stare_megatron.types import Prompt, Score, Status, Trajectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class TaskReward:
+    """1 for a right response that ended by itself, else 0. Special tokens in its middle make it wrong."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+
+    async def __call__(self, prompt: Prompt, trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase) -> Score:
+        if trajectory.status is not Status.COMPLETED:
+            return Score(0.0, False, "did not end by itself")
+        return self._task.verify(
+            prompt.text, prompt.answer, response_text(trajectory, tokenizer, skip_special_tokens=False)
+        )

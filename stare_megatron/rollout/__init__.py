@@ -1,0 +1,1 @@
+"""From prompts to scored groups: one episode, one group, one update batch."""

@@ -1,0 +1,134 @@
+"""From prompts to the groups of one update batch, with dynamic sampling.
+
+Dynamic sampling (DAPO, arXiv 2503.14476): a group whose rewards are all equal has advantage 0 everywhere; it is
+dropped and others are sampled, at most `rollout.max_refills` generation batches more. What is missing then is filled
+with dropped groups, so that an update batch always has `rollout.prompts_per_step` groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from stare_megatron.config import Config
+from stare_megatron.data.prompts import PromptStream
+from stare_megatron.errors import UserError
+from stare_megatron.rollout.seeds import derive_seed
+from stare_megatron.types import GroupRequest, GroupSummary, Status
+
+Ref = TypeVar("Ref")
+Ref_co = TypeVar("Ref_co", covariant=True)
+
+
+class GroupDispatcher(Protocol[Ref_co]):
+    """Where requests are served. A `Ref` stands for a group whose tokens stay where they are."""
+
+    def run(self, requests: Sequence[GroupRequest]) -> Iterable[tuple[GroupRequest, Ref_co, GroupSummary]]:
+        """Serve every request; the results come in any order."""
+        ...
+
+
+@dataclass(frozen=True)
+class CollectStats:
+    """What sampling one update batch took; all of it over ALL sampled groups, also those that were dropped.
+
+    `groups_sampled` in `generation_batches`; `zero_variance`: groups with all rewards equal, of which
+    `zero_variance_dropped` are not in the update batch; `surplus_dropped`: informative groups beyond what was asked
+    for; `full_solve`, `no_solve`: groups with every, no trajectory correct; `reward_mean`, `correct_share`,
+    `truncated_share`: over trajectories; `length_mean`, `length_max`, `tokens_sampled`: action tokens; `failed`:
+    trajectories.
+    """
+
+    groups_sampled: int
+    generation_batches: int
+    zero_variance: int
+    zero_variance_dropped: int
+    surplus_dropped: int
+    full_solve: int
+    no_solve: int
+    reward_mean: float
+    correct_share: float
+    truncated_share: float
+    failed: int
+    length_mean: float
+    length_max: int
+    tokens_sampled: int
+
+
+@dataclass(frozen=True)
+class Collected(Generic[Ref]):
+    """The groups of one update batch, in the order of their requests."""
+
+    groups: tuple[tuple[Ref, GroupSummary], ...]
+    stats: CollectStats
+
+
+class Collector(Generic[Ref]):
+    """Samples update batches. What it collects depends on the stream, the seed and the step, not on timing."""
+
+    def __init__(self, config: Config, dispatcher: GroupDispatcher[Ref], stream: PromptStream) -> None:
+        r = config.rollout
+        self._dispatcher = dispatcher
+        self._stream = stream
+        self._seed = config.run.seed
+        self._group_size = r.group_size
+        self._wanted = r.prompts_per_step
+        self._dynamic = r.dynamic_sampling
+        self._batch = (r.prompts_per_generation or r.prompts_per_step) if r.dynamic_sampling else r.prompts_per_step
+        self._batches = 1 + (r.max_refills if r.dynamic_sampling else 0)
+        if self._batch * self._batches < self._wanted:
+            raise UserError(
+                f"rollout.prompts_per_generation {self._batch} x (1 + rollout.max_refills {r.max_refills}) prompts "
+                f"cannot fill rollout.prompts_per_step = {self._wanted}; raise one of the first two"
+            )
+
+    def collect(self, step: int) -> Collected[Ref]:
+        """Sample the update batch of a step."""
+        informative: list[tuple[int, Ref, GroupSummary]] = []
+        spare: list[tuple[int, Ref, GroupSummary]] = []
+        summaries: list[GroupSummary] = []
+        batches = 0
+        while batches < self._batches and len(informative) < self._wanted:
+            requests = self._requests(step, first=batches * self._batch)
+            results = sorted(self._dispatcher.run(requests), key=lambda result: result[0].order)
+            for request, ref, summary in results:
+                summaries.append(summary)
+                useful = not (self._dynamic and summary.zero_variance)
+                (informative if useful else spare).append((request.order, ref, summary))
+            batches += 1
+        surplus = len(informative) - self._wanted
+        kept = informative[: self._wanted]
+        fill = spare[: self._wanted - len(kept)]
+        kept = sorted(kept + fill, key=lambda item: item[0])
+        stats = _stats(summaries, batches, len(spare) - len(fill), max(0, surplus))
+        return Collected(tuple((ref, summary) for _, ref, summary in kept), stats)
+
+    def _requests(self, step: int, first: int) -> list[GroupRequest]:
+        return [
+            GroupRequest(order, prompt, self._group_size, derive_seed(self._seed, step, order))
+            for order, prompt in enumerate(self._stream.take(self._batch), start=first)
+        ]
+
+
+def _stats(summaries: list[GroupSummary], batches: int, dropped: int, surplus: int) -> CollectStats:
+    rewards = [reward for s in summaries for reward in s.rewards]
+    correct = [c for s in summaries for c in s.correct]
+    lengths = [n for s in summaries for n in s.num_action_tokens]
+    statuses = [status for s in summaries for status in s.statuses]
+    return CollectStats(
+        groups_sampled=len(summaries),
+        generation_batches=batches,
+        zero_variance=sum(s.zero_variance for s in summaries),
+        zero_variance_dropped=dropped,
+        surplus_dropped=surplus,
+        full_solve=sum(all(s.correct) for s in summaries),
+        no_solve=sum(not any(s.correct) for s in summaries),
+        reward_mean=sum(rewards) / len(rewards),
+        correct_share=sum(correct) / len(correct),
+        truncated_share=statuses.count(Status.TRUNCATED) / len(statuses),
+        failed=statuses.count(Status.FAILED),
+        length_mean=sum(lengths) / len(lengths),
+        length_max=max(lengths),
+        tokens_sampled=sum(lengths),
+    )

@@ -1,0 +1,120 @@
+"""One episode -> Trajectory; all samples of a prompt -> Group."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Coroutine, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from stare_megatron.envs.base import Env, EnvError, MakeEnv
+from stare_megatron.rewards.base import Reward, RewardError
+from stare_megatron.rollout.sampler import SampleError, Sampler
+from stare_megatron.rollout.seeds import derive_seed
+from stare_megatron.types import Group, GroupRequest, Prompt, Sampling, Score, Span, SpanKind, Status, Trajectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
+
+_NO_LOGPROBS = np.zeros(0, np.float32)
+
+
+class _Stream:
+    """The token stream of an episode while it grows."""
+
+    def __init__(self, prompt: npt.NDArray[np.int32], budget: int) -> None:
+        self.spans = [Span(SpanKind.PROMPT, prompt, _NO_LOGPROBS)]
+        self.token_ids: list[int] = prompt.tolist()
+        self.left = budget
+
+    def append(self, span: Span) -> None:
+        self.spans.append(span)
+        self.token_ids += span.token_ids.tolist()
+        self.left -= len(span.token_ids)
+
+
+async def run_episode(
+    prompt: Prompt, sample: int, env: Env, sampler: Sampler, sampling: Sampling
+) -> tuple[Trajectory, str]:
+    """Play one episode: sample, observe, sample on, until the environment ends it or the tokens run out.
+
+    `sampling.max_tokens` bounds the whole response, observations included; `sampling.seed` draws the first turn, and
+    seeds derived from it the later ones. An `EnvError` or `SampleError` makes the trajectory FAILED; returned with it
+    is that error's text, else an empty string. Other exceptions are bugs, or end the run: they propagate.
+    """
+    stream = _Stream(np.asarray(prompt.token_ids, np.int32), sampling.max_tokens)
+    versions: list[int] = []
+    note = ""
+    try:
+        stream = _Stream(await env.reset(), sampling.max_tokens)
+        status = await _turns(stream, versions, env, sampler, sampling)
+    except (EnvError, SampleError) as e:
+        status, note = Status.FAILED, f"{type(e).__name__}: {e}"
+    finally:
+        await env.close()
+    version = versions[0] if versions else sampler.version
+    return Trajectory(prompt.id, sample, tuple(stream.spans), status, version, sampling.seed), note
+
+
+async def _turns(stream: _Stream, versions: list[int], env: Env, sampler: Sampler, sampling: Sampling) -> Status:
+    while True:
+        turn = len(versions)
+        seed = derive_seed(sampling.seed, turn) if turn else sampling.seed
+        completion = await sampler.sample(
+            stream.token_ids, dataclasses.replace(sampling, max_tokens=stream.left, seed=seed)
+        )
+        versions.append(completion.weight_version)
+        stream.append(Span(SpanKind.ACTION, completion.token_ids, completion.logprobs))
+        if completion.status is not Status.COMPLETED:
+            return completion.status
+        observation = await env.step(completion)
+        if observation is None:
+            return Status.COMPLETED
+        if len(observation) >= stream.left:  # no room for a token after it
+            return Status.TRUNCATED
+        stream.append(Span(SpanKind.OBSERVATION, observation, _NO_LOGPROBS))
+
+
+async def run_group(
+    request: GroupRequest,
+    *,
+    make_env: MakeEnv,
+    sampler: Sampler,
+    sampling: Sampling,
+    reward: Reward,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Group:
+    """Sample and score every trajectory of a group at once.
+
+    Sample i draws with `derive_seed(request.seed, i)`; `sampling.seed` is not used. A FAILED trajectory, and one whose
+    reward raises `RewardError`, score 0 with a note; other exceptions cancel the group and propagate.
+    """
+
+    async def one(sample: int) -> tuple[Trajectory, Score]:
+        own = dataclasses.replace(sampling, seed=derive_seed(request.seed, sample))
+        trajectory, note = await run_episode(request.prompt, sample, make_env(request.prompt), sampler, own)
+        if trajectory.status is Status.FAILED:
+            return trajectory, Score(0.0, False, note or "the engine failed the request")
+        try:
+            return trajectory, await reward(request.prompt, trajectory, tokenizer)
+        except RewardError as e:
+            return trajectory, Score(0.0, False, f"not graded: {e}")
+
+    pairs = await _all(one(sample) for sample in range(request.group_size))
+    return Group(request.prompt, tuple(t for t, _ in pairs), tuple(s for _, s in pairs))
+
+
+async def _all(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Results in order; the first exception cancels the rest and is raised as itself (a TaskGroup would wrap it)."""
+    running = [asyncio.ensure_future(c) for c in coroutines]
+    try:
+        return await asyncio.gather(*running)
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
