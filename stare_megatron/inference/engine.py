@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -85,6 +86,7 @@ class Engine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self._brood.begin()
+        os.environ["STARE_ENGINE_PARENT"] = str(os.getpid())  # see sync.plugin
         try:
             self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._args))
             await self._llm.update_weight_version(str(UNPUSHED))

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import time
+
+PARENT = "STARE_ENGINE_PARENT"
+"""Environment variable with the process id of an `Engine`'s process, for the processes vLLM starts from it."""
+
 
 def register() -> None:
-    """Make the backend `gloo` known to vLLM's weight-transfer factories. Repeated calls do nothing."""
+    """Make the backend `gloo` known to vLLM's weight-transfer factories. Repeated calls do nothing.
+
+    In an engine core that one of our engines started, also see to it that it ends with its parent: vLLM's survives
+    when that is killed.
+    """
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 
     module = "stare_megatron.sync.gloo"
@@ -12,3 +23,11 @@ def register() -> None:
         WeightTransferEngineFactory.register_engine("gloo", module, "GlooWeightTransferEngine")
     if "gloo" not in WeightTransferTrainerFactory._registry:
         WeightTransferTrainerFactory.register_engine("gloo", module, "GlooTrainerWeightTransferEngine")
+    if os.environ.get(PARENT) == str(os.getppid()):
+        threading.Thread(target=_end_with, args=(os.getppid(),), name="end-with-parent", daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)

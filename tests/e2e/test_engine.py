@@ -1,0 +1,147 @@
+"""A real vLLM engine on a tiny random checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from engine_process import EngineProcess
+from tiny_qwen2 import EOS, make_model, reference_logprobs, save
+
+from stare_megatron.config import InferenceConfig
+from stare_megatron.errors import RunError
+from stare_megatron.sync.check import checksum, first_difference
+from stare_megatron.types import Sampling, Status
+
+WINDOW = 128
+PROMPT = (1, 17, 33, 60)
+
+pytestmark = pytest.mark.timeout(240)
+
+
+def sampling(max_tokens: int = 24, stop: tuple[str, ...] = (), seed: int = 5, top_p: float = 1.0) -> Sampling:
+    return Sampling(max_tokens=max_tokens, temperature=1.0, top_p=top_p, stop=stop, seed=seed)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model(tied=False, seed=0)
+
+
+@pytest.fixture(scope="module")
+def engine(model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
+    folder = save(model, tmp_path_factory.mktemp("checkpoint"))
+    process = EngineProcess("engine 0", folder, "float32", InferenceConfig(), WINDOW, 0, "gloo")
+    try:
+        process.call("start")
+        yield process
+    finally:
+        process.stop()
+
+
+def test_sampled_logprobs_are_those_of_transformers_at_temperature_1(engine: EngineProcess, model) -> None:
+    order = Sampling(max_tokens=40, temperature=0.7, top_p=0.9, stop=(), seed=1)
+    completion = engine.call("sample", PROMPT, order)
+    assert completion.token_ids.dtype == np.int32
+    assert completion.logprobs.dtype == np.float32
+    expected = reference_logprobs(model, [*PROMPT, *completion.token_ids])[len(PROMPT) - 1 :]
+    np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
+
+
+def test_prompt_logprobs(engine: EngineProcess, model) -> None:
+    token_ids = np.random.default_rng(0).integers(3, 112, WINDOW - 1)
+    got = engine.call("logprobs", token_ids)
+    assert got.shape == (WINDOW - 2,)
+    np.testing.assert_allclose(got, reference_logprobs(model, token_ids), atol=1e-4)
+
+
+def test_seeds_make_samples_reproducible_and_different(engine: EngineProcess) -> None:
+    def group() -> list[tuple[int, ...]]:
+        futures = [engine.submit("sample", PROMPT, sampling(seed=seed)) for seed in range(8)]
+        return [tuple(f.result(60).token_ids) for f in futures]
+
+    first = group()
+    assert group() == first
+    assert len(set(first)) == 8
+
+
+def test_end_conditions(engine: EngineProcess) -> None:
+    futures = [engine.submit("sample", PROMPT, sampling(max_tokens=100, seed=seed)) for seed in range(48)]
+    completions = [f.result(60) for f in futures]
+    ended = [c for c in completions if c.status is Status.COMPLETED]
+    cut = [c for c in completions if c.status is Status.TRUNCATED]
+    assert ended
+    assert cut
+    assert len(ended) + len(cut) == 48
+    assert all(c.token_ids[-1] == EOS and EOS not in c.token_ids[:-1] for c in ended)
+    assert all(len(c.token_ids) == 100 and EOS not in c.token_ids for c in cut)
+
+    plain = next(c for c in cut if c.token_ids[6] not in c.token_ids[:6])
+    seed = completions.index(plain)
+    stopped = engine.call("sample", PROMPT, sampling(100, (f"w{plain.token_ids[6]}",), seed))
+    assert stopped.status is Status.COMPLETED
+    assert tuple(stopped.token_ids[:6]) == tuple(plain.token_ids[:6])
+    assert f"w{stopped.token_ids[-1]}".startswith(f"w{plain.token_ids[6]}")
+    assert len(stopped.logprobs) == len(stopped.token_ids) <= 7
+
+
+def test_a_prompt_that_fills_the_window_is_an_error(engine: EngineProcess) -> None:
+    with pytest.raises(ValueError, match=f"{WINDOW} tokens in a window of {WINDOW}"):
+        engine.call("sample", [5] * WINDOW, sampling())
+
+
+def test_sampling_stops_at_the_window(engine: EngineProcess) -> None:
+    completion = engine.call("sample", [5] * (WINDOW - 3), sampling(max_tokens=50, seed=0))
+    assert completion.status is Status.TRUNCATED
+    assert len(completion.token_ids) == 3
+
+
+def test_checksums_are_those_of_the_checkpoint(engine: EngineProcess, model) -> None:
+    mine = {name: checksum(p) for name, p in model.named_parameters()}
+    theirs = engine.call("checksums")
+    assert set(theirs) == set(mine)
+    assert first_difference(mine, theirs) is None
+
+
+def test_requests_wait_while_the_engine_sleeps(engine: EngineProcess) -> None:
+    engine.call("sleep")
+    waiting = engine.submit("sample", PROMPT, sampling())
+    time.sleep(0.5)
+    assert not waiting.done()
+    engine.call("wake", "weights")
+    time.sleep(0.2)
+    assert not waiting.done()
+    engine.call("wake", "kv_cache")
+    assert len(waiting.result(30).token_ids)
+
+
+def test_a_failed_start_names_the_engine_and_leaves_nothing(model, tmp_path: Path) -> None:
+    folder = save(model, tmp_path / "checkpoint")
+    (folder / "model.safetensors").write_bytes(b"nonsense")
+    process = EngineProcess("engine 3", folder, "float32", InferenceConfig(), WINDOW, 0, "gloo")
+    try:
+        with pytest.raises(RunError, match="engine 3: vLLM did not start"):
+            process.call("start")
+        assert process.descendants() == []
+    finally:
+        process.stop()
+
+
+def test_death_is_reported_and_close_leaves_nothing(engine: EngineProcess) -> None:
+    """Last, for it ends the module's engine."""
+    (core,) = engine.descendants()
+    core.suspend()  # so that the request is certainly in flight
+    flying = engine.submit("sample", PROMPT, sampling(100))
+    time.sleep(0.2)
+    core.kill()
+    with pytest.raises(RunError, match="engine 0: its vLLM process died"):
+        flying.result(30)
+    with pytest.raises(RunError, match="engine 0: its vLLM process died"):
+        engine.call("sample", PROMPT, sampling())
+    engine.call("close")
+    assert engine.descendants() == []
+    assert not core.is_running() or core.status() == psutil.STATUS_ZOMBIE
