@@ -50,7 +50,7 @@ def summarize(run_folder: Path) -> Summary:
     rows = jsonl.read(run_folder / jsonl.FILE)
     if not rows:
         raise UserError(f"{run_folder / jsonl.FILE}: no step was logged, nothing to sum up")
-    window = min(_WINDOW, len(rows))
+    window = max(1, min(_WINDOW, len(rows) // 2))
     first, last = rows[:window], rows[-window:]
     return Summary(
         steps=len(rows),
