@@ -1,0 +1,48 @@
+# make demo    train a tiny model with STARE on this machine's CPU, about ten minutes
+# make test    the test suite       make test-slow   also wide sweeps and long runs
+# make lint    ruff and pyright     make docs        pages that are written from code
+# make clean   remove the environment, caches and the demo's model; runs/ stays
+#
+# Each makes .venv on first use, and again when the dependencies change.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+
+VENV := .venv
+STAMP := $(VENV)/.made
+BIN := $(VENV)/bin
+DEMO := .cache/demo
+PYTEST_ARGS ?=
+
+.PHONY: demo test test-slow lint docs venv clean
+
+demo: $(STAMP)
+	@$(BIN)/python tools/make_tiny_model.py --out $(DEMO)
+	$(BIN)/stare-megatron train examples/demo_cpu/run.toml run.name=demo-$$(date +%Y%m%d-%H%M%S)
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: $(STAMP)
+	@$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	@$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+docs: $(STAMP)
+	@$(BIN)/python tools/make_config_docs.py
+	$(BIN)/python tools/make_metric_docs.py
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py tools/make_venv.sh
+	@PYTHON="$(PYTHON)" TORCH_CPU_INDEX="$(TORCH_CPU_INDEX)" tools/make_venv.sh $(VENV)
+	touch $@
+
+clean:
+	@rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache
+	find stare_megatron patches tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
