@@ -4,6 +4,9 @@ Every key is a field below with its meaning, unit and default; an unknown key is
 `preflight.py` checks what needs more than this file (the model's shape, files, the machine).
 """
 
+# A default given to Field by position is invisible to the type checker, which then misses arguments in `Section()`.
+# pyright: reportCallIssue=false
+
 from __future__ import annotations
 
 import difflib
