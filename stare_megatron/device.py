@@ -10,6 +10,7 @@ import enum
 import functools
 import importlib.util
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -140,3 +141,13 @@ def engine_args(colocated: bool) -> dict[str, Any]:
 def engine_sleeps() -> bool:
     """Whether a paused engine can free its memory (vLLM's sleep mode). On CPUs it only stops working."""
     return current() is Device.CUDA
+
+
+def peak_memory_bytes() -> int:
+    """Most memory this process has held: resident set on a CPU, allocated by torch on a GPU."""
+    if current() is Device.CUDA:
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -8,6 +8,8 @@ the histograms of both subsets. Shapes are fixed and nothing is read back to the
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -34,6 +36,10 @@ class Selection:
     count_S: torch.Tensor
     selected_S: torch.Tensor
     nan: torch.Tensor
+
+    def split(self, sizes: Sequence[int]) -> list[Selection]:
+        """By consecutive runs of tokens; the counts stay those of the whole."""
+        return [dataclasses.replace(self, selected_T=part) for part in self.selected_T.split(list(sizes))]
 
 
 def top_count(fraction: float, n: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,277 @@
+"""One trainer rank: everything the driver may ask of it. No ray; the same object runs under torchrun.
+
+All ranks make the same calls in the same order: most are collectives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from stare_megatron import device
+from stare_megatron.algo.registry import ALGORITHMS
+from stare_megatron.algo.shards import shards
+from stare_megatron.config import Config
+from stare_megatron.errors import RunError
+from stare_megatron.trainer import parallel
+from stare_megatron.types import Control, Group, ScoreSummary, UpdateShare, UpdateStats
+
+if TYPE_CHECKING:
+    from stare_megatron.trainer.step import Loaded, LossStats, Scored
+
+# Modules that import megatron at their top are imported inside methods, after `parallel.initialize` has patched it.
+
+COLLECTIVE_TIMEOUT_S = 1800.0  # ranks enter a collective together; the slowest may be a long micro-batch behind
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a rank stands. Ranks of one `data_parallel_rank` train on the same sequences."""
+
+    data_parallel_rank: int
+    tensor_parallel_rank: int
+    pipeline_parallel_rank: int
+    context_parallel_rank: int
+    is_last_stage: bool
+
+
+class TrainerRank:
+    """The policy's shard, its optimizer, and the update batch in hand.
+
+    Order within a step: `load`, `score`, `update`. A collective: construction waits for all ranks.
+
+    Raises:
+        UserError: an unsupported checkpoint, an impossible layout, or nobody answers at the rendezvous.
+    """
+
+    def __init__(
+        self, config: Config, *, rank: int, world_size: int, local_rank: int, master_addr: str, master_port: int
+    ) -> None:
+        self._config = config
+        self._algorithm = ALGORITHMS[config.algorithm.method]
+        self._dtype = DTYPES[config.model.dtype]
+        place = device.torch_device(local_rank)
+        parallel.initialize(
+            config.trainer,
+            rank=rank,
+            world_size=world_size,
+            local_rank=local_rank,
+            master_addr=master_addr,
+            master_port=master_port,
+            seed=config.run.seed,
+            timeout_s=COLLECTIVE_TIMEOUT_S,
+        )
+        from megatron.core.utils import get_model_config
+
+        from stare_megatron.trainer.logprobs import vocab_shard
+        from stare_megatron.trainer.model import build_model, padded_vocab
+        from stare_megatron.trainer.optimizer import build_optimizer
+        from stare_megatron.trainer.sequence import Layout
+        from stare_megatron.trainer.step import Runner
+
+        trainer = config.trainer
+        self._chunks = build_model(config.model.path, self._dtype, trainer, place, config.window)
+        self._optimizer = build_optimizer(self._chunks, trainer)
+        self._shape = get_model_config(self._chunks[0]).shape
+        columns = padded_vocab(self._shape.vocab, trainer.tensor_parallel) // trainer.tensor_parallel
+        self._runner = Runner(
+            chunks=self._chunks,
+            vocab=vocab_shard(self._shape.vocab, columns, parallel.tp_group()),
+            shards=shards(parallel.dp_cp_group()),
+            context_shards=shards(parallel.cp_group()),
+            pipeline=parallel.pp_group(),
+            last_stage=parallel.last_stage_rank(),
+            is_last_stage=parallel.is_last_stage(),
+            place=place,
+        )
+        self._layout = Layout(
+            sequence_parallel=trainer.tensor_parallel if trainer.sequence_parallel else 1,
+            context_parallel=trainer.context_parallel,
+            context_rank=parallel.context_parallel_rank(),
+        )
+        self._optimizer_steps = 0
+        self._loaded: list[Loaded] = []
+        self._scored: list[Scored] = []
+
+    def position(self) -> Position:
+        return Position(
+            data_parallel_rank=parallel.data_parallel_rank(),
+            tensor_parallel_rank=parallel.tensor_parallel_rank(),
+            pipeline_parallel_rank=parallel.pipeline_parallel_rank(),
+            context_parallel_rank=parallel.context_parallel_rank(),
+            is_last_stage=parallel.is_last_stage(),
+        )
+
+    def load(self, groups_per_update: list[tuple[list[Group], UpdateShare]]) -> None:
+        """Take this rank's share of an update batch: for each optimizer step the groups its share names, by index."""
+        from stare_megatron.trainer.sequence import micro_batches, token_batch
+        from stare_megatron.trainer.step import loaded
+
+        algorithm = self._config.algorithm
+        self._loaded, self._scored = [], []
+        for groups, share in groups_per_update:
+            batch = token_batch(groups, share, self._algorithm, algorithm, self._runner.place)
+            rows = micro_batches(batch, share, self._config.trainer.micro_batch_tokens, self._layout)
+            self._loaded.append(loaded(batch, rows, algorithm))
+
+    def score(self) -> ScoreSummary:
+        """Log-probs and entropies of the loaded batch under the present weights. They stay here; the summary is equal
+        on every rank.
+
+        Raises:
+            RunError: a log-prob or entropy is not finite.
+        """
+        from stare_megatron.trainer.step import score, summarize
+
+        if not self._loaded:
+            raise RuntimeError("load() comes before score()")
+        temperature = self._config.rollout.temperature
+        self._scored = [score(self._runner, data, temperature) for data in self._loaded]
+        return summarize(self._runner, self._loaded, self._scored)
+
+    def update(self, control: Control) -> list[UpdateStats]:
+        """Weigh the tokens of the scored batch and take its optimizer steps; the batch is dropped.
+
+        Raises:
+            RunError: a loss or gradient norm is not finite; the message names the optimizer step. After a non-finite
+                norm the weights are spoilt: only a checkpoint helps.
+        """
+        from stare_megatron.trainer.step import forward_backward, weigh
+
+        if not self._scored:
+            raise RuntimeError("score() comes before update()")
+        config = self._config.algorithm
+        weights = None
+        if config.stare.scope == "batch" or config.method != "stare":
+            weights = weigh(self._runner, self._loaded, self._scored, control, self._algorithm, config)
+        stats = []
+        for i, (data, scored) in enumerate(zip(self._loaded, self._scored, strict=True)):
+            self._zero_grad()
+            seen = forward_backward(
+                self._runner,
+                data,
+                scored,
+                weights[i] if weights is not None else None,
+                control,
+                self._algorithm,
+                config,
+                self._config.rollout.temperature,
+            )
+            stats.append(self._optimizer_step(seen))
+        self._loaded, self._scored = [], []
+        return stats
+
+    def _zero_grad(self) -> None:
+        from stare_megatron.trainer.optimizer import zero_grad
+
+        zero_grad(self._chunks, self._optimizer)
+
+    def _optimizer_step(self, seen: LossStats) -> UpdateStats:
+        from stare_megatron.trainer.optimizer import learning_rate, step
+
+        number = self._optimizer_steps + 1
+        if not math.isfinite(seen.loss):
+            raise RunError(f"optimizer step {number}: the loss is {seen.loss}; no weight was changed by this step")
+        trainer = self._config.trainer
+        total = self._config.run.steps * trainer.updates_per_batch
+        lr = learning_rate(trainer.optimizer, self._optimizer_steps, total)
+        grad_norm = step(self._optimizer, trainer.optimizer, lr)
+        if not math.isfinite(grad_norm):
+            raise RunError(f"optimizer step {number}: the gradient norm is {grad_norm} at a loss of {seen.loss:.6g}")
+        self._optimizer_steps = number
+        return UpdateStats(
+            loss=seen.loss,
+            grad_norm=grad_norm,
+            learning_rate=lr,
+            clip_fraction=seen.clip_fraction,
+            ratio_max=seen.ratio_max,
+            kl=seen.kl,
+            selected_pos=seen.selected_pos,
+            selected_neg=seen.selected_neg,
+            num_pos=seen.num_pos,
+            num_neg=seen.num_neg,
+        )
+
+    def score_tokens(self, token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        """Log-probs of tokens 1.. of one sequence at temperature 1, float32 [n - 1]; equal on every rank."""
+        from stare_megatron.trainer.logprobs import token_scores
+        from stare_megatron.trainer.sequence import MicroBatch, dummy, probe
+
+        place = self._runner.place
+        ids_T = torch.from_numpy(token_ids).to(place, torch.int64)
+        logprob_T = torch.zeros(ids_T.shape[0], device=place)
+
+        def consume(logits_PV: torch.Tensor, row: MicroBatch) -> None:
+            got_P = token_scores(logits_PV, row.target_P, self._runner.vocab, temperature=1.0).logprob_T
+            kept_P = row.source_P >= 0
+            logprob_T[row.source_P[kept_P]] = got_P[kept_P]
+
+        # The interleaved schedule wants a multiple of the stages.
+        trainer = self._config.trainer
+        fill = trainer.pipeline_parallel - 1 if trainer.virtual_pipeline > 1 else 0
+        rows = [probe(ids_T, self._layout)] + [dummy(self._layout, place) for _ in range(fill)]
+        self._runner.run(rows, consume, train=False)
+        self._runner.context_shards.sum(logprob_T)
+        return self._runner.from_last_stage(logprob_T)[1:].cpu().numpy()
+
+    def weight_metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Hugging Face name, dtype and full shape of everything `weights` yields, in its order."""
+        from stare_megatron.trainer.bridge.weights import metadata
+
+        return metadata(self._shape, self._dtype)
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter, whole, by Hugging Face name, in `model.dtype`; all ranks must run through it together."""
+        from stare_megatron.trainer.bridge.weights import export
+
+        return export(self._chunks, self._dtype)
+
+    def save(self, folder: Path, step: int) -> None:
+        """Write this rank's shards under `folder`; `step`: of the loop."""
+        from stare_megatron.trainer import checkpoint
+
+        checkpoint.save(
+            folder,
+            self._chunks,
+            self._optimizer,
+            self._config.trainer,
+            step=step,
+            optimizer_steps=self._optimizer_steps,
+        )
+
+    def restore(self, folder: Path) -> int:
+        """Load what `save` wrote, at any layout; returns the loop's step.
+
+        Raises:
+            UserError: no such checkpoint, or one of another model.
+        """
+        from stare_megatron.trainer import checkpoint
+
+        step, self._optimizer_steps = checkpoint.restore(folder, self._chunks, self._optimizer, self._config.trainer)
+        return step
+
+    def export_hf(self, folder: Path) -> None:
+        """Write the policy as a Hugging Face checkpoint; `folder` appears whole or not at all.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        from stare_megatron.trainer.export import export_hf
+
+        export_hf(folder, self._config.model.path, self.weight_metadata(), self.weights())
+
+    def peak_memory_bytes(self) -> int:
+        """Most memory this rank has held: resident on a CPU, allocated by torch on a GPU."""
+        return device.peak_memory_bytes()
+
+    def close(self) -> None:
+        """Leave the process groups. Safe to call twice."""
+        parallel.shutdown()

@@ -1,0 +1,181 @@
+"""From trajectories to packed micro-batches: the only place where padding exists.
+
+`Groups + UpdateShare -> TokenBatch -> MicroBatch...`. A micro-batch is one packed row (THD): sequences end to end, no
+padding between them beyond what context parallelism (a multiple of 2 CP each) and sequence parallelism (a multiple of
+TP in all) ask for. Padding follows a sequence's own tokens, so causal attention hides it from them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+
+from stare_megatron.algo.registry import Algorithm
+from stare_megatron.config import AlgorithmConfig
+from stare_megatron.data.packing import pack
+from stare_megatron.trainer.logprobs import NO_TARGET
+from stare_megatron.types import Group, TokenBatch, UpdateShare
+
+PADDING_TOKEN = 0
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """One packed row, P tokens on this context-parallel rank; all tensors on the rank's device.
+
+    `token_ids_1P`, `position_ids_1P` int64 [1, P]. `target_P` int64: the token that position p is asked to predict,
+    NO_TARGET where it carries no loss. `source_P` int64: index of that target in the `TokenBatch`, -1 likewise.
+    `packed`: cumulative lengths, with padding, over all context-parallel ranks.
+    """
+
+    token_ids_1P: torch.Tensor
+    position_ids_1P: torch.Tensor
+    target_P: torch.Tensor
+    source_P: torch.Tensor
+    packed: PackedSeqParams
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What decides padding and slicing: sizes of tensor (when sequence-parallel, else 1) and context parallelism."""
+
+    sequence_parallel: int
+    context_parallel: int
+    context_rank: int
+
+
+def token_batch(
+    groups: Sequence[Group], share: UpdateShare, algorithm: Algorithm, config: AlgorithmConfig, place: torch.device
+) -> TokenBatch:
+    """This rank's sequences of one optimizer step. Advantages come from the rewards of each whole group.
+
+    An empty share gives a batch without sequences.
+    """
+    columns: dict[str, list[np.ndarray]] = {k: [] for k in ("token", "action", "logprob", "advantage", "id")}
+    lengths: list[int] = []
+    first_ids: list[int] = []
+    for assignment in share.assignments:
+        group = groups[assignment.group]
+        advantages = algorithm.advantage([score.reward for score in group.scores], config)
+        for sample, first in zip(assignment.samples, assignment.first_token, strict=True):
+            trajectory = group.trajectories[sample]
+            action = trajectory.action_mask()
+            # The first token is predicted by nothing, so it can never carry loss; a prompt span makes it no action.
+            columns["token"].append(trajectory.token_ids())
+            columns["action"].append(action)
+            columns["logprob"].append(trajectory.rollout_logprobs())
+            columns["advantage"].append(np.where(action, np.float32(advantages[sample]), np.float32(0)))
+            columns["id"].append(np.arange(first, first + len(action)))
+            lengths.append(len(action))
+            first_ids.append(first)
+
+    def column(name: str, dtype: torch.dtype) -> torch.Tensor:
+        parts = columns[name]
+        return torch.from_numpy(np.concatenate(parts)).to(place, dtype) if parts else torch.empty(0, dtype=dtype)
+
+    length_N = torch.tensor(lengths, dtype=torch.int64)
+    cu_N1 = torch.cat([torch.zeros(1, dtype=torch.int64), length_N.cumsum(0)])
+    return TokenBatch(
+        token_ids_T=column("token", torch.int64),
+        action_T=column("action", torch.bool),
+        rollout_logprob_T=column("logprob", torch.float32),
+        advantage_T=column("advantage", torch.float32),
+        global_id_T=column("id", torch.int64),
+        sequence_T=torch.arange(len(lengths)).repeat_interleave(length_N).to(place),
+        cu_seqlens_N1=cu_N1.to(torch.int32),
+        global_sequence_N=torch.tensor(first_ids, dtype=torch.int64),
+        num_action_tokens=share.num_action_tokens,
+        num_sequences=share.num_sequences,
+    )
+
+
+def micro_batches(batch: TokenBatch, share: UpdateShare, budget: int, layout: Layout) -> list[MicroBatch]:
+    """Exactly `share.num_micro_batches` packed rows of about `budget` tokens; one without sequences is a dummy."""
+    bounds = batch.cu_seqlens_N1.tolist()
+    lengths = [b - a for a, b in itertools.pairwise(bounds)]
+    made = []
+    for members in pack(lengths, budget, share.num_micro_batches):
+        pieces = [torch.arange(bounds[n], bounds[n + 1], device=batch.token_ids_T.device) for n in members]
+        made.append(_row(batch, pieces, layout))
+    return made
+
+
+def probe(token_ids: torch.Tensor, layout: Layout) -> MicroBatch:
+    """One sequence, int64 [n], every token but the first a target; `source_P` indexes `token_ids`."""
+    everything = torch.arange(token_ids.shape[0], device=token_ids.device)
+    return _assemble([everything], token_ids, torch.ones_like(token_ids, dtype=torch.bool), layout)
+
+
+def _row(batch: TokenBatch, pieces: list[torch.Tensor], layout: Layout) -> MicroBatch:
+    return _assemble(pieces, batch.token_ids_T, batch.action_T, layout)
+
+
+def dummy(layout: Layout, place: torch.device) -> MicroBatch:
+    """The shortest row that every rank can run; it has no target."""
+    return _assemble([], torch.empty(0, dtype=torch.int64, device=place), torch.empty(0, device=place), layout)
+
+
+def _assemble(
+    pieces: list[torch.Tensor], token_ids_T: torch.Tensor, wanted_T: torch.Tensor, layout: Layout
+) -> MicroBatch:
+    """`pieces`: token indices of each sequence; the targets are the `wanted_T` tokens."""
+    place = token_ids_T.device
+    lengths = padded_lengths([len(p) for p in pieces], layout)
+    token_ids, positions, targets, sources = [], [], [], []
+    for i, length in enumerate(lengths):
+        piece = pieces[i] if i < len(pieces) else token_ids_T.new_empty(0)
+        n = len(piece)
+        token_P = torch.full((length,), PADDING_TOKEN, dtype=torch.int64, device=place)
+        target_P = torch.full_like(token_P, NO_TARGET)
+        source_P = torch.full_like(token_P, -1)
+        token_P[:n] = token_ids_T[piece]
+        if n > 1:
+            following = piece[1:]
+            wanted = wanted_T[following].bool()
+            target_P[: n - 1] = torch.where(wanted, token_ids_T[following], NO_TARGET)
+            source_P[: n - 1] = torch.where(wanted, following, -1)
+        keep = _local(length, layout, place)
+        token_ids.append(token_P[keep])
+        positions.append(torch.arange(length, device=place)[keep])
+        targets.append(target_P[keep])
+        sources.append(source_P[keep])
+    cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=place)
+    packed = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
+    )
+    return MicroBatch(
+        torch.cat(token_ids)[None], torch.cat(positions)[None], torch.cat(targets), torch.cat(sources), packed
+    )
+
+
+def padded_lengths(lengths: Sequence[int], layout: Layout) -> list[int]:
+    """Lengths of the sequences as they are run; a row without sequences is one sequence of padding.
+
+    With CP each is a multiple of 2 CP; the last one grows until this rank's row is a multiple of TP under sequence
+    parallelism.
+    """
+    unit = 2 * layout.context_parallel if layout.context_parallel > 1 else 1
+    padded = [-(-n // unit) * unit for n in lengths] or [unit]
+    whole = layout.sequence_parallel * layout.context_parallel
+    while sum(padded) % whole:
+        padded[-1] += unit
+    return padded
+
+
+def _local(length: int, layout: Layout, place: torch.device) -> torch.Tensor:
+    """Positions of a sequence on this context-parallel rank: chunks r and 2 CP - 1 - r of 2 CP."""
+    everything = torch.arange(length, device=place)
+    size = layout.context_parallel
+    if size == 1:
+        return everything
+    chunks = everything.view(2 * size, -1)
+    return torch.cat([chunks[layout.context_rank], chunks[2 * size - 1 - layout.context_rank]])

@@ -1,0 +1,300 @@
+"""Forward and backward over packed micro-batches through Megatron-Core's schedules, and what is summed up of them.
+
+Every sum over tokens is a plain sum over micro-batches and ranks: the loss is divided beforehand by ONE global
+denominator (`algo.reduce`), entropies are added as int64 fixed point. So micro-batch budgets, packing, DP, CP and PP do
+not change the result.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from stare_megatron.algo.losses.types import LossInputs
+from stare_megatron.algo.reduce import fixed_point_sum, from_fixed_point, token_factors
+from stare_megatron.algo.registry import Algorithm
+from stare_megatron.algo.selection import NEGATIVE, POSITIVE
+from stare_megatron.algo.shards import Shards
+from stare_megatron.algo.stare import Candidates, Weights
+from stare_megatron.algo.surrogate import kl_estimate
+from stare_megatron.config import AlgorithmConfig
+from stare_megatron.errors import RunError
+from stare_megatron.trainer.logprobs import VocabShard, log_probs, token_scores
+from stare_megatron.trainer.sequence import MicroBatch
+from stare_megatron.types import Control, Scores, ScoreSummary, TokenBatch
+
+MAX_KL_TERM = 2.0**15  # nats; one token's term of a mean, so that a sum in fixed point cannot overflow
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """One optimizer step's data on a rank.
+
+    `owned_T` bool: action tokens whose prediction this context-parallel rank makes; over the data- and
+    context-parallel ranks each action token of the step is owned once. `factor_T` float32: weight of a token's loss in
+    the plain sum (`algo.reduce`).
+    """
+
+    batch: TokenBatch
+    rows: list[MicroBatch]
+    owned_T: torch.Tensor
+    factor_T: torch.Tensor
+
+
+def loaded(batch: TokenBatch, rows: list[MicroBatch], config: AlgorithmConfig) -> Loaded:
+    owned_T = torch.zeros_like(batch.action_T)
+    for row in rows:
+        owned_T[row.source_P[row.source_P >= 0]] = True
+    actions_N = torch.zeros(batch.global_sequence_N.shape[0], device=owned_T.device)
+    actions_N.index_add_(0, batch.sequence_T, batch.action_T.float())
+    factor_T = token_factors(
+        config.reduction,
+        actions_N[batch.sequence_T],
+        num_action_tokens=batch.num_action_tokens,
+        num_sequences=batch.num_sequences,
+    )
+    return Loaded(batch, rows, owned_T, factor_T)
+
+
+@dataclass(frozen=True, eq=False)
+class Runner:
+    """How this rank runs its model: chunks, its columns of the vocabulary, and who shares what.
+
+    `shards`: the data- x context-parallel ranks; `context_shards`: the context-parallel ones. `pipeline`: the pipeline
+    group, `last_stage`: global rank of its last stage.
+    """
+
+    chunks: Sequence[torch.nn.Module]
+    vocab: VocabShard
+    shards: Shards
+    context_shards: Shards
+    pipeline: dist.ProcessGroup
+    last_stage: int
+    is_last_stage: bool
+    place: torch.device
+
+    def run(
+        self, rows: Sequence[MicroBatch], consume: Callable[[torch.Tensor, MicroBatch], Any], *, train: bool
+    ) -> None:
+        """One pass over the micro-batches. `consume(logits [P, V_local], row)` is called on the last stage.
+
+        Training, it returns the loss to go backward from (already divided by everything); otherwise nothing.
+        """
+
+        def forward(rows_left: Any, chunk: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
+            row: MicroBatch = next(rows_left)
+            output = chunk(
+                input_ids=row.token_ids_1P,
+                position_ids=row.position_ids_1P,
+                attention_mask=None,
+                packed_seq_params=row.packed,
+            )
+            return output, functools.partial(_train if train else _score, row)
+
+        def _train(row: MicroBatch, logits_1PV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+            # The number of tokens is not used: see trainer.model.PolicyConfig.
+            tokens = torch.zeros((), dtype=torch.int, device=logits_1PV.device)
+            return consume(logits_1PV[0], row), tokens, {}
+
+        def _score(row: MicroBatch, logits_1PV: torch.Tensor, non_loss_data: bool) -> None:
+            consume(logits_1PV[0], row)
+
+        schedule = get_forward_backward_func()
+        with torch.set_grad_enabled(train):
+            schedule(
+                forward_step_func=forward,
+                data_iterator=[iter(rows) for _ in self.chunks],
+                model=list(self.chunks),
+                num_microbatches=len(rows),
+                seq_length=max(row.token_ids_1P.shape[1] for row in rows),
+                micro_batch_size=1,
+                forward_only=not train,
+                collect_non_loss_data=not train,
+            )
+
+    def from_last_stage(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` as the last pipeline stage has it, on every stage; in place."""
+        if dist.get_world_size(self.pipeline) > 1:
+            dist.broadcast(x, src=self.last_stage, group=self.pipeline)
+        return x
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """`scores` at the rollout temperature; `raw_logprob_T` float32 at temperature 1, which is the convention of the
+    engines' recorded log-probs. Zeros on all but the last pipeline stage."""
+
+    scores: Scores
+    raw_logprob_T: torch.Tensor
+
+
+def score(runner: Runner, data: Loaded, temperature: float) -> Scored:
+    """Log-prob and entropy of every owned token under the present weights; no graph."""
+    value_T3 = torch.zeros((data.batch.token_ids_T.shape[0], 3), device=runner.place)
+
+    def consume(logits_PV: torch.Tensor, row: MicroBatch) -> None:
+        got = token_scores(logits_PV, row.target_P, runner.vocab, temperature=temperature)
+        kept_P = row.source_P >= 0
+        columns = torch.stack([got.logprob_T, got.entropy_T, got.raw_logprob_T], 1)
+        value_T3[row.source_P[kept_P]] = columns[kept_P]
+
+    runner.run(data.rows, consume, train=False)
+    logprob_T, entropy_T, raw_T = value_T3.unbind(1)
+    return Scored(Scores(logprob_T.contiguous(), entropy_T.contiguous()), raw_T.contiguous())
+
+
+def summarize(runner: Runner, data: Sequence[Loaded], scored: Sequence[Scored]) -> ScoreSummary:
+    """Means over all action tokens of the update batch: exact sums, the same bits for every layout. A collective.
+
+    Raises:
+        RunError: a log-prob or entropy is not finite; on every rank.
+    """
+    pairs = list(zip(data, scored, strict=True))
+    entropy_T = torch.cat([s.scores.entropy_T[d.owned_T] for d, s in pairs])
+    logprob_T = torch.cat([s.scores.logprob_T[d.owned_T] for d, s in pairs])
+    raw_T = torch.cat([s.raw_logprob_T[d.owned_T] for d, s in pairs])
+    engine_T = torch.cat([d.batch.rollout_logprob_T[d.owned_T] for d, _ in pairs])
+    gap_T = (raw_T - engine_T).abs()
+    kl_T = kl_estimate(raw_T, engine_T).clamp(max=MAX_KL_TERM)
+    sums = torch.stack([fixed_point_sum(x_T) for x_T in (entropy_T, -logprob_T, gap_T, kl_T)])
+    totals = torch.cat([sums.flatten(), sums.new_tensor([entropy_T.shape[0]])])
+    worst = gap_T.double().amax(0, keepdim=True) if gap_T.numel() else gap_T.new_zeros(1, dtype=torch.float64)
+    if runner.is_last_stage:
+        totals, worst = runner.shards.sum(totals), runner.shards.max(worst)
+    *flat, tokens = runner.from_last_stage(totals).tolist()
+    values, broken = flat[0::2], flat[1::2]
+    mismatch_max = float(runner.from_last_stage(worst))
+    if any(broken):
+        raise RunError(
+            f"scoring pass: of {tokens} action tokens, {broken[0]} have a non-finite entropy, {broken[1]} a non-finite "
+            f"log-prob under the policy, {broken[2]} one under the policy or the engine"
+        )
+    entropy, surprisal, mismatch, kl = (from_fixed_point(v) / tokens for v in values)
+    return ScoreSummary(tokens, entropy, surprisal, mismatch, mismatch_max, kl)
+
+
+def weigh(
+    runner: Runner,
+    data: Sequence[Loaded],
+    scored: Sequence[Scored],
+    control: Control,
+    algorithm: Algorithm,
+    config: AlgorithmConfig,
+) -> list[Weights]:
+    """Token weights of all optimizer steps, selected ONCE over the whole update batch of all data- and
+    context-parallel ranks, from the scoring pass's surprisal. A collective of the last pipeline stage.
+
+    (The reference re-selects for every mini-batch under the weights of that moment.)
+    """
+    sizes = [d.batch.token_ids_T.shape[0] for d in data]
+    tokens = Candidates(
+        surprisal_T=torch.cat([-s.scores.logprob_T for s in scored]),
+        advantage_T=torch.cat([d.batch.advantage_T for d in data]),
+        action_T=torch.cat([d.owned_T for d in data]),
+        global_id_T=torch.cat([d.batch.global_id_T for d in data]),
+    )
+    whole = algorithm.weigh(tokens, control, config, runner.shards)
+    return [
+        Weights(weight_T, subset_T, selection)
+        for weight_T, subset_T, selection in zip(
+            whole.weight_T.split(sizes), whole.subset_T.split(sizes), whole.selection.split(sizes), strict=True
+        )
+    ]
+
+
+@dataclass(frozen=True)
+class LossStats:
+    """What an optimizer step's forward-backward saw, over all ranks; see `types.UpdateStats`."""
+
+    loss: float
+    clip_fraction: float
+    ratio_max: float
+    kl: float
+    selected_pos: int
+    selected_neg: int
+    num_pos: int
+    num_neg: int
+
+
+class _Tally:
+    """Sums of a pass on this rank: float64 [3] (loss, clipped, kl), largest ratio, counts int64 [4]."""
+
+    def __init__(self, place: torch.device) -> None:
+        self.sums = torch.zeros(3, dtype=torch.float64, device=place)
+        self.ratio_max = torch.zeros(1, dtype=torch.float64, device=place)
+        self.counts = torch.zeros(4, dtype=torch.float64, device=place)  # exact up to 2^53
+
+    def add(self, loss: torch.Tensor, clipped_T: torch.Tensor, kl_T: torch.Tensor, ratio_T: torch.Tensor) -> None:
+        self.sums += torch.stack([loss.detach().double(), clipped_T.sum().double(), kl_T.double().sum()])
+        if ratio_T.numel():
+            self.ratio_max = torch.maximum(self.ratio_max, ratio_T.double().amax(0, keepdim=True))
+
+    def count(self, weights: Weights, selected_T: torch.Tensor) -> None:
+        subsets = [weights.subset_T == code for code in (POSITIVE, NEGATIVE)]
+        self.counts += torch.stack([(s & selected_T).sum() for s in subsets] + [s.sum() for s in subsets]).double()
+
+    def total(self, runner: Runner, num_action_tokens: int) -> LossStats:
+        if runner.is_last_stage:
+            runner.shards.sum(self.sums)
+            runner.shards.sum(self.counts)
+            runner.shards.max(self.ratio_max)
+        everything = runner.from_last_stage(torch.cat([self.sums, self.ratio_max, self.counts])).tolist()
+        loss, clipped, kl, ratio_max = everything[:4]
+        chosen = [int(n) for n in everything[4:]]
+        return LossStats(loss, clipped / num_action_tokens, ratio_max, kl / num_action_tokens, *chosen)
+
+
+def forward_backward(
+    runner: Runner,
+    data: Loaded,
+    scored: Scored,
+    weights: Weights | None,
+    control: Control,
+    algorithm: Algorithm,
+    config: AlgorithmConfig,
+    temperature: float,
+) -> LossStats:
+    """Accumulate the gradient of one optimizer step in the chunks' gradient buffers. A collective.
+
+    `weights` None: weigh each micro-batch by itself, under the weights being updated (`scope = "microbatch"`, which is
+    what the reference does; its result depends on packing and on the number of ranks).
+    """
+    batch = data.batch
+    tally = _Tally(runner.place)
+
+    def consume(logits_PV: torch.Tensor, row: MicroBatch) -> torch.Tensor:
+        logprob_P, _ = log_probs(logits_PV, row.target_P, runner.vocab, temperature=temperature)
+        kept_P = row.source_P >= 0
+        logprob_R, source_R = logprob_P[kept_P], row.source_P[kept_P]
+        advantage_R, old_R = batch.advantage_T[source_R], scored.scores.logprob_T[source_R]
+        if weights is None:
+            actions_R = torch.ones_like(source_R, dtype=torch.bool)
+            own = Candidates(-logprob_R.detach(), advantage_R, actions_R, batch.global_id_T[source_R])
+            local = algorithm.weigh(own, control, config, runner.context_shards)
+            tally.count(local, local.selection.selected_T)
+            weight_R = local.weight_T
+        else:
+            weight_R = weights.weight_T[source_R]
+        tokens = LossInputs(
+            logprob_T=logprob_R,
+            old_logprob_T=old_R,
+            advantage_T=advantage_R,
+            weight_T=weight_R,
+            correction_T=torch.ones_like(weight_R),
+            sequence_T=batch.sequence_T[source_R],
+        )
+        token_loss = algorithm.loss(tokens, config)
+        loss = (data.factor_T[source_R] * token_loss.loss_T).sum()
+        tally.add(loss, token_loss.clipped_T, kl_estimate(logprob_R.detach(), old_R), token_loss.ratio_T)
+        return loss
+
+    runner.run(data.rows, consume, train=True)
+    if weights is not None:
+        tally.count(weights, weights.selection.selected_T)
+    return tally.total(runner, batch.num_action_tokens)

@@ -1,0 +1,210 @@
+"""What the step tests run on ranks: a fixed random model, a fixed batch with tool output, and probes of a TrainerRank.
+
+Functions named in `launch("step_cases:...")` take a `Rank` first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from launch import Rank
+
+from stare_megatron.config import Config, parse
+from stare_megatron.data.packing import plan_updates
+from stare_megatron.errors import RunError
+from stare_megatron.trainer.rank import TrainerRank
+from stare_megatron.types import (
+    Control,
+    Group,
+    Prompt,
+    Score,
+    Span,
+    SpanKind,
+    Status,
+    Trajectory,
+    UpdateShare,
+    UpdateStats,
+)
+
+VOCAB = 112
+PROBE = np.arange(3, 20, dtype=np.int32)
+Overrides = dict[str, dict[str, Any]]
+
+
+def make_checkpoint(folder: Path, *, layers: int = 4, seed: int = 0) -> Path:
+    """A random tied Qwen2 with weights large enough that tokens differ in surprisal."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        max_position_embeddings=256,
+        initializer_range=0.08,
+    )
+    model = Qwen2ForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.05)
+    model.save_pretrained(folder)
+    return folder
+
+
+def make_groups(*, groups: int = 6, size: int = 4, seed: int = 1) -> list[Group]:
+    """Mixed lengths; every second trajectory has a tool-output hole; one trajectory failed, one is empty."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for g in range(groups):
+        prompt = Prompt(f"p{g}", "test", "", tuple(int(t) for t in rng.integers(3, VOCAB, rng.integers(2, 9))), "")
+        trajectories, scores = [], []
+        for s in range(size):
+            spans = [Span(SpanKind.PROMPT, np.array(prompt.token_ids, np.int32), np.empty(0, np.float32))]
+            for turn in range(1 + s % 2):
+                if turn:
+                    hole = rng.integers(3, VOCAB, rng.integers(1, 6)).astype(np.int32)
+                    spans.append(Span(SpanKind.OBSERVATION, hole, np.empty(0, np.float32)))
+                n = 0 if (g, s) == (1, 2) else int(rng.integers(1, 20))
+                tokens = rng.integers(3, VOCAB, n).astype(np.int32)
+                spans.append(Span(SpanKind.ACTION, tokens, (-4.7 + 0.3 * rng.standard_normal(n)).astype(np.float32)))
+            status = Status.FAILED if (g, s) == (2, 1) else Status.COMPLETED
+            trajectories.append(Trajectory(prompt.id, s, tuple(spans), status, 0, s))
+            scores.append(Score(float(rng.integers(0, 2)) if g else float(rng.normal()), False, ""))
+        made.append(Group(prompt, tuple(trajectories), tuple(scores)))
+    return made
+
+
+def make_config(checkpoint: Path, overrides: Overrides) -> Config:
+    """A run on `checkpoint`; `overrides` by top-level table."""
+    tree: dict[str, dict[str, Any]] = {
+        "run": {"steps": 10},
+        "model": {"path": str(checkpoint), "dtype": "float32"},
+        "data": {"train": ["none.jsonl"], "max_prompt_tokens": 32},
+        "reward": {"name": "none"},
+        "rollout": {"prompts_per_step": 6, "group_size": 4, "max_response_tokens": 128},
+        "algorithm": {"method": "stare", "stare": {"variant": "C2", "fraction": 0.1, "target_entropy": 9.0}},
+        "trainer": {"micro_batch_tokens": 64, "optimizer": {"lr": 1e-3}},
+    }
+    for table, values in overrides.items():
+        tree[table] = tree.get(table, {}) | values
+    return parse(tree, "test")
+
+
+def start(rank: Rank, config: Config) -> TrainerRank:
+    return TrainerRank(config, **dataclasses.asdict(rank))
+
+
+def load(trainer: TrainerRank, config: Config, groups: list[Group]) -> None:
+    """What the driver does: plan, and hand each rank its share."""
+    settings = config.trainer
+    plans = plan_updates(
+        [g.summary() for g in groups],
+        data_parallel=settings.data_parallel,
+        updates_per_batch=settings.updates_per_batch,
+        micro_batch_tokens=settings.micro_batch_tokens,
+        min_micro_batch_multiple=settings.pipeline_parallel if settings.virtual_pipeline > 1 else 1,
+    )
+    shares: list[UpdateShare] = [plan[trainer.position().data_parallel_rank] for plan in plans]
+    trainer.load([(groups, share) for share in shares])
+
+
+def selected_ids(trainer: TrainerRank, config: Config, control: Control) -> list[int]:
+    """Global ids of the tokens of L+ and L- on this rank (last stage), by the same call `update` makes."""
+    from stare_megatron.trainer.step import weigh
+
+    if not trainer._runner.is_last_stage:
+        return []
+    data, scored = trainer._loaded, trainer._scored
+    weights = weigh(trainer._runner, data, scored, control, trainer._algorithm, config.algorithm)
+    return [
+        int(i) for d, w in zip(data, weights, strict=True) for i in d.batch.global_id_T[w.selection.selected_T].tolist()
+    ]
+
+
+def steps(rank: Rank, config: Config, *, count: int = 2) -> dict[str, Any]:
+    """`count` batches of load, score, update; what a run would see of them."""
+    trainer = start(rank, config)
+    seen: dict[str, Any] = {"scores": [], "stats": [], "selected": []}
+    for i in range(count):
+        load(trainer, config, make_groups(seed=1 + i))
+        summary = trainer.score()
+        control = Control(summary.entropy < 9.0, 1.5, 0.5, summary.entropy, 9.0)
+        seen["scores"].append(summary)
+        seen["selected"].append(selected_ids(trainer, config, control))
+        seen["stats"].extend(trainer.update(control))
+    seen["probe"] = trainer.score_tokens(PROBE)
+    seen["position"] = trainer.position()
+    trainer.close()
+    return seen
+
+
+def many(rank: Rank, *, checkpoint: Path, cases: dict[str, tuple[int, Overrides]]) -> dict[str, dict[str, Any]]:
+    """`steps` of each case (a port and overrides), one after the other in the same processes."""
+    return {
+        name: steps(dataclasses.replace(rank, master_port=port), make_config(checkpoint, overrides))
+        for name, (port, overrides) in cases.items()
+    }
+
+
+def resume(
+    rank: Rank, *, checkpoint: Path, folder: Path, ports: tuple[int, int], first: Overrides, second: Overrides
+) -> dict[str, Any]:
+    """A step, a save and an export under layout `first`, then the same next step under it and, restored, `second`."""
+    config = make_config(checkpoint, first)
+    trainer = start(dataclasses.replace(rank, master_port=ports[0]), config)
+    _step(trainer, config, 1)
+    trainer.save(folder / "trainer", 7)
+    trainer.export_hf(folder / "hf")
+    seen: dict[str, Any] = {"probe": trainer.score_tokens(PROBE), "went_on": _step(trainer, config, 2)}
+    trainer.close()
+    config = make_config(checkpoint, second)
+    trainer = start(dataclasses.replace(rank, master_port=ports[1]), config)
+    seen["step"] = trainer.restore(folder / "trainer")
+    seen["restored_probe"] = trainer.score_tokens(PROBE)
+    seen["resumed"] = _step(trainer, config, 2)
+    trainer.close()
+    return seen
+
+
+def _step(trainer: TrainerRank, config: Config, seed: int) -> list[UpdateStats]:
+    load(trainer, config, make_groups(seed=seed))
+    entropy = trainer.score().entropy
+    return trainer.update(Control(True, 1.5, 0.5, entropy, 9.0))
+
+
+def failures(rank: Rank, *, checkpoint: Path, ports: tuple[int, int]) -> list[str]:
+    """What is said of a batch whose engine log-prob is not finite, and of weights that are not."""
+    import torch
+
+    said = []
+    config = make_config(checkpoint, {})
+    trainer = start(dataclasses.replace(rank, master_port=ports[0]), config)
+    groups = make_groups()
+    groups[0].trajectories[0].spans[1].logprobs[0] = -np.inf
+    load(trainer, config, groups)
+    try:
+        trainer.score()
+    except RunError as e:
+        said.append(str(e))
+    load(trainer, config, make_groups())
+    entropy = trainer.score().entropy
+    before = trainer.score_tokens(PROBE)
+    with torch.no_grad():
+        trainer._scored[0].scores.logprob_T.fill_(torch.nan)
+    try:
+        trainer.update(Control(True, 1.5, 0.5, entropy, 9.0))
+    except RunError as e:
+        said.append(str(e))
+    assert np.array_equal(trainer.score_tokens(PROBE), before)
+    assert trainer.peak_memory_bytes() > 50 << 20
+    trainer.close()
+    return said
