@@ -181,6 +181,7 @@ def build_model(
         for parameter in chunk.parameters():
             parameter.data = parameter.data.to(dtype)
         chunk.to(device)
+    weights.mark_split(chunks)
     weights.load_weights(chunks, model_path)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=trainer.distributed_optimizer

@@ -1,8 +1,8 @@
 """Run a function on N processes that can form a torch.distributed group, and collect what each returns.
 
-    results = launch("tests.invariance.workers:parity", 2, {"layout": ...}, timeout=120)
+    results = launch("parity_worker:run", 2, {"cases": ...}, timeout=120)
 
-The function is named as "module:function", takes (rank: Rank, **arguments) and returns something that pickles. It is
+The function is named as "module:function" (a module of this folder, or one importable from the project's root), takes (rank: Rank, **arguments) and returns something that pickles. It is
 started by `python tests/invariance/launch.py` with the environment torchrun would give. When a rank fails or the time
 is up, the error shows the tail of every rank's output; on a time-out each rank first dumps the stack of every thread.
 """
@@ -81,7 +81,7 @@ def _start(folder: Path, rank: int, ranks: int, port: int) -> subprocess.Popen[b
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "PYTHONWARNINGS": "ignore",
     }
     with (folder / f"log{rank}").open("wb") as log:
@@ -121,6 +121,6 @@ def _worker(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    # Unpickled arguments may name classes of this module under its package path.
-    sys.modules["tests.invariance.launch"] = sys.modules["__main__"]
+    # What is pickled may name classes of this module by its name in the caller.
+    sys.modules["launch"] = sys.modules["__main__"]
     _worker(Path(sys.argv[1]))

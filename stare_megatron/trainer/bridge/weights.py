@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.utils import get_model_config
 from torch.distributed import ProcessGroup
 
@@ -98,6 +99,29 @@ def _local_experts(shape: ModelShape, entry: _Entry) -> range:
     return range(rank * here, (rank + 1) * here)
 
 
+def _all_entries(shape: ModelShape) -> list[_Entry]:
+    """With the last stage's copy of tied embeddings."""
+    return _entries(shape) + [_Entry(None, _TIED_HEAD)] * shape.tied
+
+
+def mark_split(chunks: Sequence[torch.nn.Module]) -> None:
+    """Mark the parameters that tensor-parallel ranks split, so that the gradient norm counts every slice once.
+
+    Upstream marks them while it draws initial values, which is skipped here. Before the optimizer is made.
+    """
+    shape, local = _shape(chunks), _Local(chunks)
+    for entry in _all_entries(shape):
+        if entry.tensor.layout is Layout.REPLICATED:
+            continue
+        dimension = 1 if entry.tensor.layout in (Layout.ROW, Layout.EXPERT_ROW) else 0
+        for here in range(len(_local_experts(shape, entry))):
+            parameter = local.find(entry, here)
+            if parameter is not None:
+                for name in ("tensor_model_parallel", "partition_dim", "partition_stride"):
+                    parameter.__dict__.pop(name, None)
+                set_tensor_model_parallel_attributes(parameter, True, dimension, 1)
+
+
 @torch.no_grad()
 def load_weights(chunks: Sequence[torch.nn.Module], path: Path) -> None:
     """Fill every parameter of this rank from the checkpoint in folder `path`, reading only this rank's slices.
@@ -110,7 +134,7 @@ def load_weights(chunks: Sequence[torch.nn.Module], path: Path) -> None:
     """
     shape, local, file = _shape(chunks), _Local(chunks), Checkpoint(path)
     left = local.places()
-    for entry in _entries(shape) + [_Entry(None, _TIED_HEAD)] * shape.tied:
+    for entry in _all_entries(shape):
         group = _groups(entry)
         for here, expert in enumerate(_local_experts(shape, entry)):
             parameter = local.find(entry, here)

@@ -1,0 +1,60 @@
+"""Tiny random Hugging Face checkpoints made by transformers, one a family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": 112,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {"head_dim": 32}),
+    "llama3": ("LlamaConfig", {"head_dim": 32, "tie_word_embeddings": True, "rope_parameters": _LLAMA3}),
+    "qwen2": ("Qwen2Config", {"hidden_size": 128, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3Config", {"head_dim": 32}),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {
+            "head_dim": 32,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "norm_topk_prob": True,
+        },
+    ),
+}
+
+
+def make(name: str, folder: Path) -> Path:
+    """Write the checkpoint `name` under `folder`; weights large enough that every part matters."""
+    import torch
+    import transformers
+
+    kind, fields = FAMILIES[name]
+    config = getattr(transformers, kind)(**(_COMMON | fields))
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            else:
+                parameter.mul_(3.0)
+    path = folder / name
+    model.save_pretrained(path)
+    return path
