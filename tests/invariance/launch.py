@@ -2,9 +2,10 @@
 
     results = launch("parity_worker:run", 2, {"cases": ...}, timeout=120)
 
-The function is named as "module:function" (a module of this folder, or one importable from the project's root), takes (rank: Rank, **arguments) and returns something that pickles. It is
-started by `python tests/invariance/launch.py` with the environment torchrun would give. When a rank fails or the time
-is up, the error shows the tail of every rank's output; on a time-out each rank first dumps the stack of every thread.
+The function is named as "module:function" (a module of this folder, or one importable from the project's root), takes
+(rank: Rank, **arguments) and returns something that pickles. It is started by `python launch.py` with the environment
+torchrun would give. When a rank fails or the time is up, the error shows the tail of every rank's output; on a time-out
+each rank first dumps the stack of every thread.
 """
 
 from __future__ import annotations

@@ -1,0 +1,120 @@
+"""Run as `python probes.py EXCLUDED...`: what each patch mends, tried with all patches but the excluded ones.
+
+Prints a JSON object: patch -> the error of its probe, or "" if all is well. One process, for an import of Megatron-Core
+takes seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable
+
+
+def cpu_source() -> None:
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    assert RotaryEmbedding(kv_channels=32, rotary_percent=1.0).get_emb(8).shape == (8, 1, 1, 32)
+
+
+def jit_fuser() -> None:
+    from megatron.core.fusions import fused_bias_swiglu
+
+    assert not hasattr(fused_bias_swiglu.swiglu, "_torchdynamo_orig_callable"), "compiled by torch.compile"
+
+
+def rng_state() -> None:
+    import torch
+    from megatron.core.tensor_parallel import random
+
+    tracker = random.CudaRNGStatesTracker()
+    tracker.add("mine", 7)
+    before = torch.get_rng_state()
+    with tracker.fork("mine"):
+        drawn = torch.rand(3)
+    assert torch.equal(torch.get_rng_state(), before), "the outer generator was moved"
+    assert torch.equal(drawn, torch.rand(3, generator=torch.Generator().manual_seed(7))), "not the tracked generator"
+
+
+def router_gemm() -> None:
+    import torch
+    from megatron.core.transformer.moe.moe_utils import router_gating_linear
+
+    x, w = torch.randn(3, 4, requires_grad=True), torch.randn(2, 4, requires_grad=True)
+    out = router_gating_linear(x, w, None, torch.float32)
+    out.sum().backward()
+    torch.testing.assert_close(out, x @ w.t())
+
+
+def moe_split_sizes() -> None:
+    """The split sizes of an all-to-all, as the token dispatcher prepares them."""
+    import numpy as np
+    import torch
+    from megatron.core.transformer.moe.token_dispatcher import maybe_move_tensor_to_cpu
+
+    assert isinstance(maybe_move_tensor_to_cpu(torch.tensor([1, 2]), as_numpy=True), np.ndarray)
+
+
+def torch_adam_step() -> None:
+    """Six steps with a state_dict round trip in the middle are the six steps without it."""
+    import torch
+
+    plain, resumed = _six_steps(resume=False), _six_steps(resume=True)
+    torch.testing.assert_close(resumed, plain, rtol=0, atol=0)
+
+
+def _six_steps(resume: bool) -> object:
+    import torch
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    config = TransformerConfig(num_layers=1, hidden_size=4, num_attention_heads=1, calculate_per_token_loss=True)
+    torch.manual_seed(0)
+    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    model = DistributedDataParallel(config, ddp_config, module)
+    settings = OptimizerConfig(optimizer="adam", lr=0.1, use_distributed_optimizer=True, clip_grad=0.0)
+    optimizer = get_megatron_optimizer(settings, [model], use_gloo_process_groups=False)
+    for i in range(6):
+        if resume and i == 3:
+            optimizer.load_state_dict(optimizer.state_dict())
+        model.zero_grad_buffer()
+        (model(torch.eye(4)) ** 2).sum().backward()
+        model.finish_grad_sync()
+        optimizer.step()
+    return [p.detach().clone() for p in module.parameters()]
+
+
+PROBES: dict[str, Callable[[], None]] = {
+    f.__name__: f for f in (cpu_source, jit_fuser, rng_state, router_gemm, moe_split_sizes, torch_adam_step)
+}
+
+
+def main(excluded: list[str]) -> dict[str, str]:
+    import stare_megatron_patches as patches
+
+    patches.PATCHES = tuple(p for p in patches.PATCHES if p not in excluded)
+    patches.apply("megatron-core")
+    import torch
+    from megatron.core import parallel_state
+
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
+    found = {}
+    for name, probe in PROBES.items():
+        try:
+            probe()
+        except Exception as e:  # noqa: BLE001  # whatever it is, it is the answer
+            found[name] = f"{type(e).__name__}: {e}"
+        else:
+            found[name] = ""
+    torch.distributed.destroy_process_group()
+    return found
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    print(json.dumps(main(sys.argv[1:])))
