@@ -13,10 +13,11 @@ from stare_megatron import __version__
 from stare_megatron.errors import RunError, UserError
 
 
-def _train(args: argparse.Namespace) -> int:
+def _train(args: argparse.Namespace, rest: list[str]) -> int:
     from stare_megatron import config
 
-    resolved = config.load(args.config, args.overrides)
+    overrides = [*args.overrides, *rest]
+    resolved = config.load(args.config, overrides)
     if args.print_config:
         from stare_megatron.run_folder import to_toml
 
@@ -24,11 +25,11 @@ def _train(args: argparse.Namespace) -> int:
         return 0
     from stare_megatron import build
 
-    command = ["stare-megatron", "train", str(args.config), *args.overrides]
+    command = ["stare-megatron", "train", str(args.config), *overrides]
     return build.train(resolved, quiet=args.quiet, command=command)
 
 
-def _plot(args: argparse.Namespace) -> int:
+def _plot(args: argparse.Namespace, rest: list[str]) -> int:
     from stare_megatron.metrics.plot import plot
 
     print(plot(args.run))
@@ -56,9 +57,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    # argparse takes a list of positionals in one piece only; overrides after an option are what is left over.
+    args, rest = parser.parse_known_args(argv)
+    if rest and (args.handler is not _train or any(item.startswith("-") for item in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        return args.handler(args)
+        return args.handler(args, rest)
     except UserError as e:
         print(f"stare-megatron: {e}", file=sys.stderr)
         return 2

@@ -24,8 +24,8 @@ COMMAND = [sys.executable, "-m", "stare_megatron", "train", str(ROOT / "examples
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model further along than the demo's, so that few steps show a rise."""
-    folder = tmp_path_factory.mktemp("material")
+    """A tiny model and its prompts, made as the demo makes them but from another seed."""
+    folder = tmp_path_factory.mktemp("e2e") / "material"
     make(default_settings("order_free_sum", layers=2, seed=1), folder, 512, 32)
     return folder
 
