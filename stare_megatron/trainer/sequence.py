@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 
 from stare_megatron.algo.registry import Algorithm
 from stare_megatron.config import AlgorithmConfig
@@ -30,14 +29,16 @@ class MicroBatch:
 
     `token_ids_1P`, `position_ids_1P` int64 [1, P]. `target_P` int64: the token that position p is asked to predict,
     NO_TARGET where it carries no loss. `source_P` int64: index of that target in the `TokenBatch`, -1 likewise.
-    `packed`: cumulative lengths, with padding, over all context-parallel ranks.
+    `cu_seqlens_M1` int32 [M + 1]: bounds of the M sequences, with padding, over all context-parallel ranks;
+    `max_seqlen`: the longest of them.
     """
 
     token_ids_1P: torch.Tensor
     position_ids_1P: torch.Tensor
     target_P: torch.Tensor
     source_P: torch.Tensor
-    packed: PackedSeqParams
+    cu_seqlens_M1: torch.Tensor
+    max_seqlen: int
 
 
 @dataclass(frozen=True)
@@ -144,16 +145,14 @@ def _assemble(
         positions.append(torch.arange(length, device=place)[keep])
         targets.append(target_P[keep])
         sources.append(source_P[keep])
-    cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=place)
-    packed = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=max(lengths),
-        max_seqlen_kv=max(lengths),
-    )
+    cu_seqlens_M1 = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=place)
     return MicroBatch(
-        torch.cat(token_ids)[None], torch.cat(positions)[None], torch.cat(targets), torch.cat(sources), packed
+        torch.cat(token_ids)[None],
+        torch.cat(positions)[None],
+        torch.cat(targets),
+        torch.cat(sources),
+        cu_seqlens_M1,
+        max(lengths),
     )
 
 

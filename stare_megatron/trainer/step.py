@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from stare_megatron.algo.losses.types import LossInputs
@@ -93,7 +94,7 @@ class Runner:
                 input_ids=row.token_ids_1P,
                 position_ids=row.position_ids_1P,
                 attention_mask=None,
-                packed_seq_params=row.packed,
+                packed_seq_params=_packed(row),
             )
             return output, functools.partial(_train if train else _score, row)
 
@@ -123,6 +124,17 @@ class Runner:
         if dist.get_world_size(self.pipeline) > 1:
             dist.broadcast(x, src=self.last_stage, group=self.pipeline)
         return x
+
+
+def _packed(row: MicroBatch) -> PackedSeqParams:
+    """As attention wants it. Padding counts as tokens of its sequence: it comes last, so causality hides it."""
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=row.cu_seqlens_M1,
+        cu_seqlens_kv=row.cu_seqlens_M1,
+        max_seqlen_q=row.max_seqlen,
+        max_seqlen_kv=row.max_seqlen,
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from launch import Rank
+from launch import Rank, free_port
 
 from stare_megatron.config import Config, parse
 from stare_megatron.data.packing import plan_updates
@@ -147,27 +147,44 @@ def steps(rank: Rank, config: Config, *, count: int = 2) -> dict[str, Any]:
     return seen
 
 
-def many(rank: Rank, *, checkpoint: Path, cases: dict[str, tuple[int, Overrides]]) -> dict[str, dict[str, Any]]:
-    """`steps` of each case (a port and overrides), one after the other in the same processes."""
-    return {
-        name: steps(dataclasses.replace(rank, master_port=port), make_config(checkpoint, overrides))
-        for name, (port, overrides) in cases.items()
-    }
+class Ports:
+    """A fresh port for each process group that the ranks form one after the other: one chosen beforehand may be taken
+    by the time it is used."""
+
+    def __init__(self, rank: Rank) -> None:
+        import torch.distributed as dist
+
+        self._rank = rank
+        self._store = dist.TCPStore(rank.master_addr, rank.master_port, rank.world_size, rank.rank == 0)
+        self._used = 0
+
+    def next(self) -> Rank:
+        """This rank with a new port."""
+        self._used += 1
+        key = f"port{self._used}"
+        if self._rank.rank == 0:
+            self._store.set(key, str(free_port()))
+        return dataclasses.replace(self._rank, master_port=int(self._store.get(key)))
 
 
-def resume(
-    rank: Rank, *, checkpoint: Path, folder: Path, ports: tuple[int, int], first: Overrides, second: Overrides
-) -> dict[str, Any]:
+def many(rank: Rank, *, checkpoint: Path, cases: dict[str, Overrides]) -> dict[str, dict[str, Any]]:
+    """`steps` of each case, one after the other in the same processes."""
+    ports = Ports(rank)
+    return {name: steps(ports.next(), make_config(checkpoint, overrides)) for name, overrides in cases.items()}
+
+
+def resume(rank: Rank, *, checkpoint: Path, folder: Path, first: Overrides, second: Overrides) -> dict[str, Any]:
     """A step, a save and an export under layout `first`, then the same next step under it and, restored, `second`."""
+    ports = Ports(rank)
     config = make_config(checkpoint, first)
-    trainer = start(dataclasses.replace(rank, master_port=ports[0]), config)
+    trainer = start(ports.next(), config)
     _step(trainer, config, 1)
     trainer.save(folder / "trainer", 7)
     trainer.export_hf(folder / "hf")
     seen: dict[str, Any] = {"probe": trainer.score_tokens(PROBE), "went_on": _step(trainer, config, 2)}
     trainer.close()
     config = make_config(checkpoint, second)
-    trainer = start(dataclasses.replace(rank, master_port=ports[1]), config)
+    trainer = start(ports.next(), config)
     seen["step"] = trainer.restore(folder / "trainer")
     seen["restored_probe"] = trainer.score_tokens(PROBE)
     seen["resumed"] = _step(trainer, config, 2)
@@ -181,13 +198,13 @@ def _step(trainer: TrainerRank, config: Config, seed: int) -> list[UpdateStats]:
     return trainer.update(Control(True, 1.5, 0.5, entropy, 9.0))
 
 
-def failures(rank: Rank, *, checkpoint: Path, ports: tuple[int, int]) -> list[str]:
+def failures(rank: Rank, *, checkpoint: Path) -> list[str]:
     """What is said of a batch whose engine log-prob is not finite, and of weights that are not."""
     import torch
 
     said = []
     config = make_config(checkpoint, {})
-    trainer = start(dataclasses.replace(rank, master_port=ports[0]), config)
+    trainer = start(rank, config)
     groups = make_groups()
     groups[0].trajectories[0].spans[1].logprobs[0] = -np.inf
     load(trainer, config, groups)

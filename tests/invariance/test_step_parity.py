@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from launch import free_port, launch
+from launch import launch
 from step_cases import PROBE, make_checkpoint
 
 
@@ -30,19 +30,16 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "PP2": trainer(world_size=2, pipeline_parallel=2),
         "PP2 VPP2": trainer(world_size=2, pipeline_parallel=2, virtual_pipeline=2),
         "DP2": trainer(world_size=2),
-        "DP2, small budget": trainer(world_size=2, micro_batch_tokens=30),
+        "DP2, one sequence a micro-batch": trainer(world_size=2, micro_batch_tokens=1),
+        "PP2, one sequence a micro-batch": trainer(world_size=2, pipeline_parallel=2, micro_batch_tokens=1),
         "CP2": trainer(world_size=2, context_parallel=2),
     },
     4: {
         "TP2 PP2": trainer(world_size=4, tensor_parallel=2, pipeline_parallel=2),
-        "DP4": trainer(world_size=4),
+        "DP4, one sequence a micro-batch": trainer(world_size=4, micro_batch_tokens=1),
     },
 }
 LAYOUTS = [(ranks, name) for ranks, cases in CASES.items() for name in cases if name != "reference"]
-SAME_ARITHMETIC = [
-    *(name for name in CASES[1] if name != "reference"),
-    *("PP2", "PP2 VPP2", "DP2", "DP2, small budget", "DP4"),
-]
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +54,8 @@ def outcome(checkpoint):
 
     def of(ranks: int, name: str) -> list[dict[str, Any]]:
         if ranks not in done:
-            cases = {n: (free_port(), overrides) for n, overrides in CASES[ranks].items()}
-            done[ranks] = launch("step_cases:many", ranks, {"checkpoint": checkpoint, "cases": cases}, timeout=400)
+            arguments = {"checkpoint": checkpoint, "cases": CASES[ranks]}
+            done[ranks] = launch("step_cases:many", ranks, arguments, timeout=400)
         return [by_case[name] for by_case in done[ranks]]
 
     return of
@@ -102,14 +99,22 @@ def test_chosen_tokens_are_the_same(outcome, reference, ranks, name):
 
 @pytest.mark.parametrize(("ranks", "name"), LAYOUTS)
 def test_entropy_and_mismatch(outcome, reference, ranks, name):
-    """Bit-identical where the forward pass does the same arithmetic per token; TP and CP do not."""
+    """To the last bits of fp32: a matrix product of other rows rounds differently, so packing moves single tokens."""
     for seen in outcome(ranks, name):
         got, want = seen["scores"][0], reference["scores"][0]
         assert got.num_action_tokens == want.num_action_tokens
-        if name in SAME_ARITHMETIC:
-            assert got == want
         for field in ("entropy", "surprisal", "mismatch_mean", "mismatch_max", "mismatch_kl"):
             assert getattr(got, field) == pytest.approx(getattr(want, field), abs=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "name"), [case for case in LAYOUTS if case[1].endswith(", one sequence a micro-batch")]
+)
+def test_same_rows_give_the_same_bits(outcome, ranks, name):
+    """When each micro-batch is the same wherever it runs, data and pipeline parallelism change no bit of a sum."""
+    want = outcome(1, "one sequence a micro-batch")[0]["scores"][0]
+    for seen in outcome(ranks, name):
+        assert seen["scores"][0] == want
 
 
 @pytest.mark.parametrize(("ranks", "name"), LAYOUTS)
@@ -124,7 +129,6 @@ def resumed(checkpoint, tmp_path_factory):
     arguments = {
         "checkpoint": checkpoint,
         "folder": folder,
-        "ports": (free_port(), free_port()),
         "first": trainer(world_size=2, tensor_parallel=2),
         "second": trainer(world_size=2, pipeline_parallel=2),
     }
@@ -156,7 +160,6 @@ def test_export_loads_in_transformers(resumed, checkpoint):
 
 
 def test_non_finite_values_stop_the_run_before_the_weights_change(checkpoint):
-    ports = (free_port(), free_port())
-    (said,) = launch("step_cases:failures", 1, {"checkpoint": checkpoint, "ports": ports}, timeout=200)
+    (said,) = launch("step_cases:failures", 1, {"checkpoint": checkpoint}, timeout=200)
     assert "1 one under the policy or the engine" in said[0]
     assert said[1] == "optimizer step 1: the loss is nan; no weight was changed by this step"
