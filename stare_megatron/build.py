@@ -24,6 +24,7 @@ from stare_megatron.cluster.trainers import TrainerGroup
 from stare_megatron.config import Config
 from stare_megatron.data.prompts import PromptStream, load_prompts
 from stare_megatron.data.tokenizer import load_tokenizer
+from stare_megatron.errors import UserError
 from stare_megatron.metrics.plot import plot
 from stare_megatron.metrics.samples import write_samples
 from stare_megatron.metrics.sinks import Sinks, open_sinks
@@ -213,20 +214,29 @@ def train(config: Config, *, quiet: bool, command: list[str]) -> int:
         UserError: before anything is started. RunError: the run had to stop.
     """
     console = Console()
-    preflight.check(config)
+    notes = list(preflight.check(config))
     tokenizer = load_tokenizer(config.model.path)
-    stream = PromptStream(load_prompts(config.data, tokenizer), seed=config.run.seed, shuffle=config.data.shuffle)
+    prompts = load_prompts(config.data, tokenizer)
+    if prompts.dropped:
+        notes.append(
+            f"{prompts.dropped} of {prompts.dropped + len(prompts)} prompts are longer than data.max_prompt_tokens = "
+            f"{config.data.max_prompt_tokens} and were dropped"
+        )
+    stream = PromptStream(prompts, seed=config.run.seed, shuffle=config.data.shuffle)
     resume_from = checkpoint.find(config.folder / "checkpoints", config.run.resume)
     restored = 0 if resume_from is None else checkpoint.read(resume_from).step
     folder = run_folder.open_run(config, command)
+    for note in notes:
+        console.print(f"note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     sinks = open_sinks(config, folder.path, restored, quiet, console)
     stop = StopSignal(console)
     try:
-        with stop.installed():
+        with contextlib.closing(sinks), stop.installed():
             code = _train(config, folder, stream, tokenizer, sinks, stop, resume_from)
-    finally:
-        sinks.close()
-    if folder.metrics.exists() and folder.metrics.stat().st_size:
+    except (UserError, KeyboardInterrupt):
+        run_folder.discard(folder)
+        raise
+    if run_folder.is_used(folder):
         plot(folder.path)
         console.print(render(summarize(folder.path), config.run.name, folder.outputs()))
     return code

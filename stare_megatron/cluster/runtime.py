@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import sys
@@ -28,7 +29,7 @@ def cluster(config: ClusterConfig, actors: int) -> Iterator[None]:
         UserError: the cluster cannot be reached, or a local one cannot start.
     """
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
-    common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if config.address == "local":
             ray.init(

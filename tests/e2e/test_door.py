@@ -1,0 +1,142 @@
+"""Bad input at the command line: one clear line, exit code 2, nothing half-written. In one process: quick.
+
+`tests/unit/test_preflight.py` and `test_run_folder.py` hold the wider list of refusals.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from stare_megatron.__main__ import main
+from stare_megatron.tasks.make import make
+from stare_megatron.tasks.tiny_model import default_settings
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import dataclasses
+
+    folder = tmp_path_factory.mktemp("door") / "made"
+    make(dataclasses.replace(default_settings("order_free_sum", layers=2, seed=0), max_batches=0), folder, 16, 4)
+    return folder
+
+
+@pytest.fixture
+def files(made: Path, tmp_path: Path) -> Path:
+    shutil.copytree(made, tmp_path / "made")
+    return tmp_path
+
+
+def refused(files: Path, capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
+    """The one line that `train` says."""
+    config = files / "run.toml"
+    config.write_text(
+        f'[run]\nsteps = 1\ndir = "{files / "runs"}"\n[model]\npath = "{files / "made/model"}"\ndtype = "float32"\n'
+        f'[data]\ntrain = ["{files / "made/train.jsonl"}"]\nmax_prompt_tokens = 8\n'
+        '[reward]\nname = "order_free_sum"\n[rollout]\nmax_response_tokens = 24\n[logging]\nwandb = "disabled"\n'
+    )
+    code = main(["train", str(config), *overrides])
+    err = capsys.readouterr().err
+    assert code == 2, err
+    assert err.count("\n") == 1, err
+    assert not (files / "runs").exists() or not list((files / "runs").iterdir())
+    return err
+
+
+def edit_config(files: Path, **changes: object) -> None:
+    path = files / "made/model/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_unknown_key(files, capsys):
+    err = refused(files, capsys, "trainer.tensor_paralel=2")
+    assert "trainer.tensor_paralel" in err
+    assert "'trainer.tensor_parallel'" in err
+
+
+def test_missing_configuration_file(tmp_path, capsys):
+    assert main(["train", str(tmp_path / "nowhere.toml")]) == 2
+    assert "nowhere.toml" in capsys.readouterr().err
+
+
+def test_missing_data_file(files, capsys):
+    assert "nowhere.jsonl" in refused(files, capsys, f'data.train=["{files / "nowhere.jsonl"}"]')
+
+
+def test_malformed_jsonl_names_file_and_line(files, capsys):
+    path = files / "made/train.jsonl"
+    lines = path.read_text().splitlines()
+    lines[6] = lines[6][:-3]
+    path.write_text("\n".join(lines))
+    assert "train.jsonl:7:" in refused(files, capsys)
+
+
+def test_empty_data_set(files, capsys):
+    (files / "made/train.jsonl").write_text("\n\n")
+    err = refused(files, capsys)
+    assert "train.jsonl" in err
+    assert "empty" in err
+
+
+def test_unsupported_architecture(files, capsys):
+    edit_config(files, architectures=["MambaForCausalLM"], model_type="mamba")
+    err = refused(files, capsys)
+    assert "config.json" in err
+    assert "mamba" in err.lower()
+
+
+def test_vocabulary_mismatch(files, capsys):
+    edit_config(files, vocab_size=64)
+    err = refused(files, capsys)
+    assert "vocabulary mismatch" in err
+    assert "64" in err
+
+
+def test_impossible_layout(files, capsys):
+    err = refused(files, capsys, "trainer.world_size=4", "trainer.tensor_parallel=4")
+    assert "tensor_parallel" in err
+    assert "4" in err
+
+
+def test_overlong_prompts_refused_by_setting(files, capsys):
+    err = refused(files, capsys, "data.max_prompt_tokens=4", "data.overlong_prompts=refuse")
+    assert "train.jsonl:1:" in err
+    assert "data.max_prompt_tokens" in err
+
+
+def test_port_in_use(files, capsys):
+    with socket.socket() as s:
+        s.bind(("", 0))
+        s.listen()
+        port = s.getsockname()[1]
+        assert f"cluster.port = {port}" in refused(files, capsys, f"cluster.port={port}")
+
+
+def test_no_disk_space(files, capsys, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 2**40 - 2**20, 2**20))
+    err = refused(files, capsys)
+    assert "run.dir" in err
+    assert "MB free" in err
+
+
+def test_options_after_overrides_and_before(files, capsys):
+    """argparse alone refuses `train FILE --quiet key=value`."""
+    assert "rollout.group_size" in refused(files, capsys, "--quiet", "rollout.group_size=1")
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", str(files / "run.toml"), "--loud"])
+    assert stopped.value.code == 2
+
+
+def test_print_config_shows_every_resolved_key(files, capsys):
+    refused(files, capsys, "rollout.group_size=1")
+    assert main(["train", str(files / "run.toml"), "--print-config", "rollout.group_size=16"]) == 0
+    out = capsys.readouterr().out
+    assert "group_size = 16" in out
+    assert "target_entropy = 0.3" in out
