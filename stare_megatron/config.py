@@ -196,7 +196,7 @@ class ClusterConfig(Section):
         "local", description="`local` starts Ray on this machine; `auto` or HOST:PORT joins a cluster."
     )
     port: int = Field(
-        0, ge=0, le=65535, description="TCP port on which trainer ranks find each other, on rank 0's node; 0: a free one."
+        0, ge=0, le=65535, description="TCP port where trainer ranks meet, on rank 0's node; 0: a free one."
     )
     object_store_mb: int = Field(512, ge=80, description="Object store of a local Ray, MB.")
     start_timeout: float = Field(600.0, gt=0, description="Seconds to wait for ranks and engines to be ready.")
