@@ -6,7 +6,6 @@ The order within a step: `zero_grad`, the forward-backward schedule (which reduc
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,10 +16,13 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.utils import get_model_config
 
 from stare_megatron.config import OptimizerConfig, TrainerConfig
+from stare_megatron.trainer.schedule import learning_rate
 from stare_megatron.trainer.spec import providers
 
 if TYPE_CHECKING:
     from stare_megatron.trainer.model import PolicyConfig
+
+__all__ = ["build_optimizer", "learning_rate", "step", "zero_grad"]
 
 
 def build_optimizer(chunks: Sequence[DistributedDataParallel], trainer: TrainerConfig) -> MegatronOptimizer:
@@ -56,19 +58,6 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], trainer: TrainerC
     )
     config.grad_scale_func = optimizer.scale_loss
     return optimizer
-
-
-def learning_rate(settings: OptimizerConfig, step: int, total_steps: int) -> float:
-    """Learning rate of optimizer step `step` (from 0) of `total_steps`: linear warm-up, then constant, cosine or
-    linear decay to `min_lr` at the last step. A function of the step alone, so a resumed run needs no state."""
-    if step < settings.warmup_steps:
-        return settings.lr * (step + 1) / (settings.warmup_steps + 1)
-    if settings.schedule == "constant":
-        return settings.lr
-    decay_steps = max(1, total_steps - 1 - settings.warmup_steps)
-    done = min(1.0, (step - settings.warmup_steps) / decay_steps)
-    left = 1.0 - done if settings.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
-    return settings.min_lr + (settings.lr - settings.min_lr) * left
 
 
 def zero_grad(chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:

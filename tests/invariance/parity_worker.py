@@ -9,7 +9,7 @@ from typing import Any
 from launch import Rank
 
 VOCAB = 112
-LENGTHS = (17, 5, 9, 20, 3, 12, 8, 30, 4, 11, 7, 26)
+LENGTHS = (17, 5, 9, 20, 3, 12, 8, 30, 4, 11, 7, 26, 2, 15, 6, 22)
 MICRO_BATCHES = 4
 
 
