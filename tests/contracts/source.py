@@ -30,13 +30,19 @@ def tree(file: Path) -> ast.Module:
     return ast.parse(file.read_text(), str(file))
 
 
+@functools.cache
+def nodes(file: Path) -> tuple[ast.AST, ...]:
+    """All nodes of a file's tree."""
+    return tuple(ast.walk(tree(file)))
+
+
 def relative(file: Path) -> str:
     return file.relative_to(ROOT).as_posix()
 
 
 def imports(file: Path) -> Iterator[Import]:
     """Every import of a file, also inside functions and under TYPE_CHECKING."""
-    for node in ast.walk(tree(file)):
+    for node in nodes(file):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield Import(alias.name, node.lineno)

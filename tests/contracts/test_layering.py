@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.contracts.source import Import, files, imports, relative, tree
+from tests.contracts.source import Import, files, imports, nodes, relative
 
 CONTRACTS = {"types", "config", "errors", "device"}
 
@@ -125,7 +125,7 @@ def test_only_device_asks_what_hardware_there_is():
     asks = {"is_available", "device_count", "is_initialized"}
     broken = []
     for file in files("stare_megatron"):
-        for node in ast.walk(tree(file)):
+        for node in nodes(file):
             if (
                 isinstance(node, ast.Attribute)
                 and node.attr in asks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 
-from tests.contracts.source import files, relative, tree
+from tests.contracts.source import files, nodes, relative
 
 ALL = ("stare_megatron", "patches", "tools", "tests")
 FILE_LINES = 400
@@ -26,7 +26,7 @@ def long_files() -> dict[str, int]:
 def long_functions() -> dict[str, int]:
     found = {}
     for file in files(*ALL):
-        for node in ast.walk(tree(file)):
+        for node in nodes(file):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 lines = (node.end_lineno or node.lineno) - node.lineno + 1
                 if lines > FUNCTION_LINES:

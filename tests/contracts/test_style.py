@@ -5,13 +5,13 @@ from __future__ import annotations
 import ast
 import re
 
-from tests.contracts.source import ROOT, files, relative, tree
+from tests.contracts.source import ROOT, files, nodes, relative, tree
 
 PRODUCT = ("stare_megatron", "patches", "tools")
 
 
 def places(match) -> list[str]:
-    return [f"{relative(f)}:{node.lineno}" for f in files(*PRODUCT) for node in ast.walk(tree(f)) if match(node)]
+    return [f"{relative(f)}:{node.lineno}" for f in files(*PRODUCT) for node in nodes(f) if match(node)]
 
 
 def test_no_getattr_with_a_default():
