@@ -11,6 +11,8 @@ from stare_megatron.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "spiece.model", "vocab.txt")
+
 
 def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face checkpoint folder: its tokenizer.json as it is, else what AutoTokenizer makes.
@@ -22,12 +24,16 @@ def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     vocab_size = read_vocab_size(model)
+    if not any((model / name).is_file() for name in _FILES):  # AutoTokenizer would make an empty one
+        raise UserError(
+            f"{model}: no tokenizer: none of {', '.join(_FILES)}; copy the tokenizer of the base model here"
+        )
     # AutoTokenizer of transformers 5 rebuilds the tokenizer of some architectures (qwen2 among them) with its own
     # splitting rules, whatever tokenizer.json says: wrong for DeepSeek-R1-Distill-Qwen and for our word-level ones.
     loader = PreTrainedTokenizerFast if (model / "tokenizer.json").is_file() else AutoTokenizer
     try:
         tokenizer = loader.from_pretrained(str(model), local_files_only=True)
-    except (OSError, ValueError, ImportError) as e:
+    except (OSError, ValueError, KeyError, ImportError) as e:
         raise UserError(f"{model}: no tokenizer that transformers can load: {first_line(e)}") from e
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= vocab_size:

@@ -135,11 +135,11 @@ def pad_heads(model: LlamaForCausalLM) -> LlamaForCausalLM:
     The fourth group's projections are zero: it adds nothing to the logits, and as both its values and its output
     columns are zero it gets no gradient and stays so.
     """
-    config = LlamaConfig.from_dict(model.config.to_dict())
-    kv = config.num_key_value_heads + 1
-    config.num_attention_heads = config.num_attention_heads // config.num_key_value_heads * kv
-    config.num_key_value_heads = kv
-    padded = LlamaForCausalLM(config).to(torch.float32)
+    heads, kv = model.config.num_attention_heads, model.config.num_key_value_heads
+    if kv is None or heads % kv:
+        raise ValueError(f"{heads} heads in {kv} groups")
+    sizes = {"num_attention_heads": heads // kv * (kv + 1), "num_key_value_heads": kv + 1}
+    padded = LlamaForCausalLM(LlamaConfig.from_dict(model.config.to_dict() | sizes))
     state = model.state_dict()
     for name, want in padded.state_dict().items():
         if state[name].shape != want.shape:
