@@ -21,6 +21,7 @@ from stare_megatron.algo.shards import shards
 from stare_megatron.config import Config
 from stare_megatron.errors import RunError
 from stare_megatron.trainer import parallel
+from stare_megatron.trainer.schedule import learning_rate
 from stare_megatron.types import Control, Group, ScoreSummary, UpdateShare, UpdateStats
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ class TrainerRank:
         zero_grad(self._chunks, self._optimizer)
 
     def _optimizer_step(self, seen: LossStats) -> UpdateStats:
-        from stare_megatron.trainer.optimizer import learning_rate, step
+        from stare_megatron.trainer.optimizer import step
 
         number = self._optimizer_steps + 1
         if not math.isfinite(seen.loss):

@@ -225,3 +225,45 @@ def failures(rank: Rank, *, checkpoint: Path) -> list[str]:
     assert trainer.peak_memory_bytes() > 50 << 20
     trainer.close()
     return said
+
+
+def transformers_step(checkpoint: Path) -> dict[str, Any]:
+    """The first step of `steps` by the equations alone: no packing, no collective, nothing of the package but types."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    logprobs, entropies, advantages, gaps = [], [], [], []
+    for group in make_groups():
+        rewards = torch.tensor([s.reward for s in group.scores], dtype=torch.float64)
+        spread = rewards.std() + 1e-6
+        for trajectory, reward in zip(group.trajectories, rewards, strict=True):
+            action = torch.from_numpy(trajectory.action_mask())
+            if trajectory.status is Status.FAILED or not action.any():
+                continue
+            ids = torch.from_numpy(trajectory.token_ids()).long()
+            logp = torch.log_softmax(model(ids[None]).logits[0, :-1].double(), -1)[action[1:]]
+            chosen = logp.gather(1, ids[1:][action[1:], None])[:, 0]
+            logprobs.append(chosen)
+            entropies.append(-(logp.exp() * logp).sum(1).detach())
+            advantages.append(torch.full_like(chosen, float((reward - rewards.mean()) / spread)).detach())
+            engine = torch.from_numpy(trajectory.rollout_logprobs()).double()[action]
+            gaps.append((chosen.detach() - engine).abs())
+    logprob, advantage = torch.cat(logprobs), torch.cat(advantages)
+    weight, selected = torch.ones_like(advantage), []
+    for subset, value in ((advantage > 0, 1.5), (advantage < 0, 0.5)):
+        k = -(-int(subset.sum()) // 10)
+        weight[torch.where(subset, -logprob.detach(), -torch.inf).topk(k).indices] = value
+        selected.append(k)
+    ratio = torch.exp(logprob - logprob.detach())
+    loss = (-weight * advantage * ratio).sum() / len(logprob)
+    loss.backward()
+    return {
+        "tokens": len(logprob),
+        "entropy": float(torch.cat(entropies).mean()),
+        "surprisal": float(-logprob.detach().mean()),
+        "mismatch": float(torch.cat(gaps).mean()),
+        "selected": tuple(selected),
+        "loss": float(loss.detach()),
+        "grad_norm": float(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()),
+    }

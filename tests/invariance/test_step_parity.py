@@ -9,14 +9,23 @@ from typing import Any
 import numpy as np
 import pytest
 from launch import launch
-from step_cases import PROBE, make_checkpoint
+from step_cases import PROBE, make_checkpoint, transformers_step
+
+STARE = {"variant": "C2", "fraction": 0.1, "target_entropy": 9.0}
 
 
-def trainer(**settings: Any) -> dict[str, dict[str, Any]]:
+def trainer(**settings: Any) -> dict[str, Any]:
     return {"trainer": {"micro_batch_tokens": 64, "optimizer": {"lr": 1e-3}} | settings}
 
 
-CASES: dict[int, dict[str, dict[str, Any]]] = {
+def settings(ranks: int, **extra: Any) -> dict[str, Any]:
+    """`extra`: tables, or keys of [trainer]."""
+    tables = {name: value for name, value in extra.items() if isinstance(value, dict)}
+    keys = {name: value for name, value in extra.items() if not isinstance(value, dict)}
+    return trainer(world_size=ranks, **keys) | tables
+
+
+LAYOUT_CASES: dict[int, dict[str, dict[str, Any]]] = {
     1: {
         "reference": trainer(),
         "one sequence a micro-batch": trainer(micro_batch_tokens=1),
@@ -39,7 +48,22 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "DP4, one sequence a micro-batch": trainer(world_size=4, micro_batch_tokens=1),
     },
 }
-LAYOUTS = [(ranks, name) for ranks, cases in CASES.items() for name in cases if name != "reference"]
+# Settings under which one process and two data-parallel ranks must agree with each other.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "two steps a batch": {"updates_per_batch": 2},
+    "temperature 0.7": {"rollout": {"temperature": 0.7}},
+    "sequence-mean-token-mean": {"algorithm": {"method": "stare", "reduction": "sequence-mean-token-mean"}},
+    "sequence-mean-token-sum": {"algorithm": {"method": "grpo", "reduction": "sequence-mean-token-sum"}},
+}
+CASES = {
+    ranks: cases | {name: settings(ranks, **extra) for name, extra in SETTINGS.items() if ranks <= 2}
+    for ranks, cases in LAYOUT_CASES.items()
+}
+CASES[1]["microbatch scope, one micro-batch"] = trainer(micro_batch_tokens=100_000) | {
+    "algorithm": {"method": "stare", "stare": STARE | {"scope": "microbatch"}}
+}
+CASES[1]["microbatch scope"] = trainer() | {"algorithm": {"method": "stare", "stare": STARE | {"scope": "microbatch"}}}
+LAYOUTS = [(ranks, name) for ranks, cases in LAYOUT_CASES.items() for name in cases if name != "reference"]
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +145,60 @@ def test_same_rows_give_the_same_bits(outcome, ranks, name):
 def test_probe_after_two_steps(outcome, reference, ranks, name):
     for seen in outcome(ranks, name):
         np.testing.assert_allclose(seen["probe"], reference["probe"], atol=2e-4)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_on_two_ranks(outcome, name):
+    (alone,), both = outcome(1, name), outcome(2, name)
+    for seen in both:
+        assert len(seen["stats"]) == (4 if name == "two steps a batch" else 2)
+        for got, want in zip(seen["stats"], alone["stats"], strict=True):
+            assert got.loss == pytest.approx(want.loss, abs=1e-5)
+            assert got.grad_norm == pytest.approx(want.grad_norm, rel=1e-4)
+            assert got.kl == pytest.approx(want.kl, abs=1e-5)
+            assert got.selected_pos == want.selected_pos
+
+
+def test_second_step_of_a_batch_is_off_policy_with_one_selection(outcome, reference):
+    first, second, *_ = outcome(1, "two steps a batch")[0]["stats"]
+    assert (first.kl, first.ratio_max) == (0.0, 1.0)
+    assert second.kl > 0
+    assert second.ratio_max > 1
+    whole = reference["stats"][0]
+    assert first.selected_pos + second.selected_pos == whole.selected_pos
+    assert first.num_neg + second.num_neg == whole.num_neg
+
+
+def test_temperature_scores_the_policy_but_not_the_mismatch(outcome, reference):
+    """Engines record log-probs at temperature 1, so that is where they are compared."""
+    got, want = outcome(1, "temperature 0.7")[0]["scores"][0], reference["scores"][0]
+    for field in ("mismatch_mean", "mismatch_max", "mismatch_kl"):
+        assert getattr(got, field) == pytest.approx(getattr(want, field), abs=2e-6)
+    assert got.entropy < want.entropy - 0.05
+
+
+def test_microbatch_scope_is_the_batch_scope_of_a_single_micro_batch(outcome, reference):
+    """On-policy the current log-probs are the scoring pass's; with several micro-batches each selects its own."""
+    (got,), (several,) = outcome(1, "microbatch scope, one micro-batch"), outcome(1, "microbatch scope")
+    want = reference["stats"][0]
+    assert got["stats"][0].loss == pytest.approx(want.loss, abs=1e-6)
+    assert got["stats"][0].selected_neg == want.selected_neg
+    assert several["stats"][0].num_neg == want.num_neg
+    assert several["stats"][0].selected_neg > want.selected_neg  # a ceil for each micro-batch
+    assert several["stats"][0].loss != pytest.approx(want.loss, abs=1e-4)
+
+
+def test_first_step_against_transformers(checkpoint, reference):
+    """Entropy, objective and gradient norm by the equations, one sequence at a time, in transformers."""
+    want = transformers_step(checkpoint)
+    scores, stats = reference["scores"][0], reference["stats"][0]
+    assert scores.num_action_tokens == want["tokens"]
+    assert scores.entropy == pytest.approx(want["entropy"], abs=2e-6)
+    assert scores.surprisal == pytest.approx(want["surprisal"], abs=2e-6)
+    assert scores.mismatch_mean == pytest.approx(want["mismatch"], abs=2e-6)
+    assert (stats.selected_pos, stats.selected_neg) == want["selected"]
+    assert stats.loss == pytest.approx(want["loss"], abs=1e-5)
+    assert stats.grad_norm == pytest.approx(want["grad_norm"], rel=1e-4)
 
 
 @pytest.fixture(scope="module")
