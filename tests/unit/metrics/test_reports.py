@@ -81,7 +81,7 @@ def test_summary_is_one_screen_and_lists_what_exists(tmp_path):
     paths = [("metrics", tmp_path / "metrics.jsonl"), ("wandb", tmp_path / "wandb")]
     Console(file=out, width=200).print(summary.render(summary.summarize(tmp_path), "unit", paths))
     text = out.getvalue()
-    assert "0.020 -> 0.020 (+0.000; first and last 3 of 3 steps)" in text
+    assert "0.010 -> 0.030 (+0.020; first and last 1 of 3 steps)" in text
     assert str(tmp_path / "metrics.jsonl") in text
     assert "wandb" not in text
     assert len(text.splitlines()) < 24
