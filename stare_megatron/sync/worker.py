@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from vllm.distributed.parallel_state import get_world_group
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
@@ -73,7 +74,7 @@ def pieces(model: torch.nn.Module, packed: Packed) -> Iterator[Piece]:
             yield from _embedding(path, module, _stored(module))
         elif isinstance(module, LinearBase):
             yield from _linear(path, module, packed)
-        elif "FusedMoE" not in type(module).__name__:
+        elif not isinstance(module, RoutedExperts):
             for name, parameter in module.named_parameters(recurse=False):
                 matrix = _matrix(parameter)
                 yield Piece(f"{path}.{name}", matrix, 0, 0, matrix.shape[1], 0)
