@@ -23,7 +23,7 @@ PATCH = Patch(
     package="megatron-core",
     versions=">=0.16.1,<0.20",
     target="megatron.core.transformer.moe.moe_utils",
-    why="The token dispatcher calls .tolist() on what it takes for NumPy arrays, and gets tensors' views.",
+    why="TypeError: all_to_all_single() takes no tensor as a list of sizes.",
     upstream="megatron/core/transformer/moe/moe_utils.py: maybe_move_tensor_to_cpu",
     remove_when="as_numpy is honoured for tensors already on the CPU",
     cpu_only=True,

@@ -61,7 +61,7 @@ SLOW_FOUR_RANKS: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", TP2),
     ("qwen3_moe", PP2 | EP2),
     ("qwen3_moe", EP2),
-    ("qwen3_moe", TP2 | SP | EP2),
+    ("qwen3_moe", TP2 | SP | EP2 | ETP1),
     ("llama", {"context_parallel": 4}),
 ]
 

@@ -48,12 +48,14 @@ def router_gemm() -> None:
 
 
 def moe_split_sizes() -> None:
-    """The split sizes of an all-to-all, as the token dispatcher prepares them."""
-    import numpy as np
+    """An all-to-all with split sizes as the token dispatcher prepares them."""
     import torch
     from megatron.core.transformer.moe.token_dispatcher import maybe_move_tensor_to_cpu
 
-    assert isinstance(maybe_move_tensor_to_cpu(torch.tensor([1, 2]), as_numpy=True), np.ndarray)
+    sizes = maybe_move_tensor_to_cpu(torch.tensor([3]), as_numpy=True)
+    sent, received = torch.rand(3, 2), torch.zeros(3, 2)
+    torch.distributed.all_to_all_single(received, sent, output_split_sizes=sizes, input_split_sizes=sizes)
+    assert torch.equal(sent, received)
 
 
 def torch_adam_step() -> None:

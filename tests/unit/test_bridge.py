@@ -12,7 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from stare_megatron import device
+from stare_megatron.config import TrainerConfig
 from stare_megatron.errors import UserError
+from stare_megatron.trainer import parallel
 from stare_megatron.trainer.bridge.families import FAMILIES, read_hf_config
 from stare_megatron.trainer.bridge.shape import Layout, ModelShape, RopeScaling
 from stare_megatron.trainer.bridge.shards import Checkpoint, full_shapes, merge, read_shard
@@ -190,6 +193,25 @@ def test_weights_that_do_not_fit_the_configuration(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"not a safetensors file")
     with pytest.raises(UserError, match="cannot read the weights"):
         Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("layout", "says"),
+    [
+        ({"world_size": 2, "expert_parallel": 4}, "does not divide the 2 ranks of a pipeline stage"),
+        ({"world_size": 2, "tensor_parallel": 2, "expert_parallel": 2}, "does not divide the 2 ranks"),
+        ({"world_size": 4, "tensor_parallel": 2, "expert_parallel": 2}, "does not run on CPUs"),
+        (
+            {"world_size": 2, "tensor_parallel": 2, "expert_parallel": 2}
+            | {"megatron": {"expert_tensor_parallel_size": 1}},
+            "needs trainer.sequence_parallel = true",
+        ),
+    ],
+)
+def test_impossible_layouts(monkeypatch: pytest.MonkeyPatch, layout: dict[str, Any], says: str) -> None:
+    monkeypatch.setattr(device, "current", lambda: device.Device.CPU)
+    with pytest.raises(UserError, match=says):
+        parallel.check_layout(TrainerConfig(**layout))
 
 
 def test_a_driver_can_check_cheaply() -> None:
