@@ -52,7 +52,11 @@ pip uninstall --yes torchvision torchaudio torchcodec 2>/dev/null
 (cd / && "$OLDPWD/$venv/bin/python" -c 'import torch, stare_megatron, stare_megatron_patches') ||
     fail "the installed packages cannot be imported"
 
-if [[ $(uname -s) == Linux ]] && ! ls /usr/lib/*/libtcmalloc_minimal.so.4 /usr/lib64/libtcmalloc_minimal.so.4 >/dev/null 2>&1; then
+has() {
+    compgen -G "$1" >/dev/null
+}
+tcmalloc=libtcmalloc_minimal.so.4
+if [[ $(uname -s) == Linux ]] && ! has "/usr/lib/*/$tcmalloc" && ! has "/usr/lib64/$tcmalloc"; then
     echo "make: hint: sampling is faster with tcmalloc (Debian: apt-get install libtcmalloc-minimal4)"
 fi
 if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
