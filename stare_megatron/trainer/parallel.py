@@ -36,8 +36,8 @@ def check_layout(config: TrainerConfig) -> None:
     if config.expert_parallel > 1 and expert_tensor > 1 and device.current() is device.Device.CPU:
         # The token dispatcher then gathers tensors of different lengths, which gloo does not.
         raise UserError(
-            f"trainer.expert_parallel = {config.expert_parallel} with experts split over {expert_tensor} tensor-parallel "
-            f"ranks does not run on CPUs; set trainer.megatron.expert_tensor_parallel_size = 1"
+            f"trainer.expert_parallel = {config.expert_parallel} with experts split over {expert_tensor} "
+            f"tensor-parallel ranks does not run on CPUs; set trainer.megatron.expert_tensor_parallel_size = 1"
         )
     if config.expert_parallel > 1 and config.tensor_parallel > 1 and not config.sequence_parallel:
         raise UserError("trainer.expert_parallel > 1 with tensor_parallel > 1 needs trainer.sequence_parallel = true")
