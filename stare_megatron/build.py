@@ -101,7 +101,6 @@ class StareRun:
         self._sinks.status(f"restoring {self._resume_from}")
         state = checkpoint.read(self._resume_from)
         self._trainers.restore(self._resume_from / "trainer")
-        self._stream.restore(state.stream)
         self._state = state.controller
         self._trained = state.trained_tokens
         return state.step
@@ -224,7 +223,11 @@ def train(config: Config, *, quiet: bool, command: list[str]) -> int:
         )
     stream = PromptStream(prompts, seed=config.run.seed, shuffle=config.data.shuffle)
     resume_from = checkpoint.find(config.folder / "checkpoints", config.run.resume)
-    restored = 0 if resume_from is None else checkpoint.read(resume_from).step
+    restored = 0
+    if resume_from is not None:
+        state = checkpoint.read(resume_from)
+        stream.restore(state.stream)
+        restored = state.step
     folder = run_folder.open_run(config, command)
     for note in notes:
         console.print(f"note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)

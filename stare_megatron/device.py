@@ -94,10 +94,11 @@ def has_apex() -> bool:
 
 
 def trainer_environment() -> dict[str, str]:
-    """Environment variables of a trainer rank's process."""
+    """Environment variables of a trainer rank's process. (Rank 0 imports vLLM's transfer classes.)"""
+    common = {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"), "VLLM_NO_USAGE_STATS": "1"}
     if current() is Device.CPU:
-        return {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    return {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+        return common | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    return common | {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 
 
 def _preloads() -> list[str]:

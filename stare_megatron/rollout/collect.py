@@ -13,7 +13,6 @@ from typing import Generic, Protocol, TypeVar
 
 from stare_megatron.config import Config
 from stare_megatron.data.prompts import PromptStream
-from stare_megatron.errors import UserError
 from stare_megatron.rollout.seeds import derive_seed
 from stare_megatron.types import GroupRequest, GroupSummary, Status
 
@@ -77,11 +76,6 @@ class Collector(Generic[Ref]):
         self._dynamic = r.dynamic_sampling
         self._batch = (r.prompts_per_generation or r.prompts_per_step) if r.dynamic_sampling else r.prompts_per_step
         self._batches = 1 + (r.max_refills if r.dynamic_sampling else 0)
-        if self._batch * self._batches < self._wanted:
-            raise UserError(
-                f"rollout.prompts_per_generation {self._batch} x (1 + rollout.max_refills {r.max_refills}) prompts "
-                f"cannot fill rollout.prompts_per_step = {self._wanted}; raise one of the first two"
-            )
 
     def collect(self, step: int) -> Collected[Ref]:
         """Sample the update batch of a step."""

@@ -18,7 +18,7 @@ from stare_megatron.algo.registry import Algorithm
 from stare_megatron.config import AlgorithmConfig
 from stare_megatron.data.packing import pack
 from stare_megatron.trainer.logprobs import NO_TARGET
-from stare_megatron.types import Group, TokenBatch, UpdateShare
+from stare_megatron.types import Group, Status, TokenBatch, UpdateShare
 
 PADDING_TOKEN = 0
 
@@ -53,7 +53,8 @@ class Layout:
 def token_batch(
     groups: Sequence[Group], share: UpdateShare, algorithm: Algorithm, config: AlgorithmConfig, place: torch.device
 ) -> TokenBatch:
-    """This rank's sequences of one optimizer step. Advantages come from the rewards of each whole group.
+    """This rank's sequences of one optimizer step. Advantages come from the rewards of each whole group but its FAILED
+    trajectories, which say nothing about the policy.
 
     An empty share gives a batch without sequences.
     """
@@ -62,7 +63,9 @@ def token_batch(
     first_ids: list[int] = []
     for assignment in share.assignments:
         group = groups[assignment.group]
-        advantages = algorithm.advantage([score.reward for score in group.scores], config)
+        counted = [i for i, trajectory in enumerate(group.trajectories) if trajectory.status is not Status.FAILED]
+        values = algorithm.advantage([group.scores[i].reward for i in counted], config)
+        advantages = dict(zip(counted, values, strict=True))
         for sample, first in zip(assignment.samples, assignment.first_token, strict=True):
             trajectory = group.trajectories[sample]
             action = trajectory.action_mask()

@@ -235,11 +235,12 @@ def transformers_step(checkpoint: Path) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     logprobs, entropies, advantages, gaps = [], [], [], []
     for group in make_groups():
-        rewards = torch.tensor([s.reward for s in group.scores], dtype=torch.float64)
+        played = [(t, s) for t, s in zip(group.trajectories, group.scores, strict=True) if t.status is not Status.FAILED]
+        rewards = torch.tensor([score.reward for _, score in played], dtype=torch.float64)
         spread = rewards.std() + 1e-6
-        for trajectory, reward in zip(group.trajectories, rewards, strict=True):
+        for (trajectory, _), reward in zip(played, rewards, strict=True):
             action = torch.from_numpy(trajectory.action_mask())
-            if trajectory.status is Status.FAILED or not action.any():
+            if not action.any():
                 continue
             ids = torch.from_numpy(trajectory.token_ids()).long()
             logp = torch.log_softmax(model(ids[None]).logits[0, :-1].double(), -1)[action[1:]]

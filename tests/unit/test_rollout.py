@@ -304,3 +304,15 @@ def test_request_seeds_differ_between_steps_and_orders(stream):
 def test_batches_that_cannot_fill_a_step_are_refused(stream):
     with pytest.raises(UserError, match="prompts_per_generation 1"):
         collector(Dispatcher(lambda n: MIXED), stream, prompts_per_generation=1)
+
+
+def test_failed_samples_do_not_make_a_group_informative():
+    def summary(*samples: tuple[float, Status]) -> GroupSummary:
+        rewards, statuses = zip(*samples, strict=True)
+        n = len(samples)
+        return GroupSummary("p", "s", rewards, (False,) * n, (4,) * n, (2,) * n, statuses, (0,) * n)
+
+    done, failed = Status.COMPLETED, Status.FAILED
+    assert summary((1.0, done), (1.0, done), (0.0, failed)).zero_variance
+    assert summary((1.0, done), (0.0, failed)).zero_variance
+    assert not summary((1.0, done), (0.0, done), (0.0, failed)).zero_variance
