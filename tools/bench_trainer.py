@@ -1,0 +1,116 @@
+"""Trainer ranks alone, without Ray or engines: tokens a second of the scoring and the update pass at a layout.
+
+torchrun --standalone --nproc-per-node 2 tools/bench_trainer.py run.toml trainer.tensor_parallel=2
+
+The configuration gives model, layout and batch (`rollout.prompts_per_step` x `rollout.group_size` sequences of random
+tokens, responses of half to all of `rollout.max_response_tokens`). `trainer.world_size` is torchrun's.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from stare_megatron import config as configuration
+from stare_megatron import device
+from stare_megatron.config import Config
+from stare_megatron.data.packing import plan_updates
+from stare_megatron.data.tokenizer import read_vocab_size
+from stare_megatron.errors import UserError
+from stare_megatron.run_folder import hardware, package_versions
+from stare_megatron.types import Control, Group, Prompt, Score, Span, SpanKind, Status, Trajectory
+
+_ROUNDS = 4  # the first one warms up and is left out
+
+
+def random_groups(config: Config, seed: int) -> list[Group]:
+    """Groups of random tokens with the lengths a run may see; the same on every rank."""
+    rng = np.random.default_rng(seed)
+    vocab = read_vocab_size(config.model.path)
+    longest = config.rollout.max_response_tokens
+    groups = []
+    for g in range(config.rollout.prompts_per_step):
+        ids = rng.integers(0, vocab, max(2, config.data.max_prompt_tokens // 2)).astype(np.int32)
+        prompt = Prompt(f"random-{g}", "random", "", tuple(ids.tolist()), "")
+        trajectories, scores = [], []
+        for sample in range(config.rollout.group_size):
+            count = int(rng.integers((longest + 1) // 2, longest + 1))
+            response = Span(
+                SpanKind.ACTION, rng.integers(0, vocab, count).astype(np.int32), np.zeros(count, np.float32)
+            )
+            spans = (Span(SpanKind.PROMPT, ids, np.zeros(0, np.float32)), response)
+            trajectories.append(Trajectory(prompt.id, sample, spans, Status.COMPLETED, 0, sample))
+            scores.append(Score(float(sample % 2), bool(sample % 2), ""))
+        groups.append(Group(prompt, tuple(trajectories), tuple(scores)))
+    return groups
+
+
+def measure(config: Config, rank: int) -> tuple[int, list[float], list[float], int]:
+    """Tokens a round, seconds of each scoring and update pass, peak bytes of this rank."""
+    from stare_megatron.trainer.rank import TrainerRank
+
+    trainer = TrainerRank(
+        config,
+        rank=rank,
+        world_size=config.trainer.world_size,
+        local_rank=int(os.environ["LOCAL_RANK"]),
+        master_addr=os.environ["MASTER_ADDR"],
+        master_port=int(os.environ["MASTER_PORT"]),
+    )
+    t = config.trainer
+    score_s, update_s, tokens = [], [], 0
+    for number in range(_ROUNDS):
+        groups = random_groups(config, number)
+        plans = plan_updates(
+            [group.summary() for group in groups],
+            data_parallel=t.data_parallel,
+            updates_per_batch=t.updates_per_batch,
+            micro_batch_tokens=t.micro_batch_tokens,
+            min_micro_batch_multiple=t.pipeline_parallel if t.virtual_pipeline > 1 else 1,
+        )
+        trainer.load([(groups, plan[trainer.position().data_parallel_rank]) for plan in plans])
+        began = time.perf_counter()
+        entropy = trainer.score().entropy
+        scored = time.perf_counter()
+        trainer.update(Control(True, 1.1, 0.9, entropy, entropy + 1.0))
+        score_s.append(scored - began)
+        update_s.append(time.perf_counter() - scored)
+        tokens = sum(trajectory.num_tokens for group in groups for trajectory in group.trajectories)
+    peak = trainer.peak_memory_bytes()
+    trainer.close()
+    return tokens, score_s[1:], update_s[1:], peak
+
+
+def main(argv: list[str]) -> int:
+    if "RANK" not in os.environ:
+        print("bench_trainer: start it with torchrun (see its first lines)", file=sys.stderr)
+        return 2
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    os.environ.update(device.trainer_environment())
+    try:
+        config = configuration.load(Path(argv[0]), [*argv[1:], f"trainer.world_size={world_size}"])
+    except UserError as e:
+        print(f"bench_trainer: {e}", file=sys.stderr)
+        return 2
+    tokens, score_s, update_s, peak = measure(config, rank)
+    if rank == 0:
+        t = config.trainer
+        table = Table(title=f"{config.model.path}, {tokens:,} tokens a round, median of {_ROUNDS - 1}")
+        for heading in ("layout", "score tokens/s", "update tokens/s", "peak of rank 0, MB"):
+            table.add_column(heading, justify="right")
+        layout = f"TP{t.tensor_parallel} PP{t.pipeline_parallel} CP{t.context_parallel} DP{t.data_parallel}"
+        score, update = (tokens / float(np.median(seconds)) for seconds in (score_s, update_s))
+        table.add_row(layout, f"{score:,.0f}", f"{update:,.0f}", f"{peak / 2**20:,.0f}")
+        versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
+        Console().print(table, f"{hardware()}; {versions}", soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
