@@ -54,6 +54,7 @@ PATCHES: tuple[str, ...] = (
     "router_gemm",
     "moe_split_sizes",
     "torch_adam_step",
+    "bucket_padding",
 )
 
 

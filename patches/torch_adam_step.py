@@ -1,9 +1,8 @@
 """Without Transformer Engine and Apex, the distributed optimizer's Adam loses count of its steps.
 
-torch's AdamW keeps `step` with each parameter; upstream handles that in `DistributedOptimizer.state_dict` (which needs
-a step to have been taken), `load_state_dict` (which gives all parameters one shared tensor, so that each step after a
-resume counts once per parameter) and `_set_main_param_and_optimizer_states` (which looks for a saved `step`). The
-fused optimizers keep `step` with the parameter group, and nothing goes wrong. So does this AdamW.
+torch's AdamW keeps `step` with each parameter. Upstream's `DistributedOptimizer.state_dict` needs one to exist, and
+`load_state_dict` gives all parameters one shared tensor, so that each step after a resume counts once per parameter.
+The fused optimizers keep `step` with the parameter group, and nothing goes wrong. So does this AdamW.
 """
 
 from __future__ import annotations

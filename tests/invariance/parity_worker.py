@@ -134,7 +134,7 @@ def _row(members: list[Any], trainer: Any) -> Any:
     from stare_megatron.trainer import parallel
 
     cp, rank = trainer.context_parallel, parallel.context_parallel_rank()
-    multiple = 4 if cp > 1 or trainer.sequence_parallel else 1
+    multiple = max(4, 2 * cp) if cp > 1 or trainer.sequence_parallel else 1
     tokens, labels, lengths = [], [], []
     for sequence in members:
         padding = -len(sequence) % multiple

@@ -98,11 +98,12 @@ def compare(cases: list[tuple[str, dict[str, Any]]], ranks: int) -> None:
         for rank, got in enumerate(results):
             assert got.exact, f"{where}: rank {rank}: load and export changed the weights"
             assert got.names == one.names, f"{where}: rank {rank}: names or their order"
-            assert got.losses == pytest.approx(one.losses, abs=1e-5), where
+            assert got.losses[0] == pytest.approx(one.losses[0], abs=1e-5), where
+            # Adam's first step is nearly the gradient's sign: rounding of gradients near 0 comes back enlarged.
+            assert got.losses[1] == pytest.approx(one.losses[1], abs=5e-5), where
             assert got.grad_norms == pytest.approx(one.grad_norms, rel=1e-4), where
         for name, weight in one.weights.items():
-            # Adam's first steps are about the gradient's sign, so an element with a gradient of about 0 moves by up
-            # to the learning rate (1e-2) either way; the mean is what tells.
+            # For the same reason the mean is what tells, not the largest difference.
             assert (results[0].weights[name] - weight).abs().mean() < 1e-5, f"{where}: {name} after two steps"
 
 
