@@ -173,23 +173,29 @@ def many(rank: Rank, *, checkpoint: Path, cases: dict[str, Overrides]) -> dict[s
     return {name: steps(ports.next(), make_config(checkpoint, overrides)) for name, overrides in cases.items()}
 
 
-def resume(rank: Rank, *, checkpoint: Path, folder: Path, first: Overrides, second: Overrides) -> dict[str, Any]:
-    """A step, a save and an export under layout `first`, then the same next step under it and, restored, `second`."""
+def resume(
+    rank: Rank, *, checkpoint: Path, folder: Path, layouts: dict[str, tuple[Overrides, Overrides]]
+) -> dict[str, dict[str, Any]]:
+    """For each pair: a step, a save and an export under the first layout, then the same next step under it and,
+    restored, under the second."""
     ports = Ports(rank)
-    config = make_config(checkpoint, first)
-    trainer = start(ports.next(), config)
-    _step(trainer, config, 1)
-    trainer.save(folder / "trainer", 7)
-    trainer.export_hf(folder / "hf")
-    seen: dict[str, Any] = {"probe": trainer.score_tokens(PROBE), "went_on": _step(trainer, config, 2)}
-    trainer.close()
-    config = make_config(checkpoint, second)
-    trainer = start(ports.next(), config)
-    seen["step"] = trainer.restore(folder / "trainer")
-    seen["restored_probe"] = trainer.score_tokens(PROBE)
-    seen["resumed"] = _step(trainer, config, 2)
-    trainer.close()
-    return seen
+    found = {}
+    for name, (first, second) in layouts.items():
+        config = make_config(checkpoint, first)
+        trainer = start(ports.next(), config)
+        _step(trainer, config, 1)
+        trainer.save(folder / name / "trainer", 7)
+        trainer.export_hf(folder / name / "hf")
+        seen: dict[str, Any] = {"probe": trainer.score_tokens(PROBE), "went_on": _step(trainer, config, 2)}
+        trainer.close()
+        config = make_config(checkpoint, second)
+        trainer = start(ports.next(), config)
+        seen["step"] = trainer.restore(folder / name / "trainer")
+        seen["restored_probe"] = trainer.score_tokens(PROBE)
+        seen["resumed"] = _step(trainer, config, 2)
+        trainer.close()
+        found[name] = seen
+    return found
 
 
 def _step(trainer: TrainerRank, config: Config, seed: int) -> list[UpdateStats]:
@@ -235,7 +241,9 @@ def transformers_step(checkpoint: Path) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     logprobs, entropies, advantages, gaps = [], [], [], []
     for group in make_groups():
-        played = [(t, s) for t, s in zip(group.trajectories, group.scores, strict=True) if t.status is not Status.FAILED]
+        played = [
+            (t, s) for t, s in zip(group.trajectories, group.scores, strict=True) if t.status is not Status.FAILED
+        ]
         rewards = torch.tensor([score.reward for _, score in played], dtype=torch.float64)
         spread = rewards.std() + 1e-6
         for (trajectory, _), reward in zip(played, rewards, strict=True):

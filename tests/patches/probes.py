@@ -89,8 +89,36 @@ def _six_steps(resume: bool) -> object:
     return [p.detach().clone() for p in module.parameters()]
 
 
+def bucket_padding() -> None:
+    """The state made for a checkpoint holds each parameter's master weights, whatever bucket it is in."""
+    import torch
+    from megatron.core.dist_checkpointing import ShardedTensor
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    config = TransformerConfig(num_layers=1, hidden_size=4, num_attention_heads=1, calculate_per_token_loss=True)
+    module = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4, bias=False))
+    module[0].weight.shared_embedding = True  # a bucket of its own, after one of 64 of 128 elements
+    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    model = DistributedDataParallel(config, ddp_config, module)
+    settings = OptimizerConfig(optimizer="adam", lr=0.1, use_distributed_optimizer=True, clip_grad=0.0)
+    optimizer = get_megatron_optimizer(settings, [model], use_gloo_process_groups=False)
+    model.zero_grad_buffer()
+    (model(torch.eye(4)) ** 2).sum().backward()
+    model.finish_grad_sync()
+    optimizer.step()
+    sharded = {n: ShardedTensor.from_rank_offsets(n, p) for n, p in module.named_parameters()}
+    (part,) = optimizer.chained_optimizers
+    saved = part.sharded_param_state_fully_reshardable(sharded, metadata={})
+    found = {tensors["param"].key: tensors["param"].data for tensors in saved.values()}
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(found[f"optimizer.state.param.{name}"], parameter.detach(), rtol=0, atol=0)
+
+
 PROBES: dict[str, Callable[[], None]] = {
-    f.__name__: f for f in (cpu_source, jit_fuser, rng_state, router_gemm, moe_split_sizes, torch_adam_step)
+    f.__name__: f
+    for f in (cpu_source, jit_fuser, rng_state, router_gemm, moe_split_sizes, torch_adam_step, bucket_padding)
 }
 
 
