@@ -184,11 +184,13 @@ class StareRun:
         every = self._config.logging.samples_every
         if every and (step % every == 0 or step == 1):
             groups = runtime.fetch([ref for ref, _ in batch.groups[: self._config.logging.samples]])
-            decode = functools.partial(self._tokenizer.decode, skip_special_tokens=False)
             folder = self._config.folder / "samples"
-            write_samples(folder, step, groups, decode, self._config.logging.samples)
+            write_samples(folder, step, groups, self._decode, self._config.logging.samples)
         self._seconds = {}
         self._step_began = time.monotonic()
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=False))
 
     def save_due(self, step: int) -> bool:
         every = self._config.checkpoint.every

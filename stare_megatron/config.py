@@ -252,8 +252,9 @@ class Config(Section):
         generated = (r.prompts_per_generation or r.prompts_per_step) * (1 + r.max_refills)
         if r.dynamic_sampling and generated < r.prompts_per_step:
             raise ValueError(
-                f"rollout.prompts_per_generation {r.prompts_per_generation} x (1 + rollout.max_refills {r.max_refills}) "
-                f"= {generated} prompts cannot fill rollout.prompts_per_step = {r.prompts_per_step}; raise one"
+                f"rollout.prompts_per_generation {r.prompts_per_generation} x (1 + rollout.max_refills "
+                f"{r.max_refills}) = {generated} prompts cannot fill rollout.prompts_per_step = "
+                f"{r.prompts_per_step}; raise one"
             )
         if r.prompts_per_generation and not r.dynamic_sampling:
             raise ValueError("rollout.prompts_per_generation is for rollout.dynamic_sampling = true")

@@ -187,7 +187,7 @@ def check_machine(config: Config, shape: ModelShape) -> tuple[str, ...]:
     if forced not in ("", *(d.value for d in device.Device)):
         raise UserError(f"STARE_DEVICE = {forced!r}: use cpu, cuda, or leave it unset")
     gpus = len(device.gpu_names())
-    if forced == device.Device.CUDA.value and not gpus:
+    if forced == device.Device.CUDA.value and not gpus and config.cluster.address == "local":
         raise UserError("STARE_DEVICE = 'cuda': no GPU is visible; unset it, or see what `nvidia-smi` says")
     t, i = config.trainer, config.inference
     if gpus or config.cluster.address != "local":

@@ -57,7 +57,7 @@ class EngineActor:
         return group, group.summary()
 
     async def logprobs(self, token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
-        return await self._engine.logprobs(token_ids)
+        return await self._engine.logprobs(token_ids.tolist())
 
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         await self._engine.init_weight_transfer_engine(init_info)

@@ -180,9 +180,7 @@ def test_tokenizer_faults_are_user_errors(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path)
     assert load_tokenizer(tmp_path).vocab_size == 112
     (tmp_path / "config.json").write_text('{"model_type": "qwen2", "vocab_size": 111}')
-    with pytest.raises(
-        UserError, match=r"vocabulary mismatch: .* token id 111, config\.json says .* 111"
-    ):
+    with pytest.raises(UserError, match=r"vocabulary mismatch: .* token id 111, config\.json says .* 111"):
         load_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text('{"vocab_size": "many"}')
     with pytest.raises(UserError, match="vocab_size = 'many'"):
