@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from stare_megatron.metrics import jsonl
 from stare_megatron.tasks.make import make
+from stare_megatron.tasks.smollm2 import make_smollm2
 from stare_megatron.tasks.tiny_model import default_settings
 
 ROOT = Path(__file__).parents[2]
@@ -110,3 +111,36 @@ def test_interrupt_saves_and_resume_goes_on(material: Path, tmp_path: Path) -> N
     assert [row["step"] for row in resumed] == list(range(1, saved + 3))
     # A model that was not restored, or pushed wrongly, would disagree with what the engine sampled.
     assert all(row["mismatch/mean"] < 1e-3 for row in resumed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_pretrained_model_trains(tmp_path: Path) -> None:
+    """Two steps of the example on SmolLM2-135M, heads padded for TP=2: real weights, real tokenizer, stop string."""
+    checkpoint = tmp_path / "smollm2"
+    make_smollm2(checkpoint, padded=True, train_prompts=64, eval_prompts=8)
+    keys = {
+        "run.dir": tmp_path / "runs",
+        "run.name": "smollm2",
+        "run.steps": 2,
+        "model.path": checkpoint / "model",
+        "data.train": json.dumps([str(checkpoint / "train.jsonl")]),
+        "rollout.prompts_per_step": 4,
+        "rollout.prompts_per_generation": 4,
+        "logging.wandb": "disabled",
+        "checkpoint.export_final": "false",
+    }
+    example = str(ROOT / "examples/smollm2_arithmetic/run.toml")
+    command = [sys.executable, "-m", "stare_megatron", "train", example, "--quiet"]
+    done = subprocess.run(
+        [*command, *(f"{key}={value}" for key, value in keys.items())],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=1400,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = jsonl.read(tmp_path / "runs/smollm2/metrics.jsonl")
+    assert len(rows) == 2
+    assert all(row["mismatch/mean"] < 1e-3 and row["sync/probe"] < 1e-3 for row in rows)
+    assert rows[0]["reward/mean"] > 0.3  # the pretrained model can do much of it
