@@ -347,7 +347,7 @@ class Control:
     """The gate's decision for one step. Weights are 1 everywhere when `gate_on` is False.
 
     `weight_pos` (W) multiplies the loss of L+, `weight_neg` (M) that of L- (variant C2); `entropy` is what was
-    observed, `target` what is wanted, nats.
+    observed, `target` what is wanted, nats. `entropy_coefficient`: factor of an entropy bonus, loss a nat.
 
     Example:
         Control(gate_on=True, weight_pos=1.1, weight_neg=0.9, entropy=0.21, target=0.3)
@@ -358,6 +358,7 @@ class Control:
     weight_neg: float
     entropy: float
     target: float
+    entropy_coefficient: float = 0.0
 
 
 @dataclass(frozen=True)

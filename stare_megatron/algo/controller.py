@@ -15,7 +15,9 @@ from stare_megatron.types import Control
 
 @dataclass(frozen=True)
 class ControllerState:
-    """Weights W and M after the last step. `dataclasses.asdict` writes it, `ControllerState(**d)` reads it.
+    """Weights W and M, and the coefficient of an entropy bonus, after the last step.
+
+    `dataclasses.asdict` writes it, `ControllerState(**d)` reads it.
 
     Example:
         ControllerState(weight_pos=1.11, weight_neg=0.89)
@@ -23,10 +25,11 @@ class ControllerState:
 
     weight_pos: float
     weight_neg: float
+    entropy_coefficient: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.weight_pos) and math.isfinite(self.weight_neg)):
-            raise ValueError(f"controller weights must be finite: {self}")
+        if not all(map(math.isfinite, (self.weight_pos, self.weight_neg, self.entropy_coefficient))):
+            raise ValueError(f"controller state must be finite: {self}")
 
 
 def initial(config: AlgorithmConfig) -> ControllerState:

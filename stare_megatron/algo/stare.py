@@ -21,11 +21,12 @@ from stare_megatron.types import Control
 class Candidates:
     """Tokens to be weighed, [T] each: this rank's part of the scope (update batch or micro-batch).
 
-    `surprisal_T` float32, nats, under the policy about to be updated; `advantage_T`; `action_T` bool: a token of this
-    rank that carries loss; `global_id_T` int64.
+    `surprisal_T`, `entropy_T` float32, nats, under the policy about to be updated; `advantage_T`; `action_T` bool: a
+    token of this rank that carries loss; `global_id_T` int64.
     """
 
     surprisal_T: torch.Tensor
+    entropy_T: torch.Tensor
     advantage_T: torch.Tensor
     action_T: torch.Tensor
     global_id_T: torch.Tensor

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from stare_megatron.algo.advantages import Outcome
 from stare_megatron.algo.registry import Algorithm
 from stare_megatron.config import AlgorithmConfig
 from stare_megatron.data.packing import pack
@@ -64,7 +65,8 @@ def token_batch(
     for assignment in share.assignments:
         group = groups[assignment.group]
         counted = [i for i, trajectory in enumerate(group.trajectories) if trajectory.status is not Status.FAILED]
-        values = algorithm.advantage([group.scores[i].reward for i in counted], config)
+        outcomes = [Outcome(group.scores[i].reward, group.trajectories[i].num_action_tokens) for i in counted]
+        values = algorithm.advantage(outcomes, config)
         advantages = dict(zip(counted, values, strict=True))
         for sample, first in zip(assignment.samples, assignment.first_token, strict=True):
             trajectory = group.trajectories[sample]

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from stare_megatron.algo.losses.types import LossInputs
+from stare_megatron.algo.losses.types import LossInputs, Sequences
 from stare_megatron.algo.reduce import fixed_point_sum, from_fixed_point, token_factors
 from stare_megatron.algo.registry import Algorithm
 from stare_megatron.algo.selection import NEGATIVE, POSITIVE
@@ -59,6 +59,7 @@ def loaded(batch: TokenBatch, rows: list[MicroBatch], config: AlgorithmConfig) -
         actions_N[batch.sequence_T],
         num_action_tokens=batch.num_action_tokens,
         num_sequences=batch.num_sequences,
+        constant_length=config.response_tokens,
     )
     return Loaded(batch, rows, owned_T, factor_T)
 
@@ -207,6 +208,7 @@ def weigh(
     sizes = [d.batch.token_ids_T.shape[0] for d in data]
     tokens = Candidates(
         surprisal_T=torch.cat([-s.scores.logprob_T for s in scored]),
+        entropy_T=torch.cat([s.scores.entropy_T for s in scored]),
         advantage_T=torch.cat([d.batch.advantage_T for d in data]),
         action_T=torch.cat([d.owned_T for d in data]),
         global_id_T=torch.cat([d.batch.global_id_T for d in data]),
@@ -281,25 +283,35 @@ def forward_backward(
     tally = _Tally(runner.place)
 
     def consume(logits_PV: torch.Tensor, row: MicroBatch) -> torch.Tensor:
-        logprob_P, _ = log_probs(logits_PV, row.target_P, runner.vocab, temperature=temperature)
+        logprob_P, entropy_P = log_probs(
+            logits_PV,
+            row.target_P,
+            runner.vocab,
+            temperature=temperature,
+            entropy_gradient=algorithm.entropy_gradient,
+        )
         kept_P = row.source_P >= 0
-        logprob_R, source_R = logprob_P[kept_P], row.source_P[kept_P]
+        logprob_R, entropy_R, source_R = logprob_P[kept_P], entropy_P[kept_P], row.source_P[kept_P]
         advantage_R, old_R = batch.advantage_T[source_R], scored.scores.logprob_T[source_R]
         if weights is None:
             actions_R = torch.ones_like(source_R, dtype=torch.bool)
-            own = Candidates(-logprob_R.detach(), advantage_R, actions_R, batch.global_id_T[source_R])
+            ids_R = batch.global_id_T[source_R]
+            own = Candidates(-logprob_R.detach(), entropy_R.detach(), advantage_R, actions_R, ids_R)
             local = algorithm.weigh(own, control, config, runner.context_shards)
             tally.count(local, local.selection.selected_T)
-            weight_R = local.weight_T
+            weight_R, selected_R = local.weight_T, local.selection.selected_T
         else:
-            weight_R = weights.weight_T[source_R]
+            weight_R, selected_R = weights.weight_T[source_R], weights.selection.selected_T[source_R]
         tokens = LossInputs(
             logprob_T=logprob_R,
             old_logprob_T=old_R,
+            entropy_T=entropy_R,
             advantage_T=advantage_R,
             weight_T=weight_R,
+            selected_T=selected_R,
             correction_T=torch.ones_like(weight_R),
-            sequence_T=batch.sequence_T[source_R],
+            sequences=Sequences(batch.sequence_T[source_R], batch.global_sequence_N.shape[0], runner.context_shards),
+            control=control,
         )
         token_loss = algorithm.loss(tokens, config)
         loss = (data.factor_T[source_R] * token_loss.loss_T).sum()

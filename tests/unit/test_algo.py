@@ -141,6 +141,7 @@ def test_a_non_finite_entropy_stops_the_run(method, entropy):
 def _tokens() -> Candidates:
     return Candidates(
         surprisal_T=torch.tensor([1.0, 2.0, 3.0, 9.0, 1.0, 2.0, 0.1, 9.0]),
+        entropy_T=torch.tensor([0.5, 0.1, 2.0, 9.0, 0.3, 1.5, 0.0, 9.0]),
         advantage_T=torch.tensor([1.0, 1.0, 1.0, 1.0, -1.0, -1.0, -1.0, 0.0]),
         action_T=torch.tensor([True, True, True, False, True, True, True, True]),  # the 4th is tool output
         global_id_T=torch.arange(8),
