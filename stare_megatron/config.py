@@ -21,6 +21,7 @@ from stare_megatron.errors import UserError
 from stare_megatron.methods import Section
 
 Scalar = str | int | float | bool
+Selector = Literal["surprisal", "relative", "sensitivity"]
 
 
 class RunConfig(Section):
@@ -82,6 +83,11 @@ class RolloutConfig(Section):
 class StareConfig(Section):
     variant: Literal["O1", "C2"] = Field("O1", description="O1: W on L+. C2: W on L+ and M on L-.")
     fraction: float = Field(0.1, gt=0, le=1, description="P: share of each subset taken as entropy-critical.")
+    selector: Selector = Field(
+        "surprisal",
+        description="Which tokens are critical: highest `surprisal` (the paper), highest surprisal less entropy "
+        "(`relative`), or those whose step raises (L+) or lowers (L-) the entropy most (`sensitivity`).",
+    )
     weight_pos: float = Field(1.1, gt=0, description="W: weight of L+ (initial value when adaptive).")
     weight_neg: float = Field(0.9, gt=0, description="M: weight of L- in variant C2 (initial value when adaptive).")
     target_entropy: float = Field(0.3, gt=0, description="H_tgt: the gate opens below it, nats a token.")

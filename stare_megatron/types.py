@@ -317,12 +317,15 @@ class TokenBatch:
 class Scores:
     """The policy about to be updated, on a `TokenBatch`. The value at token t is that of predicting token t.
 
-    `logprob_T` float32, natural log, at the rollout temperature; `entropy_T` float32, nats; both 0 where the
-    token is no action. Lives on the rank that made it; only the last pipeline stage has it.
+    `logprob_T` float32, natural log, at the rollout temperature; `entropy_T` float32, nats; `sensitivity_T` float32,
+    nats: S of the token, such that a policy-gradient step of size eta on its logits changes the entropy of its
+    distribution by -eta A S. All 0 where the token is no action. Lives on the rank that made it; only the last pipeline
+    stage has it.
     """
 
     logprob_T: torch.Tensor
     entropy_T: torch.Tensor
+    sensitivity_T: torch.Tensor
 
 
 @dataclass(frozen=True)

@@ -149,17 +149,17 @@ class Scored:
 
 def score(runner: Runner, data: Loaded, temperature: float) -> Scored:
     """Log-prob and entropy of every owned token under the present weights; no graph."""
-    value_T3 = torch.zeros((data.batch.token_ids_T.shape[0], 3), device=runner.place)
+    value_T4 = torch.zeros((data.batch.token_ids_T.shape[0], 4), device=runner.place)
 
     def consume(logits_PV: torch.Tensor, row: MicroBatch) -> None:
         got = token_scores(logits_PV, row.target_P, runner.vocab, temperature=temperature)
         kept_P = row.source_P >= 0
-        columns = torch.stack([got.logprob_T, got.entropy_T, got.raw_logprob_T], 1)
-        value_T3[row.source_P[kept_P]] = columns[kept_P]
+        columns = torch.stack([got.logprob_T, got.entropy_T, got.sensitivity_T, got.raw_logprob_T], 1)
+        value_T4[row.source_P[kept_P]] = columns[kept_P]
 
     runner.run(data.rows, consume, train=False)
-    logprob_T, entropy_T, raw_T = value_T3.unbind(1)
-    return Scored(Scores(logprob_T.contiguous(), entropy_T.contiguous()), raw_T.contiguous())
+    logprob_T, entropy_T, sensitivity_T, raw_T = value_T4.t().contiguous()
+    return Scored(Scores(logprob_T, entropy_T, sensitivity_T), raw_T)
 
 
 def summarize(runner: Runner, data: Sequence[Loaded], scored: Sequence[Scored]) -> ScoreSummary:
@@ -209,6 +209,7 @@ def weigh(
     tokens = Candidates(
         surprisal_T=torch.cat([-s.scores.logprob_T for s in scored]),
         entropy_T=torch.cat([s.scores.entropy_T for s in scored]),
+        sensitivity_T=torch.cat([s.scores.sensitivity_T for s in scored]),
         advantage_T=torch.cat([d.batch.advantage_T for d in data]),
         action_T=torch.cat([d.owned_T for d in data]),
         global_id_T=torch.cat([d.batch.global_id_T for d in data]),
@@ -296,7 +297,9 @@ def forward_backward(
         if weights is None:
             actions_R = torch.ones_like(source_R, dtype=torch.bool)
             ids_R = batch.global_id_T[source_R]
-            own = Candidates(-logprob_R.detach(), entropy_R.detach(), advantage_R, actions_R, ids_R)
+            # S is the scoring pass's: with one update a batch that is the policy being updated.
+            sensitivity_R = scored.scores.sensitivity_T[source_R]
+            own = Candidates(-logprob_R.detach(), entropy_R.detach(), sensitivity_R, advantage_R, actions_R, ids_R)
             local = algorithm.weigh(own, control, config, runner.context_shards)
             tally.count(local, local.selection.selected_T)
             weight_R, selected_R = local.weight_T, local.selection.selected_T
