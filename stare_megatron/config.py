@@ -18,10 +18,10 @@ from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, mode
 
 from stare_megatron import methods
 from stare_megatron.errors import UserError
-from stare_megatron.methods import Section
+from stare_megatron.methods import CorrectionConfig, Section, StareConfig
+from stare_megatron.methods import Selector as Selector
 
 Scalar = str | int | float | bool
-Selector = Literal["surprisal", "relative", "sensitivity"]
 
 
 class RunConfig(Section):
@@ -80,26 +80,6 @@ class RolloutConfig(Section):
     stop: list[str] = Field(default_factory=list, description="Strings that end a response (kept in it).")
 
 
-class StareConfig(Section):
-    variant: Literal["O1", "C2"] = Field("O1", description="O1: W on L+. C2: W on L+ and M on L-.")
-    fraction: float = Field(0.1, gt=0, le=1, description="P: share of each subset taken as entropy-critical.")
-    selector: Selector = Field(
-        "surprisal",
-        description="Which tokens are critical: highest `surprisal` (the paper), highest surprisal less entropy "
-        "(`relative`), or those whose step raises (L+) or lowers (L-) the entropy most (`sensitivity`).",
-    )
-    weight_pos: float = Field(1.1, gt=0, description="W: weight of L+ (initial value when adaptive).")
-    weight_neg: float = Field(0.9, gt=0, description="M: weight of L- in variant C2 (initial value when adaptive).")
-    target_entropy: float = Field(0.3, gt=0, description="H_tgt: the gate opens below it, nats a token.")
-    scope: Literal["batch", "microbatch"] = Field(
-        "batch", description="Where the quantile is taken: the whole update batch, or each micro-batch (the reference)."
-    )
-    adaptive: bool = Field(False, description="Move W and M by `alpha` a step towards the target.")
-    alpha: float = Field(0.01, gt=0, description="Step of the adaptive schedule.")
-    weight_pos_max: float = Field(1.5, ge=1, description="Upper bound of an adaptive W.")
-    weight_neg_min: float = Field(0.5, gt=0, le=1, description="Lower bound of an adaptive M.")
-
-
 class AlgorithmConfig(Section):
     """Defaults that a method's paper has otherwise are in `methods.METHODS`."""
 
@@ -115,6 +95,10 @@ class AlgorithmConfig(Section):
     )
     response_tokens: int = Field(
         0, ge=0, description="Response length that `dapo` and `dr_grpo` count by; 0: `rollout.max_response_tokens`."
+    )
+    correction: CorrectionConfig = Field(
+        default_factory=lambda: CorrectionConfig(),
+        description="Rollout correction: weights for what trainer and engine disagree about.",
     )
     dapo: methods.DapoConfig = Field(default_factory=lambda: methods.DapoConfig(), description="Settings of `dapo`.")
     clip_cov: methods.ClipCovConfig = Field(
@@ -297,13 +281,19 @@ class Config(Section):
         generated = (r.prompts_per_generation or r.prompts_per_step) * (1 + r.max_refills)
         if r.dynamic_sampling and generated < r.prompts_per_step:
             raise ValueError(
-                f"rollout.prompts_per_generation {r.prompts_per_generation} x (1 + rollout.max_refills {r.max_refills}) "
-                f"= {generated} prompts cannot fill rollout.prompts_per_step = {r.prompts_per_step}; raise one"
+                f"rollout.prompts_per_generation {r.prompts_per_generation} x "
+                f"(1 + rollout.max_refills {r.max_refills}) = {generated} prompts cannot fill "
+                f"rollout.prompts_per_step = {r.prompts_per_step}; raise one"
             )
         if r.prompts_per_generation and not r.dynamic_sampling:
             raise ValueError("rollout.prompts_per_generation is for rollout.dynamic_sampling = true")
-        uses_length = "response_tokens" in methods.METHODS[self.algorithm.method].uses
-        if uses_length and not self.algorithm.response_tokens:
+        if self.algorithm.correction.mode != "none" and (r.temperature != 1 or r.top_p != 1):
+            raise ValueError(
+                f"algorithm.correction.mode = {self.algorithm.correction.mode!r} needs rollout.temperature = 1 and "
+                f"rollout.top_p = 1, not {r.temperature} and {r.top_p}: engines record log-probs of the untempered, "
+                "untruncated distribution, which is then not the one that sampled"
+            )
+        if not self.algorithm.response_tokens:
             length = {"response_tokens": r.max_response_tokens}
             object.__setattr__(self, "algorithm", self.algorithm.model_copy(update=length))  # frozen from here on
         return self

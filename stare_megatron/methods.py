@@ -11,9 +11,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+Selector = Literal["surprisal", "relative", "sensitivity"]
 
 
 class Section(BaseModel):
@@ -61,6 +63,67 @@ class HighEntropyTokensConfig(Section):
 
 class WReinforceConfig(Section):
     positive_weight: float = Field(0.1, ge=0, description="lambda: advantage of a trajectory with a positive reward.")
+
+
+class StareConfig(Section):
+    variant: Literal["O1", "C2"] = Field("O1", description="O1: W on L+. C2: W on L+ and M on L-.")
+    fraction: float = Field(0.1, gt=0, le=1, description="P: share of each subset taken as entropy-critical.")
+    selector: Selector = Field(
+        "surprisal",
+        description="Which tokens are critical: highest `surprisal` (the paper), highest surprisal less entropy "
+        "(`relative`), or those whose step raises (L+) or lowers (L-) the entropy most (`sensitivity`).",
+    )
+    weight_pos: float = Field(1.1, gt=0, description="W: weight of L+ (initial value when adaptive).")
+    weight_neg: float = Field(0.9, gt=0, description="M: weight of L- in variant C2 (initial value when adaptive).")
+    target_entropy: float = Field(0.3, gt=0, description="H_tgt: the gate opens below it, nats a token.")
+    scope: Literal["batch", "microbatch"] = Field(
+        "batch", description="Where the quantile is taken: the whole update batch, or each micro-batch (the reference)."
+    )
+    controller: Literal["on_off", "proportional"] = Field(
+        "on_off",
+        description="Below the target, the full weights (the paper), or weights in proportion to how far below it is.",
+    )
+    band: float = Field(
+        0.2, gt=0, le=1, description="`proportional`: share of the target by which entropy is below it at full weights."
+    )
+    adaptive: bool = Field(False, description="Move W and M by `alpha` a step towards the target.")
+    alpha: float = Field(0.01, gt=0, description="Step of the adaptive schedule.")
+    weight_pos_max: float = Field(1.5, ge=1, description="Upper bound of an adaptive W.")
+    weight_neg_min: float = Field(0.5, gt=0, le=1, description="Lower bound of an adaptive M.")
+
+    @model_validator(mode="after")
+    def _controller(self) -> StareConfig:
+        if self.controller == "on_off" and "band" in self.model_fields_set:
+            raise ValueError('stare.band is for stare.controller = "proportional"')
+        if self.controller == "proportional" and self.adaptive:
+            raise ValueError('stare.adaptive is for stare.controller = "on_off": both would move the same weights')
+        return self
+
+    @model_serializer(mode="wrap")
+    def _settings_in_use(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what the controller does not use, so that what was written can be read."""
+        return {k: v for k, v in handler(self).items() if k != "band" or self.controller == "proportional"}
+
+
+class CorrectionConfig(Section):
+    mode: Literal["none", "truncate", "mask"] = Field(
+        "none", description="Importance weight of trainer over engine: none, cut at `high`, or 0 outside [low, high]."
+    )
+    level: Literal["token", "sequence", "sequence-mean"] = Field(
+        "token", description="Ratio of a token, of its whole sequence (product), or the product's root by its length."
+    )
+    high: float = Field(2.0, gt=0, description="Upper bound of the ratio.")
+    low: float = Field(0.0, ge=0, description="Lower bound of the ratio, for `mask`; 0: none.")
+
+    @model_validator(mode="after")
+    def _bounds(self) -> CorrectionConfig:
+        if self.mode == "none" and (self.level, self.high, self.low) != ("token", 2.0, 0.0):
+            raise ValueError('correction.level, high and low are for correction.mode = "truncate" or "mask"')
+        if self.mode == "truncate" and self.low:
+            raise ValueError(f'correction.low = {self.low} is for correction.mode = "mask"')
+        if self.low >= self.high:
+            raise ValueError(f"correction.low {self.low} is not below correction.high {self.high}")
+        return self
 
 
 @dataclass(frozen=True)

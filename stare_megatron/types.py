@@ -334,7 +334,8 @@ class ScoreSummary:
 
     `entropy`: mean over action tokens, nats. `surprisal`: mean of -logprob, nats. `mismatch_mean`, `mismatch_max`:
     |trainer log-prob - engine log-prob| over action tokens, nats. `mismatch_kl`: mean of r - 1 - log r with
-    r = exp(trainer - engine), an estimate of KL(engine || trainer), nats.
+    r = exp(trainer - engine), an estimate of KL(engine || trainer), nats. `mismatch_ratio_max`: largest r.
+    `mismatch_ess`: effective sample size under the weights r, as a share of the tokens: (sum r)^2 / (n sum r^2).
     """
 
     num_action_tokens: int
@@ -343,6 +344,8 @@ class ScoreSummary:
     mismatch_mean: float
     mismatch_max: float
     mismatch_kl: float
+    mismatch_ratio_max: float
+    mismatch_ess: float
 
 
 @dataclass(frozen=True)
@@ -371,6 +374,7 @@ class UpdateStats:
     `loss`: the objective; `grad_norm`: before clipping; `learning_rate`; `clip_fraction`: share of action tokens whose
     ratio was clipped; `ratio_max`; `kl`: mean of r - 1 - log r against the scoring policy, nats;
     `selected_pos`, `selected_neg`: tokens in L+ and L-; `num_pos`, `num_neg`: tokens in T+ and T-.
+    `correction_mean`: mean rollout-correction factor; `correction_bounded`: share of tokens truncated or masked by it.
     """
 
     loss: float
@@ -383,3 +387,5 @@ class UpdateStats:
     selected_neg: int
     num_pos: int
     num_neg: int
+    correction_mean: float
+    correction_bounded: float

@@ -199,6 +199,8 @@ class TrainerRank:
             selected_neg=seen.selected_neg,
             num_pos=seen.num_pos,
             num_neg=seen.num_neg,
+            correction_mean=seen.correction_mean,
+            correction_bounded=seen.correction_bounded,
         )
 
     def score_tokens(self, token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:

@@ -17,20 +17,23 @@ import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from stare_megatron.algo.correction import Correction, correct
 from stare_megatron.algo.losses.types import LossInputs, Sequences
 from stare_megatron.algo.reduce import fixed_point_sum, from_fixed_point, token_factors
 from stare_megatron.algo.registry import Algorithm
 from stare_megatron.algo.selection import NEGATIVE, POSITIVE
 from stare_megatron.algo.shards import Shards
 from stare_megatron.algo.stare import Candidates, Weights
-from stare_megatron.algo.surrogate import kl_estimate
+from stare_megatron.algo.surrogate import importance_ratio, kl_estimate
 from stare_megatron.config import AlgorithmConfig
 from stare_megatron.errors import RunError
 from stare_megatron.trainer.logprobs import VocabShard, log_probs, token_scores
 from stare_megatron.trainer.sequence import MicroBatch
 from stare_megatron.types import Control, Scores, ScoreSummary, TokenBatch
 
-MAX_KL_TERM = 2.0**15  # nats; one token's term of a mean, so that a sum in fixed point cannot overflow
+# Bounds of one token's term of a mean, so that a sum in fixed point cannot overflow.
+MAX_KL_TERM = 2.0**15  # nats
+MAX_RATIO_TERM = 2.0**7  # of trainer to engine; its square is summed too
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,21 +178,26 @@ def summarize(runner: Runner, data: Sequence[Loaded], scored: Sequence[Scored]) 
     engine_T = torch.cat([d.batch.rollout_logprob_T[d.owned_T] for d, _ in pairs])
     gap_T = (raw_T - engine_T).abs()
     kl_T = kl_estimate(raw_T, engine_T).clamp(max=MAX_KL_TERM)
-    sums = torch.stack([fixed_point_sum(x_T) for x_T in (entropy_T, -logprob_T, gap_T, kl_T)])
+    ratio_T = torch.exp((raw_T - engine_T).double()).clamp(max=MAX_RATIO_TERM)
+    summed = (entropy_T, -logprob_T, gap_T, kl_T, ratio_T, ratio_T**2)
+    sums = torch.stack([fixed_point_sum(x_T) for x_T in summed])
     totals = torch.cat([sums.flatten(), sums.new_tensor([entropy_T.shape[0]])])
-    worst = gap_T.double().amax(0, keepdim=True) if gap_T.numel() else gap_T.new_zeros(1, dtype=torch.float64)
+    worst = gap_T.new_zeros(2, dtype=torch.float64)  # largest |log ratio|, largest ratio
+    if gap_T.numel():
+        worst = torch.stack([gap_T.double().amax(), importance_ratio(raw_T.double(), engine_T.double()).amax()])
     if runner.is_last_stage:
         totals, worst = runner.shards.sum(totals), runner.shards.max(worst)
     *flat, tokens = runner.from_last_stage(totals).tolist()
     values, broken = flat[0::2], flat[1::2]
-    mismatch_max = float(runner.from_last_stage(worst))
+    mismatch_max, ratio_max = runner.from_last_stage(worst).tolist()
     if any(broken):
         raise RunError(
             f"scoring pass: of {tokens} action tokens, {broken[0]} have a non-finite entropy, {broken[1]} a non-finite "
             f"log-prob under the policy, {broken[2]} one under the policy or the engine"
         )
-    entropy, surprisal, mismatch, kl = (from_fixed_point(v) / tokens for v in values)
-    return ScoreSummary(tokens, entropy, surprisal, mismatch, mismatch_max, kl)
+    entropy, surprisal, mismatch, kl, ratio, square = (from_fixed_point(v) / tokens for v in values)
+    ess = ratio**2 / square if square else 0.0  # 0: every ratio is below 2^-12
+    return ScoreSummary(tokens, entropy, surprisal, mismatch, mismatch_max, kl, ratio_max, ess)
 
 
 def weigh(
@@ -235,20 +243,26 @@ class LossStats:
     selected_neg: int
     num_pos: int
     num_neg: int
+    correction_mean: float
+    correction_bounded: float
 
 
 class _Tally:
-    """Sums of a pass on this rank: float64 [3] (loss, clipped, kl), largest ratio, counts int64 [4]."""
+    """Sums of a pass on this rank: float64 [5] (loss, clipped, kl, correction, bounded by it), largest ratio, counts
+    int64 [4]."""
 
     def __init__(self, place: torch.device) -> None:
-        self.sums = torch.zeros(3, dtype=torch.float64, device=place)
+        self.sums = torch.zeros(5, dtype=torch.float64, device=place)
         self.ratio_max = torch.zeros(1, dtype=torch.float64, device=place)
         self.counts = torch.zeros(4, dtype=torch.float64, device=place)  # exact up to 2^53
 
     def add(self, loss: torch.Tensor, clipped_T: torch.Tensor, kl_T: torch.Tensor, ratio_T: torch.Tensor) -> None:
-        self.sums += torch.stack([loss.detach().double(), clipped_T.sum().double(), kl_T.double().sum()])
+        self.sums[:3] += torch.stack([loss.detach().double(), clipped_T.sum().double(), kl_T.double().sum()])
         if ratio_T.numel():
             self.ratio_max = torch.maximum(self.ratio_max, ratio_T.double().amax(0, keepdim=True))
+
+    def correct(self, correction: Correction) -> None:
+        self.sums[3:] += torch.stack([correction.factor_T.double().sum(), correction.bounded_T.sum().double()])
 
     def count(self, weights: Weights, selected_T: torch.Tensor) -> None:
         subsets = [weights.subset_T == code for code in (POSITIVE, NEGATIVE)]
@@ -260,9 +274,9 @@ class _Tally:
             runner.shards.sum(self.counts)
             runner.shards.max(self.ratio_max)
         everything = runner.from_last_stage(torch.cat([self.sums, self.ratio_max, self.counts])).tolist()
-        loss, clipped, kl, ratio_max = everything[:4]
-        chosen = [int(n) for n in everything[4:]]
-        return LossStats(loss, clipped / num_action_tokens, ratio_max, kl / num_action_tokens, *chosen)
+        loss, ratio_max, chosen = everything[0], everything[5], [int(n) for n in everything[6:]]
+        clipped, kl, correction, bounded = (x / num_action_tokens for x in everything[1:5])
+        return LossStats(loss, clipped, ratio_max, kl, *chosen, correction, bounded)
 
 
 def forward_backward(
@@ -282,6 +296,12 @@ def forward_backward(
     """
     batch = data.batch
     tally = _Tally(runner.place)
+    sequences = batch.global_sequence_N.shape[0]
+    owned = Sequences(batch.sequence_T[data.owned_T], sequences, runner.context_shards)
+    raw_T, engine_T = scored.raw_logprob_T[data.owned_T], batch.rollout_logprob_T[data.owned_T]
+    correction = correct(raw_T, engine_T, owned, config.correction)
+    tally.correct(correction)
+    correction_T = torch.ones_like(scored.raw_logprob_T).masked_scatter(data.owned_T, correction.factor_T)
 
     def consume(logits_PV: torch.Tensor, row: MicroBatch) -> torch.Tensor:
         logprob_P, entropy_P = log_probs(
@@ -312,8 +332,8 @@ def forward_backward(
             advantage_T=advantage_R,
             weight_T=weight_R,
             selected_T=selected_R,
-            correction_T=torch.ones_like(weight_R),
-            sequences=Sequences(batch.sequence_T[source_R], batch.global_sequence_N.shape[0], runner.context_shards),
+            correction_T=correction_T[source_R],
+            sequences=Sequences(batch.sequence_T[source_R], sequences, runner.context_shards),
             control=control,
         )
         token_loss = algorithm.loss(tokens, config)
