@@ -161,6 +161,12 @@ class TrainerConfig(Section):
     micro_batch_tokens: int = Field(
         8192, ge=1, description="Token budget of a packed micro-batch; a longer sequence gets a micro-batch of its own."
     )
+    logits_chunk_tokens: int = Field(
+        0,
+        ge=0,
+        description="Rows of logits that exist at a time; they are made again in the backward pass. Bounds memory for "
+        "long sequences. 0: off, all rows of a micro-batch are kept.",
+    )
     updates_per_batch: int = Field(1, ge=1, description="Optimizer steps per update batch (mini-batches of groups).")
     recompute: Literal["none", "selective", "full"] = Field("none", description="Activation recomputation.")
     optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(), description="Optimizer settings.")

@@ -76,6 +76,9 @@ class _Merged:
     def entropy(self) -> torch.Tensor:
         return self.log_s_R - self.mean_d_R
 
+    def rows(self, place: slice) -> _Merged:
+        return _Merged(self.m_R[place], self.log_s_R[place], self.mean_d_R[place], self.z_R[place])
+
 
 @torch.no_grad()
 def token_scores(
@@ -90,11 +93,18 @@ def token_scores(
     rows_R = _rows(target_T)
     raw = temperature != 1.0
     partial_RC = _partials(logits_TV, target_T, rows_R, shard, temperature, sensitivity=True, raw=raw)
+    return _scores(partial_RC, target_T, rows_R, shard, temperature)
+
+
+def _scores(
+    partial_RC: torch.Tensor, target_T: torch.Tensor, rows_R: torch.Tensor, shard: VocabShard, temperature: float
+) -> TokenScores:
+    """From this rank's partials of all rows, made with `sensitivity` and, unless the temperature is 1, `raw`."""
     all_IRC = _gather(partial_RC, shard)
     merged = _merge(all_IRC, temperature)
     logprob_R = merged.logprob(temperature)
     raw_R = logprob_R
-    if raw:
+    if temperature != 1.0:
         offset_IR = _floored(all_IRC[..., 0] - merged.m_R)
         raw_R = merged.z_R - merged.m_R - (offset_IR.exp() * all_IRC[..., -1]).sum(0).log()
     sensitivity_R = _sensitivity(all_IRC, merged, temperature)
@@ -145,6 +155,101 @@ class _LogProbs(torch.autograd.Function):
             logits_TV, grads[0], grad_entropy_T, ctx.target_T, ctx.rows_R, ctx.merged, ctx.shard, ctx.tau
         )
         return logits_TV, None, None, None, None
+
+
+@torch.no_grad()
+def head_token_scores(
+    hidden_TH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    target_T: torch.Tensor,
+    shard: VocabShard,
+    *,
+    temperature: float,
+    chunk: int,
+) -> TokenScores:
+    """`token_scores` of the logits hidden_TH @ weight_VH^T, of which at most `chunk` rows exist at a time.
+
+    `hidden_TH`, `weight_VH`: bf16 or fp32 [T, H] and [V_local, H].
+    """
+    partial_RC = _head_partials(hidden_TH, weight_VH, target_T, shard, temperature, chunk, scoring=True)
+    return _scores(partial_RC, target_T, _rows(target_T), shard, temperature)
+
+
+def head_log_probs(
+    hidden_TH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    target_T: torch.Tensor,
+    shard: VocabShard,
+    *,
+    temperature: float,
+    chunk: int,
+    entropy_gradient: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`log_probs` of the logits hidden_TH @ weight_VH^T, differentiable in both factors.
+
+    At most `chunk` rows of logits exist at a time; the backward makes them once more, without another collective for
+    them. It sums the gradient of `hidden_TH` over TP in one all-reduce, and that of `weight_VH` over chunks in fp32.
+    """
+    logprob_T, entropy_T = _HeadLogProbs.apply(
+        hidden_TH, weight_VH, target_T, shard, temperature, chunk, entropy_gradient
+    )
+    return logprob_T, entropy_T
+
+
+def _head_partials(
+    hidden_TH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    target_T: torch.Tensor,
+    shard: VocabShard,
+    tau: float,
+    chunk: int,
+    *,
+    scoring: bool,
+) -> torch.Tensor:
+    parts = []
+    for hidden_CH, target_C in zip(hidden_TH.split(chunk), target_T.split(chunk), strict=True):
+        logits_CV = hidden_CH @ weight_VH.t()
+        raw = scoring and tau != 1.0
+        parts.append(_partials(logits_CV, target_C, _rows(target_C), shard, tau, sensitivity=scoring, raw=raw))
+        del logits_CV  # before the next chunk's are made
+    return torch.cat(parts)
+
+
+class _HeadLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_TH, weight_VH, target_T, shard: VocabShard, tau: float, chunk: int, entropy_gradient: bool):
+        partial_R4 = _head_partials(hidden_TH, weight_VH, target_T, shard, tau, chunk, scoring=False)
+        ctx.save_for_backward(hidden_TH, weight_VH, target_T)
+        ctx.merged = merged = _merge(_gather(partial_R4, shard), tau)
+        ctx.shard, ctx.tau, ctx.chunk, ctx.entropy_gradient = shard, tau, chunk, entropy_gradient
+        rows_R = _rows(target_T)
+        entropy_T = _scatter(merged.entropy(), target_T, rows_R)
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropy_T)
+        return _scatter(merged.logprob(tau), target_T, rows_R), entropy_T
+
+    @staticmethod
+    def backward(ctx, *grads):  # (d loss / d logprob_T, d loss / d entropy_T)
+        hidden_TH, weight_VH, target_T = ctx.saved_tensors
+        grad_hidden_TH = torch.empty_like(hidden_TH)
+        grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
+        seen = 0
+        for begin in range(0, target_T.shape[0], ctx.chunk):
+            here = slice(begin, begin + ctx.chunk)
+            rows_R = _rows(target_T[here])
+            merged = ctx.merged.rows(slice(seen, seen + rows_R.shape[0]))
+            seen += rows_R.shape[0]
+            logits_CV = hidden_TH[here] @ weight_VH.t()
+            grad_entropy_C = grads[1][here] if ctx.entropy_gradient else None
+            _backward_in_place(
+                logits_CV, grads[0][here], grad_entropy_C, target_T[here], rows_R, merged, ctx.shard, ctx.tau
+            )
+            torch.mm(logits_CV, weight_VH, out=grad_hidden_TH[here])
+            grad_weight_VH += logits_CV.t() @ hidden_TH[here]
+            del logits_CV
+        if ctx.shard.group is not None:
+            dist.all_reduce(grad_hidden_TH, group=ctx.shard.group)
+        return grad_hidden_TH, grad_weight_VH.to(weight_VH.dtype), None, None, None, None, None
 
 
 def _rows(target_T: torch.Tensor) -> torch.Tensor:

@@ -72,6 +72,7 @@ class TrainerRank:
         )
         from megatron.core.utils import get_model_config
 
+        from stare_megatron.trainer.head import Head
         from stare_megatron.trainer.logprobs import vocab_shard
         from stare_megatron.trainer.model import build_model, padded_vocab
         from stare_megatron.trainer.optimizer import build_optimizer
@@ -83,9 +84,10 @@ class TrainerRank:
         self._optimizer = build_optimizer(self._chunks, trainer)
         self._shape = get_model_config(self._chunks[0]).shape
         columns = padded_vocab(self._shape.vocab, trainer.tensor_parallel) // trainer.tensor_parallel
+        vocab = vocab_shard(self._shape.vocab, columns, parallel.tp_group())
         self._runner = Runner(
             chunks=self._chunks,
-            vocab=vocab_shard(self._shape.vocab, columns, parallel.tp_group()),
+            head=Head(self._chunks[-1].module, vocab, trainer.logits_chunk_tokens),
             shards=shards(parallel.dp_cp_group()),
             context_shards=shards(parallel.cp_group()),
             pipeline=parallel.pp_group(),
@@ -205,17 +207,16 @@ class TrainerRank:
 
     def score_tokens(self, token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """Log-probs of tokens 1.. of one sequence at temperature 1, float32 [n - 1]; equal on every rank."""
-        from stare_megatron.trainer.logprobs import token_scores
         from stare_megatron.trainer.sequence import MicroBatch, dummy, probe
 
         place = self._runner.place
         ids_T = torch.from_numpy(token_ids).to(place, torch.int64)
         logprob_T = torch.zeros(ids_T.shape[0], device=place)
 
-        def consume(logits_PV: torch.Tensor, row: MicroBatch) -> None:
-            got_P = token_scores(logits_PV, row.target_P, self._runner.vocab, temperature=1.0).logprob_T
-            kept_P = row.source_P >= 0
-            logprob_T[row.source_P[kept_P]] = got_P[kept_P]
+        def consume(hidden_RH: torch.Tensor, row: MicroBatch) -> None:
+            got_R = self._runner.head.token_scores(hidden_RH, row.target_R, temperature=1.0).logprob_T
+            kept_R = row.source_R >= 0
+            logprob_T[row.source_R[kept_R]] = got_R[kept_R]
 
         # The interleaved schedule wants a multiple of the stages.
         trainer = self._config.trainer

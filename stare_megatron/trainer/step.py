@@ -27,7 +27,7 @@ from stare_megatron.algo.stare import Candidates, Weights
 from stare_megatron.algo.surrogate import importance_ratio, kl_estimate
 from stare_megatron.config import AlgorithmConfig
 from stare_megatron.errors import RunError
-from stare_megatron.trainer.logprobs import VocabShard, log_probs, token_scores
+from stare_megatron.trainer.head import Head
 from stare_megatron.trainer.sequence import MicroBatch
 from stare_megatron.types import Control, Scores, ScoreSummary, TokenBatch
 
@@ -69,14 +69,14 @@ def loaded(batch: TokenBatch, rows: list[MicroBatch], config: AlgorithmConfig) -
 
 @dataclass(frozen=True, eq=False)
 class Runner:
-    """How this rank runs its model: chunks, its columns of the vocabulary, and who shares what.
+    """How this rank runs its model: chunks, the output layer (of the last stage), and who shares what.
 
     `shards`: the data- x context-parallel ranks; `context_shards`: the context-parallel ones. `pipeline`: the pipeline
     group, `last_stage`: global rank of its last stage.
     """
 
     chunks: Sequence[torch.nn.Module]
-    vocab: VocabShard
+    head: Head
     shards: Shards
     context_shards: Shards
     pipeline: dist.ProcessGroup
@@ -87,7 +87,8 @@ class Runner:
     def run(
         self, rows: Sequence[MicroBatch], consume: Callable[[torch.Tensor, MicroBatch], Any], *, train: bool
     ) -> None:
-        """One pass over the micro-batches. `consume(logits [P, V_local], row)` is called on the last stage.
+        """One pass over the micro-batches. `consume(hidden [R, H], row)` is called on the last stage, with the
+        hidden states of `row.head_R`.
 
         Training, it returns the loss to go backward from (already divided by everything); otherwise nothing.
         """
@@ -99,16 +100,17 @@ class Runner:
                 position_ids=row.position_ids_1P,
                 attention_mask=None,
                 packed_seq_params=_packed(row),
+                rows_R=row.head_R,
             )
             return output, functools.partial(_train if train else _score, row)
 
-        def _train(row: MicroBatch, logits_1PV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        def _train(row: MicroBatch, hidden_RH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
             # The number of tokens is not used: see trainer.model.PolicyConfig.
-            tokens = torch.zeros((), dtype=torch.int, device=logits_1PV.device)
-            return consume(logits_1PV[0], row), tokens, {}
+            tokens = torch.zeros((), dtype=torch.int, device=hidden_RH.device)
+            return consume(hidden_RH, row), tokens, {}
 
-        def _score(row: MicroBatch, logits_1PV: torch.Tensor, non_loss_data: bool) -> None:
-            consume(logits_1PV[0], row)
+        def _score(row: MicroBatch, hidden_RH: torch.Tensor, non_loss_data: bool) -> None:
+            consume(hidden_RH, row)
 
         schedule = get_forward_backward_func()
         with torch.set_grad_enabled(train):
@@ -154,11 +156,11 @@ def score(runner: Runner, data: Loaded, temperature: float) -> Scored:
     """Log-prob and entropy of every owned token under the present weights; no graph."""
     value_T4 = torch.zeros((data.batch.token_ids_T.shape[0], 4), device=runner.place)
 
-    def consume(logits_PV: torch.Tensor, row: MicroBatch) -> None:
-        got = token_scores(logits_PV, row.target_P, runner.vocab, temperature=temperature)
-        kept_P = row.source_P >= 0
+    def consume(hidden_RH: torch.Tensor, row: MicroBatch) -> None:
+        got = runner.head.token_scores(hidden_RH, row.target_R, temperature=temperature)
+        kept_R = row.source_R >= 0
         columns = torch.stack([got.logprob_T, got.entropy_T, got.sensitivity_T, got.raw_logprob_T], 1)
-        value_T4[row.source_P[kept_P]] = columns[kept_P]
+        value_T4[row.source_R[kept_R]] = columns[kept_R]
 
     runner.run(data.rows, consume, train=False)
     logprob_T, entropy_T, sensitivity_T, raw_T = value_T4.t().contiguous()
@@ -303,16 +305,12 @@ def forward_backward(
     tally.correct(correction)
     correction_T = torch.ones_like(scored.raw_logprob_T).masked_scatter(data.owned_T, correction.factor_T)
 
-    def consume(logits_PV: torch.Tensor, row: MicroBatch) -> torch.Tensor:
-        logprob_P, entropy_P = log_probs(
-            logits_PV,
-            row.target_P,
-            runner.vocab,
-            temperature=temperature,
-            entropy_gradient=algorithm.entropy_gradient,
+    def consume(hidden_RH: torch.Tensor, row: MicroBatch) -> torch.Tensor:
+        logprob_R, entropy_R = runner.head.log_probs(
+            hidden_RH, row.target_R, temperature=temperature, entropy_gradient=algorithm.entropy_gradient
         )
-        kept_P = row.source_P >= 0
-        logprob_R, entropy_R, source_R = logprob_P[kept_P], entropy_P[kept_P], row.source_P[kept_P]
+        kept_R = row.source_R >= 0
+        logprob_R, entropy_R, source_R = logprob_R[kept_R], entropy_R[kept_R], row.source_R[kept_R]
         advantage_R, old_R = batch.advantage_T[source_R], scored.scores.logprob_T[source_R]
         if weights is None:
             actions_R = torch.ones_like(source_R, dtype=torch.bool)

@@ -32,10 +32,14 @@ LAYOUT_CASES: dict[int, dict[str, dict[str, Any]]] = {
         "one micro-batch": trainer(micro_batch_tokens=100_000),
         "no distributed optimizer": trainer(distributed_optimizer=False),
         "full recompute": trainer(recompute="full"),
+        "logits in chunks": trainer(logits_chunk_tokens=7),
     },
     2: {
         "TP2": trainer(world_size=2, tensor_parallel=2),
         "TP2 SP": trainer(world_size=2, tensor_parallel=2, sequence_parallel=True),
+        "TP2 SP, logits in chunks": trainer(
+            world_size=2, tensor_parallel=2, sequence_parallel=True, logits_chunk_tokens=7
+        ),
         "PP2": trainer(world_size=2, pipeline_parallel=2),
         "PP2 VPP2": trainer(world_size=2, pipeline_parallel=2, virtual_pipeline=2),
         "DP2": trainer(world_size=2),
