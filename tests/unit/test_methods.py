@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import runpy
 from pathlib import Path
 
 import pytest
@@ -66,10 +67,37 @@ def loss_of(method, settings, *, rows=slice(None), shards=None, logprob_T=None, 
     return ALGORITHMS[method].loss(inputs, settings)
 
 
+ROOT = Path(__file__).parents[2]
+
+
 def test_every_method_has_a_file_and_a_page():
-    root = Path(__file__).parents[2]
-    files = {f.stem for f in (root / "stare_megatron" / "algo" / "losses").glob("*.py")} - {"__init__", "types"}
-    assert files == METHODS.keys() == ALGORITHMS.keys()
+    files = {f.stem for f in (ROOT / "stare_megatron" / "algo" / "losses").glob("*.py")} - {"__init__", "types"}
+    pages = {f.stem for f in (ROOT / "docs" / "algorithms").glob("*.md")}
+    assert files == pages == METHODS.keys() == ALGORITHMS.keys()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_page_gives_every_setting_with_its_default(method):
+    page = (ROOT / "docs" / "algorithms" / f"{method}.md").read_text()
+    settings = config(method)
+    wanted = {key: getattr(settings, key) for key in METHODS[method].uses}
+    if method in AlgorithmConfig.model_fields:
+        own = getattr(settings, method)
+        wanted |= {f"{method}.{key}": getattr(own, key) for key in type(own).model_fields}
+    for key, value in wanted.items():
+        shown = str(value).lower() if isinstance(value, bool) else str(value)
+        assert f"| `{key}` | `{shown}` |" in page
+
+
+def test_the_example_of_the_guide_works(tmp_path):
+    """The file in docs/adding_a_method.md, taken from the page, is a method."""
+    page = (ROOT / "docs" / "adding_a_method.md").read_text()
+    file = tmp_path / "certainty.py"
+    file.write_text(page.partition("```python\n")[2].partition("```")[0])
+    method = runpy.run_path(str(file))["ALGORITHM"]
+    weights = method.weigh(candidates(), OPEN, config("grpo"), OneShard())
+    assert torch.equal(weights.weight_T, torch.exp(-ENTROPY_T))
+    assert method.loss is ALGORITHMS["stare"].loss
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,4 +1,4 @@
-"""GMPO (arXiv 2507.20673, equation 4): the geometric mean of the token ratios, each clipped in log space.
+"""GMPO (arXiv 2507.20673): the geometric mean of the token ratios, each clipped in log space.
 
 d = clamp(logp - old_logp, -20, 20)       x = d, or its clip to [-eps_low, eps_high] where that is smaller for A > 0 and
                                           larger for A < 0

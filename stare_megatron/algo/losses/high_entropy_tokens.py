@@ -1,4 +1,4 @@
-"""The 80/20 rule (arXiv 2506.01939, equation 5): only the tokens of highest entropy learn.
+"""The 80/20 rule (arXiv 2506.01939): only the tokens of highest entropy learn.
 
 loss = GRPO's on the ceil(fraction N) action tokens of highest entropy in the batch, 0 on the others; the denominators
 still count all N action tokens

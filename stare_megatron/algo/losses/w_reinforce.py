@@ -1,4 +1,4 @@
-"""W-REINFORCE (arXiv 2506.01347, equation 8): REINFORCE on signed rewards with the positive samples scaled down.
+"""W-REINFORCE (arXiv 2506.01347): REINFORCE on signed rewards with the positive samples scaled down.
 
 A = lambda where the reward is positive, -1 elsewhere: no group mean, no standard deviation
 loss = GRPO's with A; at the scoring policy (r = 1) that is the REINFORCE gradient
