@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from stare_megatron.dynamics import Dynamics
+
 if TYPE_CHECKING:
     import torch
 
@@ -375,6 +377,7 @@ class UpdateStats:
     ratio was clipped; `ratio_max`; `kl`: mean of r - 1 - log r against the scoring policy, nats;
     `selected_pos`, `selected_neg`: tokens in L+ and L-; `num_pos`, `num_neg`: tokens in T+ and T-.
     `correction_mean`: mean rollout-correction factor; `correction_bounded`: share of tokens truncated or masked by it.
+    `dynamics`: what the step is expected to do to the entropy.
     """
 
     loss: float
@@ -389,3 +392,4 @@ class UpdateStats:
     num_neg: int
     correction_mean: float
     correction_bounded: float
+    dynamics: Dynamics

@@ -19,6 +19,7 @@ from stare_megatron import device
 from stare_megatron.algo.registry import ALGORITHMS
 from stare_megatron.algo.shards import shards
 from stare_megatron.config import Config
+from stare_megatron.dynamics import Dynamics
 from stare_megatron.errors import RunError
 from stare_megatron.trainer import parallel
 from stare_megatron.trainer.schedule import learning_rate
@@ -147,7 +148,7 @@ class TrainerRank:
             RunError: a loss or gradient norm is not finite; the message names the optimizer step. After a non-finite
                 norm the weights are spoilt: only a checkpoint helps.
         """
-        from stare_megatron.trainer.step import forward_backward, weigh
+        from stare_megatron.trainer.step import entropy_dynamics, exact_sets, forward_backward, weigh
 
         if not self._scored:
             raise RuntimeError("score() comes before update()")
@@ -155,10 +156,11 @@ class TrainerRank:
         weights = None
         if config.stare.scope == "batch" or config.method != "stare":
             weights = weigh(self._runner, self._loaded, self._scored, control, self._algorithm, config)
+        exact = exact_sets(self._runner, self._loaded, self._scored, config)
         stats = []
         for i, (data, scored) in enumerate(zip(self._loaded, self._scored, strict=True)):
             self._zero_grad()
-            seen = forward_backward(
+            seen, applied = forward_backward(
                 self._runner,
                 data,
                 scored,
@@ -168,7 +170,8 @@ class TrainerRank:
                 config,
                 self._config.rollout.temperature,
             )
-            stats.append(self._optimizer_step(seen))
+            expected = entropy_dynamics(self._runner, data, scored, applied, exact[i])
+            stats.append(self._optimizer_step(seen, expected))
         self._loaded, self._scored = [], []
         return stats
 
@@ -177,7 +180,7 @@ class TrainerRank:
 
         zero_grad(self._chunks, self._optimizer)
 
-    def _optimizer_step(self, seen: LossStats) -> UpdateStats:
+    def _optimizer_step(self, seen: LossStats, expected: Dynamics) -> UpdateStats:
         from stare_megatron.trainer.optimizer import step
 
         number = self._optimizer_steps + 1
@@ -203,6 +206,7 @@ class TrainerRank:
             num_neg=seen.num_neg,
             correction_mean=seen.correction_mean,
             correction_bounded=seen.correction_bounded,
+            dynamics=expected,
         )
 
     def score_tokens(self, token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from stare_megatron.algo import dynamics
 from stare_megatron.algo.correction import Correction, correct
 from stare_megatron.algo.losses.types import LossInputs, Sequences
 from stare_megatron.algo.reduce import fixed_point_sum, from_fixed_point, token_factors
@@ -26,6 +27,7 @@ from stare_megatron.algo.shards import Shards
 from stare_megatron.algo.stare import Candidates, Weights
 from stare_megatron.algo.surrogate import importance_ratio, kl_estimate
 from stare_megatron.config import AlgorithmConfig
+from stare_megatron.dynamics import Dynamics
 from stare_megatron.errors import RunError
 from stare_megatron.trainer.head import Head
 from stare_megatron.trainer.sequence import MicroBatch
@@ -216,7 +218,18 @@ def weigh(
     (The reference re-selects for every mini-batch under the weights of that moment.)
     """
     sizes = [d.batch.token_ids_T.shape[0] for d in data]
-    tokens = Candidates(
+    whole = algorithm.weigh(_candidates(data, scored), control, config, runner.shards)
+    return [
+        Weights(weight_T, subset_T, selection)
+        for weight_T, subset_T, selection in zip(
+            whole.weight_T.split(sizes), whole.subset_T.split(sizes), whole.selection.split(sizes), strict=True
+        )
+    ]
+
+
+def _candidates(data: Sequence[Loaded], scored: Sequence[Scored]) -> Candidates:
+    """The tokens of some optimizer steps on this rank, end to end."""
+    return Candidates(
         surprisal_T=torch.cat([-s.scores.logprob_T for s in scored]),
         entropy_T=torch.cat([s.scores.entropy_T for s in scored]),
         sensitivity_T=torch.cat([s.scores.sensitivity_T for s in scored]),
@@ -224,13 +237,25 @@ def weigh(
         action_T=torch.cat([d.owned_T for d in data]),
         global_id_T=torch.cat([d.batch.global_id_T for d in data]),
     )
-    whole = algorithm.weigh(tokens, control, config, runner.shards)
-    return [
-        Weights(weight_T, subset_T, selection)
-        for weight_T, subset_T, selection in zip(
-            whole.weight_T.split(sizes), whole.subset_T.split(sizes), whole.selection.split(sizes), strict=True
-        )
-    ]
+
+
+def exact_sets(
+    runner: Runner, data: Sequence[Loaded], scored: Sequence[Scored], config: AlgorithmConfig
+) -> list[torch.Tensor]:
+    """What selection by exact sensitivity would choose of the whole update batch, bool [T] of each optimizer step. A
+    collective of the last pipeline stage."""
+    whole_T = dynamics.exact_set(_candidates(data, scored), config.stare.fraction, runner.shards)
+    return list(whole_T.split([d.batch.token_ids_T.shape[0] for d in data]))
+
+
+def entropy_dynamics(
+    runner: Runner, data: Loaded, scored: Scored, applied: dynamics.Applied, exact_T: torch.Tensor
+) -> Dynamics:
+    """What an optimizer step is expected to do to the entropy; equal on every rank. A collective."""
+    tokens = _candidates([data], [scored])
+    return dynamics.from_totals(
+        runner.from_last_stage(dynamics.measure(tokens, applied, exact_T, runner.shards)).tolist()
+    )
 
 
 @dataclass(frozen=True)
@@ -290,14 +315,20 @@ def forward_backward(
     algorithm: Algorithm,
     config: AlgorithmConfig,
     temperature: float,
-) -> LossStats:
+) -> tuple[LossStats, dynamics.Applied]:
     """Accumulate the gradient of one optimizer step in the chunks' gradient buffers. A collective.
+
+    Returns what was seen, and the weights that were used.
 
     `weights` None: weigh each micro-batch by itself, under the weights being updated (`scope = "microbatch"`, which is
     what the reference does; its result depends on packing and on the number of ranks).
     """
     batch = data.batch
     tally = _Tally(runner.place)
+    if weights is None:
+        used = dynamics.Applied(torch.ones_like(batch.advantage_T), torch.zeros_like(batch.action_T))
+    else:
+        used = dynamics.Applied(weights.weight_T, weights.selection.selected_T)
     sequences = batch.global_sequence_N.shape[0]
     owned = Sequences(batch.sequence_T[data.owned_T], sequences, runner.context_shards)
     raw_T, engine_T = scored.raw_logprob_T[data.owned_T], batch.rollout_logprob_T[data.owned_T]
@@ -321,6 +352,7 @@ def forward_backward(
             local = algorithm.weigh(own, control, config, runner.context_shards)
             tally.count(local, local.selection.selected_T)
             weight_R, selected_R = local.weight_T, local.selection.selected_T
+            used.weight_T[source_R], used.selected_T[source_R] = weight_R, selected_R
         else:
             weight_R, selected_R = weights.weight_T[source_R], weights.selection.selected_T[source_R]
         tokens = LossInputs(
@@ -342,4 +374,4 @@ def forward_backward(
     runner.run(data.rows, consume, train=True)
     if weights is not None:
         tally.count(weights, weights.selection.selected_T)
-    return tally.total(runner, batch.num_action_tokens)
+    return tally.total(runner, batch.num_action_tokens), used
