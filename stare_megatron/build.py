@@ -93,6 +93,7 @@ class StareRun:
         self._probe = stream.probe()
         self._seconds: dict[str, float] = {}
         self._trained = 0
+        self._before = report.UNOBSERVED
         self._began = self._step_began = time.monotonic()
 
     def restore(self) -> int:
@@ -178,9 +179,11 @@ class StareRun:
             driver_peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             trained_total=self._trained,
         )
+        epoch = self._stream.state().epoch
         self._sinks.log(
-            step, report.step_metrics(step, batch, scores, control, updates, probe, costs, self._stream.state().epoch)
+            step, report.step_metrics(step, batch, scores, control, updates, probe, costs, epoch, self._before)
         )
+        self._before = report.observed(scores, updates)
         every = self._config.logging.samples_every
         if every and (step % every == 0 or step == 1):
             groups = runtime.fetch([ref for ref, _ in batch.groups[: self._config.logging.samples]])

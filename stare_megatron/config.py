@@ -14,15 +14,14 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
+from stare_megatron import methods
 from stare_megatron.errors import UserError
+from stare_megatron.methods import CorrectionConfig, Section, StareConfig
+from stare_megatron.methods import Selector as Selector
 
 Scalar = str | int | float | bool
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
@@ -81,31 +80,61 @@ class RolloutConfig(Section):
     stop: list[str] = Field(default_factory=list, description="Strings that end a response (kept in it).")
 
 
-class StareConfig(Section):
-    variant: Literal["O1", "C2"] = Field("O1", description="O1: W on L+. C2: W on L+ and M on L-.")
-    fraction: float = Field(0.1, gt=0, le=1, description="P: share of each subset taken as entropy-critical.")
-    weight_pos: float = Field(1.1, gt=0, description="W: weight of L+ (initial value when adaptive).")
-    weight_neg: float = Field(0.9, gt=0, description="M: weight of L- in variant C2 (initial value when adaptive).")
-    target_entropy: float = Field(0.3, gt=0, description="H_tgt: the gate opens below it, nats a token.")
-    scope: Literal["batch", "microbatch"] = Field(
-        "batch", description="Where the quantile is taken: the whole update batch, or each micro-batch (the reference)."
-    )
-    adaptive: bool = Field(False, description="Move W and M by `alpha` a step towards the target.")
-    alpha: float = Field(0.01, gt=0, description="Step of the adaptive schedule.")
-    weight_pos_max: float = Field(1.5, ge=1, description="Upper bound of an adaptive W.")
-    weight_neg_min: float = Field(0.5, gt=0, le=1, description="Lower bound of an adaptive M.")
-
-
 class AlgorithmConfig(Section):
-    method: Literal["grpo", "stare"] = Field("stare", description="Method, a name from the registry.")
+    """Defaults that a method's paper has otherwise are in `methods.METHODS`."""
+
+    method: str = Field("stare", description="Method, a name from the registry; its page is docs/algorithms/NAME.md.")
     normalize_std: bool = Field(True, description="Divide the group-relative advantage by the group's std + 1e-6.")
-    clip_low: float = Field(0.2, gt=0, lt=1, description="eps_low of the clipped ratio.")
+    clip_low: float = Field(0.2, gt=0, le=1, description="eps_low of the clipped ratio; 1: no lower bound.")
     clip_high: float = Field(0.28, gt=0, description="eps_high of the clipped ratio.")
     dual_clip: float = Field(3.0, gt=1, description="c: bound on the loss of negative advantages, as a ratio.")
-    reduction: Literal["token-mean", "sequence-mean-token-mean", "sequence-mean-token-sum"] = Field(
+    reduction: Literal[
+        "token-mean", "sequence-mean-token-mean", "sequence-mean-token-sum", "sequence-mean-constant-length"
+    ] = Field(
         "token-mean", description="How per-token losses become one number; denominators are those of the whole batch."
     )
+    response_tokens: int = Field(
+        0, ge=0, description="Response length that `dapo` and `dr_grpo` count by; 0: `rollout.max_response_tokens`."
+    )
+    correction: CorrectionConfig = Field(
+        default_factory=lambda: CorrectionConfig(),
+        description="Rollout correction: weights for what trainer and engine disagree about.",
+    )
+    dapo: methods.DapoConfig = Field(default_factory=lambda: methods.DapoConfig(), description="Settings of `dapo`.")
+    clip_cov: methods.ClipCovConfig = Field(
+        default_factory=lambda: methods.ClipCovConfig(), description="Settings of method `clip_cov`."
+    )
+    kl_cov: methods.KlCovConfig = Field(
+        default_factory=lambda: methods.KlCovConfig(), description="Settings of method `kl_cov`."
+    )
+    entropy_bonus: methods.EntropyBonusConfig = Field(
+        default_factory=lambda: methods.EntropyBonusConfig(), description="Settings of method `entropy_bonus`."
+    )
+    adaptive_entropy: methods.AdaptiveEntropyConfig = Field(
+        default_factory=lambda: methods.AdaptiveEntropyConfig(), description="Settings of method `adaptive_entropy`."
+    )
+    entropy_advantage: methods.EntropyAdvantageConfig = Field(
+        default_factory=lambda: methods.EntropyAdvantageConfig(), description="Settings of method `entropy_advantage`."
+    )
+    high_entropy_tokens: methods.HighEntropyTokensConfig = Field(
+        default_factory=lambda: methods.HighEntropyTokensConfig(),
+        description="Settings of method `high_entropy_tokens`.",
+    )
+    w_reinforce: methods.WReinforceConfig = Field(
+        default_factory=lambda: methods.WReinforceConfig(), description="Settings of method `w_reinforce`."
+    )
     stare: StareConfig = Field(default_factory=lambda: StareConfig(), description="Settings of method `stare`.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settle(cls, tree: Any) -> Any:
+        return methods.settle(tree, cls.model_fields["method"].default) if isinstance(tree, dict) else tree
+
+    @model_serializer(mode="wrap")
+    def _settings_in_use(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what the method does not use, so that what was written can be read."""
+        kept = methods.METHODS[self.method].uses | methods.EVERY_METHOD | {self.method}
+        return {key: value for key, value in handler(self).items() if key in kept}
 
 
 class OptimizerConfig(Section):
@@ -131,6 +160,12 @@ class TrainerConfig(Section):
     distributed_optimizer: bool = Field(True, description="Split optimizer state over the data-parallel ranks.")
     micro_batch_tokens: int = Field(
         8192, ge=1, description="Token budget of a packed micro-batch; a longer sequence gets a micro-batch of its own."
+    )
+    logits_chunk_tokens: int = Field(
+        0,
+        ge=0,
+        description="Rows of logits that exist at a time; they are made again in the backward pass. Bounds memory for "
+        "long sequences. 0: off, all rows of a micro-batch are kept.",
     )
     updates_per_batch: int = Field(1, ge=1, description="Optimizer steps per update batch (mini-batches of groups).")
     recompute: Literal["none", "selective", "full"] = Field("none", description="Activation recomputation.")
@@ -258,6 +293,15 @@ class Config(Section):
             )
         if r.prompts_per_generation and not r.dynamic_sampling:
             raise ValueError("rollout.prompts_per_generation is for rollout.dynamic_sampling = true")
+        if self.algorithm.correction.mode != "none" and (r.temperature != 1 or r.top_p != 1):
+            raise ValueError(
+                f"algorithm.correction.mode = {self.algorithm.correction.mode!r} needs rollout.temperature = 1 and "
+                f"rollout.top_p = 1, not {r.temperature} and {r.top_p}: engines record log-probs of the untempered, "
+                "untruncated distribution, which is then not the one that sampled"
+            )
+        if not self.algorithm.response_tokens:
+            length = {"response_tokens": r.max_response_tokens}
+            object.__setattr__(self, "algorithm", self.algorithm.model_copy(update=length))  # frozen from here on
         return self
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,46 @@ class StepCosts:
     trained_total: int
 
 
+@dataclass(frozen=True)
+class Observed:
+    """A step's mean entropy, nats a token, under the policy before its update, and the change its update predicted,
+    nats a token and unit step."""
+
+    entropy: float
+    predicted: float
+
+
+UNOBSERVED = Observed(math.nan, math.nan)  # before the first step since the start
+QUADRANTS = ("pos_likely", "pos_unlikely", "neg_likely", "neg_unlikely")  # in the order of types.Dynamics
+
+
+def observed(scores: ScoreSummary, updates: Sequence[UpdateStats]) -> Observed:
+    """What the next step is compared with."""
+    tokens = sum(u.dynamics.num_tokens for u in updates)
+    return Observed(scores.entropy, sum(sum(u.dynamics.change) for u in updates) / tokens)
+
+
+def dynamics_metrics(scores: ScoreSummary, updates: Sequence[UpdateStats], before: Observed) -> dict[str, float]:
+    """The `dynamics/` part of `step_metrics`. `before`: the step before this one."""
+    seen = [u.dynamics for u in updates]
+    tokens = sum(d.num_tokens for d in seen)
+    either = sum(d.chosen_either for d in seen)
+    values = {
+        "dynamics/predicted_change": observed(scores, updates).predicted,
+        "dynamics/predicted_change_unweighted": sum(d.unweighted_change for d in seen) / tokens,
+        "dynamics/predicted_change_before": before.predicted,
+        "dynamics/measured_change": scores.entropy - before.entropy,
+        "dynamics/critical_surprisal": sum(d.critical_surprisal for d in seen) / tokens,
+        "dynamics/overlap": sum(d.chosen_both for d in seen) / either if either else math.nan,
+        "dynamics/non_finite": sum(d.non_finite for d in seen),
+    }
+    for kind in ("tokens", "advantage", "change"):
+        sums = [sum(column) for column in zip(*(d.__dict__[kind] for d in seen), strict=True)]
+        whole = sum(abs(x) for x in sums)
+        values |= {f"dynamics/{kind}_{q}": x / whole if whole else 0.0 for q, x in zip(QUADRANTS, sums, strict=True)}
+    return values
+
+
 def step_metrics(
     version: int,
     batch: Collected,
@@ -32,8 +73,10 @@ def step_metrics(
     probe: float,
     costs: StepCosts,
     epoch: int,
+    before: Observed,
 ) -> tuple[Metric, ...]:
-    """Metrics of the step that made policy `version`. `probe` is NaN when the push was not probed."""
+    """Metrics of the step that made policy `version`. `probe` is NaN when the push was not probed;
+    `before`: of the step before."""
     stats = batch.stats
     kept = [summary for _, summary in batch.groups]
     rewards = [reward for summary in kept for reward in summary.rewards]
@@ -73,6 +116,11 @@ def step_metrics(
         "mismatch/mean": scores.mismatch_mean,
         "mismatch/max": scores.mismatch_max,
         "mismatch/kl": scores.mismatch_kl,
+        "mismatch/ratio_max": scores.mismatch_ratio_max,
+        "mismatch/ess": scores.mismatch_ess,
+        "correction/mean": sum(u.correction_mean for u in updates) / count,
+        "correction/bounded": sum(u.correction_bounded for u in updates) / count,
+        "policy/entropy_coefficient": control.entropy_coefficient,
         "sync/probe": probe,
         "sync/weight_version": version,
         "sync/staleness": staleness,
@@ -86,6 +134,7 @@ def step_metrics(
         "memory/engine_peak": costs.engine_peak / 2**20,
         "memory/driver_peak": costs.driver_peak / 2**20,
     }
+    values |= dynamics_metrics(scores, updates, before)
     for name in ("rollout", "score", "update", "push", "save"):
         values[f"time/{name}"] = costs.seconds.get(name, 0.0)
     return metrics(values)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from stare_megatron.dynamics import Dynamics
+
 if TYPE_CHECKING:
     import torch
 
@@ -317,12 +319,15 @@ class TokenBatch:
 class Scores:
     """The policy about to be updated, on a `TokenBatch`. The value at token t is that of predicting token t.
 
-    `logprob_T` float32, natural log, at the rollout temperature; `entropy_T` float32, nats; both 0 where the
-    token is no action. Lives on the rank that made it; only the last pipeline stage has it.
+    `logprob_T` float32, natural log, at the rollout temperature; `entropy_T` float32, nats; `sensitivity_T` float32,
+    nats: S of the token, such that a policy-gradient step of size eta on its logits changes the entropy of its
+    distribution by -eta A S. All 0 where the token is no action. Lives on the rank that made it; only the last pipeline
+    stage has it.
     """
 
     logprob_T: torch.Tensor
     entropy_T: torch.Tensor
+    sensitivity_T: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -331,7 +336,8 @@ class ScoreSummary:
 
     `entropy`: mean over action tokens, nats. `surprisal`: mean of -logprob, nats. `mismatch_mean`, `mismatch_max`:
     |trainer log-prob - engine log-prob| over action tokens, nats. `mismatch_kl`: mean of r - 1 - log r with
-    r = exp(trainer - engine), an estimate of KL(engine || trainer), nats.
+    r = exp(trainer - engine), an estimate of KL(engine || trainer), nats. `mismatch_ratio_max`: largest r.
+    `mismatch_ess`: effective sample size under the weights r, as a share of the tokens: (sum r)^2 / (n sum r^2).
     """
 
     num_action_tokens: int
@@ -340,6 +346,8 @@ class ScoreSummary:
     mismatch_mean: float
     mismatch_max: float
     mismatch_kl: float
+    mismatch_ratio_max: float
+    mismatch_ess: float
 
 
 @dataclass(frozen=True)
@@ -347,7 +355,7 @@ class Control:
     """The gate's decision for one step. Weights are 1 everywhere when `gate_on` is False.
 
     `weight_pos` (W) multiplies the loss of L+, `weight_neg` (M) that of L- (variant C2); `entropy` is what was
-    observed, `target` what is wanted, nats.
+    observed, `target` what is wanted, nats. `entropy_coefficient`: factor of an entropy bonus, loss a nat.
 
     Example:
         Control(gate_on=True, weight_pos=1.1, weight_neg=0.9, entropy=0.21, target=0.3)
@@ -358,6 +366,7 @@ class Control:
     weight_neg: float
     entropy: float
     target: float
+    entropy_coefficient: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -367,6 +376,8 @@ class UpdateStats:
     `loss`: the objective; `grad_norm`: before clipping; `learning_rate`; `clip_fraction`: share of action tokens whose
     ratio was clipped; `ratio_max`; `kl`: mean of r - 1 - log r against the scoring policy, nats;
     `selected_pos`, `selected_neg`: tokens in L+ and L-; `num_pos`, `num_neg`: tokens in T+ and T-.
+    `correction_mean`: mean rollout-correction factor; `correction_bounded`: share of tokens truncated or masked by it.
+    `dynamics`: what the step is expected to do to the entropy.
     """
 
     loss: float
@@ -379,3 +390,6 @@ class UpdateStats:
     selected_neg: int
     num_pos: int
     num_neg: int
+    correction_mean: float
+    correction_bounded: float
+    dynamics: Dynamics

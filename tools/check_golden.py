@@ -22,12 +22,13 @@ import torch
 from stare_megatron.algo import controller
 from stare_megatron.algo.advantages import group_relative
 from stare_megatron.algo.controller import ControllerState
-from stare_megatron.algo.losses.types import LossInputs
+from stare_megatron.algo.losses.types import LossInputs, Sequences
 from stare_megatron.algo.reduce import Reduction, token_factors
 from stare_megatron.algo.registry import ALGORITHMS
 from stare_megatron.algo.shards import OneShard
 from stare_megatron.algo.stare import Candidates
 from stare_megatron.config import AlgorithmConfig, StareConfig
+from stare_megatron.methods import METHODS
 from stare_megatron.types import Control
 
 TOLERANCE = 1e-9
@@ -45,17 +46,25 @@ def _far(name: str, got: Any, want: Any) -> list[str]:
     return [] if worst <= TOLERANCE else [f"{name} off by {worst:.3g}"]
 
 
-def _algorithm_config(case: Case) -> AlgorithmConfig:
+def _algorithm_config(method: str, case: Case) -> AlgorithmConfig:
     settings = case["config"]
-    config = AlgorithmConfig.model_validate(
-        {
-            "clip_low": settings["clip_ratio_low"],
-            "clip_high": settings["clip_ratio_high"],
-            "dual_clip": settings["clip_ratio_c"],
-            "reduction": REDUCTIONS[case["loss_agg_mode"]],
-        }
-    )
-    if "stare" not in settings:
+    common = {
+        "clip_low": settings["clip_ratio_low"],
+        "clip_high": settings["clip_ratio_high"],
+        "dual_clip": settings["clip_ratio_c"],
+        "reduction": REDUCTIONS[case["loss_agg_mode"]],
+    }
+    tree: dict[str, Any] = {key: value for key, value in common.items() if key in METHODS[method].uses}
+    recorded = settings.get("policy_loss", {})
+    if method == "clip_cov":
+        names = {"clip_cov_ratio": "fraction", "clip_cov_lb": "low", "clip_cov_ub": "high"}
+        tree[method] = {names[key]: value for key, value in recorded.items()}
+    if method == "kl_cov":
+        tree[method] = {"fraction": recorded["kl_cov_ratio"], "coefficient": recorded["ppo_kl_coef"]}
+    config = AlgorithmConfig.model_validate({"method": method, **tree})
+    if config.reduction != common["reduction"]:
+        raise ValueError(f"{method} is reduced by {config.reduction}, the case by {common['reduction']}")
+    if method != "stare":
         return config
     recorded = settings["stare"]
     stare = StareConfig.model_validate(
@@ -85,7 +94,7 @@ def _control(case: Case, config: AlgorithmConfig) -> Control:
 
 def check_loss(method: str, case: Case) -> list[str]:
     """What of a loss case differs from the recording."""
-    algorithm, config, inputs = ALGORITHMS[method], _algorithm_config(case), case["inputs"]
+    algorithm, config, inputs = ALGORITHMS[method], _algorithm_config(method, case), case["inputs"]
     mask_BT = torch.tensor(inputs["mask"], dtype=torch.float64)
     action_M = mask_BT.flatten() > 0
     logprob_BT = torch.tensor(inputs["log_prob"], dtype=torch.float64, requires_grad=True)
@@ -95,14 +104,32 @@ def check_loss(method: str, case: Case) -> list[str]:
 
     logprob_T = logprob_BT.flatten()[action_M]
     advantage_T = flat("advantages")
+    entropy_T = torch.zeros_like(advantage_T)  # no recorded loss depends on it
     tokens = Candidates(
-        -logprob_T.detach(), advantage_T, torch.ones_like(advantage_T, dtype=torch.bool), action_M.nonzero()[:, 0]
+        -logprob_T.detach(),
+        entropy_T,
+        torch.zeros_like(advantage_T),  # nor on S
+        advantage_T,
+        torch.ones_like(advantage_T, dtype=torch.bool),
+        action_M.nonzero()[:, 0],
     )
-    weight_T = algorithm.weigh(tokens, _control(case, config), config, OneShard()).weight_T
+    control = _control(case, config)
+    weights = algorithm.weigh(tokens, control, config, OneShard())
+    weight_T = weights.weight_T
     sequence_T = torch.arange(mask_BT.shape[0]).repeat_interleave(mask_BT.shape[1])[action_M]
-    correction_T = flat("rollout_is_weights") if "rollout_is_weights" in inputs else torch.ones_like(advantage_T)
     loss_T = algorithm.loss(
-        LossInputs(logprob_T, flat("old_log_prob"), advantage_T, weight_T, correction_T, sequence_T), config
+        LossInputs(
+            logprob_T=logprob_T,
+            old_logprob_T=flat("old_log_prob"),
+            entropy_T=entropy_T,
+            advantage_T=advantage_T,
+            weight_T=weight_T,
+            selected_T=weights.selection.selected_T,
+            correction_T=flat("rollout_is_weights") if "rollout_is_weights" in inputs else torch.ones_like(advantage_T),
+            sequences=Sequences(sequence_T, mask_BT.shape[0], OneShard()),
+            control=control,
+        ),
+        config,
     ).loss_T
     lengths_B = mask_BT.sum(1)
     factor_T = token_factors(
@@ -154,9 +181,14 @@ def check_controller(case: Case) -> list[str]:
 
 
 CHECKS: dict[str, Callable[[Case], list[str]]] = {
+    "cispo": lambda case: check_loss("cispo", case),
+    "clip_cov": lambda case: check_loss("clip_cov", case),
     "controller": check_controller,
+    "gmpo": lambda case: check_loss("gmpo", case),
     "grpo_advantage": check_advantage,
     "grpo_dual_clip": lambda case: check_loss("grpo", case),
+    "gspo": lambda case: check_loss("gspo", case),
+    "kl_cov": lambda case: check_loss("kl_cov", case),
     "stare": lambda case: check_loss("stare", case),
 }
 

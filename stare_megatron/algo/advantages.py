@@ -8,8 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 EPSILON = 1e-6  # added to the standard deviation
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an advantage may depend on: a trajectory's reward and how many tokens the policy wrote.
+
+    Example:
+        Outcome(reward=1.0, num_action_tokens=412)
+    """
+
+    reward: float
+    num_action_tokens: int
 
 
 def group_relative(rewards: Sequence[float], *, normalize_std: bool) -> tuple[float, ...]:

@@ -15,7 +15,9 @@ from stare_megatron.types import Control
 
 @dataclass(frozen=True)
 class ControllerState:
-    """Weights W and M after the last step. `dataclasses.asdict` writes it, `ControllerState(**d)` reads it.
+    """Weights W and M, and the coefficient of an entropy bonus, after the last step.
+
+    `dataclasses.asdict` writes it, `ControllerState(**d)` reads it.
 
     Example:
         ControllerState(weight_pos=1.11, weight_neg=0.89)
@@ -23,10 +25,11 @@ class ControllerState:
 
     weight_pos: float
     weight_neg: float
+    entropy_coefficient: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.weight_pos) and math.isfinite(self.weight_neg)):
-            raise ValueError(f"controller weights must be finite: {self}")
+        if not all(map(math.isfinite, (self.weight_pos, self.weight_neg, self.entropy_coefficient))):
+            raise ValueError(f"controller state must be finite: {self}")
 
 
 def initial(config: AlgorithmConfig) -> ControllerState:
@@ -38,7 +41,9 @@ def observe(config: AlgorithmConfig, state: ControllerState, entropy: float) -> 
     """The gate of this step from the batch's mean entropy H, nats, under the policy about to be updated.
 
     gate_on = H < H_tgt. Adaptive, with sign(0) = 0: W <- clip(W + alpha sign(H_tgt - H), 1, W_max),
-    M <- clip(M - alpha sign(H_tgt - H), M_min, 1); the new values hold for this very step.
+    M <- clip(M - alpha sign(H_tgt - H), M_min, 1); the new values hold for this very step. Proportional: this step's
+    weights are 1 + u (W - 1) and 1 + u (M - 1), u = min(1, (H_tgt - H) / (band H_tgt)), so that they do not jump at the
+    target; W, M stay.
 
     Raises:
         RunError: H is not finite.
@@ -54,7 +59,11 @@ def observe(config: AlgorithmConfig, state: ControllerState, entropy: float) -> 
             weight_neg=min(max(state.weight_neg - step, stare.weight_neg_min), 1.0),
         )
     gate_on = entropy < stare.target_entropy
-    return state, Control(gate_on, state.weight_pos, state.weight_neg, entropy, stare.target_entropy)
+    weight_pos, weight_neg = state.weight_pos, state.weight_neg
+    if stare.controller == "proportional" and gate_on:
+        strength = min(1.0, (stare.target_entropy - entropy) / (stare.band * stare.target_entropy))
+        weight_pos, weight_neg = 1.0 + strength * (weight_pos - 1.0), 1.0 + strength * (weight_neg - 1.0)
+    return state, Control(gate_on, weight_pos, weight_neg, entropy, stare.target_entropy)
 
 
 def observe_without_gate(

@@ -10,24 +10,35 @@ from typing import Literal
 
 import torch
 
-Reduction = Literal["token-mean", "sequence-mean-token-mean", "sequence-mean-token-sum"]
+Reduction = Literal[
+    "token-mean", "sequence-mean-token-mean", "sequence-mean-token-sum", "sequence-mean-constant-length"
+]
 
 LENGTH_EPSILON = 1e-8  # verl adds it to a sequence's token count; kept so that its recorded losses are matched
 FIXED_POINT_BITS = 24
 
 
 def token_factors(
-    reduction: Reduction, sequence_actions_T: torch.Tensor, *, num_action_tokens: int, num_sequences: int
+    reduction: Reduction,
+    sequence_actions_T: torch.Tensor,
+    *,
+    num_action_tokens: int,
+    num_sequences: int,
+    constant_length: int = 0,
 ) -> torch.Tensor:
     """Factor of each token's loss in the sum, float [T] in the dtype of `sequence_actions_T`.
 
     `sequence_actions_T`: action tokens in the whole sequence that token t belongs to. `num_action_tokens`,
     `num_sequences` (sequences with at least one action token): of the whole update over all ranks.
+    `constant_length`: tokens that stand for every sequence's length in "sequence-mean-constant-length" (Dr. GRPO,
+    arXiv 2503.20783, listing 1).
     """
     if reduction == "token-mean":
         return torch.full_like(sequence_actions_T, 1.0 / num_action_tokens)
     if reduction == "sequence-mean-token-sum":
         return torch.full_like(sequence_actions_T, 1.0 / num_sequences)
+    if reduction == "sequence-mean-constant-length":
+        return torch.full_like(sequence_actions_T, 1.0 / (num_sequences * constant_length))
     return 1.0 / ((sequence_actions_T + LENGTH_EPSILON) * num_sequences)
 
 

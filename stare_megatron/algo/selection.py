@@ -9,7 +9,7 @@ the histograms of both subsets. Shapes are fixed and nothing is read back to the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -85,6 +85,17 @@ def select_top(
         global_id_T: int64 in [0, 2^32), unique over all ranks; breaks ties.
         fraction: P in [0, 1].
     """
+    return select_some(value_T, subset_T, global_id_T, lambda count_S: top_count(fraction, count_S), shards)
+
+
+def select_some(
+    value_T: torch.Tensor,
+    subset_T: torch.Tensor,
+    global_id_T: torch.Tensor,
+    wanted: Callable[[torch.Tensor], torch.Tensor],
+    shards: Shards,
+) -> Selection:
+    """As `select_top`, but `wanted(tokens in each subset, int64 [2])` says how many of each, int64 [2], at most all."""
     value_T = value_T.detach().float()
     nan_T = torch.isnan(value_T) & (subset_T != NEITHER)
     row_T = torch.where(nan_T, NEITHER, subset_T)
@@ -99,7 +110,7 @@ def select_top(
         in_bin_SB, nan_all = _histograms(digit_T, row_T, open_T, nan, shards)
         if i == 0:
             count_S, nan = in_bin_SB.sum(1), nan_all
-            wanted_S = left_S = top_count(fraction, count_S)
+            wanted_S = left_S = wanted(count_S)
         from_top_SB = in_bin_SB.flip(1).cumsum(1).flip(1)  # tokens in this bin and above
         bin_S1 = ((from_top_SB >= left_S[:, None]).sum(1, keepdim=True) - 1).clamp(min=0)
         left_S = left_S - (from_top_SB - in_bin_SB).gather(1, bin_S1)[:, 0]

@@ -1,8 +1,18 @@
 """STARE's token weights (arXiv 2606.19236): which action tokens are entropy-critical, and by how much they count.
 
-Action tokens are split by the sign of their advantage, T+ = {A > 0} and T- = {A < 0}. The k = ceil(P n) tokens of
-highest surprisal s = -log pi in each are the entropy-critical sets L+ and L-. With the gate shut w = 1; with it open,
-O1: w = W on L+; C2: w = W on L+ and M on L-.
+Action tokens are split by the sign of their advantage, T+ = {A > 0} and T- = {A < 0}. The k = ceil(P n) most critical
+tokens of each are the entropy-critical sets L+ and L-. With the gate shut w = 1; with it open, O1: w = W on L+; C2:
+w = W on L+ and M on L-.
+
+A selector says which tokens are most critical; for both subsets it is the same order:
+
+    surprisal     largest s = -log pi (the paper)
+    relative      largest s - H: surprisal beyond what the distribution makes one expect
+    sensitivity   smallest S: a step changes the entropy by dH = -eta A S, so in T+ these raise it most (W amplifies
+                  them), in T- they lower it most (M damps them)
+
+High surprisal stands for low S in all of them: S < 0 exactly where s exceeds the token's critical surprisal
+(`algo.dynamics`).
 """
 
 from __future__ import annotations
@@ -13,7 +23,7 @@ import torch
 
 from stare_megatron.algo.selection import NEGATIVE, POSITIVE, Selection, select_top, subset_codes
 from stare_megatron.algo.shards import Shards
-from stare_megatron.config import StareConfig
+from stare_megatron.config import Selector, StareConfig
 from stare_megatron.types import Control
 
 
@@ -21,11 +31,13 @@ from stare_megatron.types import Control
 class Candidates:
     """Tokens to be weighed, [T] each: this rank's part of the scope (update batch or micro-batch).
 
-    `surprisal_T` float32, nats, under the policy about to be updated; `advantage_T`; `action_T` bool: a token of this
-    rank that carries loss; `global_id_T` int64.
+    `surprisal_T`, `entropy_T`, `sensitivity_T` (S) float32, nats, under the policy about to be updated; `advantage_T`;
+    `action_T` bool: a token of this rank that carries loss; `global_id_T` int64.
     """
 
     surprisal_T: torch.Tensor
+    entropy_T: torch.Tensor
+    sensitivity_T: torch.Tensor
     advantage_T: torch.Tensor
     action_T: torch.Tensor
     global_id_T: torch.Tensor
@@ -43,10 +55,20 @@ class Weights:
     selection: Selection
 
 
+def criticality(tokens: Candidates, selector: Selector) -> torch.Tensor:
+    """What the quantile is taken of, float [T]; the largest are chosen, in T+ and in T- alike."""
+    if selector == "surprisal":
+        return tokens.surprisal_T
+    if selector == "relative":
+        return tokens.surprisal_T - tokens.entropy_T
+    return -tokens.sensitivity_T
+
+
 def weigh(tokens: Candidates, control: Control, config: StareConfig, shards: Shards) -> Weights:
     """Token weights of variant O1 or C2. L+ and L- are found, and can be reported, with the gate shut too."""
     subset_T = subset_codes(tokens.advantage_T, tokens.action_T)
-    chosen = select_top(tokens.surprisal_T, subset_T, tokens.global_id_T, config.fraction, shards)
+    key_T = criticality(tokens, config.selector)
+    chosen = select_top(key_T, subset_T, tokens.global_id_T, config.fraction, shards)
     weight_T = torch.ones_like(tokens.advantage_T)
     if control.gate_on:
         weight_T = torch.where(chosen.selected_T & (subset_T == POSITIVE), control.weight_pos, weight_T)

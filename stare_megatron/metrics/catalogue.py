@@ -69,6 +69,74 @@ _ENTRIES = (
     Entry("mismatch/mean", "nats/token", Reduction.TOKEN_MEAN, "|trainer - engine| log-prob of sampled tokens."),
     Entry("mismatch/max", "nats/token", Reduction.MAX, "Largest |trainer - engine| log-prob of a sampled token."),
     Entry("mismatch/kl", "nats/token", Reduction.TOKEN_MEAN, "Estimate of KL(engine || trainer) on sampled tokens."),
+    Entry("mismatch/ratio_max", "ratio", Reduction.MAX, "Largest trainer / engine probability of a token, up to e^20."),
+    Entry(
+        "mismatch/ess",
+        "share",
+        Reduction.TOKEN_MEAN,
+        "Effective sample size under the token ratios r (at most 128): (sum r)^2 / (n sum r^2).",
+    ),
+    Entry("correction/mean", "factor", Reduction.UPDATE_MEAN, "Mean rollout-correction factor; 1 without correction."),
+    Entry("correction/bounded", "share", Reduction.UPDATE_MEAN, "Tokens whose factor was truncated or masked."),
+    Entry("policy/entropy_coefficient", "1", Reduction.LAST, "Factor of an adaptive entropy bonus; else 0."),
+    Entry(
+        "dynamics/predicted_change", "nats/token/eta", Reduction.TOKEN_MEAN, "-w A S: first-order change of entropy."
+    ),
+    Entry("dynamics/predicted_change_unweighted", "nats/token/eta", Reduction.TOKEN_MEAN, "-A S: the same with w = 1."),
+    Entry("dynamics/predicted_change_before", "nats/token/eta", Reduction.LAST, "predicted_change of the step before."),
+    Entry(
+        "dynamics/measured_change",
+        "nats/token",
+        Reduction.LAST,
+        "This step's policy/entropy less that of the step before: what the update of the step before did, on another "
+        "batch; NaN at the first step of a start.",
+    ),
+    Entry("dynamics/critical_surprisal", "nats/token", Reduction.TOKEN_MEAN, "s*: where S changes sign."),
+    Entry("dynamics/overlap", "share", Reduction.LAST, "Jaccard: the chosen tokens and the exact-sensitivity ones."),
+    Entry("dynamics/non_finite", "terms", Reduction.UPDATE_SUM, "Terms left out of the sums of dynamics/."),
+    Entry(
+        "dynamics/tokens_pos_likely",
+        "share",
+        Reduction.SUM,
+        "Share of the tokens with A != 0: A > 0, surprisal below the critical one (S > 0).",
+    ),
+    Entry(
+        "dynamics/tokens_pos_unlikely",
+        "share",
+        Reduction.SUM,
+        "Share of the tokens with A != 0: A > 0, above it (S < 0).",
+    ),
+    Entry("dynamics/tokens_neg_likely", "share", Reduction.SUM, "Share of the tokens with A != 0: A < 0, below it."),
+    Entry("dynamics/tokens_neg_unlikely", "share", Reduction.SUM, "Share of the tokens with A != 0: A < 0, above it."),
+    Entry(
+        "dynamics/advantage_pos_likely",
+        "share",
+        Reduction.SUM,
+        "Share of the sum of |A|: A > 0, surprisal below the critical one (S > 0).",
+    ),
+    Entry(
+        "dynamics/advantage_pos_unlikely", "share", Reduction.SUM, "Share of the sum of |A|: A > 0, above it (S < 0)."
+    ),
+    Entry("dynamics/advantage_neg_likely", "share", Reduction.SUM, "Share of the sum of |A|: A < 0, below it."),
+    Entry("dynamics/advantage_neg_unlikely", "share", Reduction.SUM, "Share of the sum of |A|: A < 0, above it."),
+    Entry(
+        "dynamics/change_pos_likely",
+        "share",
+        Reduction.SUM,
+        "Signed share of the predicted change: A > 0, surprisal below the critical one (S > 0).",
+    ),
+    Entry(
+        "dynamics/change_pos_unlikely",
+        "share",
+        Reduction.SUM,
+        "Signed share of the predicted change: A > 0, above it (S < 0).",
+    ),
+    Entry(
+        "dynamics/change_neg_likely", "share", Reduction.SUM, "Signed share of the predicted change: A < 0, below it."
+    ),
+    Entry(
+        "dynamics/change_neg_unlikely", "share", Reduction.SUM, "Signed share of the predicted change: A < 0, above it."
+    ),
     Entry("sync/probe", "nats/token", Reduction.MEAN, "|trainer - engine| log-prob of the probe after the push."),
     Entry("sync/weight_version", "version", Reduction.LAST, "Policy version in the engines after the push."),
     Entry("sync/staleness", "versions", Reduction.MAX, "Versions a trained trajectory's policy is behind."),

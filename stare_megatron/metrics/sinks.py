@@ -48,8 +48,13 @@ class Sinks:
 
 
 def target_entropy(config: Config) -> float | None:
-    """H_tgt, nats; None when the method has no gate."""
-    return config.algorithm.stare.target_entropy if config.algorithm.method == "stare" else None
+    """H_tgt, nats; None when the method has none."""
+    algorithm = config.algorithm
+    targets = {
+        "stare": algorithm.stare.target_entropy,
+        "adaptive_entropy": algorithm.adaptive_entropy.target_entropy,
+    }
+    return targets.get(algorithm.method)
 
 
 def open_sinks(config: Config, folder: Path, restored_step: int, quiet: bool, console: Console) -> Sinks:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from stare_megatron import device as devices
@@ -22,6 +21,7 @@ from stare_megatron.trainer import parallel, rope, spec
 from stare_megatron.trainer.bridge import weights
 from stare_megatron.trainer.bridge.families import read_hf_config
 from stare_megatron.trainer.bridge.shape import ModelShape
+from stare_megatron.trainer.head import PolicyModel
 
 
 @dataclass
@@ -192,11 +192,11 @@ def build_model(
     ]
 
 
-def _chunk(config: PolicyConfig, stage: int, window: int) -> GPTModel:
+def _chunk(config: PolicyConfig, stage: int, window: int) -> PolicyModel:
     shape = config.shape
     vp_stage = stage if config.virtual_pipeline_model_parallel_size else None
     where = functools.partial(dict, ignore_virtual=False, vp_stage=vp_stage)
-    chunk = GPTModel(
+    chunk = PolicyModel(
         config=config,
         transformer_layer_spec=spec.block_spec(config, vp_stage),  # type: ignore[arg-type]
         vocab_size=padded_vocab(shape.vocab, config.tensor_model_parallel_size),

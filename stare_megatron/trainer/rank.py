@@ -19,6 +19,7 @@ from stare_megatron import device
 from stare_megatron.algo.registry import ALGORITHMS
 from stare_megatron.algo.shards import shards
 from stare_megatron.config import Config
+from stare_megatron.dynamics import Dynamics
 from stare_megatron.errors import RunError
 from stare_megatron.trainer import parallel
 from stare_megatron.trainer.schedule import learning_rate
@@ -72,6 +73,7 @@ class TrainerRank:
         )
         from megatron.core.utils import get_model_config
 
+        from stare_megatron.trainer.head import Head
         from stare_megatron.trainer.logprobs import vocab_shard
         from stare_megatron.trainer.model import build_model, padded_vocab
         from stare_megatron.trainer.optimizer import build_optimizer
@@ -83,9 +85,10 @@ class TrainerRank:
         self._optimizer = build_optimizer(self._chunks, trainer)
         self._shape = get_model_config(self._chunks[0]).shape
         columns = padded_vocab(self._shape.vocab, trainer.tensor_parallel) // trainer.tensor_parallel
+        vocab = vocab_shard(self._shape.vocab, columns, parallel.tp_group())
         self._runner = Runner(
             chunks=self._chunks,
-            vocab=vocab_shard(self._shape.vocab, columns, parallel.tp_group()),
+            head=Head(self._chunks[-1].module, vocab, trainer.logits_chunk_tokens),
             shards=shards(parallel.dp_cp_group()),
             context_shards=shards(parallel.cp_group()),
             pipeline=parallel.pp_group(),
@@ -145,7 +148,7 @@ class TrainerRank:
             RunError: a loss or gradient norm is not finite; the message names the optimizer step. After a non-finite
                 norm the weights are spoilt: only a checkpoint helps.
         """
-        from stare_megatron.trainer.step import forward_backward, weigh
+        from stare_megatron.trainer.step import entropy_dynamics, exact_sets, forward_backward, weigh
 
         if not self._scored:
             raise RuntimeError("score() comes before update()")
@@ -153,10 +156,11 @@ class TrainerRank:
         weights = None
         if config.stare.scope == "batch" or config.method != "stare":
             weights = weigh(self._runner, self._loaded, self._scored, control, self._algorithm, config)
+        exact = exact_sets(self._runner, self._loaded, self._scored, config)
         stats = []
         for i, (data, scored) in enumerate(zip(self._loaded, self._scored, strict=True)):
             self._zero_grad()
-            seen = forward_backward(
+            seen, applied = forward_backward(
                 self._runner,
                 data,
                 scored,
@@ -166,7 +170,8 @@ class TrainerRank:
                 config,
                 self._config.rollout.temperature,
             )
-            stats.append(self._optimizer_step(seen))
+            expected = entropy_dynamics(self._runner, data, scored, applied, exact[i])
+            stats.append(self._optimizer_step(seen, expected))
         self._loaded, self._scored = [], []
         return stats
 
@@ -175,7 +180,7 @@ class TrainerRank:
 
         zero_grad(self._chunks, self._optimizer)
 
-    def _optimizer_step(self, seen: LossStats) -> UpdateStats:
+    def _optimizer_step(self, seen: LossStats, expected: Dynamics) -> UpdateStats:
         from stare_megatron.trainer.optimizer import step
 
         number = self._optimizer_steps + 1
@@ -199,21 +204,23 @@ class TrainerRank:
             selected_neg=seen.selected_neg,
             num_pos=seen.num_pos,
             num_neg=seen.num_neg,
+            correction_mean=seen.correction_mean,
+            correction_bounded=seen.correction_bounded,
+            dynamics=expected,
         )
 
     def score_tokens(self, token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """Log-probs of tokens 1.. of one sequence at temperature 1, float32 [n - 1]; equal on every rank."""
-        from stare_megatron.trainer.logprobs import token_scores
         from stare_megatron.trainer.sequence import MicroBatch, dummy, probe
 
         place = self._runner.place
         ids_T = torch.from_numpy(token_ids).to(place, torch.int64)
         logprob_T = torch.zeros(ids_T.shape[0], device=place)
 
-        def consume(logits_PV: torch.Tensor, row: MicroBatch) -> None:
-            got_P = token_scores(logits_PV, row.target_P, self._runner.vocab, temperature=1.0).logprob_T
-            kept_P = row.source_P >= 0
-            logprob_T[row.source_P[kept_P]] = got_P[kept_P]
+        def consume(hidden_RH: torch.Tensor, row: MicroBatch) -> None:
+            got_R = self._runner.head.token_scores(hidden_RH, row.target_R, temperature=1.0).logprob_T
+            kept_R = row.source_R >= 0
+            logprob_T[row.source_R[kept_R]] = got_R[kept_R]
 
         # The interleaved schedule wants a multiple of the stages.
         trainer = self._config.trainer

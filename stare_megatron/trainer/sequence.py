@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from stare_megatron.algo.advantages import Outcome
 from stare_megatron.algo.registry import Algorithm
 from stare_megatron.config import AlgorithmConfig
 from stare_megatron.data.packing import pack
@@ -29,6 +30,8 @@ class MicroBatch:
 
     `token_ids_1P`, `position_ids_1P` int64 [1, P]. `target_P` int64: the token that position p is asked to predict,
     NO_TARGET where it carries no loss. `source_P` int64: index of that target in the `TokenBatch`, -1 likewise.
+    `head_R` int64: positions that go through the output layer, those with a target; position 0 if there is none, so
+    that no rank's graph or collective is empty. `target_R`, `source_R`: the two above at those positions.
     `cu_seqlens_M1` int32 [M + 1]: bounds of the M sequences, with padding, over all context-parallel ranks;
     `max_seqlen`: the longest of them.
     """
@@ -37,6 +40,9 @@ class MicroBatch:
     position_ids_1P: torch.Tensor
     target_P: torch.Tensor
     source_P: torch.Tensor
+    head_R: torch.Tensor
+    target_R: torch.Tensor
+    source_R: torch.Tensor
     cu_seqlens_M1: torch.Tensor
     max_seqlen: int
 
@@ -64,7 +70,8 @@ def token_batch(
     for assignment in share.assignments:
         group = groups[assignment.group]
         counted = [i for i, trajectory in enumerate(group.trajectories) if trajectory.status is not Status.FAILED]
-        values = algorithm.advantage([group.scores[i].reward for i in counted], config)
+        outcomes = [Outcome(group.scores[i].reward, group.trajectories[i].num_action_tokens) for i in counted]
+        values = algorithm.advantage(outcomes, config)
         advantages = dict(zip(counted, values, strict=True))
         for sample, first in zip(assignment.samples, assignment.first_token, strict=True):
             trajectory = group.trajectories[sample]
@@ -149,11 +156,18 @@ def _assemble(
         targets.append(target_P[keep])
         sources.append(source_P[keep])
     cu_seqlens_M1 = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=place)
+    target_P, source_P = torch.cat(targets), torch.cat(sources)
+    head_R = (target_P != NO_TARGET).nonzero()[:, 0]
+    if not head_R.shape[0]:
+        head_R = head_R.new_zeros(1)
     return MicroBatch(
         torch.cat(token_ids)[None],
         torch.cat(positions)[None],
-        torch.cat(targets),
-        torch.cat(sources),
+        target_P,
+        source_P,
+        head_R,
+        target_P[head_R],
+        source_P[head_R],
         cu_seqlens_M1,
         max(lengths),
     )

@@ -32,10 +32,14 @@ LAYOUT_CASES: dict[int, dict[str, dict[str, Any]]] = {
         "one micro-batch": trainer(micro_batch_tokens=100_000),
         "no distributed optimizer": trainer(distributed_optimizer=False),
         "full recompute": trainer(recompute="full"),
+        "logits in chunks": trainer(logits_chunk_tokens=7),
     },
     2: {
         "TP2": trainer(world_size=2, tensor_parallel=2),
         "TP2 SP": trainer(world_size=2, tensor_parallel=2, sequence_parallel=True),
+        "TP2 SP, logits in chunks": trainer(
+            world_size=2, tensor_parallel=2, sequence_parallel=True, logits_chunk_tokens=7
+        ),
         "PP2": trainer(world_size=2, pipeline_parallel=2),
         "PP2 VPP2": trainer(world_size=2, pipeline_parallel=2, virtual_pipeline=2),
         "DP2": trainer(world_size=2),
@@ -131,6 +135,24 @@ def test_entropy_and_mismatch(outcome, reference, ranks, name):
             assert getattr(got, field) == pytest.approx(getattr(want, field), abs=2e-6)
 
 
+@pytest.mark.parametrize(("ranks", "name"), LAYOUTS)
+def test_entropy_dynamics(outcome, reference, ranks, name):
+    """Of the first step; S is known to rounding, so a token next to its critical surprisal may change sides."""
+    want = reference["stats"][0].dynamics
+    assert want.num_tokens == reference["scores"][0].num_action_tokens
+    assert want.chosen_either > want.chosen_both > 0
+    assert min(want.tokens) > 0
+    assert [x > 0 for x in want.change] == [False, True, True, False]
+    for seen in outcome(ranks, name):
+        got = seen["stats"][0].dynamics
+        assert (got.num_tokens, got.non_finite) == (want.num_tokens, 0)
+        assert np.abs(np.subtract(got.tokens, want.tokens)).max() <= 1
+        assert got.change == pytest.approx(want.change, abs=1e-4)
+        assert got.unweighted_change == pytest.approx(want.unweighted_change, abs=1e-4)
+        assert got.critical_surprisal == pytest.approx(want.critical_surprisal, abs=1e-2)
+        assert (got.chosen_both, got.chosen_either) == (want.chosen_both, want.chosen_either)
+
+
 @pytest.mark.parametrize(
     ("ranks", "name"), [case for case in LAYOUTS if case[1].endswith(", one sequence a micro-batch")]
 )
@@ -183,6 +205,8 @@ def test_microbatch_scope_is_the_batch_scope_of_a_single_micro_batch(outcome, re
     want = reference["stats"][0]
     assert got["stats"][0].loss == pytest.approx(want.loss, abs=1e-6)
     assert got["stats"][0].selected_neg == want.selected_neg
+    assert got["stats"][0].dynamics.change == pytest.approx(want.dynamics.change, abs=1e-4)
+    assert got["stats"][0].dynamics.chosen_both == want.dynamics.chosen_both
     assert several["stats"][0].num_neg == want.num_neg
     assert several["stats"][0].selected_neg > want.selected_neg  # a ceil for each micro-batch
     assert several["stats"][0].loss != pytest.approx(want.loss, abs=1e-4)

@@ -141,6 +141,8 @@ def test_a_non_finite_entropy_stops_the_run(method, entropy):
 def _tokens() -> Candidates:
     return Candidates(
         surprisal_T=torch.tensor([1.0, 2.0, 3.0, 9.0, 1.0, 2.0, 0.1, 9.0]),
+        entropy_T=torch.tensor([0.5, 0.1, 2.0, 9.0, 0.3, 1.5, 0.0, 9.0]),
+        sensitivity_T=torch.tensor([-0.3, -0.1, 0.1, -9.0, -0.1, 0.1, -0.2, -9.0]),
         advantage_T=torch.tensor([1.0, 1.0, 1.0, 1.0, -1.0, -1.0, -1.0, 0.0]),
         action_T=torch.tensor([True, True, True, False, True, True, True, True]),  # the 4th is tool output
         global_id_T=torch.arange(8),
@@ -162,6 +164,37 @@ def test_weights(variant, gate_on, want):
     assert got.weight_T.tolist() == want
     assert got.selection.count_S.tolist() == [3, 3]
     assert got.selection.selected_S.tolist() == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("selector", "plus", "minus"), [("surprisal", [2], [5]), ("relative", [1], [4]), ("sensitivity", [0], [6])]
+)
+def test_selectors(selector, plus, minus):
+    """s - H is (0.5, 1.9, 1.0) in T+ and (0.7, 0.5, 0.1) in T-; S as above."""
+    stare = STARE.stare.model_copy(update={"selector": selector, "fraction": 0.3})
+    config = STARE.model_copy(update={"stare": stare})
+    got = ALGORITHMS["stare"].weigh(_tokens(), Control(True, 4.0, 0.25, 0.2, 0.3), config, OneShard())
+    assert got.selection.selected_T.nonzero()[:, 0].tolist() == plus + minus
+
+
+def test_sensitivity_chooses_the_largest_predicted_entropy_changes():
+    """dH = -eta A S: L+ are the tokens of T+ that raise the entropy most, L- those of T- that lower it most, for one
+    |A|; so amplifying L+ and damping L- both raise it more than any other choice of as many tokens."""
+    g = torch.Generator().manual_seed(0)
+    n = 400
+    advantage = torch.where(torch.rand(n, generator=g) < 0.5, 1.0, -1.0)
+    sensitivity = torch.randn(n, generator=g)
+    noise = torch.rand(n, generator=g)
+    tokens = Candidates(noise, noise, sensitivity, advantage, torch.ones(n, dtype=torch.bool), torch.arange(n))
+    config = STARE.model_copy(update={"stare": STARE.stare.model_copy(update={"selector": "sensitivity"})})
+    got = ALGORITHMS["stare"].weigh(tokens, Control(True, 4.0, 0.25, 0.2, 0.3), config, OneShard()).selection
+    change = -advantage * sensitivity
+    plus, minus = change[advantage > 0], change[advantage < 0]
+    k_plus, k_minus = got.selected_S.tolist()
+    chosen_plus = change[got.selected_T & (advantage > 0)]
+    chosen_minus = change[got.selected_T & (advantage < 0)]
+    assert torch.equal(chosen_plus.sort().values, plus.topk(k_plus).values.sort().values)
+    assert torch.equal(chosen_minus.sort().values, minus.topk(k_minus, largest=False).values.sort().values)
 
 
 def test_grpo_selects_nothing_but_counts_the_subsets():

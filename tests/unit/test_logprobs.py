@@ -1,5 +1,7 @@
 """Log-prob and entropy of vocab-parallel logits against float64, with what has gone wrong elsewhere."""
 
+import math
+
 import pytest
 import torch
 
@@ -25,17 +27,31 @@ def _reference(logits: torch.Tensor, target: torch.Tensor, tau: float) -> tuple[
     return logp.gather(1, target.clamp(0)[:, None])[:, 0], entropy
 
 
+def _reference_sensitivity(logits: torch.Tensor, target: torch.Tensor, tau: float) -> torch.Tensor:
+    """S = p_y (H - s_y) - B, B = sum p^2 (log p + H), by the definition, in float64."""
+    logp = torch.log_softmax(logits.double() / tau, -1).clamp(min=-1e3)
+    p = logp.exp()
+    entropy = -(p * logp).sum(-1, keepdim=True)
+    slope = p * (logp + entropy)
+    return slope.gather(1, target[:, None])[:, 0] - (p * slope).sum(-1)
+
+
 WHOLE = VocabShard(0, V, None)
 
 
-def _sharded(logits: torch.Tensor, target: torch.Tensor, tau: float, size: int, padding: int) -> logprobs._Merged:
+def _sharded(logits: torch.Tensor, target: torch.Tensor, tau: float, size: int, padding: int):
     """What `size` tensor-parallel ranks compute, the last ones holding hostile padding."""
     hostile = torch.full((logits.shape[0], padding), 1e4)
     parts = torch.cat([logits, hostile], 1).chunk(size, 1)
     width, rows = parts[0].shape[1], logprobs._rows(target)
     shards = [VocabShard(i * width, min(max(V - i * width, 0), width), None) for i in range(size)]
-    partials = [logprobs._partials(p, target, rows, s, tau, raw=False) for p, s in zip(parts, shards, strict=True)]
-    return logprobs._merge(torch.stack(partials).double(), tau)
+    partials = [
+        logprobs._partials(p, target, rows, s, tau, sensitivity=True, raw=False)
+        for p, s in zip(parts, shards, strict=True)
+    ]
+    all_parts = torch.stack(partials).double()
+    merged = logprobs._merge(all_parts, tau)
+    return merged, logprobs._sensitivity(all_parts, merged, tau)
 
 
 @pytest.mark.parametrize("tau", [1.0, 0.6, 1.7])
@@ -46,6 +62,8 @@ def test_float64_reference(offset, tau, columns):
     got = token_scores(logits, target, VocabShard(0, columns, None), temperature=tau)
     for value, want in zip((got.logprob_T, got.entropy_T), _reference(logits, target, tau), strict=True):
         torch.testing.assert_close(value.double(), want, atol=2e-6, rtol=0)
+    exact = _reference_sensitivity(logits, target, tau)
+    torch.testing.assert_close(got.sensitivity_T.double(), exact, atol=2e-6, rtol=0)
     torch.testing.assert_close(got.raw_logprob_T.double(), _reference(logits, target, 1.0)[0], atol=2e-6, rtol=0)
 
 
@@ -54,10 +72,11 @@ def test_float64_reference(offset, tau, columns):
 def test_vocabulary_shards_and_hostile_padding(size, padding, tau):
     """With (4, 600) the last rank is half padding; with (8, 2200) four ranks hold nothing else."""
     logits, target = _logits(), _targets()
-    merged = _sharded(logits, target, tau, size, padding)
+    merged, sensitivity = _sharded(logits, target, tau, size, padding)
     want = _reference(logits, target, tau)
     torch.testing.assert_close(merged.logprob(tau), want[0], atol=2e-6, rtol=0)
     torch.testing.assert_close(merged.entropy(), want[1], atol=2e-6, rtol=0)
+    torch.testing.assert_close(sensitivity, _reference_sensitivity(logits, target, tau), atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -68,20 +87,22 @@ def test_masked_vocabulary_gives_no_nan(size):
     mask[3, V // 2 :] = True
     mask[4, : V // 4] = True
     logits[mask] = -torch.inf
-    merged = _sharded(logits, target, 1.0, size, 0)
+    merged, sensitivity = _sharded(logits, target, 1.0, size, 0)
     want = _reference(logits, target, 1.0)
     assert torch.isinf(want[0]).any()
     torch.testing.assert_close(merged.logprob(1.0), want[0], atol=2e-6, rtol=0)
     torch.testing.assert_close(merged.entropy(), want[1], atol=2e-6, rtol=0)
+    torch.testing.assert_close(sensitivity, _reference_sensitivity(logits, target, 1.0), atol=2e-6, rtol=0)
 
 
 def test_a_nan_logit_is_not_hidden():
     logits = _logits()
     logits[2, 7] = torch.nan
     for size in (1, 2):
-        merged = _sharded(logits, _targets(), 1.0, size, 0)
+        merged, sensitivity = _sharded(logits, _targets(), 1.0, size, 0)
         assert merged.logprob(1.0).isnan().nonzero().tolist() == [[2]]
         assert merged.entropy().isnan().nonzero().tolist() == [[2]]
+        assert sensitivity.isnan().nonzero().tolist() == [[2]]
 
 
 @pytest.mark.parametrize("chunk", [1, 3 * V, 1 << 18])
@@ -170,3 +191,57 @@ def test_no_target_at_all_still_has_a_zero_gradient():
     log_probs(leaf * 1.0, torch.full((12,), NO_TARGET), WHOLE, temperature=1.0)[0].sum().backward()
     assert leaf.grad is not None
     assert leaf.grad.eq(0).all()
+
+
+def test_sensitivity_is_the_entropy_change_of_a_policy_gradient_step():
+    """Against finite differences: dx = eta A (e_y - p) on the logits gives dH = -eta A S + O(eta^2)."""
+    logits, target = _logits().double(), _targets()
+    sensitivity = token_scores(logits.float(), target, WHOLE, temperature=1.0).sensitivity_T
+    step = torch.nn.functional.one_hot(target, V) - logits.softmax(-1)
+    for advantage in (1.0, -0.7):
+        eta = 1e-4
+        up, down = (_reference(logits + sign * eta * advantage * step, target, 1.0)[1] for sign in (1, -1))
+        torch.testing.assert_close((up - down) / (2 * eta), -advantage * sensitivity.double(), atol=3e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.6])
+def test_sensitivity_is_zero_on_average_over_the_policy(tau):
+    """E_{y~p}[S] = 0: every token of one row is a target once."""
+    for row in _logits():
+        many = row.expand(V, V)
+        got = token_scores(many, torch.arange(V), WHOLE, temperature=tau)
+        p = got.logprob_T.double().exp()
+        assert abs(float((p * got.sensitivity_T.double()).sum())) < 1e-6
+
+
+def _lambert_w0(x: float) -> float:
+    """The w >= 0 with w e^w = x, by bisection."""
+    low, high = 0.0, max(x, 1.0)
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if middle * math.exp(min(middle, 700)) < x else (low, middle)
+    return low
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_sensitivity_changes_sign_at_the_critical_surprisal(seed):
+    """s* = H - W0(B e^H) <= H: S > 0 below, S < 0 above, for every token of every row."""
+    for row in _logits(seed=seed):
+        got = token_scores(row.expand(V, V), torch.arange(V), WHOLE, temperature=1.0)
+        surprisal, entropy = -got.logprob_T.double(), got.entropy_T[0].double()
+        b = (surprisal.neg().exp() * (entropy - surprisal) - got.sensitivity_T.double()).mean()
+        assert b >= 0
+        critical = entropy - _lambert_w0(float(b * entropy.exp()))
+        assert critical <= entropy
+        clear = (surprisal - critical).abs() > 1e-3
+        assert ((got.sensitivity_T < 0) == (surprisal > critical))[clear].all()
+
+
+def test_a_target_that_cannot_be_drawn_has_the_sensitivity_of_infinite_surprisal():
+    logits, target = _logits(), _targets()
+    want = token_scores(logits.clone().index_fill_(1, target[:1], -60.0), target, WHOLE, temperature=1.0)
+    logits[0, target[0]] = -torch.inf
+    got = token_scores(logits, target, WHOLE, temperature=1.0)
+    assert got.sensitivity_T.isfinite().all()
+    assert float(got.sensitivity_T[0]) == pytest.approx(float(want.sensitivity_T[0]), abs=1e-7)
+    assert got.sensitivity_T[0] < 0

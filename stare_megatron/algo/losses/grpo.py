@@ -7,6 +7,7 @@ loss = correction * l
 
 from __future__ import annotations
 
+from stare_megatron.algo.algorithm import Algorithm
 from stare_megatron.algo.losses.types import LossInputs, TokenLoss
 from stare_megatron.algo.surrogate import clipped_surrogate, importance_ratio
 from stare_megatron.config import AlgorithmConfig
@@ -22,3 +23,6 @@ def grpo_loss(tokens: LossInputs, config: AlgorithmConfig) -> TokenLoss:
         dual_clip=config.dual_clip,
     )
     return TokenLoss(loss_T * tokens.correction_T, ratio_T.detach(), clipped_T)
+
+
+ALGORITHM = Algorithm(grpo_loss)

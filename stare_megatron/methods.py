@@ -1,0 +1,192 @@
+"""The registry of methods: which settings of `[algorithm]` each uses and its paper's defaults. No torch in here.
+
+A method is one line of METHODS and one file, `stare_megatron/algo/losses/<name>.py`; see docs/adding_a_method.md.
+"""
+
+# A default given to Field by position is invisible to the type checker, which then misses arguments in `Section()`.
+# pyright: reportCallIssue=false
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+Selector = Literal["surprisal", "relative", "sensitivity"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DapoConfig(Section):
+    overlong_share: float = Field(
+        0.2, ge=0, le=1, description="Last share of `response_tokens` over which the reward falls; 0: no shaping."
+    )
+    overlong_penalty: float = Field(1.0, ge=0, description="What a response of `response_tokens` loses of its reward.")
+
+
+class ClipCovConfig(Section):
+    fraction: float = Field(0.0002, gt=0, le=1, description="Share of the batch's action tokens that is detached.")
+    low: float = Field(1.0, description="Covariance above which a token may be detached.")
+    high: float = Field(5.0, description="Covariance below which a token may be detached.")
+
+
+class KlCovConfig(Section):
+    fraction: float = Field(
+        0.0002, gt=0, le=1, description="Share of the batch's action tokens, those of largest covariance, penalised."
+    )
+    coefficient: float = Field(1.0, ge=0, description="Factor of the penalty |log ratio|.")
+
+
+class EntropyBonusConfig(Section):
+    coefficient: float = Field(0.001, description="Entropy coefficient, loss a nat; negative: entropy minimisation.")
+
+
+class AdaptiveEntropyConfig(Section):
+    target_entropy: float = Field(0.2, gt=0, description="Target entropy, nats a token; no bonus above it.")
+    step: float = Field(0.0001, gt=0, description="What the coefficient moves by, each step of the loop.")
+    maximum: float = Field(0.005, gt=0, description="Upper bound of the coefficient; the lower one is 0.")
+
+
+class EntropyAdvantageConfig(Section):
+    alpha: float = Field(0.4, ge=0, description="What a nat of the token's entropy adds to its advantage.")
+    kappa: float = Field(2.0, gt=1, description="The addition is at most |A| / kappa, so that no sign changes.")
+
+
+class HighEntropyTokensConfig(Section):
+    fraction: float = Field(0.2, gt=0, le=1, description="Share of the batch's action tokens, by entropy, that learns.")
+
+
+class WReinforceConfig(Section):
+    positive_weight: float = Field(0.1, ge=0, description="lambda: advantage of a trajectory with a positive reward.")
+
+
+class StareConfig(Section):
+    variant: Literal["O1", "C2"] = Field("O1", description="O1: W on L+. C2: W on L+ and M on L-.")
+    fraction: float = Field(0.1, gt=0, le=1, description="P: share of each subset taken as entropy-critical.")
+    selector: Selector = Field(
+        "surprisal",
+        description="Which tokens are critical: highest `surprisal` (the paper), highest surprisal less entropy "
+        "(`relative`), or those whose step raises (L+) or lowers (L-) the entropy most (`sensitivity`).",
+    )
+    weight_pos: float = Field(1.1, gt=0, description="W: weight of L+ (initial value when adaptive).")
+    weight_neg: float = Field(0.9, gt=0, description="M: weight of L- in variant C2 (initial value when adaptive).")
+    target_entropy: float = Field(0.3, gt=0, description="H_tgt: the gate opens below it, nats a token.")
+    scope: Literal["batch", "microbatch"] = Field(
+        "batch", description="Where the quantile is taken: the whole update batch, or each micro-batch (the reference)."
+    )
+    controller: Literal["on_off", "proportional"] = Field(
+        "on_off",
+        description="Below the target, the full weights (the paper), or weights in proportion to how far below it is.",
+    )
+    band: float = Field(
+        0.2, gt=0, le=1, description="`proportional`: share of the target by which entropy is below it at full weights."
+    )
+    adaptive: bool = Field(False, description="Move W and M by `alpha` a step towards the target.")
+    alpha: float = Field(0.01, gt=0, description="Step of the adaptive schedule.")
+    weight_pos_max: float = Field(1.5, ge=1, description="Upper bound of an adaptive W.")
+    weight_neg_min: float = Field(0.5, gt=0, le=1, description="Lower bound of an adaptive M.")
+
+    @model_validator(mode="after")
+    def _controller(self) -> StareConfig:
+        if self.controller == "on_off" and "band" in self.model_fields_set:
+            raise ValueError('stare.band is for stare.controller = "proportional"')
+        if self.controller == "proportional" and self.adaptive:
+            raise ValueError('stare.adaptive is for stare.controller = "on_off": both would move the same weights')
+        return self
+
+    @model_serializer(mode="wrap")
+    def _settings_in_use(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what the controller does not use, so that what was written can be read."""
+        return {k: v for k, v in handler(self).items() if k != "band" or self.controller == "proportional"}
+
+
+class CorrectionConfig(Section):
+    mode: Literal["none", "truncate", "mask"] = Field(
+        "none", description="Importance weight of trainer over engine: none, cut at `high`, or 0 outside [low, high]."
+    )
+    level: Literal["token", "sequence", "sequence-mean"] = Field(
+        "token", description="Ratio of a token, of its whole sequence (product), or the product's root by its length."
+    )
+    high: float = Field(2.0, gt=0, description="Upper bound of the ratio.")
+    low: float = Field(0.0, ge=0, description="Lower bound of the ratio, for `mask`; 0: none.")
+
+    @model_validator(mode="after")
+    def _bounds(self) -> CorrectionConfig:
+        if self.mode == "none" and (self.level, self.high, self.low) != ("token", 2.0, 0.0):
+            raise ValueError('correction.level, high and low are for correction.mode = "truncate" or "mask"')
+        if self.mode == "truncate" and self.low:
+            raise ValueError(f'correction.low = {self.low} is for correction.mode = "mask"')
+        if self.low >= self.high:
+            raise ValueError(f"correction.low {self.low} is not below correction.high {self.high}")
+        return self
+
+
+@dataclass(frozen=True)
+class Method:
+    """`uses`: common settings that the method reads, besides the section of its own name, if it has one. `defaults`:
+    its paper's, where they are not those of the key; a key that is only here cannot be set."""
+
+    uses: frozenset[str]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _uses(names: str) -> frozenset[str]:
+    return frozenset(names.split())
+
+
+_CLIP = "clip_low clip_high"
+_GROUP = "normalize_std reduction"
+_PPO = f"{_GROUP} {_CLIP} dual_clip"
+
+METHODS: dict[str, Method] = {
+    "grpo": Method(_uses(_PPO)),
+    "dapo": Method(_uses(f"{_PPO} response_tokens")),
+    "dr_grpo": Method(
+        _uses(f"{_CLIP} dual_clip response_tokens"),
+        {"normalize_std": False, "reduction": "sequence-mean-constant-length", "clip_high": 0.2},
+    ),
+    "gspo": Method(
+        _uses(f"{_GROUP} {_CLIP}"), {"clip_low": 3e-4, "clip_high": 4e-4, "reduction": "sequence-mean-token-mean"}
+    ),
+    "gmpo": Method(
+        _uses(f"normalize_std {_CLIP}"), {"clip_low": 0.4, "clip_high": 0.4, "reduction": "sequence-mean-token-mean"}
+    ),
+    "cispo": Method(_uses(f"{_GROUP} {_CLIP}"), {"clip_low": 1.0, "clip_high": 0.2}),
+    "clip_cov": Method(_uses(f"{_GROUP} {_CLIP}"), {"clip_high": 0.2}),
+    "kl_cov": Method(_uses(_GROUP)),
+    "entropy_bonus": Method(_uses(_PPO)),
+    "adaptive_entropy": Method(_uses(_PPO), {"clip_high": 0.2}),
+    "entropy_advantage": Method(_uses(_PPO)),
+    "high_entropy_tokens": Method(_uses(_PPO)),
+    "w_reinforce": Method(_uses(f"reduction {_CLIP} dual_clip"), {"clip_high": 0.2}),
+    "stare": Method(_uses(_PPO)),
+}
+
+EVERY_METHOD = frozenset({"method", "correction"})  # keys that all methods have
+
+
+def settle(tree: Mapping[str, Any], default: str) -> dict[str, Any]:
+    """The table `[algorithm]` with the defaults of its method filled in.
+
+    Raises:
+        ValueError: no such method (names the nearest), or a setting that the method does not use.
+    """
+    name = tree.get("method", default)
+    if name not in METHODS:
+        near = difflib.get_close_matches(str(name), METHODS, n=1, cutoff=0.0)
+        raise ValueError(f"method = {name!r} is none of {', '.join(METHODS)}; did you mean {near[0]!r}?")
+    method = METHODS[name]
+    common = frozenset().union(*(m.uses | m.defaults.keys() for m in METHODS.values()))
+    for key in tree:
+        # The section of another method says by its name whom it is for: one file can be run with several methods.
+        if key in common and key not in method.uses:
+            fixed = f" (it is {method.defaults[key]!r} there)" if key in method.defaults else ""
+            raise ValueError(
+                f"{key} is not used by method {name!r}{fixed}; take it out, or choose a method that uses it"
+            )
+    return {**method.defaults, **tree}
