@@ -136,7 +136,7 @@ def _megatron() -> tuple[str, Form]:
         from stare_megatron.trainer import parallel
 
         parallel.initialize(
-            TrainerConfig(),
+            TrainerConfig.model_validate({}),
             rank=0,
             world_size=1,
             local_rank=0,

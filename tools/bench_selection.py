@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from rich.console import Console
 from rich.table import Table
+from torch.multiprocessing.spawn import spawn
 
 from stare_megatron.algo.selection import NEGATIVE, POSITIVE, hash32, order_key, select_top, top_count
 from stare_megatron.algo.shards import GroupShards, Shards
@@ -137,7 +137,7 @@ def work(rank: int, ranks: int, rendezvous: str, number: int, fraction: float, r
     for name, choose in FORMS.items():
         times = []
         for _ in range(repeats + 1):
-            shards = CountingShards(dist.group.WORLD)
+            shards = CountingShards(dist.distributed_c10d._get_default_group())
             dist.barrier()
             start = time.perf_counter()
             chosen = choose(value[mine], subset[mine], mine, fraction, shards)
@@ -157,7 +157,7 @@ def main() -> None:
     asked.tokens -= asked.tokens % asked.ranks  # gathers want equal shapes
     with tempfile.TemporaryDirectory() as folder:
         arguments = (asked.ranks, f"{folder}/rendezvous", asked.tokens, asked.fraction, asked.repeats, folder)
-        mp.spawn(work, arguments, nprocs=asked.ranks)
+        spawn(work, arguments, nprocs=asked.ranks)
         found = [torch.load(f"{folder}/{rank}", weights_only=False) for rank in range(asked.ranks)]
     oracle = _oracle(asked.tokens, asked.fraction)
     console = Console(width=110)
