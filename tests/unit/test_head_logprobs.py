@@ -53,7 +53,8 @@ def test_gradients_against_float64(chunk, entropy_gradient):
     logprob, entropy = logp.gather(1, target.clamp(0)[:, None])[:, 0], -(logp.exp() * logp).sum(1)
     (share.double() * kept * (logprob + 0.3 * entropy_gradient * entropy)).sum().backward()
 
-    hidden.requires_grad_(), weight.requires_grad_()
+    hidden.requires_grad_()
+    weight.requires_grad_()
     logprob, entropy = head_log_probs(
         hidden, weight, target, WHOLE, temperature=0.7, chunk=chunk, entropy_gradient=entropy_gradient
     )
