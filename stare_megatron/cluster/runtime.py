@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import socket
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -98,13 +97,6 @@ def log_to(folder: Path, name: str) -> None:
 def node_address() -> str:
     """This node's address, as other nodes reach it."""
     return ray.util.get_node_ip_address()
-
-
-def free_port() -> int:
-    """A TCP port free on this node at the moment of asking."""
-    with socket.socket() as s:
-        s.bind(("", 0))
-        return int(s.getsockname()[1])
 
 
 def _first_line(error: BaseException) -> str:

@@ -13,6 +13,7 @@ from stare_megatron.cluster import runtime
 from stare_megatron.cluster.placement import Slot
 from stare_megatron.config import Config
 from stare_megatron.data.packing import plan_updates
+from stare_megatron.ports import free_port
 from stare_megatron.types import Control, Group, GroupSummary, ScoreSummary, UpdateShare, UpdateStats
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class TrainerActor:
 
     def endpoint(self) -> tuple[str, int]:
         """An address and a port of this rank's node, for a rendezvous: `cluster.port`, or a free one."""
-        return runtime.node_address(), self._config.cluster.port or runtime.free_port()
+        return runtime.node_address(), self._config.cluster.port or free_port()
 
     def start(self, master_addr: str, master_port: int) -> Position:
         from stare_megatron.trainer.rank import TrainerRank

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import socket
 from typing import TYPE_CHECKING, Any
 
+from stare_megatron.ports import free_port
 from stare_megatron.sync.fanout import EngineFanOut
 from stare_megatron.sync.source import WeightStream, weight_source
 
@@ -94,15 +94,9 @@ class WeightPusher:
         if self._transport == "nccl":
             from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-            return NCCLTrainerInitInfo(self._host, _free_port(), self._world_size, rank=self._rank)
+            return NCCLTrainerInitInfo(self._host, free_port(), self._world_size, rank=self._rank)
         if self._transport == "ipc":
             from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
             return IPCTrainerInitInfo(packed=True, rank=self._rank)
         raise ValueError(f"no weight transport {self._transport!r}: gloo, nccl or ipc")
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("", 0))
-        return s.getsockname()[1]

@@ -10,12 +10,10 @@ each rank first dumps the stack of every thread.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +21,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from stare_megatron.ports import free_port as free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,13 +36,6 @@ class Rank:
     local_rank: int
     master_addr: str
     master_port: int
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with contextlib.closing(socket.socket()) as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def launch(target: str, ranks: int, arguments: dict[str, Any] | None = None, timeout: float = 180.0) -> list[Any]:
