@@ -7,7 +7,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections import namedtuple
 
 import numpy as np
@@ -91,11 +90,9 @@ def set_model(files, **fields):
     (files / "model" / "config.json").write_text(json.dumps(SHAPE | fields))
 
 
-def test_a_sound_run_passes_quickly_and_writes_nothing(make, files):
+def test_a_sound_run_passes_and_writes_nothing(make, files):
     before = sorted(files.rglob("*"))
-    began = time.monotonic()
     assert preflight.check(make(trainer={"world_size": 2, "tensor_parallel": 2})) == ()
-    assert time.monotonic() - began < 1.0
     assert sorted(files.rglob("*")) == before
 
 
