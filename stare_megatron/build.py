@@ -76,7 +76,6 @@ class StareRun:
         resume_from: Path | None,
     ) -> None:
         self.steps = config.run.steps
-        self.saved_step = -1
         self._config = config
         self._trainers = trainers
         self._engines = engines
@@ -90,7 +89,6 @@ class StareRun:
         self._state = controller.initial(config.algorithm)
         self._colocated = config.inference.placement == "colocated"
         self._asleep = False
-        self._probe = stream.probe()
         self._seconds: dict[str, float] = {}
         self._trained = 0
         self._before = report.UNOBSERVED
@@ -143,6 +141,10 @@ class StareRun:
             self._asleep = False
         every = self._config.sync.probe_every
         return self._check_push(version) if every and version % every == 0 else math.nan
+
+    @functools.cached_property
+    def _probe(self):
+        return self._stream.probe()
 
     def _check_push(self, version: int) -> float:
         """Engines and trainer must give a prompt of the data set the same log-probs; else name the culprit and stop."""
@@ -205,7 +207,6 @@ class StareRun:
         checkpoint.save(
             self._config.folder / "checkpoints", state, lambda folder: self._trainers.save(folder, step), keep
         )
-        self.saved_step = step
 
     def stopping(self) -> bool:
         return self._stop.asked
@@ -228,6 +229,8 @@ def train(config: Config, *, quiet: bool, command: list[str]) -> int:
         )
     stream = PromptStream(prompts, seed=config.run.seed, shuffle=config.data.shuffle)
     resume_from = checkpoint.find(config.folder / "checkpoints", config.run.resume)
+    if config.sync.probe_every:
+        stream.probe()  # refuses a data set without a prompt to probe with
     restored = 0
     if resume_from is not None:
         state = checkpoint.read(resume_from)

@@ -21,7 +21,7 @@ _SOURCES = (
     ("core/model_parallel_config.py", ("ModelParallelConfig",)),
 )
 
-_SHAPE = "it comes from config.json in model.path"
+_SHAPE = "it follows from the checkpoint, config.json in model.path"
 _RUN = "the run sets it itself"
 
 # Fields with a key of their own here, or that the model's files or the run decide: name -> cure.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import functools
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from stare_megatron.trainer.bridge import weights
 from stare_megatron.trainer.bridge.families import read_hf_config
 from stare_megatron.trainer.bridge.shape import ModelShape
 from stare_megatron.trainer.head import PolicyModel
+from stare_megatron.upstream import check_megatron
 
 
 @dataclass
@@ -42,53 +41,13 @@ def _finalize(model: list[torch.nn.Module], num_tokens: torch.Tensor | None = No
     finalize_model_grads(model, None, **kwargs)
 
 
-# Fields of TransformerConfig that follow from the checkpoint or from [trainer]; they cannot be passed through.
-_OWNED_SHAPE = {
-    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
-    "add_bias_linear", "add_qkv_bias", "qk_layernorm", "normalization", "layernorm_epsilon", "gated_linear_unit",
-    "num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk", "moe_router_pre_softmax", "activation_func",
-    "rotary_interleaved", "hidden_dropout", "attention_dropout", "init_method", "output_layer_init_method",
-}  # fmt: skip
-_OWNED_LAYOUT = {
-    "tensor_model_parallel_size": "tensor_parallel",
-    "pipeline_model_parallel_size": "pipeline_parallel",
-    "virtual_pipeline_model_parallel_size": "virtual_pipeline",
-    "context_parallel_size": "context_parallel",
-    "expert_model_parallel_size": "expert_parallel",
-    "sequence_parallel": "sequence_parallel",
-    "recompute_granularity": "recompute",
-}
-_OWNED_PRECISION = {
-    "fp16", "bf16", "params_dtype", "pipeline_dtype", "calculate_per_token_loss", "finalize_model_grads_func",
-    "variable_seq_lengths", "use_cpu_initialization", "perform_initialization",
-}  # fmt: skip
-
-
-def check_megatron_options(options: dict[str, Any]) -> None:
-    """`[trainer.megatron]` against upstream's fields.
-
-    Raises:
-        UserError: an unknown field, or one that has its own key elsewhere.
-    """
-    fields = {f.name for f in dataclasses.fields(TransformerConfig)}
-    for name in options:
-        if name in _OWNED_LAYOUT:
-            raise UserError(f"trainer.megatron.{name}: set trainer.{_OWNED_LAYOUT[name]} instead")
-        if name in _OWNED_SHAPE | _OWNED_PRECISION:
-            raise UserError(f"trainer.megatron.{name} follows from the checkpoint and model.dtype; remove it")
-        if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"trainer.megatron.{name} is no field of Megatron-Core's TransformerConfig{hint}")
-
-
 def policy_config(shape: ModelShape, dtype: torch.dtype, trainer: TrainerConfig) -> PolicyConfig:
     """The model's and the run's settings as Megatron-Core wants them. Needs `parallel.initialize`.
 
     Raises:
         UserError: the layout does not fit the model, or upstream refuses the combination.
     """
-    check_megatron_options(trainer.megatron)
+    check_megatron(trainer.megatron)
     shape.check_layout(
         tensor_parallel=trainer.tensor_parallel,
         pipeline_parallel=trainer.pipeline_parallel,

@@ -194,18 +194,9 @@ class TrainerRank:
             raise RunError(f"optimizer step {number}: the gradient norm is {grad_norm} at a loss of {seen.loss:.6g}")
         self._optimizer_steps = number
         return UpdateStats(
-            loss=seen.loss,
+            **vars(seen),
             grad_norm=grad_norm,
             learning_rate=lr,
-            clip_fraction=seen.clip_fraction,
-            ratio_max=seen.ratio_max,
-            kl=seen.kl,
-            selected_pos=seen.selected_pos,
-            selected_neg=seen.selected_neg,
-            num_pos=seen.num_pos,
-            num_neg=seen.num_neg,
-            correction_mean=seen.correction_mean,
-            correction_bounded=seen.correction_bounded,
             dynamics=expected,
         )
 

@@ -164,12 +164,12 @@ def seeded_initialisation_leaves_no_trace(path: Path) -> bool:
 def refused() -> dict[str, str]:
     """What is said to options of [trainer.megatron] that cannot be."""
     from stare_megatron.errors import UserError
-    from stare_megatron.trainer.model import check_megatron_options
+    from stare_megatron.upstream import check_megatron
 
     said = {}
     for name in ("moe_router_dtyp", "tensor_model_parallel_size", "num_layers", "moe_aux_loss_coeff"):
         try:
-            check_megatron_options({name: 1})
+            check_megatron({name: 1})
         except UserError as e:
             said[name] = str(e)
         else:
