@@ -16,7 +16,7 @@ from stare_megatron.errors import RunError, UserError
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder to make: model/, train.jsonl, eval.jsonl")
+    parser.add_argument("--out", type=Path, required=True, help="folder to make: model/, train.jsonl, eval.jsonl, test.jsonl")
     parser.add_argument("--task", default="order_free_sum", help=f"one of: {', '.join(sorted(tasks.TASKS))}")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=64)
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--random", action="store_true", help="no warm-up: random weights")
     parser.add_argument("--train-prompts", type=int, default=4096)
-    parser.add_argument("--eval-prompts", type=int, default=300)
+    parser.add_argument("--eval-prompts", type=int, default=300, help="in each of eval.jsonl, test.jsonl")
     args = parser.parse_args(argv)
     try:
         settings = dataclasses.replace(

@@ -12,7 +12,7 @@ import operator
 import random
 
 from stare_megatron.errors import UserError
-from stare_megatron.tasks.base import Split, TaskPrompt, held_out
+from stare_megatron.tasks.base import Split, TaskPrompt, split_of
 
 SOURCE = "arithmetic"
 STOP = "\n"
@@ -49,11 +49,11 @@ def prompts(split: Split, count: int, seed: int) -> list[TaskPrompt]:
 def problems(split: Split) -> list[Problem]:
     """The problems of a split; `a + b` and `b + a` are in the same one."""
     every = itertools.product(range(10), _OPERATIONS, range(10))
-    return [(a, op, b) for a, op, b in every if _held_out(a, op, b) == (split == "eval")]
+    return [(a, op, b) for a, op, b in every if _split(a, op, b) == split]
 
 
-def _held_out(a: int, op: str, b: int) -> bool:
-    return held_out(f"{SOURCE}/{min(a, b)} {op} {max(a, b)}", _HELD_OUT_ONE_IN)
+def _split(a: int, op: str, b: int) -> Split:
+    return split_of(f"{SOURCE}/{min(a, b)} {op} {max(a, b)}", _HELD_OUT_ONE_IN)
 
 
 def _open(problem: Problem) -> str:

@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 
 from stare_megatron.types import Score
 
-Split = Literal["train", "eval"]
+Split = Literal["train", "eval", "test"]  # settings are chosen by looking at eval; test is for what is reported
 
 # Ids 12 + n are the number n: a checkpoint's ids can be read by eye. Order is part of every warmed-up checkpoint.
 SPECIAL_WORDS = ("<pad>", "<bos>", "<eos>", "<unk>")
@@ -90,7 +90,10 @@ class Task(Protocol):
         ...
 
 
-def held_out(key: str, one_in: int) -> bool:
-    """Whether an instance belongs to the held-out split: a stable hash of `key`, one in `one_in`."""
-    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") % one_in == 0
+def split_of(key: str, held_out_one_in: int) -> Split:
+    """The split of an instance, by a stable hash of `key`: one in `held_out_one_in` is held out, half of those each for
+    `eval` and `test`."""
+    digest = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
+    if digest % held_out_one_in:
+        return "train"
+    return "test" if digest // held_out_one_in % 2 else "eval"

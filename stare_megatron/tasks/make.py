@@ -2,7 +2,8 @@
 
 OUT/model/          Hugging Face checkpoint
 OUT/train.jsonl     prompts: {"id", "source", "prompt", "answer"}
-OUT/eval.jsonl      held-out prompts, the same columns
+OUT/eval.jsonl      held-out prompts, the same columns: to choose settings by
+OUT/test.jsonl      further held-out prompts, as many: to report
 OUT/made.json       the settings, what was measured, and the checksum that makes a reuse safe
 """
 
@@ -28,7 +29,7 @@ from stare_megatron.tasks.tiny_model import (
     warm_up,
 )
 
-_FORMAT = 2  # raise it when equal settings no longer mean an equal folder
+_FORMAT = 3  # raise it when equal settings no longer mean an equal folder
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def _build(folder: Path, settings: TinyModelSettings, train_prompts: int, eval_p
     task = tasks.get(settings.task)
     train = task.prompts("train", train_prompts, settings.seed)
     held_out = task.prompts("eval", eval_prompts, settings.seed)
+    test = task.prompts("test", eval_prompts, settings.seed)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the order of a sum, so the weights, would depend on it
     try:
@@ -98,6 +100,7 @@ def _build(folder: Path, settings: TinyModelSettings, train_prompts: int, eval_p
     save(model, tokenizer, folder / "model")
     write_prompts(folder / "train.jsonl", task.name, train)
     write_prompts(folder / "eval.jsonl", task.name, held_out)
+    write_prompts(folder / "test.jsonl", task.name, test)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "warmed_up": dataclasses.asdict(warmed_up),

@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from stare_megatron.errors import UserError
-from stare_megatron.tasks.base import ARITHMETIC_WORDS, Split, TaskPrompt, WarmUp, held_out
+from stare_megatron.tasks.base import ARITHMETIC_WORDS, Split, TaskPrompt, WarmUp, split_of
 from stare_megatron.types import Score
 
 _HELD_OUT_ONE_IN = 5
@@ -61,7 +61,7 @@ class OrderFreeSum:
     def in_split(self, numbers: tuple[int, ...], split: Split) -> bool:
         """A set of numbers is in one split whatever its order, so that held-out sums were never seen."""
         key = " ".join(map(str, sorted(numbers)))
-        return held_out(f"{self.name}/{key}", _HELD_OUT_ONE_IN) == (split == "eval")
+        return split_of(f"{self.name}/{key}", _HELD_OUT_ONE_IN) == split
 
     def trace(self, prompt: TaskPrompt, rng: random.Random) -> str:
         left = _numbers(prompt.text)

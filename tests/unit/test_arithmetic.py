@@ -9,7 +9,7 @@ OPERATIONS = {"+": operator.add, "*": operator.mul}
 
 
 def test_prompts_end_in_an_open_problem_after_four_solved_ones():
-    for split in ("train", "eval"):
+    for split in ("train", "eval", "test"):
         for prompt in arithmetic.prompts(split, 300, 0):
             *shots, last = prompt.text.split("\n")
             assert len(shots) == 4
@@ -24,10 +24,10 @@ def test_prompts_end_in_an_open_problem_after_four_solved_ones():
 
 
 def test_splits_are_disjoint_whatever_the_order_of_terms():
-    train, held_out = set(arithmetic.problems("train")), set(arithmetic.problems("eval"))
-    assert len(train | held_out) == 200
-    assert not train & held_out
-    assert not train & {(b, op, a) for a, op, b in held_out}
+    splits = [set(arithmetic.problems(split)) for split in ("train", "eval", "test")]
+    assert sum(map(len, splits)) == len(set().union(*splits)) == 200
+    for split in splits:
+        assert {(b, op, a) for a, op, b in split} == split
 
 
 def test_prompts_repeat_and_have_unique_ids():

@@ -61,9 +61,9 @@ def test_traces_are_right_and_cover_every_order():
 
 
 def test_splits_are_disjoint_as_sets_of_numbers_and_repeatable():
-    train, held_out = TASK.prompts("train", 4000, 0), TASK.prompts("eval", 1000, 0)
-    key = lambda p: tuple(sorted(p.text.split()))  # noqa: E731
-    assert not {key(p) for p in train} & {key(p) for p in held_out}
+    train, held_out, test = (TASK.prompts(s, n, 0) for s, n in (("train", 4000), ("eval", 1000), ("test", 1000)))
+    keys = [{tuple(sorted(p.text.split())) for p in prompts} for prompts in (train, held_out, test)]
+    assert sum(map(len, keys)) == len(set().union(*keys))
     assert len({p.text for p in train}) == len(train)
     assert TASK.prompts("train", 4000, 0) == train
     assert TASK.prompts("train", 4000, 1) != train
