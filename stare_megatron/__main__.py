@@ -36,6 +36,12 @@ def _plot(args: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
+def _study(args: argparse.Namespace, rest: list[str]) -> int:
+    from stare_megatron.study import command
+
+    return command.run(args.study, form=args.form, only=args.only, jobs=args.jobs)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="stare-megatron", description="Reinforcement learning of language models with STARE."
@@ -53,6 +59,17 @@ def _parser() -> argparse.ArgumentParser:
     plot = commands.add_parser("plot", help="draw a run's curves", description="Draw a run's curves from its metrics.")
     plot.add_argument("run", type=Path, help="run folder")
     plot.set_defaults(handler=_plot)
+
+    study = commands.add_parser(
+        "study",
+        help="run several variants over seeds and compare them",
+        description="Run what a study file says and is not done yet; called again, it goes on where it stopped.",
+    )
+    study.add_argument("study", type=Path, help="TOML file, see docs/studies.md")
+    study.add_argument("--form", default="", metavar="NAME", help="a smaller form of the study, e.g. quick")
+    study.add_argument("--only", default="*", metavar="PATTERN", help="only runs whose name matches, e.g. 'stare*'")
+    study.add_argument("--jobs", type=int, default=0, metavar="N", help="runs at a time; default: as the machine bears")
+    study.set_defaults(handler=_study)
     return parser
 
 

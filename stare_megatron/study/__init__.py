@@ -1,0 +1,1 @@
+"""Studies: several variants of one run, over seeds, resumable and in parallel."""

@@ -1,0 +1,37 @@
+"""`stare-megatron study`: run a study, watch it, compare its runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from stare_megatron.errors import UserError
+from stare_megatron.study import spec
+from stare_megatron.study.display import Display, line
+from stare_megatron.study.runner import Runner, State, default_jobs, log_file
+
+INTERRUPTED = 130
+
+
+def run(file: Path, *, form: str, only: str, jobs: int) -> int:
+    """Run what is not done; returns the exit code: 0, 1 if a run failed, 130 if stopped.
+
+    Raises:
+        UserError: before anything is started. RunError: a command of `prepare` failed.
+    """
+    if jobs < 0:
+        raise UserError(f"--jobs {jobs}: runs at a time; 0: as the machine bears")
+    study = spec.load(file, form, only)
+    jobs = jobs or default_jobs()
+    console = Console()
+    console.print(f"{len(study.jobs)} runs in {study.folder}, {jobs} at a time", highlight=False)
+    with Display(console) as display:
+        progress = Runner(study, jobs, display.show).run()
+    for p in progress:
+        if p.state is State.FAILED:
+            console.print(f"{line(p)}\n  its output: {log_file(p.job)}", markup=False, highlight=False)
+    states = {p.state for p in progress}
+    if State.FAILED in states:
+        return 1
+    return INTERRUPTED if states != {State.DONE} else 0

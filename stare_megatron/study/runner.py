@@ -1,0 +1,208 @@
+"""Runs the jobs of a study as processes of their own, several at a time, each resumable.
+
+What is finished is not run again; what was cut short goes on from its checkpoint. One job's failure does not stop the
+others.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+
+from stare_megatron.errors import RunError, UserError
+from stare_megatron.metrics import jsonl
+from stare_megatron.study.spec import Job, Study
+
+_POLL = 0.5  # seconds
+_MEMORY_PER_JOB = 5 * 2**30  # bytes: engine, ranks and driver of a tiny model took 3.9 GiB
+# Keys in which a run that goes on may differ from its earlier start.
+_FREE_KEYS = frozenset({"run.resume", "run.steps"})
+
+
+class State(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+@dataclass
+class Progress:
+    """Where a job stands: what a display needs. `note`: why it failed."""
+
+    job: Job
+    state: State = State.WAITING
+    began: float = 0.0
+    steps_before: int = 0
+    note: str = ""
+    rows: list[jsonl.Row] = field(default_factory=list)
+
+    @property
+    def step(self) -> int:
+        return int(self.rows[-1]["step"]) if self.rows else 0
+
+    @property
+    def steps(self) -> int:
+        return self.job.config.run.steps
+
+
+def default_jobs() -> int:
+    """How many runs of a tiny model this machine bears at a time: one a core, as far as memory goes."""
+    return max(1, min(os.cpu_count() or 1, psutil.virtual_memory().total // _MEMORY_PER_JOB))
+
+
+class Runner:
+    """Runs a study.
+
+    Args:
+        study: what to run. jobs: how many at a time.
+        show: called about twice a second with the progress of every job.
+    """
+
+    def __init__(self, study: Study, jobs: int, show: Callable[[list[Progress]], None]) -> None:
+        self._study = study
+        self._jobs = jobs
+        self._show = show
+        self.progress = [Progress(job) for job in study.jobs]
+        self._running: dict[int, tuple[subprocess.Popen[bytes], IO[bytes]]] = {}
+        self._stopping = False
+
+    def run(self) -> list[Progress]:
+        """Run what is not done yet; returns the progress of every job. Ctrl-C ends each running one after its step.
+
+        Raises:
+            UserError: a run folder of another configuration is in the way. RunError: a command of `prepare` failed.
+        """
+        for p in self.progress:
+            refuse_other(p.job)
+            if is_done(p.job):
+                p.state, p.rows = State.DONE, read_rows(p.job)
+        before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            self._prepare()
+            self._loop()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            for process, log in self._running.values():
+                process.kill()
+                process.wait()
+                log.close()
+        return self.progress
+
+    def _prepare(self) -> None:
+        for seed in sorted({p.job.seed for p in self.progress if p.state is State.WAITING}):
+            for command in self._study.prepare[seed]:
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    said = (done.stderr.strip() or done.stdout.strip()).splitlines()
+                    raise RunError(f"prepare, seed {seed}: {' '.join(command)}: {said[-1] if said else 'failed'}")
+
+    def _loop(self) -> None:
+        waiting = [i for i, p in enumerate(self.progress) if p.state is State.WAITING]
+        while waiting or self._running:
+            while waiting and len(self._running) < self._jobs and not self._stopping:
+                self._start(waiting.pop(0))
+            if self._stopping and not self._running:
+                return
+            for i in list(self._running):
+                self._look_after(i)
+            self._show(self.progress)
+            time.sleep(_POLL)
+        self._show(self.progress)
+
+    def _start(self, i: int) -> None:
+        p = self.progress[i]
+        log = log_file(p.job)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        handle = log.open("ab")
+        words = ["train", str(self._study.base), "--quiet", *p.job.settings, "run.resume=auto"]
+        p.rows = read_rows(p.job)
+        p.state, p.began, p.steps_before = State.RUNNING, time.monotonic(), p.step
+        process = subprocess.Popen(
+            [sys.executable, "-m", "stare_megatron", *words],
+            stdin=subprocess.DEVNULL,
+            stdout=handle,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C reaches it once, through us
+        )
+        self._running[i] = (process, handle)
+
+    def _look_after(self, i: int) -> None:
+        p = self.progress[i]
+        process, handle = self._running[i]
+        p.rows = read_rows(p.job)
+        code = process.poll()
+        if code is None:
+            return
+        handle.close()
+        del self._running[i]
+        if code == 0:
+            p.state = State.DONE
+        elif self._stopping:
+            p.state = State.STOPPED
+        else:
+            lines = log_file(p.job).read_text(errors="replace").strip().splitlines()
+            p.state, p.note = State.FAILED, lines[-1].strip() if lines else f"exit code {code}"
+
+    def _stop(self, number: int, frame: Any) -> None:
+        """The first signal lets every running job finish its step and save; the second ends them at once."""
+        self._stopping = True
+        for process, _ in self._running.values():
+            process.send_signal(signal.SIGINT)
+
+
+def log_file(job: Job) -> Path:
+    """Where a job's own output goes (that of its processes is in the run folder)."""
+    return job.config.run.dir / "logs" / f"{job.name}.log"
+
+
+def read_rows(job: Job) -> list[jsonl.Row]:
+    file = job.config.folder / jsonl.FILE
+    return jsonl.read(file) if file.is_file() else []
+
+
+def is_done(job: Job) -> bool:
+    """All steps logged, and the policy exported if it is to be: that comes last."""
+    rows = read_rows(job)
+    exported = not job.config.checkpoint.export_final or (job.config.folder / "hf").is_dir()
+    return bool(rows) and rows[-1]["step"] >= job.config.run.steps and exported
+
+
+def refuse_other(job: Job) -> None:
+    """A run's folder may be gone on with only under the settings it was begun with.
+
+    Raises:
+        UserError: it holds a run of other settings; names the first that differs.
+    """
+    file = job.config.folder / "config.toml"
+    if not file.is_file():
+        return
+    found = dict(_flat(tomllib.loads(file.read_text())))
+    wanted = dict(_flat(job.config.model_dump(mode="json")))
+    for key in sorted(found.keys() | wanted.keys()):
+        if key not in _FREE_KEYS and found.get(key) != wanted.get(key):
+            raise UserError(
+                f"{job.config.folder}: was run with {key} = {found.get(key)!r}, the study says {wanted.get(key)!r}; "
+                "move the folder away or choose another dir"
+            )
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,148 @@
+"""What a study file says: one base configuration, variants of it, seeds, and forms (a quick one, a full one).
+
+    base = "run.toml"                  # beside the study file
+    dir = "runs/entropy_band"          # holds the run folders; relative to where the command runs
+    prepare = ["{python} tools/make_tiny_model.py --seed {seed} --out .cache/seed-{seed}"]    # once a seed
+    seeds = [1, 2, 3]
+    settings = ["model.path=.cache/seed-{seed}/model"]    # of every run, as on the command line
+
+    [variants.grpo_ds]
+    title = "GRPO-ds"
+    settings = ["algorithm.method=grpo"]
+
+    [forms.quick]                      # a smaller study of the same file, in `dir`-quick
+    seeds = [1]
+    variants = ["grpo_ds", "stare_o1"]
+    settings = ["run.steps=120"]
+
+`{seed}` and `{python}` are replaced everywhere. Later settings win: the study's, then the variant's, then the form's.
+"""
+
+# A default given to Field by position is invisible to the type checker, which then misses arguments in `Section()`.
+# pyright: reportCallIssue=false
+
+from __future__ import annotations
+
+import fnmatch
+import shlex
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import Field, ValidationError, model_validator
+
+from stare_megatron import config
+from stare_megatron.config import Config
+from stare_megatron.errors import UserError
+from stare_megatron.methods import Section
+
+
+class VariantSpec(Section):
+    title: str = Field(min_length=1, description="How reports call it.")
+    settings: list[str] = Field(default_factory=list, description="key.sub=value")
+
+
+class FormSpec(Section):
+    seeds: list[int] = Field(default_factory=list, description="Instead of the study's.")
+    variants: list[str] = Field(default_factory=list, description="Only these; empty: all.")
+    settings: list[str] = Field(default_factory=list, description="key.sub=value, after all others.")
+
+
+class StudySpec(Section):
+    base: Path = Field(description="Configuration that all runs share; relative to the study file.")
+    dir: Path = Field(description="Folder of the run folders.")
+    prepare: list[str] = Field(default_factory=list, description="Commands before the runs of a seed, in order.")
+    seeds: list[int] = Field(min_length=1, description="Seeds of each variant.")
+    settings: list[str] = Field(default_factory=list, description="key.sub=value of every run.")
+    variants: dict[str, VariantSpec] = Field(min_length=1, description="What is compared.")
+    forms: dict[str, FormSpec] = Field(default_factory=dict, description="Smaller studies of the same file.")
+
+    @model_validator(mode="after")
+    def _known(self) -> StudySpec:
+        for name, form in self.forms.items():
+            for variant in form.variants:
+                if variant not in self.variants:
+                    raise ValueError(f"forms.{name}.variants: no variant {variant!r}; there are {list(self.variants)}")
+        return self
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a study: its command-line settings and what they resolve to."""
+
+    variant: str
+    title: str
+    seed: int
+    settings: tuple[str, ...]
+    config: Config
+
+    @property
+    def name(self) -> str:
+        return self.config.run.name
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study ready to run. `prepare`: seed -> commands, split into words."""
+
+    base: Path
+    folder: Path
+    jobs: tuple[Job, ...]
+    prepare: dict[int, tuple[tuple[str, ...], ...]]
+
+
+def load(file: Path, form: str, only: str) -> Study:
+    """Read a study file. `form`: one of its forms, or "" for the whole study; `only`: pattern of run names.
+
+    Every run's settings are resolved here, so that a mistake in the last of them stops before the first starts.
+
+    Raises:
+        UserError: unreadable file, unknown key, form or variant, a setting that is refused, or no run to do.
+    """
+    spec = _read(file)
+    if form and form not in spec.forms:
+        raise UserError(f"{file}: no form {form!r}; there are {', '.join(spec.forms) or 'none'}")
+    chosen = spec.forms[form] if form else FormSpec()
+    folder = spec.dir.with_name(f"{spec.dir.name}-{form}") if form else spec.dir
+    base = file.parent / spec.base
+    jobs = []
+    # Seed by seed, so that a study that is cut short has compared all variants on the seeds it did.
+    for seed in chosen.seeds or spec.seeds:
+        for name in chosen.variants or spec.variants:
+            job = _job(base, folder, spec, chosen, name, seed)
+            if fnmatch.fnmatchcase(job.name, only):
+                jobs.append(job)
+    if not jobs:
+        raise UserError(f"{file}: no run matches --only {only!r}")
+    commands = {
+        seed: tuple(tuple(shlex.split(_fill(line, seed))) for line in spec.prepare) for seed in {j.seed for j in jobs}
+    }
+    return Study(base, folder, tuple(jobs), commands)
+
+
+def _read(file: Path) -> StudySpec:
+    try:
+        return StudySpec.model_validate(tomllib.loads(file.read_text()))
+    except OSError as e:
+        raise UserError(f"{file}: cannot read the study: {e.strerror}") from e
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"{file}: not valid TOML: {e}") from e
+    except ValidationError as e:
+        first = e.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{file}: {key}: {first['msg'].removeprefix('Value error, ')}") from e
+
+
+def _job(base: Path, folder: Path, spec: StudySpec, form: FormSpec, name: str, seed: int) -> Job:
+    variant = spec.variants[name]
+    own = [f"run.dir={folder}", f"run.name={name}-seed{seed}", f"run.seed={seed}"]
+    settings = tuple(_fill(s, seed) for s in (*own, *spec.settings, *variant.settings, *form.settings))
+    resolved = config.load(base, list(settings))
+    if resolved.run.resume != "never":
+        raise UserError(f"variant {name}: run.resume is the study's to say; take it out")
+    return Job(name, variant.title, seed, settings, resolved)
+
+
+def _fill(text: str, seed: int) -> str:
+    return text.replace("{seed}", str(seed)).replace("{python}", sys.executable)
