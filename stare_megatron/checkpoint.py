@@ -90,7 +90,8 @@ def read(folder: Path) -> LoopState:
             step=int(tree["step"]),
             trained_tokens=int(tree["trained_tokens"]),
             stream=StreamState(**tree["stream"]),
-            controller=ControllerState(**tree["controller"]),
+            # Checkpoints from before the controller counted its steps: it observes once a step.
+            controller=ControllerState(**{"steps": int(tree["step"])} | tree["controller"]),
         )
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{file}: not the loop state of a checkpoint: {type(e).__name__}: {e}") from e

@@ -302,6 +302,10 @@ class Config(Section):
         if not self.algorithm.response_tokens:
             length = {"response_tokens": r.max_response_tokens}
             object.__setattr__(self, "algorithm", self.algorithm.model_copy(update=length))  # frozen from here on
+        stare = self.algorithm.stare
+        if stare.target_schedule != "constant" and not stare.target_steps:
+            settled = {"stare": stare.model_copy(update={"target_steps": self.run.steps})}
+            object.__setattr__(self, "algorithm", self.algorithm.model_copy(update=settled))
         return self
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 Selector = Literal["surprisal", "relative", "sensitivity"]
+CONTROLLER_OF = {"band": "proportional", "kp": "proportional_integral", "ki": "proportional_integral"}
 
 
 class Section(BaseModel):
@@ -76,15 +77,29 @@ class StareConfig(Section):
     weight_pos: float = Field(1.1, gt=0, description="W: weight of L+ (initial value when adaptive).")
     weight_neg: float = Field(0.9, gt=0, description="M: weight of L- in variant C2 (initial value when adaptive).")
     target_entropy: float = Field(0.3, gt=0, description="H_tgt: the gate opens below it, nats a token.")
+    target_schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="How H_tgt moves over the run, from `target_entropy` to `target_entropy_end`."
+    )
+    target_entropy_end: float = Field(0.3, gt=0, description="H_tgt at the end of a `linear` or `cosine` schedule.")
+    target_steps: int = Field(
+        0, ge=0, description="Step from which a moving H_tgt is `target_entropy_end`; 0: the last, `run.steps`."
+    )
     scope: Literal["batch", "microbatch"] = Field(
         "batch", description="Where the quantile is taken: the whole update batch, or each micro-batch (the reference)."
     )
-    controller: Literal["on_off", "proportional"] = Field(
+    controller: Literal["on_off", "proportional", "proportional_integral"] = Field(
         "on_off",
-        description="Below the target, the full weights (the paper), or weights in proportion to how far below it is.",
+        description="Below the target, the full weights (the paper); or weights in proportion to how far below it is; "
+        "or weights by a proportional-integral controller, W and M at most.",
     )
     band: float = Field(
         0.2, gt=0, le=1, description="`proportional`: share of the target by which entropy is below it at full weights."
+    )
+    kp: float = Field(
+        15.0, ge=0, description="`proportional_integral`: what a nat below the target adds to the weight of L+."
+    )
+    ki: float = Field(
+        0.5, ge=0, description="`proportional_integral`: the same, kept from step to step until entropy is above it."
     )
     adaptive: bool = Field(False, description="Move W and M by `alpha` a step towards the target.")
     alpha: float = Field(0.01, gt=0, description="Step of the adaptive schedule.")
@@ -93,16 +108,42 @@ class StareConfig(Section):
 
     @model_validator(mode="after")
     def _controller(self) -> StareConfig:
-        if self.controller == "on_off" and "band" in self.model_fields_set:
-            raise ValueError('stare.band is for stare.controller = "proportional"')
-        if self.controller == "proportional" and self.adaptive:
+        for key in sorted(self.model_fields_set & CONTROLLER_OF.keys()):
+            if self.controller != CONTROLLER_OF[key]:
+                raise ValueError(f'stare.{key} is for stare.controller = "{CONTROLLER_OF[key]}"')
+        if self.controller != "on_off" and self.adaptive:
             raise ValueError('stare.adaptive is for stare.controller = "on_off": both would move the same weights')
+        if self.controller == "proportional_integral":
+            if self.weight_pos <= 1:
+                raise ValueError(
+                    f'stare.weight_pos = {self.weight_pos}: the bound of stare.controller = "proportional_integral" '
+                    "must be above 1"
+                )
+            if self.kp == self.ki == 0:
+                raise ValueError("stare.kp and stare.ki are both 0: the weights would never move; raise one")
+        return self
+
+    @model_validator(mode="after")
+    def _target(self) -> StareConfig:
+        moving = sorted(self.model_fields_set & {"target_entropy_end", "target_steps"})
+        if self.target_schedule == "constant":
+            if moving:
+                raise ValueError(f'stare.{moving[0]} is for stare.target_schedule = "linear" or "cosine"')
+        elif "target_entropy_end" not in moving:
+            raise ValueError(f'stare.target_schedule = "{self.target_schedule}" needs stare.target_entropy_end')
+        elif self.target_entropy_end == self.target_entropy:
+            raise ValueError(
+                f"stare.target_entropy_end = {self.target_entropy_end} is stare.target_entropy: it would not move"
+            )
         return self
 
     @model_serializer(mode="wrap")
     def _settings_in_use(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without what the controller does not use, so that what was written can be read."""
-        return {k: v for k, v in handler(self).items() if k != "band" or self.controller == "proportional"}
+        """Without what controller and target do not use, so that what was written can be read."""
+        unused = {key for key, controller in CONTROLLER_OF.items() if controller != self.controller}
+        if self.target_schedule == "constant":
+            unused |= {"target_entropy_end", "target_steps"}
+        return {key: value for key, value in handler(self).items() if key not in unused}
 
 
 class CorrectionConfig(Section):

@@ -1,4 +1,5 @@
-"""The target-entropy gate and its adaptive schedule (arXiv 2606.19236): entropy in, `Control` out, once a step.
+"""The target-entropy gate and its adaptive schedule (arXiv 2606.19236), and two controllers that move the weights
+without a jump: entropy in, `Control` out, once a step.
 
 The state is a frozen value: the loop keeps it, the checkpoint holds it.
 """
@@ -6,9 +7,9 @@ The state is a frozen value: the loop keeps it, the checkpoint holds it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from stare_megatron.config import AlgorithmConfig
+from stare_megatron.config import AlgorithmConfig, StareConfig
 from stare_megatron.errors import RunError
 from stare_megatron.types import Control
 
@@ -17,6 +18,7 @@ from stare_megatron.types import Control
 class ControllerState:
     """Weights W and M, and the coefficient of an entropy bonus, after the last step.
 
+    `steps`: steps observed; `integral`: the integral term of a proportional-integral controller, in units of W.
     `dataclasses.asdict` writes it, `ControllerState(**d)` reads it.
 
     Example:
@@ -26,15 +28,29 @@ class ControllerState:
     weight_pos: float
     weight_neg: float
     entropy_coefficient: float = 0.0
+    steps: int = 0
+    integral: float = 0.0
 
     def __post_init__(self) -> None:
-        if not all(map(math.isfinite, (self.weight_pos, self.weight_neg, self.entropy_coefficient))):
-            raise ValueError(f"controller state must be finite: {self}")
+        numbers = (self.weight_pos, self.weight_neg, self.entropy_coefficient, self.integral)
+        if not all(map(math.isfinite, numbers)) or self.steps < 0:
+            raise ValueError(f"controller state must be finite, and of no negative number of steps: {self}")
 
 
 def initial(config: AlgorithmConfig) -> ControllerState:
     """The state before the first step. The first gate is decided by the first batch, not assumed open."""
     return ControllerState(config.stare.weight_pos, config.stare.weight_neg)
+
+
+def target_entropy(stare: StareConfig, steps: int) -> float:
+    """H_tgt, nats, in force after `steps` steps: `target_entropy` at the first, `target_entropy_end` from the
+    `target_steps`-th on; between them a straight line or half a cosine. `target_steps` is settled (not 0)."""
+    if stare.target_schedule == "constant":
+        return stare.target_entropy
+    done = min(1.0, steps / max(1, stare.target_steps - 1))
+    if stare.target_schedule == "cosine":
+        done = (1.0 - math.cos(math.pi * done)) / 2.0
+    return (1.0 - done) * stare.target_entropy + done * stare.target_entropy_end
 
 
 def observe(config: AlgorithmConfig, state: ControllerState, entropy: float) -> tuple[ControllerState, Control]:
@@ -43,7 +59,7 @@ def observe(config: AlgorithmConfig, state: ControllerState, entropy: float) -> 
     gate_on = H < H_tgt. Adaptive, with sign(0) = 0: W <- clip(W + alpha sign(H_tgt - H), 1, W_max),
     M <- clip(M - alpha sign(H_tgt - H), M_min, 1); the new values hold for this very step. Proportional: this step's
     weights are 1 + u (W - 1) and 1 + u (M - 1), u = min(1, (H_tgt - H) / (band H_tgt)), so that they do not jump at the
-    target; W, M stay.
+    target; W, M stay. Proportional-integral: see `_proportional_integral`; its gate is on where a weight is not 1.
 
     Raises:
         RunError: H is not finite.
@@ -51,19 +67,40 @@ def observe(config: AlgorithmConfig, state: ControllerState, entropy: float) -> 
     stare = config.stare
     if not math.isfinite(entropy):
         raise RunError(f"the update batch's mean entropy is {entropy}; the gate cannot be decided")
+    target = target_entropy(stare, state.steps)
+    gap = target - entropy
+    state = replace(state, steps=state.steps + 1)
+    if stare.controller == "proportional_integral":
+        integral, weight_pos, weight_neg = _proportional_integral(stare, state.integral, gap)
+        gate_on = (weight_pos, weight_neg) != (1.0, 1.0)
+        return replace(state, integral=integral), Control(gate_on, weight_pos, weight_neg, entropy, target)
     if stare.adaptive:
-        gap = stare.target_entropy - entropy
         step = stare.alpha * ((gap > 0) - (gap < 0))
-        state = ControllerState(
+        state = replace(
+            state,
             weight_pos=min(max(state.weight_pos + step, 1.0), stare.weight_pos_max),
             weight_neg=min(max(state.weight_neg - step, stare.weight_neg_min), 1.0),
         )
-    gate_on = entropy < stare.target_entropy
+    gate_on = entropy < target
     weight_pos, weight_neg = state.weight_pos, state.weight_neg
     if stare.controller == "proportional" and gate_on:
-        strength = min(1.0, (stare.target_entropy - entropy) / (stare.band * stare.target_entropy))
+        strength = min(1.0, gap / (stare.band * target))
         weight_pos, weight_neg = 1.0 + strength * (weight_pos - 1.0), 1.0 + strength * (weight_neg - 1.0)
-    return state, Control(gate_on, weight_pos, weight_neg, entropy, stare.target_entropy)
+    return state, Control(gate_on, weight_pos, weight_neg, entropy, target)
+
+
+def _proportional_integral(stare: StareConfig, integral: float, gap: float) -> tuple[float, float, float]:
+    """The new integral term I and this step's weights, from e = H_tgt - H, nats.
+
+    I <- clip(I + ki e, 0, W - 1);  u = clip(kp e + I, 0, W - 1);  weights 1 + u and 1 + u (M - 1) / (W - 1)
+
+    I is bounded on both sides (anti-windup): neither a start far above the target nor a stay at full weights has to be
+    unlearned. At a steady state e = 0 and I alone holds the weight that the target needs.
+    """
+    most = stare.weight_pos - 1.0
+    integral = min(max(integral + stare.ki * gap, 0.0), most)
+    strength = min(max(stare.kp * gap + integral, 0.0), most)
+    return integral, 1.0 + strength, 1.0 + strength * (stare.weight_neg - 1.0) / most
 
 
 def observe_without_gate(
@@ -76,4 +113,5 @@ def observe_without_gate(
     """
     if not math.isfinite(entropy):
         raise RunError(f"the update batch's mean entropy is {entropy}")
-    return state, Control(False, 1.0, 1.0, entropy, config.stare.target_entropy)
+    target = target_entropy(config.stare, state.steps)
+    return replace(state, steps=state.steps + 1), Control(False, 1.0, 1.0, entropy, target)

@@ -28,7 +28,7 @@ class ConsoleSink:
 
     Args:
         total: steps of the whole run. restored_step: steps done before this start.
-        target_entropy: H_tgt, nats; None when the method has no gate.
+        has_target: the method seeks a target entropy, H_tgt.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class ConsoleSink:
         name: str,
         total: int,
         restored_step: int,
-        target_entropy: float | None,
+        has_target: bool,
         quiet: bool,
         history: Sequence[dict[str, float]] = (),
     ) -> None:
@@ -45,7 +45,7 @@ class ConsoleSink:
         self._name = name
         self._total = total
         self._first = self._step = restored_step
-        self._target = target_entropy
+        self._has_target = has_target
         self._rows = list(history)
         self._status = ""
         self._began = time.monotonic()
@@ -65,7 +65,7 @@ class ConsoleSink:
         self._step = step
         self._rows.append(row)
         if self._live is None:
-            self._print(plain_line(step, self._total, row, self._target))
+            self._print(plain_line(step, self._total, row, self._has_target))
 
     def close(self) -> None:
         self._status = ""
@@ -110,9 +110,9 @@ class ConsoleSink:
         row = self._rows[-1]
         table.add_row("reward", f"{_mean(self._rows[-10:], 'reward/mean'):.3f}", self._spark("reward/mean", "green"))
         entropy = f"{row.get('policy/entropy', math.nan):.3f}"
-        if self._target is not None:
+        if self._has_target:
             gate = "open" if row.get("stare/gate") else "shut"
-            entropy += f" target {self._target:.3f}, gate {gate}"
+            entropy += f" target {row.get('policy/target_entropy', math.nan):.3f}, gate {gate}"
         table.add_row("entropy", entropy, self._spark("policy/entropy", "cyan"))
         length = f"{row.get('response/length_mean', math.nan):.0f} tokens"
         table.add_row("response", length, self._spark("response/length_mean", "blue"))
@@ -129,7 +129,7 @@ class ConsoleSink:
         return Text(sparkline([row[name] for row in self._rows if name in row], _SPARK_WIDTH), style=style)
 
 
-def plain_line(step: int, total: int, row: dict[str, float], target_entropy: float | None) -> str:
+def plain_line(step: int, total: int, row: dict[str, float], has_target: bool) -> str:
     """One step as one line of text; values that were not measured are left out."""
     parts = [f"step {step}/{total}"]
 
@@ -139,8 +139,8 @@ def plain_line(step: int, total: int, row: dict[str, float], target_entropy: flo
 
     add("reward/mean", "reward {:.3f}")
     add("policy/entropy", "entropy {:.3f}")
-    if target_entropy is not None:
-        parts.append(f"target {target_entropy:.3f}")
+    if has_target:
+        add("policy/target_entropy", "target {:.3f}")
         add("stare/gate", "gate {:.0f}")
         add("stare/weight_pos", "W {:.2f}")
     add("response/length_mean", "length {:.1f}")

@@ -14,6 +14,8 @@ from stare_megatron.metrics import jsonl, tensorboard
 from stare_megatron.metrics.catalogue import Metric
 from stare_megatron.metrics.console import ConsoleSink
 
+TARGET_METHODS = {"stare", "adaptive_entropy"}  # those with a target entropy
+
 
 class Sink(Protocol):
     def log(self, step: int, metrics: Sequence[Metric]) -> None:
@@ -45,16 +47,6 @@ class Sinks:
         with contextlib.ExitStack() as stack:
             for sink in self._all:
                 stack.callback(sink.close)
-
-
-def target_entropy(config: Config) -> float | None:
-    """H_tgt, nats; None when the method has none."""
-    algorithm = config.algorithm
-    targets = {
-        "stare": algorithm.stare.target_entropy,
-        "adaptive_entropy": algorithm.adaptive_entropy.target_entropy,
-    }
-    return targets.get(algorithm.method)
 
 
 def open_sinks(config: Config, folder: Path, restored_step: int, quiet: bool, console: Console) -> Sinks:
@@ -91,7 +83,7 @@ def open_sinks(config: Config, folder: Path, restored_step: int, quiet: bool, co
         config.run.name,
         config.run.steps,
         restored_step,
-        target_entropy(config),
+        config.algorithm.method in TARGET_METHODS,
         quiet,
         history=jsonl.read(folder / jsonl.FILE),
     )

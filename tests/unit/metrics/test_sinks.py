@@ -117,7 +117,8 @@ def test_open_sinks_writes_everywhere_and_closes(tmp_path):
     sinks = open_sinks(config(wandb="disabled"), tmp_path, 0, False, Console(file=out, width=200))
     sinks.status("starting engines")
     sinks.status("rollout")
-    sinks.log(1, metrics({"reward/mean": 0.25, "policy/entropy": 0.4, "stare/gate": 0.0}))
+    values = {"reward/mean": 0.25, "policy/entropy": 0.4, "policy/target_entropy": 0.3, "stare/gate": 0.0}
+    sinks.log(1, metrics(values))
     sinks.close()
     assert out.getvalue().splitlines() == [
         "starting engines",
@@ -142,7 +143,7 @@ def test_close_reaches_every_sink_when_one_fails():
             self.closed = True
 
     watched = Watched()
-    console = ConsoleSink(Console(file=io.StringIO()), "unit", 1, 0, None, quiet=True)
+    console = ConsoleSink(Console(file=io.StringIO()), "unit", 1, 0, False, quiet=True)
     with pytest.raises(OSError, match="disk gone"):
         Sinks(console, [watched, Failing(), Watched()]).close()
     assert watched.closed
@@ -151,10 +152,11 @@ def test_close_reaches_every_sink_when_one_fails():
 def test_live_display_shows_progress_and_ends_clean():
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=110, height=30, color_system=None)
-    sink = ConsoleSink(console, "unit", 4, 0, 0.3, quiet=False)
+    sink = ConsoleSink(console, "unit", 4, 0, True, quiet=False)
     sink.status("rollout")
-    sink.log(1, metrics({"reward/mean": 0.1, "policy/entropy": 0.5, "stare/gate": 0.0, "time/step": 2.0}))
-    sink.log(2, metrics({"reward/mean": 0.3, "policy/entropy": 0.2, "stare/gate": 1.0, "time/step": 2.0}))
+    common = {"policy/target_entropy": 0.3, "time/step": 2.0}
+    sink.log(1, metrics({"reward/mean": 0.1, "policy/entropy": 0.5, "stare/gate": 0.0} | common))
+    sink.log(2, metrics({"reward/mean": 0.3, "policy/entropy": 0.2, "stare/gate": 1.0} | common))
     sink.close()
     last = out.getvalue()[out.getvalue().rindex("stare-megatron unit") :]
     for text in ("step 2/4", "0:04 left", "0.200 target 0.300, gate open", "0.200", "▁█", "█▁"):
@@ -165,7 +167,7 @@ def test_live_display_shows_progress_and_ends_clean():
 def test_quiet_never_starts_the_live_display():
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=110, color_system=None)
-    sink = ConsoleSink(console, "unit", 4, 0, None, quiet=True)
+    sink = ConsoleSink(console, "unit", 4, 0, False, quiet=True)
     sink.log(1, metrics({"reward/mean": 0.1}))
     sink.close()
     assert out.getvalue() == "step 1/4  reward 0.100\n"
