@@ -16,7 +16,9 @@ from stare_megatron.errors import RunError, UserError
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder to make: model/, train.jsonl, eval.jsonl, test.jsonl")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder to make: model/, train.jsonl, eval.jsonl, test.jsonl"
+    )
     parser.add_argument("--task", default="order_free_sum", help=f"one of: {', '.join(sorted(tasks.TASKS))}")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=64)

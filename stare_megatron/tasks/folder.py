@@ -57,10 +57,14 @@ def reuse_or_build(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def write_prompts(path: Path, source: str, prompts: list[TaskPrompt]) -> None:
-    """One JSON object a line, under the default keys of the `[data]` table."""
+def write_prompts(path: Path, source: str, prompts: list[TaskPrompt], *, append: bool = False) -> None:
+    """One JSON object a line, under the default keys of the `[data]` table; `append`: after the file's own lines."""
     rows = [{"id": p.id, "source": source, "prompt": p.text, "answer": p.answer} for p in prompts]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kept = path.read_text() if append and path.exists() else ""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(kept + "".join(json.dumps(row) + "\n" for row in rows))
+    partial.replace(path)
 
 
 def _intact(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -113,3 +113,5 @@ def _is_number(word: str) -> bool:
 
 
 TASK = OrderFreeSum()
+# The same with terms twice as large: a policy that learned TASK has never seen such numbers.
+LARGE = OrderFreeSum(name="order_free_sum_large", largest=24)

@@ -1,0 +1,119 @@
+"""Number walk: from one number to another in a few moves, by any route.
+
+Prompt `3 , 29 :`, a right response `+ 7 = 10 * 2 = 20 + 7 = 27 ...` that ends at the goal after at most `moves` moves;
+every move is one of `+ 7`, `- 4`, `* 2` and stays between 0 and 99. Most goals can be reached by many routes, some by
+one only: a policy that keeps to its favourite moves cannot reach those, so here exploration pays.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from dataclasses import dataclass
+
+from stare_megatron.errors import UserError
+from stare_megatron.tasks.base import ARITHMETIC_WORDS, Split, TaskPrompt, WarmUp, split_of
+from stare_megatron.types import Score
+
+_HELD_OUT_ONE_IN = 5
+_MOVES = (("+", 7), ("-", 4), ("*", 2))
+
+
+@dataclass(frozen=True)
+class NumberWalk:
+    """The task between numbers from 0 to `largest`, in at most `moves` moves and at least `shortest`."""
+
+    name: str = "number_walk"
+    moves: int = 6
+    shortest: int = 3
+    largest: int = 99
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        return ARITHMETIC_WORDS
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        return 5
+
+    @property
+    def max_response_tokens(self) -> int:
+        return 4 * self.moves + 1
+
+    @property
+    def warm_up(self) -> WarmUp:
+        return WarmUp(max_batches=2000, batch_size=64, lr=3e-3, stop_accuracy=0.12)
+
+    def prompts(self, split: Split, count: int, seed: int) -> list[TaskPrompt]:
+        numbers = range(self.largest + 1)
+        pool = [
+            (start, goal)
+            for start in numbers
+            for goal in numbers
+            if self.shortest <= self._distance(start, goal) <= self.moves
+            and split_of(f"{self.name}/{start} {goal}", _HELD_OUT_ONE_IN) == split
+        ]
+        if count > len(pool):
+            raise UserError(f"task {self.name}: {count} prompts asked of split {split!r}, which has {len(pool)}")
+        chosen = random.Random(f"{self.name}/{split}/{seed}").sample(pool, count)
+        return [
+            TaskPrompt(f"{self.name}-{split}-{index:05d}", f"{start} , {goal} :", str(goal))
+            for index, (start, goal) in enumerate(chosen)
+        ]
+
+    def trace(self, prompt: TaskPrompt, rng: random.Random) -> str:
+        """A route drawn evenly from all that are short enough."""
+        here, goal = _ends(prompt.text)
+        lengths = [n for n in range(1, self.moves + 1) if _routes(here, goal, n, self.largest)]
+        left = rng.choices(lengths, [_routes(here, goal, n, self.largest) for n in lengths])[0]
+        words: list[str] = []
+        while left:
+            steps = _steps(here, self.largest)
+            sign, amount, here = rng.choices(steps, [_routes(n, goal, left - 1, self.largest) for _, _, n in steps])[0]
+            words += [sign, str(amount), "=", str(here)]
+            left -= 1
+        return " ".join(words)
+
+    def verify(self, prompt_text: str, answer: str, response: str) -> Score:
+        here, goal = _ends(prompt_text)
+        words = response.split(" ")
+        moves, rest = divmod(len(words), 4)
+        if rest or not 1 <= moves <= self.moves:
+            return Score(0.0, False, f"{len(words)} words are no 1 to {self.moves} moves of 4")
+        for move in range(moves):
+            sign, amount, equals, number = words[4 * move : 4 * move + 4]
+            allowed = {(s, str(a), "=", str(n)) for s, a, n in _steps(here, self.largest)}
+            if (sign, amount, equals, number) not in allowed:
+                return Score(0.0, False, f"move {move + 1}: {sign} {amount} {equals} {number} is none from {here}")
+            here = int(number)
+        if here != goal:
+            return Score(0.0, False, f"ends at {here}, want {goal}")
+        return Score(1.0, True, "")
+
+    def _distance(self, start: int, goal: int) -> int:
+        """Fewest moves, more than `moves` when they do not suffice."""
+        reach = (n for n in range(self.moves + 1) if _routes(start, goal, n, self.largest))
+        return next(reach, self.moves + 1)
+
+
+def _ends(prompt_text: str) -> tuple[int, int]:
+    start, goal = prompt_text.removesuffix(" :").split(" , ")
+    return int(start), int(goal)
+
+
+def _steps(here: int, largest: int) -> list[tuple[str, int, int]]:
+    """Moves from a number: sign, amount, where it leads."""
+    after = {"+": lambda n, a: n + a, "-": lambda n, a: n - a, "*": lambda n, a: n * a}
+    found = [(sign, amount, after[sign](here, amount)) for sign, amount in _MOVES]
+    return [step for step in found if 0 <= step[2] <= largest]
+
+
+@functools.cache
+def _routes(here: int, goal: int, moves: int, largest: int) -> int:
+    """How many routes of exactly `moves` moves there are."""
+    if moves == 0:
+        return int(here == goal)
+    return sum(_routes(number, goal, moves - 1, largest) for _, _, number in _steps(here, largest))
+
+
+TASK = NumberWalk()
