@@ -39,7 +39,7 @@ def _plot(args: argparse.Namespace, rest: list[str]) -> int:
 def _study(args: argparse.Namespace, rest: list[str]) -> int:
     from stare_megatron.study import command
 
-    return command.run(args.study, form=args.form, only=args.only, jobs=args.jobs)
+    return command.run(args.study, form=args.form, only=args.only, jobs=args.jobs, folder=args.dir)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     study.add_argument("study", type=Path, help="TOML file, see docs/studies.md")
     study.add_argument("--form", default="", metavar="NAME", help="a smaller form of the study, e.g. quick")
+    study.add_argument("--dir", type=Path, metavar="FOLDER", help="where run folders go; default: the study's dir")
     study.add_argument("--only", default="*", metavar="PATTERN", help="only runs whose name matches, e.g. 'stare*'")
     study.add_argument("--jobs", type=int, default=0, metavar="N", help="runs at a time; default: as the machine bears")
     study.set_defaults(handler=_study)

@@ -14,7 +14,7 @@ from stare_megatron.study.runner import Runner, State, default_jobs, log_file
 INTERRUPTED = 130
 
 
-def run(file: Path, *, form: str, only: str, jobs: int) -> int:
+def run(file: Path, *, form: str, only: str, jobs: int, folder: Path | None) -> int:
     """Run what is not done; returns the exit code: 0, 1 if a run failed, 130 if stopped.
 
     Raises:
@@ -22,7 +22,7 @@ def run(file: Path, *, form: str, only: str, jobs: int) -> int:
     """
     if jobs < 0:
         raise UserError(f"--jobs {jobs}: runs at a time; 0: as the machine bears")
-    study = spec.load(file, form, only)
+    study = spec.load(file, form, only, folder)
     jobs = jobs or default_jobs()
     console = Console()
     console.print(f"{len(study.jobs)} runs in {study.folder}, {jobs} at a time", highlight=False)

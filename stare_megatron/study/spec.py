@@ -92,8 +92,10 @@ class Study:
     prepare: dict[int, tuple[tuple[str, ...], ...]]
 
 
-def load(file: Path, form: str, only: str) -> Study:
-    """Read a study file. `form`: one of its forms, or "" for the whole study; `only`: pattern of run names.
+def load(file: Path, form: str, only: str, folder: Path | None = None) -> Study:
+    """Read a study file.
+
+    `form`: one of its forms, or "" for the whole study; `only`: pattern of run names; `folder`: instead of its `dir`.
 
     Every run's settings are resolved here, so that a mistake in the last of them stops before the first starts.
 
@@ -104,7 +106,8 @@ def load(file: Path, form: str, only: str) -> Study:
     if form and form not in spec.forms:
         raise UserError(f"{file}: no form {form!r}; there are {', '.join(spec.forms) or 'none'}")
     chosen = spec.forms[form] if form else FormSpec()
-    folder = spec.dir.with_name(f"{spec.dir.name}-{form}") if form else spec.dir
+    if folder is None:
+        folder = spec.dir.with_name(f"{spec.dir.name}-{form}") if form else spec.dir
     base = file.parent / spec.base
     jobs = []
     # Seed by seed, so that a study that is cut short has compared all variants on the seeds it did.
