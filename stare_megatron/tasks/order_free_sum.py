@@ -59,9 +59,10 @@ class OrderFreeSum:
         ]
 
     def in_split(self, numbers: tuple[int, ...], split: Split) -> bool:
-        """A set of numbers is in one split whatever its order, so that held-out sums were never seen."""
+        """A set of numbers is in one split whatever its order and the task's size, so that held-out sums were never
+        seen."""
         key = " ".join(map(str, sorted(numbers)))
-        return split_of(f"{self.name}/{key}", _HELD_OUT_ONE_IN) == split
+        return split_of(f"order_free_sum/{key}", _HELD_OUT_ONE_IN) == split
 
     def trace(self, prompt: TaskPrompt, rng: random.Random) -> str:
         left = _numbers(prompt.text)
