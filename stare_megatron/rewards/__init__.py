@@ -11,11 +11,13 @@ from stare_megatron.errors import UserError
 from stare_megatron.rewards.base import Reward
 from stare_megatron.rewards.exact import ExactReward
 from stare_megatron.rewards.math_answer import MathReward
+from stare_megatron.rewards.reasoning import ReasoningGymReward
 from stare_megatron.rewards.task import TaskReward
 
 REWARDS: dict[str, Callable[[], Reward]] = {
     "exact": ExactReward,
     "math": MathReward,
+    "reasoning_gym": ReasoningGymReward,
     **{name: functools.partial(TaskReward, task) for name, task in tasks.TASKS.items()},
 }
 

