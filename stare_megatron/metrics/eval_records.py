@@ -57,6 +57,20 @@ def step_folder(root: Path, step: int) -> Path:
     return root / f"step-{step:06d}"
 
 
+def fill(
+    folder: Path,
+    about: Mapping[str, Any],
+    results: Sequence[Result],
+    rows: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> None:
+    """Write the results, with what they are `about`, and a file of rows a benchmark into an existing folder."""
+    for benchmark, lines in rows.items():
+        with (folder / f"{benchmark}.jsonl").open("w", encoding="utf-8") as f:
+            f.writelines(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
+    record = {**about, "results": [_tree(dataclasses.asdict(r)) for r in results]}
+    (folder / _RESULTS).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+
+
 def write(
     folder: Path,
     fingerprint: str,
@@ -68,11 +82,7 @@ def write(
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for benchmark, lines in rows.items():
-        with (partial / f"{benchmark}.jsonl").open("w", encoding="utf-8") as f:
-            f.writelines(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
-    record = {"step": step, "fingerprint": fingerprint, "results": [_tree(dataclasses.asdict(r)) for r in results]}
-    (partial / _RESULTS).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    fill(partial, {"step": step, "fingerprint": fingerprint}, results, rows)
     stale = folder.with_name(folder.name + ".stale.partial")
     shutil.rmtree(stale, ignore_errors=True)
     if folder.exists():

@@ -42,11 +42,11 @@ ALLOWED: dict[str, set[str]] = {
     "report": CONTRACTS | {"metrics", "rollout", "host"},
     "evaluate": CONTRACTS | {"metrics", "rollout", "data"},
     "preflight": CONTRACTS | {"upstream", "run_folder", "rewards", "trainer", "inference"},
-    "__main__": CONTRACTS | {"build", "loop", "run_folder", "metrics"},
+    "__main__": CONTRACTS | {"build", "build_eval", "loop", "run_folder", "metrics"},
     "__init__": set(),
     "patches": {"device"},
 }
-EVERYTHING = {"build"}
+EVERYTHING = {"build", "build_eval"}
 
 # Third-party package -> units that may import it. A package that is not here may not be imported at all.
 THIRD_PARTY: dict[str, set[str]] = {
@@ -60,7 +60,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "tensorboard": {"metrics"},
     "matplotlib": {"metrics"},
     "torch": {"types", "device", "algo", "tasks", "trainer", "inference", "sync", "patches"},
-    "rich": {"metrics", "build", "tasks"},
+    "rich": {"metrics", "build", "build_eval", "tasks"},
     "transformers": {"data", "tasks", "rewards", "rollout", "build"},
     "tokenizers": {"tasks"},
     "safetensors": {"trainer", "tasks", "run_folder"},
