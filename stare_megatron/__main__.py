@@ -29,6 +29,15 @@ def _train(args: argparse.Namespace, rest: list[str]) -> int:
     return build.train(resolved, quiet=args.quiet, command=command)
 
 
+def _eval(args: argparse.Namespace, rest: list[str]) -> int:
+    from stare_megatron import config
+
+    resolved = config.load(args.config, [*args.overrides, *rest])
+    from stare_megatron import build_eval
+
+    return build_eval.evaluate(resolved, model=args.model, out=args.out)
+
+
 def _plot(args: argparse.Namespace, rest: list[str]) -> int:
     from stare_megatron.metrics.plot import plot
 
@@ -56,6 +65,19 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--quiet", action="store_true", help="one plain line a step instead of the live display")
     train.set_defaults(handler=_train)
 
+    evaluate = commands.add_parser(
+        "eval",
+        help="evaluate a policy on held-out prompts",
+        description="avg@k and pass@k of a policy on the prompts of eval.benchmarks.",
+    )
+    evaluate.add_argument("config", type=Path, help="TOML file of a run")
+    evaluate.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a key of the file")
+    evaluate.add_argument(
+        "--model", type=Path, help="Hugging Face folder, training checkpoint or run folder; else the file's model.path"
+    )
+    evaluate.add_argument("--out", type=Path, help="new folder for the results; else RUN.DIR/RUN.NAME-eval")
+    evaluate.set_defaults(handler=_eval)
+
     plot = commands.add_parser("plot", help="draw a run's curves", description="Draw a run's curves from its metrics.")
     plot.add_argument("run", type=Path, help="run folder")
     plot.set_defaults(handler=_plot)
@@ -78,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     # argparse takes a list of positionals in one piece only; overrides after an option are what is left over.
     args, rest = parser.parse_known_args(argv)
-    if rest and (args.handler is not _train or any(item.startswith("-") for item in rest)):
+    if rest and (args.handler not in (_train, _eval) or any(item.startswith("-") for item in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return args.handler(args, rest)

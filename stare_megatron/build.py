@@ -8,7 +8,7 @@ import math
 import resource
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -22,9 +22,13 @@ from stare_megatron.cluster import placement, runtime
 from stare_megatron.cluster.engines import EngineGroup
 from stare_megatron.cluster.trainers import TrainerGroup
 from stare_megatron.config import Config
+from stare_megatron.data.benchmarks import Benchmark, load_benchmarks, source_labels
 from stare_megatron.data.prompts import PromptStream, load_prompts
-from stare_megatron.data.tokenizer import load_tokenizer
+from stare_megatron.data.tokenizer import decoder, load_tokenizer
 from stare_megatron.errors import UserError
+from stare_megatron.evaluate import Evaluations, Evaluator
+from stare_megatron.host import host_memory
+from stare_megatron.metrics import eval_results
 from stare_megatron.metrics.plot import plot
 from stare_megatron.metrics.samples import write_samples
 from stare_megatron.metrics.sinks import Sinks, open_sinks
@@ -71,6 +75,7 @@ class StareRun:
         engines: EngineGroup,
         stream: PromptStream,
         tokenizer: PreTrainedTokenizerBase,
+        evaluations: Evaluations[runtime.Ref],
         sinks: Sinks,
         stop: StopSignal,
         resume_from: Path | None,
@@ -81,7 +86,8 @@ class StareRun:
         self._engines = engines
         self._stream = stream
         self._collector = Collector(config, engines, stream)
-        self._tokenizer = tokenizer
+        self._decode = decoder(tokenizer)
+        self._evaluations = evaluations
         self._sinks = sinks
         self._stop = stop
         self._resume_from = resume_from
@@ -92,6 +98,8 @@ class StareRun:
         self._seconds: dict[str, float] = {}
         self._trained = 0
         self._before = report.UNOBSERVED
+        self._duty = report.gate_duty(config.folder)
+        self._labels = source_labels(stream.prompts)
         self._began = self._step_began = time.monotonic()
 
     def restore(self) -> int:
@@ -174,17 +182,20 @@ class StareRun:
         now = time.monotonic()
         costs = report.StepCosts(
             seconds=self._seconds,
-            step_seconds=now - self._step_began,
+            step_seconds=now - self._step_began - self._seconds.get("eval", 0.0),
             elapsed=now - self._began,
             trainer_peak=self._trainers.peak_memory_bytes(),
             engine_peak=self._engines.peak_memory_bytes(),
             driver_peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            host=host_memory(),
             trained_total=self._trained,
         )
+        self._duty = self._duty.after(control)
         epoch = self._stream.state().epoch
-        self._sinks.log(
-            step, report.step_metrics(step, batch, scores, control, updates, probe, costs, epoch, self._before)
+        values = report.step_metrics(
+            step, batch, scores, control, updates, probe, costs, epoch, self._before, self._duty, self._labels
         )
+        self._sinks.log(step, values)
         self._before = report.observed(scores, updates)
         every = self._config.logging.samples_every
         if every and (step % every == 0 or step == 1):
@@ -194,8 +205,13 @@ class StareRun:
         self._seconds = {}
         self._step_began = time.monotonic()
 
-    def _decode(self, token_ids: list[int]) -> str:
-        return str(self._tokenizer.decode(token_ids, skip_special_tokens=False))
+    def eval_due(self, step: int) -> bool:
+        # What a stop leaves out is due when the run goes on.
+        return self._evaluations.due(step) and not self.stopping()
+
+    def evaluate(self, step: int) -> None:
+        done = self._evaluations.evaluate(step)
+        self._sinks.log_evaluation(step, done.metrics, eval_results.text(done.results))
 
     def save_due(self, step: int) -> bool:
         every = self._config.checkpoint.every
@@ -227,6 +243,7 @@ def train(config: Config, *, quiet: bool, command: list[str]) -> int:
             f"{prompts.dropped} of {prompts.dropped + len(prompts)} prompts are longer than data.max_prompt_tokens = "
             f"{config.data.max_prompt_tokens} and were dropped"
         )
+    benchmarks = load_benchmarks(config, tokenizer)
     stream = PromptStream(prompts, seed=config.run.seed, shuffle=config.data.shuffle)
     resume_from = checkpoint.find(config.folder / "checkpoints", config.run.resume)
     if config.sync.probe_every:
@@ -243,7 +260,7 @@ def train(config: Config, *, quiet: bool, command: list[str]) -> int:
     stop = StopSignal(console)
     try:
         with contextlib.closing(sinks), stop.installed():
-            code = _train(config, folder, stream, tokenizer, sinks, stop, resume_from)
+            code = _train(config, folder, stream, benchmarks, tokenizer, sinks, stop, resume_from, restored)
     except (UserError, KeyboardInterrupt):
         run_folder.discard(folder)
         raise
@@ -257,10 +274,12 @@ def _train(
     config: Config,
     folder: run_folder.RunFolder,
     stream: PromptStream,
+    benchmarks: Sequence[Benchmark],
     tokenizer: PreTrainedTokenizerBase,
     sinks: Sinks,
     stop: StopSignal,
     resume_from: Path | None,
+    restored: int,
 ) -> int:
     transport = device.weight_transport(colocated=config.inference.placement == "colocated")
     with contextlib.ExitStack() as stack:
@@ -277,7 +296,9 @@ def _train(
         trainers.ready()
         engines.ready()
         trainers.connect(engines, transport)
-        run = StareRun(config, trainers, engines, stream, tokenizer, sinks, stop, resume_from)
+        evaluator = Evaluator(config, benchmarks, engines, lambda ref: runtime.fetch([ref])[0], decoder(tokenizer))
+        evaluations = Evaluations(config, benchmarks, evaluator, folder.path, restored)
+        run = StareRun(config, trainers, engines, stream, tokenizer, evaluations, sinks, stop, resume_from)
         done = loop.train(run)
         finished = done >= config.run.steps
         if finished and config.checkpoint.export_final:

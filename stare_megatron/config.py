@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
+import typing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,9 @@ from stare_megatron import methods
 from stare_megatron.errors import UserError
 from stare_megatron.methods import CorrectionConfig, Section, StareConfig
 from stare_megatron.methods import Selector as Selector
+from stare_megatron.observe import BenchmarkConfig as BenchmarkConfig
+from stare_megatron.observe import EvalConfig as EvalConfig
+from stare_megatron.observe import LoggingConfig as LoggingConfig
 
 Scalar = str | int | float | bool
 
@@ -218,14 +222,6 @@ class CheckpointConfig(Section):
     export_final: bool = Field(True, description="Write the final policy as a Hugging Face checkpoint.")
 
 
-class LoggingConfig(Section):
-    tensorboard: bool = Field(True, description="Write TensorBoard event files.")
-    wandb: Literal["offline", "online", "disabled"] = Field("offline", description="Weights & Biases mode.")
-    wandb_project: str = Field("stare_megatron", description="Weights & Biases project.")
-    samples_every: int = Field(10, ge=0, description="Write sampled trajectories as text every n steps; 0: never.")
-    samples: int = Field(4, ge=1, description="Trajectories written each time.")
-
-
 class ClusterConfig(Section):
     address: str = Field(
         "local", description="`local` starts Ray on this machine; `auto` or HOST:PORT joins a cluster."
@@ -251,12 +247,18 @@ class Config(Section):
     sync: SyncConfig = Field(default_factory=lambda: SyncConfig(), description="Weight pushes.")
     checkpoint: CheckpointConfig = Field(default_factory=lambda: CheckpointConfig(), description="What is saved.")
     logging: LoggingConfig = Field(default_factory=lambda: LoggingConfig(), description="Where metrics go.")
+    eval: EvalConfig = Field(default_factory=lambda: EvalConfig(), description="Evaluation on held-out prompts.")
     cluster: ClusterConfig = Field(default_factory=lambda: ClusterConfig(), description="Ray.")
 
     @property
     def window(self) -> int:
         """Longest sequence, tokens."""
         return self.inference.max_model_len or self.data.max_prompt_tokens + self.rollout.max_response_tokens
+
+    @property
+    def eval_response_tokens(self) -> int:
+        """Longest response of an evaluation, tokens."""
+        return self.eval.max_response_tokens or self.rollout.max_response_tokens
 
     @property
     def folder(self) -> Path:
@@ -271,6 +273,11 @@ class Config(Section):
                 f"inference.max_model_len {self.window} is shorter than data.max_prompt_tokens "
                 f"{self.data.max_prompt_tokens} + rollout.max_response_tokens {self.rollout.max_response_tokens} = "
                 f"{need}"
+            )
+        if self.eval.benchmarks and self.window <= self.eval_response_tokens:
+            raise ValueError(
+                f"eval.max_response_tokens {self.eval.max_response_tokens} leaves no room for a prompt in the window "
+                f"of {self.window} tokens; lower it or set inference.max_model_len"
             )
         r, t = self.rollout, self.trainer
         if r.prompts_per_step % t.updates_per_batch:
@@ -359,20 +366,26 @@ def all_keys() -> dict[str, str]:
 
     def walk(model: type[Section], prefix: str) -> None:
         for name, field in model.model_fields.items():
-            kind = field.annotation
-            if isinstance(kind, type) and issubclass(kind, Section):
-                walk(kind, f"{prefix}{name}.")
-            else:
+            kind = section_of(field.annotation)
+            if kind is None or kind is not field.annotation:
                 found[prefix + name] = field.description or ""
+            if kind is not None:
+                walk(kind, f"{prefix}{name}.")
 
     walk(Config, "")
     return found
 
 
+def section_of(annotation: Any) -> type[Section] | None:
+    """The model of a table, or of each table of a list; None for other fields."""
+    kind = typing.get_args(annotation)[0] if typing.get_origin(annotation) is list else annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+
+
 def _explain(error: ValidationError, origin: str) -> str:
     """The first fault, as one line."""
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    key = ".".join(part for part in first["loc"] if isinstance(part, str))
     if first["type"] == "extra_forbidden":
         keys = all_keys()
         tables = {k.rpartition(".")[0] for k in keys}

@@ -53,6 +53,12 @@ class Run(Protocol, Generic[Batch]):
         """Log the step."""
         ...
 
+    def eval_due(self, step: int) -> bool: ...
+
+    def evaluate(self, step: int) -> None:
+        """Sample and grade held-out prompts with the policy of `step`, which the engines have; log it."""
+        ...
+
     def save_due(self, step: int) -> bool: ...
 
     def save(self, step: int) -> None: ...
@@ -67,6 +73,9 @@ def train(run: Run[Batch]) -> int:
     step = run.restore()
     with run.phase("push"):
         run.push(step)
+    if run.eval_due(step):
+        with run.phase("eval"):
+            run.evaluate(step)
     while step < run.steps and not run.stopping():
         with run.phase("rollout"):
             batch = run.collect(step)
@@ -80,6 +89,9 @@ def train(run: Run[Batch]) -> int:
         with run.phase("push"):
             probe = run.push(step)
         run.report(step, batch, scores, control, updates, probe)
+        if run.eval_due(step):
+            with run.phase("eval"):
+                run.evaluate(step)
         if run.save_due(step) or run.stopping():
             with run.phase("save"):
                 run.save(step)

@@ -59,6 +59,33 @@ def check(config: Config) -> tuple[str, ...]:
     return check_machine(config, shape)
 
 
+def check_eval(config: Config, *, trainers: bool) -> tuple[str, ...]:
+    """Check a configuration for an evaluation alone, with `trainers` where a training checkpoint is to be loaded.
+
+    Returns notes, as `check` does.
+
+    Raises:
+        UserError: the first thing found wrong, with its cure.
+    """
+    if not config.eval.benchmarks:
+        raise UserError("eval.benchmarks is empty: name at least one file of held-out prompts")
+    check_packages()
+    check_engine_args(config.inference.vllm)
+    check_reward(config.reward.name)
+    check_benchmarks(config)
+    shape = read_hf_config(config.model.path)
+    check_weights(config.model.path)
+    check_engine_layout(config, shape)
+    check_window(config, shape)
+    check_cluster(config)
+    if trainers:
+        upstream.check_megatron(config.trainer.megatron)
+        check_layout(config, shape)
+        return check_machine(config, shape)
+    check_engine_machine(config, shape)
+    return ()
+
+
 def check_packages() -> None:
     """Exactly one of the two vLLM builds, and what runs with it.
 
@@ -82,8 +109,18 @@ def check_packages() -> None:
 
 def check_data(config: Config) -> None:
     """Raises: UserError: a file that is missing, unreadable, empty, or of another kind."""
-    for path in config.data.train:
-        key = f"data.train: {path}"
+    _check_prompt_files("data.train", config.data.train)
+    check_benchmarks(config)
+
+
+def check_benchmarks(config: Config) -> None:
+    """Raises: UserError: a file that is missing, unreadable, empty, or of another kind."""
+    _check_prompt_files("eval.benchmarks", [benchmark.path for benchmark in config.eval.benchmarks])
+
+
+def _check_prompt_files(name: str, paths: list[Path]) -> None:
+    for path in paths:
+        key = f"{name}: {path}"
         if path.suffix not in (".jsonl", ".parquet"):
             raise UserError(f"{key}: prompts are read from .jsonl and .parquet files; convert it")
         try:
@@ -117,7 +154,7 @@ def check_weights(model: Path) -> None:
 
 def check_layout(config: Config, shape: ModelShape) -> None:
     """Raises: UserError: the model cannot be split as `[trainer]` and `[inference]` say."""
-    t, tp = config.trainer, config.inference.tensor_parallel
+    t = config.trainer
     parallel.check_layout(t)
     shape.check_layout(
         tensor_parallel=t.tensor_parallel,
@@ -125,6 +162,12 @@ def check_layout(config: Config, shape: ModelShape) -> None:
         virtual_pipeline=t.virtual_pipeline,
         expert_parallel=t.expert_parallel,
     )
+    check_engine_layout(config, shape)
+
+
+def check_engine_layout(config: Config, shape: ModelShape) -> None:
+    """Raises: UserError: the model cannot be split as `[inference]` says."""
+    tp = config.inference.tensor_parallel
     if shape.heads % tp:
         raise UserError(f"inference.tensor_parallel = {tp} does not divide the model's {shape.heads} attention heads")
     if max(shape.kv_groups, tp) % min(shape.kv_groups, tp):
@@ -183,12 +226,7 @@ def check_machine(config: Config, shape: ModelShape) -> tuple[str, ...]:
     Raises:
         UserError: they do not fit.
     """
-    forced = os.environ.get("STARE_DEVICE", "")
-    if forced not in ("", *(d.value for d in device.Device)):
-        raise UserError(f"STARE_DEVICE = {forced!r}: use cpu, cuda, or leave it unset")
-    gpus = len(device.gpu_names())
-    if forced == device.Device.CUDA.value and not gpus and config.cluster.address == "local":
-        raise UserError("STARE_DEVICE = 'cuda': no GPU is visible; unset it, or see what `nvidia-smi` says")
+    gpus = _visible_gpus(config)
     t, i = config.trainer, config.inference
     if gpus or config.cluster.address != "local":
         if i.placement == "colocated" and i.engines * i.tensor_parallel > t.world_size:
@@ -200,12 +238,41 @@ def check_machine(config: Config, shape: ModelShape) -> tuple[str, ...]:
         if config.cluster.address == "local":
             _check_gpus(config, gpus)
         return ()
+    _check_cpu_heads(config, shape)
+    return _check_cpu_memory(config, shape)
+
+
+def check_engine_machine(config: Config, shape: ModelShape) -> None:
+    """Raises: UserError: engines alone do not fit this machine; a cluster is checked when it is joined."""
+    gpus, i = _visible_gpus(config), config.inference
+    if config.cluster.address != "local":
+        return
+    if not gpus:
+        _check_cpu_heads(config, shape)
+    elif i.engines * i.tensor_parallel > gpus:
+        raise UserError(
+            f"inference.engines {i.engines} x inference.tensor_parallel {i.tensor_parallel} = "
+            f"{i.engines * i.tensor_parallel} GPUs, this machine shows {gpus}; lower one, or join a cluster with "
+            "cluster.address"
+        )
+
+
+def _visible_gpus(config: Config) -> int:
+    forced = os.environ.get("STARE_DEVICE", "")
+    if forced not in ("", *(d.value for d in device.Device)):
+        raise UserError(f"STARE_DEVICE = {forced!r}: use cpu, cuda, or leave it unset")
+    gpus = len(device.gpu_names())
+    if forced == device.Device.CUDA.value and not gpus and config.cluster.address == "local":
+        raise UserError("STARE_DEVICE = 'cuda': no GPU is visible; unset it, or see what `nvidia-smi` says")
+    return gpus
+
+
+def _check_cpu_heads(config: Config, shape: ModelShape) -> None:
     if shape.head_dim < _CPU_MIN_HEAD_DIM:
         raise UserError(
             f"{config.model.path / 'config.json'}: head size {shape.head_dim}: vLLM needs at least "
             f"{_CPU_MIN_HEAD_DIM} on a CPU; use another model"
         )
-    return _check_cpu_memory(config, shape)
 
 
 def cpu_memory_bytes(config: Config, shape: ModelShape) -> int:

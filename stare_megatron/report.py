@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from stare_megatron.metrics.catalogue import Metric, metrics
-from stare_megatron.rollout.collect import Collected
+from stare_megatron.host import HostMemory
+from stare_megatron.metrics import jsonl
+from stare_megatron.metrics.catalogue import Metric, member, metrics
+from stare_megatron.rollout.collect import Collected, CollectStats, SourceStats
 from stare_megatron.types import Control, ScoreSummary, UpdateStats
 
 
 @dataclass(frozen=True)
 class StepCosts:
-    """What a step took. `seconds`: by phase; peaks in bytes; `trained_total`: action tokens of all steps so far."""
+    """What a step took. `seconds`: by phase; `step_seconds`: without the evaluation after the step before; peaks in
+    bytes; `trained_total`: action tokens of all steps so far."""
 
     seconds: Mapping[str, float]
     step_seconds: float
@@ -21,6 +25,7 @@ class StepCosts:
     trainer_peak: int
     engine_peak: int
     driver_peak: int
+    host: HostMemory
     trained_total: int
 
 
@@ -31,6 +36,23 @@ class Observed:
 
     entropy: float
     predicted: float
+
+
+@dataclass(frozen=True)
+class GateDuty:
+    """How many steps the run's record holds, and in how many of them the gate was open."""
+
+    steps: int
+    opened: int
+
+    def after(self, control: Control) -> GateDuty:
+        return GateDuty(self.steps + 1, self.opened + control.gate_on)
+
+
+def gate_duty(run_folder: Path) -> GateDuty:
+    """Of the steps logged in a run's folder, cut to where the run goes on."""
+    rows = jsonl.read(run_folder / jsonl.FILE)
+    return GateDuty(len(rows), sum(row.get("stare/gate", 0.0) == 1.0 for row in rows))
 
 
 UNOBSERVED = Observed(math.nan, math.nan)  # before the first step since the start
@@ -64,6 +86,40 @@ def dynamics_metrics(scores: ScoreSummary, updates: Sequence[UpdateStats], befor
     return values
 
 
+def sampling_metrics(stats: CollectStats) -> dict[str, float]:
+    """What was sampled for a step, dropped groups included."""
+    return {
+        "reward/mean": stats.reward_mean,
+        "reward/correct": stats.correct_share,
+        "groups/sampled": stats.groups_sampled,
+        "groups/full_solve": stats.full_solve,
+        "groups/no_solve": stats.no_solve,
+        "groups/full_solve_ratio": stats.full_solve / stats.groups_sampled,
+        "groups/no_solve_ratio": stats.no_solve / stats.groups_sampled,
+        "groups/dropped": stats.zero_variance_dropped,
+        "groups/refills": stats.generation_batches - 1,
+        "response/length_mean": stats.length_mean,
+        "response/length_max": stats.length_max,
+        "response/truncated": stats.truncated_share,
+        "response/failed": stats.failed,
+        "response/ungraded": stats.ungraded,
+        "response/reflections": stats.reflections_mean,
+    }
+
+
+def source_metrics(by_source: Mapping[str, SourceStats], labels: Mapping[str, str]) -> dict[str, float]:
+    """Reward and accuracy of each label among the sources that were sampled."""
+    values: dict[str, float] = {}
+    for label in dict.fromkeys(labels[source] for source in by_source):
+        parts = [stats for source, stats in by_source.items() if labels[source] == label]
+        count = sum(p.trajectories for p in parts)
+        reward = sum(p.reward_mean * p.trajectories for p in parts) / count
+        correct = sum(p.correct_share * p.trajectories for p in parts) / count
+        values[member("source/{source}/reward", source=label)] = reward
+        values[member("source/{source}/correct", source=label)] = correct
+    return values
+
+
 def step_metrics(
     version: int,
     batch: Collected,
@@ -74,33 +130,25 @@ def step_metrics(
     costs: StepCosts,
     epoch: int,
     before: Observed,
+    duty: GateDuty,
+    labels: Mapping[str, str],
 ) -> tuple[Metric, ...]:
     """Metrics of the step that made policy `version`. `probe` is NaN when the push was not probed;
-    `before`: of the step before."""
+    `before`: of the step before; `duty`: this step included; `labels`: of the sources of the prompts."""
     stats = batch.stats
     kept = [summary for _, summary in batch.groups]
     rewards = [reward for summary in kept for reward in summary.rewards]
     staleness = max(version - 1 - v for summary in kept for v in summary.weight_versions)
     count = len(updates)
     values: dict[str, float] = {
-        "reward/mean": stats.reward_mean,
         "reward/kept_mean": sum(rewards) / len(rewards),
-        "reward/correct": stats.correct_share,
-        "groups/sampled": stats.groups_sampled,
-        "groups/full_solve": stats.full_solve,
-        "groups/no_solve": stats.no_solve,
-        "groups/dropped": stats.zero_variance_dropped,
         "groups/zero_variance_kept": sum(summary.zero_variance for summary in kept),
-        "groups/refills": stats.generation_batches - 1,
-        "response/length_mean": stats.length_mean,
-        "response/length_max": stats.length_max,
-        "response/truncated": stats.truncated_share,
-        "response/failed": stats.failed,
         "data/epoch": epoch,
         "policy/entropy": scores.entropy,
         "policy/target_entropy": control.target,
         "policy/surprisal": scores.surprisal,
         "stare/gate": float(control.gate_on),
+        "stare/gate_duty": duty.opened / duty.steps,
         "stare/weight_pos": control.weight_pos if control.gate_on else 1.0,
         "stare/weight_neg": control.weight_neg if control.gate_on else 1.0,
         "stare/selected_pos": sum(u.selected_pos for u in updates),
@@ -133,8 +181,11 @@ def step_metrics(
         "memory/trainer_peak": costs.trainer_peak / 2**20,
         "memory/engine_peak": costs.engine_peak / 2**20,
         "memory/driver_peak": costs.driver_peak / 2**20,
+        "memory/host_run": costs.host.run / 2**20,
+        "memory/host_available": costs.host.available / 2**20,
     }
     values |= dynamics_metrics(scores, updates, before)
-    for name in ("rollout", "score", "update", "push", "save"):
+    values |= sampling_metrics(stats) | source_metrics(stats.by_source, labels)
+    for name in ("rollout", "score", "update", "push", "save", "eval"):
         values[f"time/{name}"] = costs.seconds.get(name, 0.0)
     return metrics(values)

@@ -3,162 +3,34 @@
     Prompt -> Trajectory(Span...) -> Group -> TokenBatch -> Scores -> Control -> UpdateStats
 
 Each stage is a new frozen type; none has a field that is filled in later. Tensors are named by shape: `_T` tokens,
-`_N` sequences.
+`_N` sequences. What makes up a trajectory is in `trajectory.py`.
 """
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from stare_megatron.dynamics import Dynamics
+from stare_megatron.trajectory import Completion as Completion
+from stare_megatron.trajectory import Prompt as Prompt
+from stare_megatron.trajectory import Sampling as Sampling
+from stare_megatron.trajectory import Span as Span
+from stare_megatron.trajectory import SpanKind as SpanKind
+from stare_megatron.trajectory import Status as Status
+from stare_megatron.trajectory import Trajectory as Trajectory
 
 if TYPE_CHECKING:
     import torch
 
 
-class SpanKind(enum.Enum):
-    """Who wrote a span: the data set, the policy, or the environment (tool output)."""
-
-    PROMPT = "prompt"
-    ACTION = "action"
-    OBSERVATION = "observation"
-
-
-class Status(enum.Enum):
-    """How a trajectory ended."""
-
-    COMPLETED = "completed"  # the policy stopped by itself
-    TRUNCATED = "truncated"  # the token or turn budget ended it
-    FAILED = "failed"  # the environment or the engine failed it; carries no loss
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One row of a data set, tokenised.
-
-    Example:
-        Prompt(id="sum-00017", source="order_free_sum", text="3 9 4 1 :", token_ids=(1, 15, 21, 16, 13, 5), answer="17")
-    """
-
-    id: str
-    source: str
-    text: str
-    token_ids: tuple[int, ...]
-    answer: str
-
-    def __post_init__(self) -> None:
-        if not self.token_ids:
-            raise ValueError(f"prompt {self.id}: no tokens")
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How one completion is drawn. `stop` strings end it and stay in it; the end-of-sequence token always ends it.
-
-    Example:
-        Sampling(max_tokens=64, temperature=1.0, top_p=1.0, stop=(), seed=71)
-    """
-
-    max_tokens: int
-    temperature: float
-    top_p: float
-    stop: tuple[str, ...]
-    seed: int
-
-
-@dataclass(frozen=True, eq=False)
-class Completion:
-    """What an engine sampled for one request: `token_ids` int32 [n], `logprobs` float32 [n] (raw, natural log).
-
-    `status` is COMPLETED (end-of-sequence or stop string), TRUNCATED (token budget) or FAILED; `weight_version` is the
-    policy version of the first token.
-    """
-
-    token_ids: npt.NDArray[np.int32]
-    logprobs: npt.NDArray[np.float32]
-    status: Status
-    weight_version: int
-
-
-@dataclass(frozen=True, eq=False)
-class Span:
-    """A run of tokens of one kind, exactly as the engine saw them.
-
-    `token_ids` int32 [n]. `logprobs` float32 [n], natural log, under the sampling policy at temperature 1 before
-    top-p (vLLM's raw log-probs); empty unless `kind` is ACTION.
-
-    Example:
-        Span(SpanKind.ACTION, np.array([7, 9, 2], np.int32), np.array([-0.1, -1.2, -0.01], np.float32))
-    """
-
-    kind: SpanKind
-    token_ids: npt.NDArray[np.int32]
-    logprobs: npt.NDArray[np.float32]
-
-    def __post_init__(self) -> None:
-        if self.token_ids.dtype != np.int32 or self.token_ids.ndim != 1:
-            raise ValueError(f"span token_ids must be int32 [n], got {self.token_ids.dtype} {self.token_ids.shape}")
-        if self.logprobs.dtype != np.float32 or self.logprobs.ndim != 1:
-            raise ValueError(f"span logprobs must be float32 [n], got {self.logprobs.dtype} {self.logprobs.shape}")
-        want = len(self.token_ids) if self.kind is SpanKind.ACTION else 0
-        if len(self.logprobs) != want:
-            raise ValueError(
-                f"{self.kind.value} span of {len(self.token_ids)} tokens has {len(self.logprobs)} logprobs"
-            )
-
-
-@dataclass(frozen=True, eq=False)
-class Trajectory:
-    """One sampled token stream: a prompt span, then action and observation spans in the order they happened.
-
-    `weight_version`: the policy version that sampled the first action token. `seed`: the sampling seed.
-
-    Example:
-        Trajectory("sum-00017", 0, (prompt_span, action_span), Status.COMPLETED, weight_version=3, seed=71)
-    """
-
-    prompt_id: str
-    sample: int
-    spans: tuple[Span, ...]
-    status: Status
-    weight_version: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        if not self.spans or self.spans[0].kind is not SpanKind.PROMPT:
-            raise ValueError(f"trajectory {self.prompt_id}/{self.sample} must begin with its prompt span")
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(s.token_ids) for s in self.spans)
-
-    @property
-    def num_action_tokens(self) -> int:
-        return sum(len(s.token_ids) for s in self.spans if s.kind is SpanKind.ACTION)
-
-    def token_ids(self) -> npt.NDArray[np.int32]:
-        """All tokens, int32 [num_tokens]."""
-        return np.concatenate([s.token_ids for s in self.spans])
-
-    def action_mask(self) -> npt.NDArray[np.bool_]:
-        """True where the policy wrote the token, bool [num_tokens]."""
-        return np.concatenate([np.full(len(s.token_ids), s.kind is SpanKind.ACTION) for s in self.spans])
-
-    def rollout_logprobs(self) -> npt.NDArray[np.float32]:
-        """The engine's log-prob of each action token, 0 elsewhere; float32 [num_tokens]."""
-        return np.concatenate(
-            [s.logprobs if s.kind is SpanKind.ACTION else np.zeros(len(s.token_ids), np.float32) for s in self.spans]
-        )
-
-
 @dataclass(frozen=True)
 class Score:
     """What a reward function says of a trajectory. `reward` is what is trained on; `correct` is what is reported.
+
+    `graded` is False when nothing could be said: the engine or the environment failed, or the grading itself did.
 
     Example:
         Score(reward=1.0, correct=True, note="")
@@ -167,6 +39,7 @@ class Score:
     reward: float
     correct: bool
     note: str
+    graded: bool = True
 
     def __post_init__(self) -> None:
         if not np.isfinite(self.reward):
@@ -191,7 +64,9 @@ class Group:
                 f"group {self.prompt.id}: {len(self.trajectories)} trajectories and {len(self.scores)} scores"
             )
 
-    def summary(self) -> GroupSummary:
+    def summary(self, reflections: tuple[int, ...] = ()) -> GroupSummary:
+        """The group's numbers. `reflections`: reflection words in each response; empty: not counted, 0 each."""
+        pairs = zip(self.trajectories, self.scores, strict=True)
         return GroupSummary(
             prompt_id=self.prompt.id,
             source=self.prompt.source,
@@ -201,6 +76,9 @@ class Group:
             num_action_tokens=tuple(t.num_action_tokens for t in self.trajectories),
             statuses=tuple(t.status for t in self.trajectories),
             weight_versions=tuple(t.weight_version for t in self.trajectories),
+            graded=tuple(s.graded for s in self.scores),
+            reflections=reflections or (0,) * len(self.trajectories),
+            distinct_correct=len({t.token_ids().tobytes() for t, s in pairs if s.correct}),
         )
 
 
@@ -208,8 +86,11 @@ class Group:
 class GroupSummary:
     """What the driver may know of a group: numbers, no tokens. Tuples are indexed by sample.
 
+    `reflections`: reflection words in each response; `distinct_correct`: distinct token streams among the correct.
+
     Example:
-        GroupSummary("sum-00017", "order_free_sum", (1.0, 0.0), (True, False), (22, 20), (16, 14), (...), (3, 3))
+        GroupSummary("sum-00017", "order_free_sum", (1.0, 0.0), (True, False), (22, 20), (16, 14), (...), (3, 3),
+                     graded=(True, True), reflections=(0, 2), distinct_correct=1)
     """
 
     prompt_id: str
@@ -220,6 +101,9 @@ class GroupSummary:
     num_action_tokens: tuple[int, ...]
     statuses: tuple[Status, ...]
     weight_versions: tuple[int, ...]
+    graded: tuple[bool, ...]
+    reflections: tuple[int, ...]
+    distinct_correct: int
 
     @property
     def zero_variance(self) -> bool:
@@ -236,13 +120,13 @@ class GroupRequest:
     """An order for one group: sample `group_size` trajectories of `prompt`.
 
     `order`: position in the generation batch, by which results are sorted, so that the batch does not depend on which
-    engine was faster. Sample i draws with a seed derived from (`seed`, i).
+    engine was faster. Sample i draws with a seed derived from (`sampling.seed`, i).
     """
 
     order: int
     prompt: Prompt
     group_size: int
-    seed: int
+    sampling: Sampling
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from stare_megatron.config import Config, Section, all_keys
+from stare_megatron.config import Config, Section, all_keys, section_of
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 
@@ -40,9 +40,8 @@ def page() -> str:
         tables.setdefault(section, []).append(line)
     parts = [_HEAD]
     for section, lines in tables.items():
-        parts.append(
-            f"\n## [{section}]\n\n{_about(section)}\n\n| key | type | default | meaning |\n|---|---|---|---|\n"
-        )
+        title = f"[{section}]" if _one_table(section) else f"[[{section}]]"
+        parts.append(f"\n## {title}\n\n{_about(section)}\n\n| key | type | default | meaning |\n|---|---|---|---|\n")
         parts.append("\n".join(lines) + "\n")
     return "".join(parts)
 
@@ -51,11 +50,15 @@ def _models(section: str) -> list[type[Section]]:
     """The models from the root to the one of `section`."""
     found: list[type[Section]] = [Config]
     for name in section.split("."):
-        annotation = found[-1].model_fields[name].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, Section)):
+        model = section_of(found[-1].model_fields[name].annotation)
+        if model is None:
             raise TypeError(f"{section} is no section")
-        found.append(annotation)
+        found.append(model)
     return found
+
+
+def _one_table(section: str) -> bool:
+    return isinstance(_field(section).annotation, type) if "." in section else True
 
 
 def _about(section: str) -> str:
@@ -72,6 +75,8 @@ def _type(annotation: object) -> str:
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
         return " or ".join(f"`{a}`" for a in args)
+    if origin is list and section_of(annotation) is not None:
+        return "list of paths or tables"
     if origin is list:
         return f"list of {_type(args[0])}s"
     if origin is dict:
@@ -92,7 +97,7 @@ def _default(field: FieldInfo) -> str:
         raise TypeError("a field without a default must be required")
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
-    if isinstance(value, list | dict):
+    if isinstance(value, list | dict | str):
         return "empty" if not value else f"`{value}`"
     return f"`{value}`"
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from stare_megatron.inference.engine import Engine
 
 # Built in the composition root: the engine goes in, a function that samples and scores one group comes out.
-MakeRunner = Callable[["Engine"], Callable[[GroupRequest], Awaitable[Group]]]
+MakeRunner = Callable[["Engine"], Callable[[GroupRequest], Awaitable[tuple[Group, GroupSummary]]]]
 
 
 @ray.remote
@@ -53,8 +53,7 @@ class EngineActor:
 
     @ray.method(num_returns=2)
     async def run_group(self, request: GroupRequest) -> tuple[Group, GroupSummary]:
-        group = await self._run(request)
-        return group, group.summary()
+        return await self._run(request)
 
     async def logprobs(self, token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         return await self._engine.logprobs(token_ids.tolist())
@@ -73,6 +72,9 @@ class EngineActor:
 
     async def checksums(self) -> dict[str, str]:
         return await self._engine.checksums()
+
+    async def forget(self) -> None:
+        await self._engine.forget()
 
     async def sleep(self) -> None:
         await self._engine.sleep()
@@ -110,23 +112,22 @@ class EngineGroup:
     def run(self, requests: Sequence[GroupRequest]) -> Iterator[tuple[GroupRequest, ray.ObjectRef, GroupSummary]]:
         """Sample every request; yields in the order of completion.
 
-        A new group goes to the engine with the fewest unfinished ones. All samples of a group share an engine, hence
-        the prefix cache of their prompt.
+        A new group goes to the engine with the fewest unfinished sequences. All samples of a group share an engine,
+        hence the prefix cache of their prompt.
         """
         load = [0] * len(self.actors)
         flying: dict[ray.ObjectRef, tuple[GroupRequest, ray.ObjectRef, int]] = {}
         waiting = collections.deque(requests)
-        depth = max(1, _MAX_SEQUENCES_IN_FLIGHT // requests[0].group_size) if requests else 1
         while waiting or flying:
-            while waiting and min(load) < depth:
+            while waiting and (not min(load) or min(load) + waiting[0].group_size <= _MAX_SEQUENCES_IN_FLIGHT):
                 engine = load.index(min(load))
                 request = waiting.popleft()
                 group, summary = self.actors[engine].run_group.remote(request)
                 flying[summary] = (request, group, engine)
-                load[engine] += 1
+                load[engine] += request.group_size
             done, _ = ray.wait(list(flying), num_returns=1)
             request, group, engine = flying.pop(done[0])
-            load[engine] -= 1
+            load[engine] -= request.group_size
             yield request, group, runtime.get(done[0], self._names[engine])
 
     def logprobs(self, token_ids: npt.NDArray[np.int32]) -> list[npt.NDArray[np.float32]]:
@@ -135,6 +136,10 @@ class EngineGroup:
 
     def checksums(self) -> list[dict[str, str]]:
         return self._all("checksums")
+
+    def forget(self) -> None:
+        """Empty every engine's prefix cache."""
+        self._all("forget")
 
     def sleep(self) -> None:
         self._all("sleep")

@@ -52,19 +52,22 @@ def _where() -> tuple[str, int]:
     return context.get_node_id(), int(context.get_accelerator_ids()["GPU"][0])
 
 
-def plan(config: Config) -> Placement:
-    """Reserve devices for a run.
+def plan(config: Config, *, trainers: bool = True) -> Placement:
+    """Reserve devices for a run, or without `trainers` for its engines alone (which are then `separate`).
 
     Raises:
         UserError: the cluster has too few GPUs, or a colocated engine's ranks would cross a node.
     """
-    ranks, engines = config.trainer.world_size, config.inference.engines
+    ranks, engines = config.trainer.world_size if trainers else 0, config.inference.engines
     if device.current() is device.Device.CPU:
         return Placement(
             trainers=tuple(Slot({"num_cpus": 1}, device.trainer_environment(), i) for i in range(ranks)),
             engines=tuple(Slot({"num_cpus": 1}, device.engine_environment(), 0) for _ in range(engines)),
             groups=(),
         )
+    if not trainers:
+        slots, own = _separate(config)
+        return Placement((), slots, (own,))
     return _plan_gpus(config)
 
 
@@ -80,18 +83,25 @@ def _plan_gpus(config: Config) -> Placement:
         trainers.append(Slot({"num_gpus": 1, "scheduling_strategy": strategy}, device.trainer_environment(), 0))
         local[bundle.node] = local.get(bundle.node, 0) + 1
     if config.inference.placement == "separate":
-        wanted = [{"GPU": float(tp), "CPU": 1.0}] * engines
-        own = _reserve(wanted, "PACK", config.cluster.start_timeout, "inference.engines x inference.tensor_parallel")
-        slots = tuple(
-            Slot(
-                {"num_gpus": tp, "scheduling_strategy": PlacementGroupSchedulingStrategy(own, i)},
-                device.engine_environment(),
-                0,
-            )
-            for i in range(engines)
-        )
+        slots, own = _separate(config)
         return Placement(tuple(trainers), slots, (group, own))
     return Placement(tuple(trainers), tuple(_colocated(group, bundles, e, tp) for e in range(engines)), (group,))
+
+
+def _separate(config: Config) -> tuple[tuple[Slot, ...], PlacementGroup]:
+    """Engines with GPUs of their own."""
+    engines, tp = config.inference.engines, config.inference.tensor_parallel
+    wanted = [{"GPU": float(tp), "CPU": 1.0}] * engines
+    own = _reserve(wanted, "PACK", config.cluster.start_timeout, "inference.engines x inference.tensor_parallel")
+    slots = tuple(
+        Slot(
+            {"num_gpus": tp, "scheduling_strategy": PlacementGroupSchedulingStrategy(own, i)},
+            device.engine_environment(),
+            0,
+        )
+        for i in range(engines)
+    )
+    return slots, own
 
 
 def _colocated(group: PlacementGroup, bundles: list[_Bundle], engine: int, tp: int) -> Slot:

@@ -16,6 +16,8 @@ import ray.exceptions
 from stare_megatron.config import ClusterConfig
 from stare_megatron.errors import RunError, UserError
 
+Ref = ray.ObjectRef
+
 
 @contextlib.contextmanager
 def cluster(config: ClusterConfig, actors: int) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,11 @@ def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None:
         raise UserError(f"{model}: the tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
     return tokenizer
+
+
+def decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
+    """Token ids -> text, special tokens included."""
+    return lambda token_ids: str(tokenizer.decode(token_ids, skip_special_tokens=False))
 
 
 def read_vocab_size(model: Path) -> int:

@@ -179,6 +179,10 @@ class Engine:
         """Checksum of each parameter the model computes with now, by its Hugging Face name (see `sync.check`)."""
         return (await self._call(self._running().collective_rpc("stare_checksums")))[0]
 
+    async def forget(self) -> None:
+        """Empty the prefix cache, so that what was sampled before has no part in what comes; nothing is in flight."""
+        await self._call(self._running().reset_prefix_cache())
+
     async def sleep(self) -> None:
         """Yield the devices to the trainer: on GPUs weights and KV cache are dropped, on CPUs the engine only pauses.
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -42,6 +43,8 @@ _ENTRIES = (
     Entry("groups/sampled", "groups", Reduction.SUM, "Groups sampled for the step, over all refills."),
     Entry("groups/full_solve", "groups", Reduction.SUM, "Sampled groups in which every trajectory is correct."),
     Entry("groups/no_solve", "groups", Reduction.SUM, "Sampled groups in which no trajectory is correct."),
+    Entry("groups/full_solve_ratio", "share", Reduction.MEAN, "groups/full_solve by groups/sampled."),
+    Entry("groups/no_solve_ratio", "share", Reduction.MEAN, "groups/no_solve by groups/sampled."),
     Entry("groups/dropped", "groups", Reduction.SUM, "Zero-variance groups that dynamic sampling dropped."),
     Entry("groups/zero_variance_kept", "groups", Reduction.SUM, "Zero-variance groups in the update batch."),
     Entry("groups/refills", "count", Reduction.SUM, "Generation batches sampled beyond the first."),
@@ -49,11 +52,19 @@ _ENTRIES = (
     Entry("response/length_max", "tokens", Reduction.MAX, "Action tokens of the longest sampled trajectory."),
     Entry("response/truncated", "share", Reduction.MEAN, "Sampled trajectories ended by the token or turn budget."),
     Entry("response/failed", "trajectories", Reduction.SUM, "Sampled trajectories the engine or environment failed."),
+    Entry("response/ungraded", "trajectories", Reduction.SUM, "Sampled trajectories without a grade; they score 0."),
+    Entry(
+        "response/reflections",
+        "words/response",
+        Reduction.MEAN,
+        "Occurrences of `logging.reflection_words` in sampled trajectories.",
+    ),
     Entry("data/epoch", "epochs", Reduction.LAST, "Passes over the prompts begun, less one."),
     Entry("policy/entropy", "nats/token", Reduction.TOKEN_MEAN, "Entropy of the policy about to be updated."),
     Entry("policy/target_entropy", "nats/token", Reduction.LAST, "H_tgt in force: the gate opens below it."),
     Entry("policy/surprisal", "nats/token", Reduction.TOKEN_MEAN, "-log pi of the sampled tokens."),
     Entry("stare/gate", "0 or 1", Reduction.LAST, "1: the weights apply: entropy is below its target."),
+    Entry("stare/gate_duty", "share", Reduction.MEAN, "Steps of this run's record so far with an open gate."),
     Entry("stare/weight_pos", "factor", Reduction.LAST, "W: weight of L+ while the gate is open; 1 when it is shut."),
     Entry("stare/weight_neg", "factor", Reduction.LAST, "M: weight of L- while the gate is open; 1 when it is shut."),
     Entry("stare/selected_pos", "tokens", Reduction.UPDATE_SUM, "Tokens in L+."),
@@ -151,26 +162,118 @@ _ENTRIES = (
     Entry("time/update", "s", Reduction.SUM, "Weights, forward, backward, optimizer."),
     Entry("time/push", "s", Reduction.SUM, "Weights to the engines, and the probe."),
     Entry("time/save", "s", Reduction.SUM, "Checkpoint written after the previous step; 0 when none was due."),
-    Entry("time/step", "s", Reduction.SUM, "The whole step."),
+    Entry("time/eval", "s", Reduction.SUM, "Evaluation after the previous step; 0 when none was due."),
+    Entry("time/step", "s", Reduction.SUM, "The whole step, without time/eval."),
     Entry("time/elapsed", "s", Reduction.LAST, "Since this start of the run."),
     Entry("memory/trainer_peak", "MB", Reduction.PROCESS_MAX, "Peak memory of a trainer rank: device memory on a GPU."),
     Entry("memory/engine_peak", "MB", Reduction.PROCESS_MAX, "Peak memory of an engine: device memory on a GPU."),
     Entry("memory/driver_peak", "MB", Reduction.LAST, "Peak resident memory of the driver."),
+    Entry(
+        "memory/host_run",
+        "MB",
+        Reduction.SUM,
+        "Memory (proportional set size) of the driver and all processes under it, those of a local Ray included.",
+    ),
+    Entry("memory/host_available", "MB", Reduction.LAST, "What the driver's machine could still give to processes."),
+    Entry("eval/avg", "share", Reduction.MEAN, "Mean over the benchmarks of avg@k, each with its own k."),
+    Entry("eval/greedy", "share", Reduction.MEAN, "Mean over the benchmarks of the accuracy of greedy decoding."),
+    Entry("eval/tokens", "tokens", Reduction.SUM, "Action tokens sampled for the evaluation."),
+    Entry("eval/seconds", "s", Reduction.LAST, "The evaluation, from the first request to the last response."),
+)
+
+# Names with parts that a run fills in: {source} and {benchmark} are labels, {k} is a positive number.
+_FAMILIES = (
+    Entry("source/{source}/reward", "reward", Reduction.MEAN, "Sampled trajectories of one source of the prompts."),
+    Entry("source/{source}/correct", "share", Reduction.MEAN, "Those whose answer is correct."),
+    Entry(
+        "eval/{benchmark}/avg@{k}",
+        "share",
+        Reduction.MEAN,
+        "Accuracy of k samples a prompt: correct by graded, averaged over prompts.",
+    ),
+    Entry("eval/{benchmark}/avg@{k}/ci_low", "share", Reduction.LAST, "Its confidence interval, lower end."),
+    Entry("eval/{benchmark}/avg@{k}/ci_high", "share", Reduction.LAST, "Its confidence interval, upper end."),
+    Entry(
+        "eval/{benchmark}/pass@{k}",
+        "share",
+        Reduction.MEAN,
+        "Prompts with a correct one among k samples: the unbiased estimate, averaged over prompts with k graded ones.",
+    ),
+    Entry("eval/{benchmark}/pass@{k}/ci_low", "share", Reduction.LAST, "Its confidence interval, lower end."),
+    Entry("eval/{benchmark}/pass@{k}/ci_high", "share", Reduction.LAST, "Its confidence interval, upper end."),
+    Entry(
+        "eval/{benchmark}/greedy", "share", Reduction.MEAN, "Prompts that greedy decoding gets right, of the graded."
+    ),
+    Entry("eval/{benchmark}/greedy/ci_low", "share", Reduction.LAST, "Its confidence interval, lower end."),
+    Entry("eval/{benchmark}/greedy/ci_high", "share", Reduction.LAST, "Its confidence interval, upper end."),
+    Entry("eval/{benchmark}/length_mean", "tokens", Reduction.MEAN, "Action tokens a sample."),
+    Entry("eval/{benchmark}/truncated", "share", Reduction.MEAN, "Samples ended by the token or turn budget."),
+    Entry("eval/{benchmark}/greedy_length_mean", "tokens", Reduction.MEAN, "Action tokens a greedy response."),
+    Entry("eval/{benchmark}/greedy_truncated", "share", Reduction.MEAN, "Greedy responses ended by the budget."),
+    Entry(
+        "eval/{benchmark}/distinct_correct",
+        "responses/prompt",
+        Reduction.MEAN,
+        "Different token sequences among a prompt's correct samples.",
+    ),
+    Entry("eval/{benchmark}/reflections", "words/response", Reduction.MEAN, "Reflection words in samples."),
+    Entry(
+        "eval/{benchmark}/ungraded",
+        "trajectories",
+        Reduction.SUM,
+        "Samples and greedy responses without a grade (failed ones among them); they are in no accuracy.",
+    ),
+    Entry("eval/{benchmark}/failed", "trajectories", Reduction.SUM, "Those that the engine or environment failed."),
+    Entry("eval/{benchmark}/{source}/avg@{k}", "share", Reduction.MEAN, "avg@k of one source of several."),
+    Entry("eval/{benchmark}/{source}/pass@{k}", "share", Reduction.MEAN, "pass@k of one source of several."),
+    Entry("eval/{benchmark}/{source}/greedy", "share", Reduction.MEAN, "Greedy accuracy of one source of several."),
 )
 
 CATALOGUE: Mapping[str, Entry] = {entry.name: entry for entry in _ENTRIES}
+FAMILIES: Mapping[str, Entry] = {entry.name: entry for entry in _FAMILIES}
+
+_LABEL, _COUNT = r"[A-Za-z0-9._-]+", r"[1-9][0-9]*"
+_PARTS = {"{source}": _LABEL, "{benchmark}": _LABEL, "{k}": _COUNT}
+
+
+def _matcher(pattern: str) -> re.Pattern[str]:
+    pieces = re.split(r"(\{\w+\})", pattern)
+    return re.compile("".join(_PARTS[p] if p.startswith("{") else re.escape(p) for p in pieces))
+
+
+_MATCHERS = tuple((_matcher(e.name), e) for e in _FAMILIES)
 
 
 def entry(name: str) -> Entry:
-    """The catalogue's entry.
+    """The catalogue's entry; that of its family for a name with parts a run filled in.
 
     Raises:
-        ValueError: the name is not in the catalogue; the message names the nearest one.
+        ValueError: the name is neither in the catalogue nor of a family; the message names the nearest one.
     """
-    if name not in CATALOGUE:
-        near = difflib.get_close_matches(name, CATALOGUE, n=1, cutoff=0.0)
-        raise ValueError(f"no metric {name!r} in metrics/catalogue.py; nearest is {near[0]!r}")
-    return CATALOGUE[name]
+    if name in CATALOGUE:
+        return CATALOGUE[name]
+    for matcher, found in _MATCHERS:
+        if matcher.fullmatch(name):
+            return found
+    near = difflib.get_close_matches(name, [*CATALOGUE, *FAMILIES], n=1, cutoff=0.0)
+    raise ValueError(f"no metric {name!r} in metrics/catalogue.py; nearest is {near[0]!r}")
+
+
+def member(family: str, **parts: str | int) -> str:
+    """The name in a family for these parts.
+
+    Raises:
+        ValueError: no such family, or a part that its kind does not allow.
+
+    Example:
+        member("eval/{benchmark}/avg@{k}", benchmark="aime24", k=32) == "eval/aime24/avg@32"
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"no family {family!r} in metrics/catalogue.py")
+    for part, value in parts.items():
+        if not re.fullmatch(_PARTS["{" + part + "}"], str(value)):
+            raise ValueError(f"metric {family}: {part} = {value!r} does not match {_PARTS['{' + part + '}']}")
+    return family.format(**parts)
 
 
 @dataclass(frozen=True)
@@ -230,7 +333,20 @@ def markdown() -> str:
         "| name | unit | reduction | meaning |",
         "|---|---|---|---|",
     ]
-    for e in CATALOGUE.values():
-        meaning = e.meaning.replace("|", "\\|")
-        lines.append(f"| `{e.name}` | {e.unit} | {e.reduction.value} | {meaning} |")
+    lines += [_line(e) for e in CATALOGUE.values()]
+    lines += [
+        "",
+        "Families: names with parts that a run fills in. `{source}`: label of a source of the prompts; `{benchmark}`: "
+        "name of a benchmark; `{k}`: a number of samples. What begins with `eval/` is logged when an evaluation was "
+        "due, in `eval.jsonl`: see [evaluation](evaluation.md).",
+        "",
+        "| name | unit | reduction | meaning |",
+        "|---|---|---|---|",
+    ]
+    lines += [_line(e) for e in FAMILIES.values()]
     return "\n".join(lines) + "\n"
+
+
+def _line(e: Entry) -> str:
+    meaning = e.meaning.replace("|", "\\|")
+    return f"| `{e.name}` | {e.unit} | {e.reduction.value} | {meaning} |"

@@ -17,7 +17,7 @@ from rich.text import Text
 from stare_megatron.metrics.catalogue import Metric, by_name
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
-_PHASES = ("rollout", "score", "update", "push", "save")
+_PHASES = ("rollout", "score", "update", "push", "save", "eval")
 _SPARK_WIDTH = 40
 
 
@@ -48,6 +48,7 @@ class ConsoleSink:
         self._has_target = has_target
         self._rows = list(history)
         self._status = ""
+        self._evaluation: list[str] = []
         self._began = time.monotonic()
         self._live: Live | None = None
         if console.is_terminal and not quiet:
@@ -66,6 +67,13 @@ class ConsoleSink:
         self._rows.append(row)
         if self._live is None:
             self._print(plain_line(step, self._total, row, self._has_target))
+
+    def evaluated(self, step: int, lines: Sequence[str]) -> None:
+        """Show an evaluation of the policy of `step`; a live display keeps the newest."""
+        self._evaluation = [f"step {step}: {line}" for line in lines]
+        if self._live is None:
+            for line in self._evaluation:
+                self._print(f"eval {line}")
 
     def close(self) -> None:
         self._status = ""
@@ -94,7 +102,10 @@ class ConsoleSink:
         )
         now = Text(f"now: {self._status}" if self._status else "", style="dim")
         return Panel(
-            Group(bar, table, now), title=f"stare-megatron {self._name}", title_align="left", border_style="dim"
+            Group(bar, table, *(Text(f"eval {line}", overflow="fold") for line in self._evaluation), now),
+            title=f"stare-megatron {self._name}",
+            title_align="left",
+            border_style="dim",
         )
 
     def _times(self) -> str:

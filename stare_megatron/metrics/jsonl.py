@@ -25,16 +25,21 @@ class JsonlSink:
 
     def __init__(self, path: Path, restored_step: int) -> None:
         if path.exists():
-            _cut(path, restored_step)
+            cut(path, restored_step)
         self._file = path.open("a")
 
     def log(self, step: int, metrics: Sequence[Metric]) -> None:
-        row = {"step": step} | {name: _to_json(value) for name, value in by_name(metrics).items()}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.write(line(step, metrics))
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+
+def line(step: int, metrics: Sequence[Metric]) -> str:
+    """One step as a line of the file."""
+    row = {"step": step} | {name: to_json(value) for name, value in by_name(metrics).items()}
+    return json.dumps(row, allow_nan=False) + "\n"
 
 
 def read(path: Path) -> list[Row]:
@@ -60,15 +65,15 @@ def read(path: Path) -> list[Row]:
     return rows
 
 
-def _to_json(value: float) -> float | str:
-    """JSON has no non-finite numbers; these strings are what `float()` reads back."""
+def to_json(value: float) -> float | str:
+    """A number as JSON. JSON has no non-finite numbers; these strings are what `float()` reads back."""
     if math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
 
 
-def _cut(path: Path, restored_step: int) -> None:
-    """Keep the lines of steps up to `restored_step`, byte for byte."""
+def cut(path: Path, restored_step: int) -> None:
+    """Keep the lines of steps up to `restored_step`, byte for byte; the file is replaced whole."""
     kept = [row["step"] <= restored_step for row in read(path)]
     lines = path.read_text().splitlines(keepends=True)
     text = "".join(line for line, keep in zip(lines, kept, strict=False) if keep)

@@ -155,10 +155,10 @@ def _mismatch(ax: Axes, rows: list[jsonl.Row]) -> None:
 def _times(ax: Axes, rows: list[jsonl.Row]) -> None:
     ax.set_title("Time a step")
     ax.set_ylabel("seconds")
-    names = ("rollout", "score", "update", "push", "save")
+    names = ("rollout", "score", "update", "push", "save", "eval")
     steps = [row["step"] for row in rows]
     stacked = [[row.get(f"time/{name}", 0.0) for row in rows] for name in names]
-    colours = (_BLUE, "#7fa8d6", _GREEN, _ORANGE, _GREY)
+    colours = (_BLUE, "#7fa8d6", _GREEN, _ORANGE, _GREY, _GATE)
     ax.stackplot(steps, *stacked, labels=names, colors=colours, linewidth=0)
     # Room for the legend above the stack.
     ax.set_ylim(0, 1.35 * max(sum(phases) for phases in zip(*stacked, strict=True)) or 1.0)

@@ -19,7 +19,7 @@ TARGET_METHODS = {"stare", "adaptive_entropy"}  # those with a target entropy
 
 class Sink(Protocol):
     def log(self, step: int, metrics: Sequence[Metric]) -> None:
-        """Write one finished step. Steps come in rising order, each once."""
+        """Write one finished step. Steps come in rising order, each once; an evaluation may follow its step."""
         ...
 
     def close(self) -> None:
@@ -30,10 +30,11 @@ class Sink(Protocol):
 class Sinks:
     """All sinks of a run, as one. `close` closes each, also when one of them fails."""
 
-    def __init__(self, console: ConsoleSink, others: Sequence[Sink]) -> None:
+    def __init__(self, console: ConsoleSink, record: Sink, plotted: Sequence[Sink]) -> None:
         self._console = console
+        self._plotted = tuple(plotted)
         # The record on disk comes before the display.
-        self._all: tuple[Sink, ...] = (*others, console)
+        self._all: tuple[Sink, ...] = (record, *plotted, console)
 
     def status(self, text: str) -> None:
         """Tell the user what is going on now."""
@@ -42,6 +43,12 @@ class Sinks:
     def log(self, step: int, metrics: Sequence[Metric]) -> None:
         for sink in self._all:
             sink.log(step, metrics)
+
+    def log_evaluation(self, step: int, metrics: Sequence[Metric], lines: Sequence[str]) -> None:
+        """An evaluation, on record elsewhere: to the plotting sinks, and `lines` to the display."""
+        for sink in self._plotted:
+            sink.log(step, metrics)
+        self._console.evaluated(step, lines)
 
     def close(self) -> None:
         with contextlib.ExitStack() as stack:
@@ -58,7 +65,7 @@ def open_sinks(config: Config, folder: Path, restored_step: int, quiet: bool, co
         UserError: a damaged metrics file, or wandb refuses to start.
     """
     record = jsonl.JsonlSink(folder / jsonl.FILE, restored_step)
-    others: list[Sink] = [record]
+    others: list[Sink] = []
     with contextlib.ExitStack() as opened:
         opened.callback(record.close)
         if config.logging.tensorboard:
@@ -87,4 +94,4 @@ def open_sinks(config: Config, folder: Path, restored_step: int, quiet: bool, co
         quiet,
         history=jsonl.read(folder / jsonl.FILE),
     )
-    return Sinks(display, others)
+    return Sinks(display, record, others)

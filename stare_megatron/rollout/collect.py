@@ -7,14 +7,15 @@ with dropped groups, so that an update batch always has `rollout.prompts_per_ste
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from stare_megatron.config import Config
 from stare_megatron.data.prompts import PromptStream
 from stare_megatron.rollout.seeds import derive_seed
-from stare_megatron.types import GroupRequest, GroupSummary, Status
+from stare_megatron.types import GroupRequest, GroupSummary, Sampling, Status
 
 Ref = TypeVar("Ref")
 Ref_co = TypeVar("Ref_co", covariant=True)
@@ -29,14 +30,24 @@ class GroupDispatcher(Protocol[Ref_co]):
 
 
 @dataclass(frozen=True)
+class SourceStats:
+    """Trajectories sampled of one source's prompts: how many, their mean reward, the share that is correct."""
+
+    trajectories: int
+    reward_mean: float
+    correct_share: float
+
+
+@dataclass(frozen=True)
 class CollectStats:
     """What sampling one update batch took; all of it over ALL sampled groups, also those that were dropped.
 
     `groups_sampled` in `generation_batches`; `zero_variance`: groups with all rewards equal, of which
     `zero_variance_dropped` are not in the update batch; `surplus_dropped`: informative groups beyond what was asked
     for; `full_solve`, `no_solve`: groups with every, no trajectory correct; `reward_mean`, `correct_share`,
-    `truncated_share`: over trajectories; `length_mean`, `length_max`, `tokens_sampled`: action tokens; `failed`:
-    trajectories.
+    `truncated_share`: over trajectories; `length_mean`, `length_max`, `tokens_sampled`: action tokens; `failed`,
+    `ungraded` (those that failed among them): trajectories; `reflections_mean`: reflection words a response;
+    `by_source`: what was sampled of each source.
     """
 
     groups_sampled: int
@@ -50,9 +61,12 @@ class CollectStats:
     correct_share: float
     truncated_share: float
     failed: int
+    ungraded: int
     length_mean: float
     length_max: int
     tokens_sampled: int
+    reflections_mean: float
+    by_source: Mapping[str, SourceStats]
 
 
 @dataclass(frozen=True)
@@ -72,6 +86,7 @@ class Collector(Generic[Ref]):
         self._stream = stream
         self._seed = config.run.seed
         self._group_size = r.group_size
+        self._sampling = Sampling(r.max_response_tokens, r.temperature, r.top_p, tuple(r.stop), seed=0)
         self._wanted = r.prompts_per_step
         self._dynamic = r.dynamic_sampling
         self._batch = (r.prompts_per_generation or r.prompts_per_step) if r.dynamic_sampling else r.prompts_per_step
@@ -99,8 +114,11 @@ class Collector(Generic[Ref]):
         return Collected(tuple((ref, summary) for _, ref, summary in kept), stats)
 
     def _requests(self, step: int, first: int) -> list[GroupRequest]:
+        def sampling(order: int) -> Sampling:
+            return dataclasses.replace(self._sampling, seed=derive_seed(self._seed, step, order))
+
         return [
-            GroupRequest(order, prompt, self._group_size, derive_seed(self._seed, step, order))
+            GroupRequest(order, prompt, self._group_size, sampling(order))
             for order, prompt in enumerate(self._stream.take(self._batch), start=first)
         ]
 
@@ -122,7 +140,16 @@ def _stats(summaries: list[GroupSummary], batches: int, dropped: int, surplus: i
         correct_share=sum(correct) / len(correct),
         truncated_share=statuses.count(Status.TRUNCATED) / len(statuses),
         failed=statuses.count(Status.FAILED),
+        ungraded=sum(not graded for s in summaries for graded in s.graded),
         length_mean=sum(lengths) / len(lengths),
         length_max=max(lengths),
         tokens_sampled=sum(lengths),
+        reflections_mean=sum(n for s in summaries for n in s.reflections) / len(rewards),
+        by_source={source: _source_stats(summaries, source) for source in sorted({s.source for s in summaries})},
     )
+
+
+def _source_stats(summaries: list[GroupSummary], source: str) -> SourceStats:
+    rewards = [reward for s in summaries if s.source == source for reward in s.rewards]
+    correct = [c for s in summaries if s.source == source for c in s.correct]
+    return SourceStats(len(rewards), sum(rewards) / len(rewards), sum(correct) / len(correct))

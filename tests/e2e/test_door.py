@@ -126,6 +126,63 @@ def test_no_disk_space(files, capsys, monkeypatch):
     assert "MB free" in err
 
 
+def benchmarks(*paths: Path) -> str:
+    return f"eval.benchmarks={json.dumps([str(p) for p in paths])}"
+
+
+def test_missing_benchmark(files, capsys):
+    err = refused(files, capsys, benchmarks(files / "nowhere.jsonl"))
+    assert "eval.benchmarks" in err
+    assert "nowhere.jsonl" in err
+
+
+def test_malformed_benchmark_names_file_and_line(files, capsys):
+    path = files / "made/eval.jsonl"
+    path.write_text(path.read_text() + "{}\n")
+    assert "eval.jsonl:5: no key 'prompt'" in refused(files, capsys, benchmarks(path))
+
+
+def test_benchmark_prompts_longer_than_the_window(files, capsys):
+    err = refused(files, capsys, benchmarks(files / "made/eval.jsonl"), "eval.max_response_tokens=30")
+    assert "eval.jsonl" in err
+    assert "window of 32" in err
+
+
+def test_benchmarks_of_one_name(files, capsys):
+    path = files / "made/eval.jsonl"
+    assert "both called 'eval'" in refused(files, capsys, benchmarks(path, path))
+
+
+def alone(files: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that `eval` says."""
+    refused(files, capsys, "rollout.group_size=1")  # writes run.toml
+    code = main(["eval", str(files / "run.toml"), *arguments])
+    err = capsys.readouterr().err
+    assert code == 2, err
+    assert err.count("\n") == 1, err
+    assert not list(files.glob("**/*.partial"))
+    return err
+
+
+def test_evaluation_alone_without_a_benchmark(files, capsys):
+    assert "eval.benchmarks is empty" in alone(files, capsys)
+
+
+def test_evaluation_alone_of_nothing(files, capsys):
+    held_out = benchmarks(files / "made/eval.jsonl")
+    assert "neither a Hugging Face folder" in alone(files, capsys, held_out, "--model", str(files / "nowhere"))
+    (files / "run").mkdir()
+    (files / "run/run.json").write_text("{}")
+    assert "neither exported a policy nor saved" in alone(files, capsys, "--model", str(files / "run"), held_out)
+    assert "nowhere.jsonl" in alone(files, capsys, benchmarks(files / "nowhere.jsonl"))
+
+
+def test_evaluation_alone_writes_into_nobodys_folder(files, capsys):
+    held_out = benchmarks(files / "made/eval.jsonl")
+    assert "made: exists" in alone(files, capsys, held_out, "--out", str(files / "made"))
+    assert (files / "made/eval.jsonl").exists()
+
+
 def test_options_after_overrides_and_before(files, capsys):
     """argparse alone refuses `train FILE --quiet key=value`."""
     assert "rollout.group_size" in refused(files, capsys, "--quiet", "rollout.group_size=1")

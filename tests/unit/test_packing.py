@@ -22,6 +22,9 @@ def summary(tokens: list[tuple[int, int]], statuses: list[Status] | None = None)
         num_action_tokens=tuple(a for _, a in tokens),
         statuses=tuple(statuses or [Status.COMPLETED] * n),
         weight_versions=(0,) * n,
+        graded=(True,) * n,
+        reflections=(0,) * n,
+        distinct_correct=0,
     )
 
 

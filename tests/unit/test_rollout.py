@@ -134,10 +134,8 @@ def test_known_failures_are_data():
 
 
 def group(sampler, reward, size=4, make_env=SingleTurn):
-    request = GroupRequest(order=0, prompt=PROMPT, group_size=size, seed=11)
-    return asyncio.run(
-        run_group(request, make_env=make_env, sampler=sampler, sampling=SAMPLING, reward=reward, tokenizer=TOKENIZER)
-    )
+    request = GroupRequest(0, PROMPT, size, dataclasses.replace(SAMPLING, seed=11))
+    return asyncio.run(run_group(request, make_env=make_env, sampler=sampler, reward=reward, tokenizer=TOKENIZER))
 
 
 async def token_reward(prompt, trajectory, tokenizer):
@@ -208,8 +206,11 @@ class Dispatcher:
                 tuple(range(1, n + 1)),
                 status,
                 (0,) * n,
+                (True,) * n,
+                tuple(range(n)),
+                0,
             )
-            results.append((r, (r.order, r.seed), summary))
+            results.append((r, (r.order, r.sampling.seed), summary))
         self._rng.shuffle(results)
         return iter(results)
 
@@ -296,7 +297,7 @@ def test_request_seeds_differ_between_steps_and_orders(stream):
     c = collector(dispatcher, stream)
     c.collect(0)
     c.collect(1)
-    seeds = [r.seed for batch in dispatcher.requests for r in batch]
+    seeds = [r.sampling.seed for batch in dispatcher.requests for r in batch]
     assert len(set(seeds)) == 8
     assert seeds[:4] == [derive_seed(3, 0, order) for order in range(4)]
 
@@ -310,7 +311,9 @@ def test_failed_samples_do_not_make_a_group_informative():
     def summary(*samples: tuple[float, Status]) -> GroupSummary:
         rewards, statuses = zip(*samples, strict=True)
         n = len(samples)
-        return GroupSummary("p", "s", rewards, (False,) * n, (4,) * n, (2,) * n, statuses, (0,) * n)
+        return GroupSummary(
+            "p", "s", rewards, (False,) * n, (4,) * n, (2,) * n, statuses, (0,) * n, (True,) * n, (0,) * n, 0
+        )
 
     done, failed = Status.COMPLETED, Status.FAILED
     assert summary((1.0, done), (1.0, done), (0.0, failed)).zero_variance

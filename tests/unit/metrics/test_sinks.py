@@ -145,7 +145,7 @@ def test_close_reaches_every_sink_when_one_fails():
     watched = Watched()
     console = ConsoleSink(Console(file=io.StringIO()), "unit", 1, 0, False, quiet=True)
     with pytest.raises(OSError, match="disk gone"):
-        Sinks(console, [watched, Failing(), Watched()]).close()
+        Sinks(console, watched, [Failing(), Watched()]).close()
     assert watched.closed
 
 
