@@ -107,8 +107,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_defaults_are_the_papers(method):
-    settings = config(method).model_dump() | {"reduction": config(method).reduction}
-    settings["normalize_std"] = config(method).normalize_std
+    fixed = {"reduction": config(method).reduction, "normalize_std": config(method).normalize_std}
+    settings: dict[str, Any] = {**config(method).model_dump(), **fixed}
     for key, want in DEFAULTS[method].items():
         section, _, name = key.rpartition(".")
         assert (settings[section] if section else settings)[name] == want, key
