@@ -91,7 +91,7 @@ class AlgorithmConfig(Section):
     normalize_std: bool = Field(True, description="Divide the group-relative advantage by the group's std + 1e-6.")
     clip_low: float = Field(0.2, gt=0, le=1, description="eps_low of the clipped ratio; 1: no lower bound.")
     clip_high: float = Field(0.28, gt=0, description="eps_high of the clipped ratio.")
-    dual_clip: float = Field(3.0, gt=1, description="c: bound on the loss of negative advantages, as a ratio.")
+    dual_clip: float = Field(10.0, gt=1, description="c: bound on the loss of negative advantages, as a ratio.")
     reduction: Literal[
         "token-mean", "sequence-mean-token-mean", "sequence-mean-token-sum", "sequence-mean-constant-length"
     ] = Field(

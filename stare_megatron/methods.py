@@ -27,7 +27,12 @@ class DapoConfig(Section):
     overlong_share: float = Field(
         0.2, ge=0, le=1, description="Last share of `response_tokens` over which the reward falls; 0: no shaping."
     )
-    overlong_penalty: float = Field(1.0, ge=0, description="What a response of `response_tokens` loses of its reward.")
+    overlong_penalty: float = Field(
+        0.5,
+        ge=0,
+        description="What a response of `response_tokens` loses of its reward; for rewards of 0 and 1 (the paper: 1.0, "
+        "for -1 and 1).",
+    )
 
 
 class ClipCovConfig(Section):
@@ -38,7 +43,7 @@ class ClipCovConfig(Section):
 
 class KlCovConfig(Section):
     fraction: float = Field(
-        0.0002, gt=0, le=1, description="Share of the batch's action tokens, those of largest covariance, penalised."
+        0.002, gt=0, le=1, description="Share of the batch's action tokens, those of largest covariance, penalised."
     )
     coefficient: float = Field(1.0, ge=0, description="Factor of the penalty |log ratio|.")
 
@@ -64,6 +69,7 @@ class HighEntropyTokensConfig(Section):
 
 class WReinforceConfig(Section):
     positive_weight: float = Field(0.1, ge=0, description="lambda: advantage of a trajectory with a positive reward.")
+    entropy_coefficient: float = Field(0.0001, ge=0, description="Factor of an entropy bonus, loss a nat; 0: none.")
 
 
 class StareConfig(Section):
@@ -183,13 +189,19 @@ def _uses(names: str) -> frozenset[str]:
 _CLIP = "clip_low clip_high"
 _GROUP = "normalize_std reduction"
 _PPO = f"{_GROUP} {_CLIP} dual_clip"
+NO_DUAL_CLIP = 1e9  # above every ratio, which is at most e^20
 
 METHODS: dict[str, Method] = {
     "grpo": Method(_uses(_PPO)),
     "dapo": Method(_uses(f"{_PPO} response_tokens")),
     "dr_grpo": Method(
         _uses(f"{_CLIP} dual_clip response_tokens"),
-        {"normalize_std": False, "reduction": "sequence-mean-constant-length", "clip_high": 0.2},
+        {
+            "normalize_std": False,
+            "reduction": "sequence-mean-constant-length",
+            "clip_high": 0.2,
+            "dual_clip": NO_DUAL_CLIP,
+        },
     ),
     "gspo": Method(
         _uses(f"{_GROUP} {_CLIP}"), {"clip_low": 3e-4, "clip_high": 4e-4, "reduction": "sequence-mean-token-mean"}
@@ -197,14 +209,14 @@ METHODS: dict[str, Method] = {
     "gmpo": Method(
         _uses(f"normalize_std {_CLIP}"), {"clip_low": 0.4, "clip_high": 0.4, "reduction": "sequence-mean-token-mean"}
     ),
-    "cispo": Method(_uses(f"{_GROUP} {_CLIP}"), {"clip_low": 1.0, "clip_high": 0.2}),
-    "clip_cov": Method(_uses(f"{_GROUP} {_CLIP}"), {"clip_high": 0.2}),
+    "cispo": Method(_uses(f"{_GROUP} {_CLIP}"), {"clip_low": 1.0, "clip_high": 4.0}),
+    "clip_cov": Method(_uses(f"{_GROUP} {_CLIP}"), {"clip_low": 1.0, "clip_high": 1.0}),
     "kl_cov": Method(_uses(_GROUP)),
     "entropy_bonus": Method(_uses(_PPO)),
-    "adaptive_entropy": Method(_uses(_PPO), {"clip_high": 0.2}),
+    "adaptive_entropy": Method(_uses(_PPO), {"clip_high": 0.2, "dual_clip": NO_DUAL_CLIP}),
     "entropy_advantage": Method(_uses(_PPO)),
-    "high_entropy_tokens": Method(_uses(_PPO)),
-    "w_reinforce": Method(_uses(f"reduction {_CLIP} dual_clip"), {"clip_high": 0.2}),
+    "high_entropy_tokens": Method(_uses(f"normalize_std {_CLIP} dual_clip"), {"reduction": "token-mean"}),
+    "w_reinforce": Method(_uses(f"reduction {_CLIP} dual_clip"), {"clip_high": 0.2, "dual_clip": NO_DUAL_CLIP}),
     "stare": Method(_uses(_PPO)),
 }
 

@@ -1,6 +1,6 @@
 """Covariance of advantage and log-prob, token by token, over an update batch spread across ranks.
 
-arXiv 2505.22617: cov(y) = (A - mean A) (logp - mean logp), means over all action tokens of the batch.
+arXiv 2505.22617, equation 10: cov(y) = (A - mean A) (logp - mean logp), means over all action tokens of the batch.
 """
 
 from __future__ import annotations

@@ -17,6 +17,14 @@ if TYPE_CHECKING:
 FILE = "curves.png"
 
 _BLUE, _GREEN, _ORANGE, _GREY, _RED, _GATE = "#2f6db5", "#2e8b57", "#d9822b", "#8a8f98", "#c0392b", "#f6dfb8"
+# Quadrants of advantage and surprisal: full where a step lowers the entropy, light where it raises it.
+QUADRANT_COLOURS = {
+    "pos_likely": _BLUE,
+    "pos_unlikely": "#9cc3ea",
+    "neg_likely": "#f2b98a",
+    "neg_unlikely": _RED,
+}
+_WIDTH = 10  # steps of a running mean in the panels of the dynamics
 
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -38,7 +46,8 @@ _STYLE: dict[Any, Any] = {
 
 
 def plot(run_folder: Path) -> Path:
-    """Draw entropy with its target and gate, reward, response length, gate duty, mismatch and phase times.
+    """Draw entropy with its target and gate, reward, response length, gate duty, mismatch and phase times; and the
+    entropy dynamics: quadrants by tokens and by predicted change, predicted against measured change.
 
     Reads `metrics.jsonl` only. Returns the PNG, which is replaced whole.
 
@@ -53,11 +62,11 @@ def plot(run_folder: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = (_entropy, _reward, _length, _gate_duty, _mismatch, _times)
+    panels = (_entropy, _reward, _length, _gate_duty, _mismatch, _times, _tokens, _change, _prediction)
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(12, 6.2), dpi=130, layout="constrained")
+        figure = Figure(figsize=(12, 9.3), dpi=130, layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.subplots(2, 3, sharex=True)
+        axes = figure.subplots(3, 3, sharex=True)
         for draw, ax in zip(panels, axes.flat, strict=True):
             draw(ax, rows)
         for ax in axes[-1]:
@@ -163,3 +172,71 @@ def _times(ax: Axes, rows: list[jsonl.Row]) -> None:
     # Room for the legend above the stack.
     ax.set_ylim(0, 1.35 * max(sum(phases) for phases in zip(*stacked, strict=True)) or 1.0)
     ax.legend(loc="upper right", ncols=3)
+
+
+def scaled_to(values: Sequence[float], like: Sequence[float]) -> tuple[float, float]:
+    """(factor, correlation) of two series over the places where both are finite: `values` x factor has the root mean
+    square of `like`. Correlation about 0, not about the means, since both are changes; NaN without a common value.
+    """
+    pairs = [(a, b) for a, b in zip(values, like, strict=True) if math.isfinite(a) and math.isfinite(b)]
+    ours, theirs = math.hypot(*(a for a, _ in pairs)), math.hypot(*(b for _, b in pairs))
+    if ours == 0 or theirs == 0:
+        return math.nan, math.nan
+    return theirs / ours, math.fsum(a * b for a, b in pairs) / (ours * theirs)
+
+
+def _with_dynamics(ax: Axes, rows: list[jsonl.Row], title: str, ylabel: str) -> list[jsonl.Row]:
+    """Label the panel; the rows that have the dynamics, or none and a note of it."""
+    ax.set_title(title)
+    ax.set_ylabel(ylabel)
+    found = [row for row in rows if "dynamics/measured_change" in row]
+    if not found:
+        ax.text(0.5, 0.5, "not logged by this run", transform=ax.transAxes, ha="center", color=_GREY)
+    return found
+
+
+def _quadrant_means(rows: list[jsonl.Row], kind: str) -> dict[str, list[float]]:
+    names = {q: f"dynamics/{kind}_{q}" for q in QUADRANT_COLOURS}
+    return {q: running_mean([row.get(name, math.nan) for row in rows], _WIDTH) for q, name in names.items()}
+
+
+def _tokens(ax: Axes, rows: list[jsonl.Row]) -> None:
+    rows = _with_dynamics(ax, rows, "Quadrants: tokens", f"share, mean of {_WIDTH} steps")
+    if not rows:
+        return
+    shares = _quadrant_means(rows, "tokens")
+    labels = [q.replace("_", ", ") for q in shares]
+    colours = [QUADRANT_COLOURS[q] for q in shares]
+    ax.stackplot([row["step"] for row in rows], *shares.values(), labels=labels, colors=colours, linewidth=0)
+    ax.set_ylim(0, 1.3)  # room for the legend above the stack
+    ax.legend(loc="upper right", ncols=2)
+
+
+def _change(ax: Axes, rows: list[jsonl.Row]) -> None:
+    rows = _with_dynamics(ax, rows, "Quadrants: predicted entropy change", f"signed share, mean of {_WIDTH} steps")
+    for q, share in _quadrant_means(rows, "change").items():
+        ax.plot(
+            [row["step"] for row in rows], share, color=QUADRANT_COLOURS[q], linewidth=1.6, label=q.replace("_", ", ")
+        )
+    ax.axhline(0.0, color=_GREY, linewidth=0.8)
+    if rows:
+        ax.legend(loc="best", ncols=2)
+
+
+def _prediction(ax: Axes, rows: list[jsonl.Row]) -> None:
+    rows = _with_dynamics(ax, rows, "Entropy change by one update", "nats / token")
+    ax.axhline(0.0, color=_GREY, linewidth=0.8)
+    if not rows:
+        return
+    steps = [row["step"] for row in rows]
+    measured = [row["dynamics/measured_change"] for row in rows]
+    predicted = [row.get("dynamics/predicted_change_before", math.nan) for row in rows]
+    whole = slice(_WIDTH if len(rows) > 2 * _WIDTH else 0, None)  # a mean of few steps is mostly sampling noise
+    means = [running_mean(values, _WIDTH)[whole] for values in (measured, predicted)]
+    factor, correlation = scaled_to(means[1], means[0])
+    ax.plot(steps, measured, color=_BLUE, alpha=0.25, linewidth=0.8)
+    ax.plot(steps[whole], means[0], color=_BLUE, linewidth=1.8, label=f"measured, mean of {_WIDTH} steps")
+    if math.isfinite(factor):
+        note = f"predicted x {factor:.2g}, mean of {_WIDTH} steps; r = {correlation:.2f}"
+        ax.plot(steps[whole], [factor * value for value in means[1]], color=_ORANGE, linewidth=1.6, label=note)
+    ax.legend(loc="best")

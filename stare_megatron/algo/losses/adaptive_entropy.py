@@ -1,4 +1,4 @@
-"""GRPO with an entropy bonus whose coefficient seeks a target entropy (Skywork-OR1, arXiv 2505.22312).
+"""GRPO with an entropy bonus whose coefficient seeks a target entropy (Skywork-OR1, arXiv 2505.22312, eq. 3.2).
 
 loss = correction * l - a_k H
 a_k = c_k where H_k <= H_tgt, else 0;   c_{k+1} = clip(c_k + step sign(H_tgt - H_k), 0, maximum);   c_0 = 0

@@ -1,4 +1,4 @@
-"""Clip-Cov (arXiv 2505.22617): a few tokens of high covariance get no gradient.
+"""Clip-Cov (arXiv 2505.22617, equations 10 to 12): a few tokens of high covariance get no gradient.
 
 loss = correction * max(-A r, -A clip(r, 1 - eps_low, 1 + eps_high)),  but 0 for max(1, floor(fraction N)) of the tokens
 with low < cov < high, drawn without regard to their covariance; cov: `algo.covariance`, N: action tokens of the batch

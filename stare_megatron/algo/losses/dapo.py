@@ -1,4 +1,4 @@
-"""DAPO (arXiv 2503.14476, equations 8 and 13): clip-higher, token mean, and a reward that falls near the length limit.
+"""DAPO (arXiv 2503.14476, equations 8 to 13): clip-higher, token mean, and a reward that falls near the length limit.
 
 loss: GRPO's with clip_high > clip_low, reduced by "token-mean"
 reward: minus overlong_penalty * min(1, (n - (L - B)) / B) for n > L - B tokens; L = response_tokens,

@@ -1,4 +1,4 @@
-"""Entropy-based advantage shaping (arXiv 2506.14758): tokens of high entropy count for more.
+"""Entropy-based advantage shaping (arXiv 2506.14758, equations 5 and 6): tokens of high entropy count for more.
 
 A' = A + min(alpha H, |A| / kappa)        H: the token's entropy, without gradient; kappa > 1, so A keeps its sign
 loss = GRPO's with A'

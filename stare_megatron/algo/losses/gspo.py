@@ -1,4 +1,4 @@
-"""GSPO (arXiv 2507.18071, equations 5 to 7 and 13): one importance ratio a sequence, clipped as a whole.
+"""GSPO (arXiv 2507.18071, equations 5 to 7, 13 and 14): one importance ratio a sequence, clipped as a whole.
 
 log s = mean over the sequence of (logp - old_logp), at most 10; its gradient reaches each token by its own logp
 loss = correction * max(-A s, -A clip(s, 1 - eps_low, 1 + eps_high)),  reduced by the mean over sequences

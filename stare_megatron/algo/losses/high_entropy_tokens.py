@@ -1,9 +1,9 @@
-"""The 80/20 rule (arXiv 2506.01939): only the tokens of highest entropy learn.
+"""The 80/20 rule (arXiv 2506.01939, equation 6): only the tokens of highest entropy learn.
 
-loss = GRPO's on the ceil(fraction N) action tokens of highest entropy in the batch, 0 on the others; the denominators
-still count all N action tokens
+loss = mean of GRPO's over the k = ceil(fraction N) of the batch's N action tokens that have the highest entropy
 
-The batch is the whole update batch over all ranks, the entropy that of the scoring pass.
+The reduction divides by all tokens, so the weight of the k is N / k. The batch is the whole update batch over all
+ranks, the entropy that of the scoring pass.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ def _weigh(tokens: Candidates, control: Control, config: AlgorithmConfig, shards
     everything_T = torch.where(tokens.action_T, POSITIVE, NEITHER)
     fraction = config.high_entropy_tokens.fraction
     chosen = select_top(tokens.entropy_T, everything_T, tokens.global_id_T, fraction, shards)
-    weight_T = chosen.selected_T.to(tokens.advantage_T.dtype)
+    share = chosen.count_S[POSITIVE] / chosen.selected_S[POSITIVE].clamp(min=1)
+    weight_T = chosen.selected_T.to(tokens.advantage_T.dtype) * share.to(tokens.advantage_T.dtype)
     return Weights(weight_T, subset_codes(tokens.advantage_T, tokens.action_T), chosen)
 
 

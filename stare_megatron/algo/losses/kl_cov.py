@@ -1,4 +1,4 @@
-"""KL-Cov (arXiv 2505.22617): a penalty on the few tokens of highest covariance; no clip.
+"""KL-Cov (arXiv 2505.22617, equations 10, 13 and 14): a penalty on the few tokens of highest covariance; no clip.
 
 loss = correction * (-A r + coefficient |logp - old_logp| on the max(1, floor(fraction N)) tokens of largest covariance)
 

@@ -1,15 +1,26 @@
 import io
+import math
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from stare_megatron import report
 from stare_megatron.errors import UserError
 from stare_megatron.metrics import plot, summary
 from stare_megatron.metrics.catalogue import metrics
 from stare_megatron.metrics.jsonl import JsonlSink
 from stare_megatron.metrics.samples import write_samples
 from stare_megatron.types import Group, Prompt, Score, Span, SpanKind, Status, Trajectory
+
+
+def dynamics(step):
+    """A step of which the update of the step before was predicted well, but for a factor of 50."""
+    change = -0.01 / step
+    values = {"dynamics/measured_change": change, "dynamics/predicted_change_before": 50 * change}
+    for i, quadrant in enumerate(report.QUADRANTS):
+        values |= {f"dynamics/tokens_{quadrant}": 0.1 * (i + 1), f"dynamics/change_{quadrant}": 0.25 * (-1) ** i}
+    return values
 
 
 def write_run(folder, steps, gate=True):
@@ -27,6 +38,8 @@ def write_run(folder, steps, gate=True):
             "memory/trainer_peak": 400.0,
             "memory/engine_peak": 900.0 + step,
         }
+        if step > 1:
+            values |= dynamics(step)
         if gate:
             values |= {"stare/gate": float(step % 2), "policy/target_entropy": 0.2}
         sink.log(step, metrics(values))
@@ -42,8 +55,8 @@ def test_plot_draws_a_picture_with_something_in_every_panel(tmp_path, steps, gat
     assert file == tmp_path / "curves.png"
     assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
     image = imread(file)[..., :3]
-    height, width = image.shape[0] // 2, image.shape[1] // 3
-    for row in range(2):
+    height, width = image.shape[0] // 3, image.shape[1] // 3
+    for row in range(3):
         for column in range(3):
             panel = image[row * height : (row + 1) * height, column * width : (column + 1) * width]
             assert (panel.min(axis=2) < 0.6).mean() > 0.001, f"panel {row},{column} is empty"
@@ -55,6 +68,17 @@ def test_plot_without_steps_says_so(tmp_path):
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(UserError, match="no step was logged yet"):
         plot.plot(tmp_path)
+
+
+def test_plot_has_a_colour_for_every_quadrant():
+    assert tuple(plot.QUADRANT_COLOURS) == report.QUADRANTS
+
+
+def test_prediction_is_drawn_at_the_size_of_what_was_measured():
+    nan = float("nan")
+    assert plot.scaled_to([3.0, -4.0, nan, 7.0], [0.03, -0.04, 1.0, nan]) == pytest.approx((0.01, 1.0))
+    assert plot.scaled_to([1.0, 1.0], [2.0, -2.0]) == pytest.approx((2.0, 0.0))
+    assert all(math.isnan(x) for x in plot.scaled_to([nan, 0.0], [1.0, 1.0]))
 
 
 def test_running_mean_looks_back_only():
