@@ -35,6 +35,7 @@ from stare_megatron.metrics.sinks import Sinks, open_sinks
 from stare_megatron.metrics.summary import render, summarize
 from stare_megatron.rollout.collect import Collected, Collector
 from stare_megatron.rollout.runner import make_runner
+from stare_megatron.stats import EntropyReading, StepStats
 from stare_megatron.sync.check import compare, first_difference, require_agreement
 from stare_megatron.types import Control, ScoreSummary, UpdateStats
 
@@ -128,16 +129,16 @@ class StareRun:
     def load(self, batch: Collected) -> None:
         self._trainers.load(batch.groups)
 
-    def score(self) -> ScoreSummary:
-        scores = self._trainers.score()
-        self._trained += scores.num_action_tokens
-        return scores
+    def score(self) -> EntropyReading:
+        reading = self._trainers.score()
+        self._trained += reading.num_action_tokens
+        return reading
 
-    def observe(self, scores: ScoreSummary) -> Control:
-        self._state, control = self._algorithm.controller(self._config.algorithm, self._state, scores.entropy)
+    def observe(self, reading: EntropyReading) -> Control:
+        self._state, control = self._algorithm.controller(self._config.algorithm, self._state, reading.entropy)
         return control
 
-    def update(self, control: Control) -> list[UpdateStats]:
+    def update(self, control: Control) -> StepStats:
         return self._trainers.update(control)
 
     def push(self, version: int) -> float:
@@ -176,7 +177,7 @@ class StareRun:
         batch: Collected,
         scores: ScoreSummary,
         control: Control,
-        updates: list[UpdateStats],
+        updates: Sequence[UpdateStats],
         probe: float,
     ) -> None:
         now = time.monotonic()

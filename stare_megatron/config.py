@@ -24,6 +24,8 @@ from stare_megatron.methods import Selector as Selector
 from stare_megatron.observe import BenchmarkConfig as BenchmarkConfig
 from stare_megatron.observe import EvalConfig as EvalConfig
 from stare_megatron.observe import LoggingConfig as LoggingConfig
+from stare_megatron.training import OptimizerConfig as OptimizerConfig
+from stare_megatron.training import TrainerConfig as TrainerConfig
 
 Scalar = str | int | float | bool
 
@@ -141,62 +143,6 @@ class AlgorithmConfig(Section):
         return {key: value for key, value in handler(self).items() if key in kept}
 
 
-class OptimizerConfig(Section):
-    lr: float = Field(1e-6, gt=0, description="Peak learning rate.")
-    warmup_steps: int = Field(0, ge=0, description="Linear warm-up, optimizer steps.")
-    schedule: Literal["constant", "cosine", "linear"] = Field("constant", description="Decay after the warm-up.")
-    min_lr: float = Field(0.0, ge=0, description="Learning rate at the end of a decay.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
-    beta1: float = Field(0.9, ge=0, lt=1, description="Adam beta 1.")
-    beta2: float = Field(0.95, ge=0, lt=1, description="Adam beta 2.")
-    eps: float = Field(1e-8, gt=0, description="Adam epsilon.")
-    clip_grad: float = Field(1.0, gt=0, description="Gradient norm above which gradients are scaled down.")
-
-
-class TrainerConfig(Section):
-    world_size: int = Field(1, ge=1, description="Trainer ranks over all nodes; one GPU each.")
-    tensor_parallel: int = Field(1, ge=1, description="TP: ranks that split each layer.")
-    pipeline_parallel: int = Field(1, ge=1, description="PP: ranks that split the layers.")
-    virtual_pipeline: int = Field(1, ge=1, description="Model chunks per pipeline rank (interleaved 1F1B when > 1).")
-    context_parallel: int = Field(1, ge=1, description="CP: ranks that split each sequence.")
-    expert_parallel: int = Field(1, ge=1, description="EP: ranks that split the experts (MoE).")
-    sequence_parallel: bool = Field(False, description="Split norms and dropout over the TP ranks, by tokens.")
-    distributed_optimizer: bool = Field(True, description="Split optimizer state over the data-parallel ranks.")
-    micro_batch_tokens: int = Field(
-        8192, ge=1, description="Token budget of a packed micro-batch; a longer sequence gets a micro-batch of its own."
-    )
-    logits_chunk_tokens: int = Field(
-        0,
-        ge=0,
-        description="Rows of logits that exist at a time; they are made again in the backward pass. Bounds memory for "
-        "long sequences. 0: off, all rows of a micro-batch are kept.",
-    )
-    updates_per_batch: int = Field(1, ge=1, description="Optimizer steps per update batch (mini-batches of groups).")
-    recompute: Literal["none", "selective", "full"] = Field("none", description="Activation recomputation.")
-    optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(), description="Optimizer settings.")
-    megatron: dict[str, Any] = Field(
-        default_factory=dict, description="Further Megatron-Core TransformerConfig fields, by their upstream names."
-    )
-
-    @property
-    def data_parallel(self) -> int:
-        return self.world_size // (self.tensor_parallel * self.pipeline_parallel * self.context_parallel)
-
-    @model_validator(mode="after")
-    def _layout(self) -> TrainerConfig:
-        ranks = self.tensor_parallel * self.pipeline_parallel * self.context_parallel
-        if self.world_size % ranks:
-            raise ValueError(
-                f"world_size {self.world_size} is not a multiple of tensor_parallel {self.tensor_parallel} x "
-                f"pipeline_parallel {self.pipeline_parallel} x context_parallel {self.context_parallel} = {ranks}"
-            )
-        if self.virtual_pipeline > 1 and self.pipeline_parallel == 1:
-            raise ValueError("virtual_pipeline > 1 needs pipeline_parallel > 1")
-        if self.sequence_parallel and self.tensor_parallel == 1:
-            raise ValueError("sequence_parallel needs tensor_parallel > 1")
-        return self
-
-
 class InferenceConfig(Section):
     engines: int = Field(1, ge=1, description="vLLM engines.")
     tensor_parallel: int = Field(1, ge=1, description="TP of each engine; one GPU a rank.")
@@ -300,12 +246,13 @@ class Config(Section):
             )
         if r.prompts_per_generation and not r.dynamic_sampling:
             raise ValueError("rollout.prompts_per_generation is for rollout.dynamic_sampling = true")
-        if self.algorithm.correction.mode != "none" and (r.temperature != 1 or r.top_p != 1):
-            raise ValueError(
-                f"algorithm.correction.mode = {self.algorithm.correction.mode!r} needs rollout.temperature = 1 and "
-                f"rollout.top_p = 1, not {r.temperature} and {r.top_p}: engines record log-probs of the untempered, "
-                "untruncated distribution, which is then not the one that sampled"
-            )
+        a = self.algorithm
+        fault = methods.correction_fault(a.correction, r.temperature, r.top_p)
+        if t.scoring == "rollout":
+            settings = (a.method, a.stare, t.updates_per_batch, r.temperature, r.top_p)
+            fault = fault or methods.rollout_scoring_fault(*settings)
+        if fault:
+            raise ValueError(fault)
         if not self.algorithm.response_tokens:
             length = {"response_tokens": r.max_response_tokens}
             object.__setattr__(self, "algorithm", self.algorithm.model_copy(update=length))  # frozen from here on

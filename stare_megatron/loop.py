@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Generic, Protocol, TypeVar
 
+from stare_megatron.stats import EntropyReading, StepStats
 from stare_megatron.types import Control, ScoreSummary, UpdateStats
 
 Batch = TypeVar("Batch")
@@ -35,20 +37,26 @@ class Run(Protocol, Generic[Batch]):
         """Hand the groups to the trainer ranks."""
         ...
 
-    def score(self) -> ScoreSummary:
-        """Log-probs and entropies of the policy about to be updated."""
+    def score(self) -> EntropyReading:
+        """Log-probs and entropies of the policy about to be updated, or an estimate of their mean."""
         ...
 
-    def observe(self, scores: ScoreSummary) -> Control:
+    def observe(self, reading: EntropyReading) -> Control:
         """The gate."""
         ...
 
-    def update(self, control: Control) -> list[UpdateStats]:
+    def update(self, control: Control) -> StepStats:
         """Weigh tokens, take the optimizer steps."""
         ...
 
     def report(
-        self, step: int, batch: Batch, scores: ScoreSummary, control: Control, updates: list[UpdateStats], probe: float
+        self,
+        step: int,
+        batch: Batch,
+        scores: ScoreSummary,
+        control: Control,
+        updates: Sequence[UpdateStats],
+        probe: float,
     ) -> None:
         """Log the step."""
         ...
@@ -81,14 +89,14 @@ def train(run: Run[Batch]) -> int:
             batch = run.collect(step)
         with run.phase("score"):
             run.load(batch)
-            scores = run.score()
-        control = run.observe(scores)
+            reading = run.score()
+        control = run.observe(reading)
         with run.phase("update"):
-            updates = run.update(control)
+            done = run.update(control)
         step += 1
         with run.phase("push"):
             probe = run.push(step)
-        run.report(step, batch, scores, control, updates, probe)
+        run.report(step, batch, done.scores, control, done.updates, probe)
         if run.eval_due(step):
             with run.phase("eval"):
                 run.evaluate(step)

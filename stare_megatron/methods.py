@@ -16,6 +16,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 Selector = Literal["surprisal", "relative", "sensitivity"]
+TokenValue = Literal["entropy", "sensitivity"]  # what the trainer's scoring pass knows of a token, and no engine does
+SELECTORS: dict[Selector, frozenset[TokenValue]] = {  # what each reads of a token, besides its log-prob
+    "surprisal": frozenset(),
+    "relative": frozenset({"entropy"}),
+    "sensitivity": frozenset({"sensitivity"}),
+}
 CONTROLLER_OF = {"band": "proportional", "kp": "proportional_integral", "ki": "proportional_integral"}
 
 
@@ -176,10 +182,13 @@ class CorrectionConfig(Section):
 @dataclass(frozen=True)
 class Method:
     """`uses`: common settings that the method reads, besides the section of its own name, if it has one. `defaults`:
-    its paper's, where they are not those of the key; a key that is only here cannot be set."""
+    its paper's, where they are not those of the key; a key that is only here cannot be set. `reads`: what its `weigh`
+    takes of each token before the update, besides the log-prob; `stare` reads what its selector does. (The entropy
+    that a loss takes is the update pass's own.)"""
 
     uses: frozenset[str]
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    reads: frozenset[TokenValue] = frozenset()
 
 
 def _uses(names: str) -> frozenset[str]:
@@ -214,8 +223,10 @@ METHODS: dict[str, Method] = {
     "kl_cov": Method(_uses(_GROUP)),
     "entropy_bonus": Method(_uses(_PPO)),
     "adaptive_entropy": Method(_uses(_PPO), {"clip_high": 0.2, "dual_clip": NO_DUAL_CLIP}),
-    "entropy_advantage": Method(_uses(_PPO)),
-    "high_entropy_tokens": Method(_uses(f"normalize_std {_CLIP} dual_clip"), {"reduction": "token-mean"}),
+    "entropy_advantage": Method(_uses(_PPO), reads=frozenset({"entropy"})),
+    "high_entropy_tokens": Method(
+        _uses(f"normalize_std {_CLIP} dual_clip"), {"reduction": "token-mean"}, reads=frozenset({"entropy"})
+    ),
     "w_reinforce": Method(_uses(f"reduction {_CLIP} dual_clip"), {"clip_high": 0.2, "dual_clip": NO_DUAL_CLIP}),
     "stare": Method(_uses(_PPO)),
 }
@@ -243,3 +254,39 @@ def settle(tree: Mapping[str, Any], default: str) -> dict[str, Any]:
                 f"{key} is not used by method {name!r}{fixed}; take it out, or choose a method that uses it"
             )
     return {**method.defaults, **tree}
+
+
+_RAW = "engines record log-probs of the untempered, untruncated distribution, which is then not the one that sampled"
+
+
+def correction_fault(correction: CorrectionConfig, temperature: float, top_p: float) -> str:
+    """Why the rollout correction would be wrong at these settings of `[rollout]`; empty if it would not."""
+    if correction.mode == "none" or (temperature == 1 and top_p == 1):
+        return ""
+    return (
+        f"algorithm.correction.mode = {correction.mode!r} needs rollout.temperature = 1 and rollout.top_p = 1, not "
+        f"{temperature} and {top_p}: {_RAW}"
+    )
+
+
+def rollout_scoring_fault(
+    method: str, stare: StareConfig, updates_per_batch: int, temperature: float, top_p: float
+) -> str:
+    """Why `trainer.scoring = "rollout"` would be wrong under these settings, with the cure; empty if it would not."""
+    key = 'trainer.scoring = "rollout"'
+    if updates_per_batch > 1:
+        return (
+            f"{key} needs trainer.updates_per_batch = 1, not {updates_per_batch}: after the first update the weights "
+            "are not those that sampled"
+        )
+    if temperature != 1 or top_p != 1:
+        return f"{key} needs rollout.temperature = 1 and rollout.top_p = 1, not {temperature} and {top_p}: {_RAW}"
+    reads, reader = METHODS[method].reads, f"algorithm.method = {method!r}"
+    if method == "stare" and stare.scope == "batch":  # a micro-batch is weighed in the update pass
+        reads, reader = SELECTORS[stare.selector], f"algorithm.stare.selector = {stare.selector!r}"
+    if reads:
+        return (
+            f"{key} knows no {' or '.join(sorted(reads))} of a token before its update, which {reader} needs; "
+            'use trainer.scoring = "trainer"'
+        )
+    return ""

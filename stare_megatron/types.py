@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stare_megatron.dynamics import Dynamics
+from stare_megatron.mismatch import Mismatch
 from stare_megatron.trajectory import Completion as Completion
 from stare_megatron.trajectory import Prompt as Prompt
 from stare_megatron.trajectory import Sampling as Sampling
@@ -218,20 +219,15 @@ class Scores:
 class ScoreSummary:
     """Sums of `Scores` over the whole update batch, equal on every rank and for every layout.
 
-    `entropy`: mean over action tokens, nats. `surprisal`: mean of -logprob, nats. `mismatch_mean`, `mismatch_max`:
-    |trainer log-prob - engine log-prob| over action tokens, nats. `mismatch_kl`: mean of r - 1 - log r with
-    r = exp(trainer - engine), an estimate of KL(engine || trainer), nats. `mismatch_ratio_max`: largest r.
-    `mismatch_ess`: effective sample size under the weights r, as a share of the tokens: (sum r)^2 / (n sum r^2).
+    `entropy`: mean over action tokens, nats. `surprisal`: mean of -logprob, nats; `rollout_surprisal`: the same of the
+    engine's.
     """
 
     num_action_tokens: int
     entropy: float
     surprisal: float
-    mismatch_mean: float
-    mismatch_max: float
-    mismatch_kl: float
-    mismatch_ratio_max: float
-    mismatch_ess: float
+    rollout_surprisal: float
+    mismatch: Mismatch
 
 
 @dataclass(frozen=True)

@@ -107,8 +107,6 @@ def check_loss(method: str, case: Case) -> list[str]:
     entropy_T = torch.zeros_like(advantage_T)  # no recorded loss depends on it
     tokens = Candidates(
         -logprob_T.detach(),
-        entropy_T,
-        torch.zeros_like(advantage_T),  # nor on S
         advantage_T,
         torch.ones_like(advantage_T, dtype=torch.bool),
         action_M.nonzero()[:, 0],

@@ -16,7 +16,7 @@ import torch
 from stare_megatron.algo.reduce import fixed_point_sum, from_fixed_point
 from stare_megatron.algo.selection import select_top, subset_codes
 from stare_megatron.algo.shards import Shards
-from stare_megatron.algo.stare import Candidates, criticality
+from stare_megatron.algo.stare import ScoredCandidates, criticality
 from stare_megatron.dynamics import Dynamics
 
 UNLIKELY = -2e-6  # nats; S of fp32 logits is known to this much. At or above it a token counts as likely
@@ -31,14 +31,14 @@ class Applied:
     selected_T: torch.Tensor
 
 
-def exact_set(tokens: Candidates, fraction: float, shards: Shards) -> torch.Tensor:
+def exact_set(tokens: ScoredCandidates, fraction: float, shards: Shards) -> torch.Tensor:
     """bool [T]: what the selector `sensitivity` would choose. A collective."""
     subset_T = subset_codes(tokens.advantage_T, tokens.action_T)
     key_T = criticality(tokens, "sensitivity")
     return select_top(key_T, subset_T, tokens.global_id_T, fraction, shards).selected_T
 
 
-def measure(tokens: Candidates, applied: Applied, exact_T: torch.Tensor, shards: Shards) -> torch.Tensor:
+def measure(tokens: ScoredCandidates, applied: Applied, exact_T: torch.Tensor, shards: Shards) -> torch.Tensor:
     """Sums over the action tokens of all ranks for `from_totals`, int64 [23]. A collective."""
     own_T = tokens.action_T
     advantage_T, sensitivity_T = tokens.advantage_T[own_T].double(), tokens.sensitivity_T[own_T].double()

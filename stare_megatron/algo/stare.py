@@ -31,16 +31,23 @@ from stare_megatron.types import Control
 class Candidates:
     """Tokens to be weighed, [T] each: this rank's part of the scope (update batch or micro-batch).
 
-    `surprisal_T`, `entropy_T`, `sensitivity_T` (S) float32, nats, under the policy about to be updated; `advantage_T`;
-    `action_T` bool: a token of this rank that carries loss; `global_id_T` int64.
+    `surprisal_T` float32, nats, under the policy about to be updated, as the trainer scored it or, with
+    `trainer.scoring = "rollout"`, as the engine did; `advantage_T`; `action_T` bool: a token of this rank that carries
+    loss; `global_id_T` int64.
     """
 
     surprisal_T: torch.Tensor
-    entropy_T: torch.Tensor
-    sensitivity_T: torch.Tensor
     advantage_T: torch.Tensor
     action_T: torch.Tensor
     global_id_T: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredCandidates(Candidates):
+    """With what only the trainer knows, [T] float32, nats: `entropy_T` and `sensitivity_T` (S)."""
+
+    entropy_T: torch.Tensor
+    sensitivity_T: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,13 +62,25 @@ class Weights:
     selection: Selection
 
 
+def require_scores(tokens: Candidates, reader: str) -> ScoredCandidates:
+    """`tokens`, for a `reader` that takes entropy or sensitivity of them.
+
+    Raises:
+        TypeError: nobody scored them; `methods.METHODS` should have said that the reader needs it.
+    """
+    if not isinstance(tokens, ScoredCandidates):
+        raise TypeError(f"{reader} reads the entropy or sensitivity of each token, and there was no scoring pass")
+    return tokens
+
+
 def criticality(tokens: Candidates, selector: Selector) -> torch.Tensor:
     """What the quantile is taken of, float [T]; the largest are chosen, in T+ and in T- alike."""
     if selector == "surprisal":
         return tokens.surprisal_T
+    scored = require_scores(tokens, f"the selector {selector!r}")
     if selector == "relative":
-        return tokens.surprisal_T - tokens.entropy_T
-    return -tokens.sensitivity_T
+        return scored.surprisal_T - scored.entropy_T
+    return -scored.sensitivity_T
 
 
 def weigh(tokens: Candidates, control: Control, config: StareConfig, shards: Shards) -> Weights:

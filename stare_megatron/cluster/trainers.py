@@ -14,7 +14,8 @@ from stare_megatron.cluster.placement import Slot
 from stare_megatron.config import Config
 from stare_megatron.data.packing import plan_updates
 from stare_megatron.ports import free_port
-from stare_megatron.types import Control, Group, GroupSummary, ScoreSummary, UpdateShare, UpdateStats
+from stare_megatron.stats import EntropyReading, StepStats
+from stare_megatron.types import Control, Group, GroupSummary, UpdateShare
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,10 +81,10 @@ class TrainerActor:
         fetched: list[tuple[list[Group], UpdateShare]] = [(ray.get(refs), share) for refs, share in updates]
         self._trainer.load(fetched)
 
-    def score(self) -> ScoreSummary:
+    def score(self) -> EntropyReading:
         return self._trainer.score()
 
-    def update(self, control: Control) -> list[UpdateStats]:
+    def update(self, control: Control) -> StepStats:
         return self._trainer.update(control)
 
     def score_tokens(self, token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
@@ -145,10 +146,10 @@ class TrainerGroup:
             refs.append(actor.load.remote(shares))
         runtime.wait(refs, self._names)
 
-    def score(self) -> ScoreSummary:
+    def score(self) -> EntropyReading:
         return self._all("score")[0]
 
-    def update(self, control: Control) -> list[UpdateStats]:
+    def update(self, control: Control) -> StepStats:
         return self._all("update", control)[0]
 
     def push(self, version: int) -> None:

@@ -61,6 +61,14 @@ _ENTRIES = (
     ),
     Entry("data/epoch", "epochs", Reduction.LAST, "Passes over the prompts begun, less one."),
     Entry("policy/entropy", "nats/token", Reduction.TOKEN_MEAN, "Entropy of the policy about to be updated."),
+    Entry(
+        "policy/entropy_estimate",
+        "nats/token",
+        Reduction.TOKEN_MEAN,
+        "-log pi of the sampled tokens under the engine: at temperature 1 and top-p 1 an estimate of policy/entropy; "
+        'with trainer.scoring = "rollout" it decides the gate.',
+    ),
+    Entry("policy/entropy_estimate_error", "nats/token", Reduction.LAST, "policy/entropy_estimate - policy/entropy."),
     Entry("policy/target_entropy", "nats/token", Reduction.LAST, "H_tgt in force: the gate opens below it."),
     Entry("policy/surprisal", "nats/token", Reduction.TOKEN_MEAN, "-log pi of the sampled tokens."),
     Entry("stare/gate", "0 or 1", Reduction.LAST, "1: the weights apply: entropy is below its target."),
@@ -86,6 +94,18 @@ _ENTRIES = (
         "share",
         Reduction.TOKEN_MEAN,
         "Effective sample size under the token ratios r (at most 128): (sum r)^2 / (n sum r^2).",
+    ),
+    Entry(
+        "mismatch/sequence_ratio_max",
+        "ratio",
+        Reduction.MAX,
+        "Largest trainer / engine probability of a trajectory's action tokens, up to e^20.",
+    ),
+    Entry(
+        "mismatch/sequence_ess",
+        "share",
+        Reduction.MEAN,
+        "Effective sample size under the trajectories' ratios (at most 128), as a share of the trajectories.",
     ),
     Entry("correction/mean", "factor", Reduction.UPDATE_MEAN, "Mean rollout-correction factor; 1 without correction."),
     Entry("correction/bounded", "share", Reduction.UPDATE_MEAN, "Tokens whose factor was truncated or masked."),
@@ -158,7 +178,9 @@ _ENTRIES = (
     Entry("throughput/trained_tokens", "tokens", Reduction.SUM, "Action tokens of the step's update batch."),
     Entry("throughput/trained_tokens_total", "tokens", Reduction.SUM, "Action tokens trained on since step 0."),
     Entry("time/rollout", "s", Reduction.SUM, "Sampling and rewards."),
-    Entry("time/score", "s", Reduction.SUM, "Loading the batch and scoring it."),
+    Entry(
+        "time/score", "s", Reduction.SUM, 'Loading the batch and scoring it; loading alone with scoring = "rollout".'
+    ),
     Entry("time/update", "s", Reduction.SUM, "Weights, forward, backward, optimizer."),
     Entry("time/push", "s", Reduction.SUM, "Weights to the engines, and the probe."),
     Entry("time/save", "s", Reduction.SUM, "Checkpoint written after the previous step; 0 when none was due."),

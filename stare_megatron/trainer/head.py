@@ -85,23 +85,28 @@ class Head:
         )
 
     def log_probs(
-        self, hidden_RH: torch.Tensor, target_R: torch.Tensor, *, temperature: float, entropy_gradient: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `logprobs.log_probs`, differentiable in the hidden states and the output weight."""
-        if not self.chunk_tokens:
-            return log_probs(
-                self.model.logits(hidden_RH),
-                target_R,
-                self.vocab,
-                temperature=temperature,
-                entropy_gradient=entropy_gradient,
-            )
-        return head_log_probs(
-            hidden_RH,
-            self.model.output_weight(),
-            target_R,
-            self.vocab,
-            temperature=temperature,
-            entropy_gradient=entropy_gradient,
-            chunk=self.chunk_tokens,
-        )
+        self,
+        hidden_RH: torch.Tensor,
+        target_R: torch.Tensor,
+        *,
+        temperature: float,
+        entropy_gradient: bool,
+        sensitivity: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `logprobs.log_probs`, differentiable in the hidden states and the output weight; then S, which has no
+        gradient: 0 unless `sensitivity`, which costs a second read of the logits (in chunks: a second making)."""
+        how = {"temperature": temperature, "entropy_gradient": entropy_gradient}
+        if self.chunk_tokens:
+            weight_VH, chunk = self.model.output_weight(), self.chunk_tokens
+            logprob_R, entropy_R = head_log_probs(hidden_RH, weight_VH, target_R, self.vocab, chunk=chunk, **how)
+            sensitivity_R = torch.zeros_like(logprob_R)
+            if sensitivity:
+                sensitivity_R = self.token_scores(hidden_RH.detach(), target_R, temperature=temperature).sensitivity_T
+            return logprob_R, entropy_R, sensitivity_R
+        logits_RV = self.model.logits(hidden_RH)
+        logprob_R, entropy_R = log_probs(logits_RV, target_R, self.vocab, **how)
+        sensitivity_R = torch.zeros_like(logprob_R)
+        if sensitivity:  # the logits are whole until the backward overwrites them
+            found = token_scores(logits_RV.detach(), target_R, self.vocab, temperature=temperature)
+            sensitivity_R = found.sensitivity_T
+        return logprob_R, entropy_R, sensitivity_R

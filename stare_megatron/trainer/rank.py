@@ -6,7 +6,7 @@ All ranks make the same calls in the same order: most are collectives.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,14 +19,17 @@ from stare_megatron import device
 from stare_megatron.algo.registry import ALGORITHMS
 from stare_megatron.algo.shards import shards
 from stare_megatron.config import Config
-from stare_megatron.dynamics import Dynamics
 from stare_megatron.errors import RunError
+from stare_megatron.stats import EntropyReading, StepStats
 from stare_megatron.trainer import parallel
 from stare_megatron.trainer.schedule import learning_rate
-from stare_megatron.types import Control, Group, ScoreSummary, UpdateShare, UpdateStats
+from stare_megatron.types import Control, Group, UpdateShare, UpdateStats
 
 if TYPE_CHECKING:
-    from stare_megatron.trainer.step import Loaded, LossStats, Scored
+    from stare_megatron.algo.stare import Candidates, Weights
+    from stare_megatron.trainer.runner import Loaded
+    from stare_megatron.trainer.scoring import SampledBatch, Scored, ScoredBatch
+    from stare_megatron.trainer.step import Pass
 
 # Modules that import megatron at their top are imported inside methods, after `parallel.initialize` has patched it.
 
@@ -77,8 +80,8 @@ class TrainerRank:
         from stare_megatron.trainer.logprobs import vocab_shard
         from stare_megatron.trainer.model import build_model, padded_vocab
         from stare_megatron.trainer.optimizer import build_optimizer
+        from stare_megatron.trainer.runner import Runner
         from stare_megatron.trainer.sequence import Layout
-        from stare_megatron.trainer.step import Runner
 
         trainer = config.trainer
         self._chunks = build_model(config.model.path, self._dtype, trainer, place, config.window)
@@ -103,7 +106,7 @@ class TrainerRank:
         )
         self._optimizer_steps = 0
         self._loaded: list[Loaded] = []
-        self._scored: list[Scored] = []
+        self._known: ScoredBatch | SampledBatch | None = None
 
     def position(self) -> Position:
         return Position(
@@ -116,85 +119,102 @@ class TrainerRank:
 
     def load(self, groups_per_update: list[tuple[list[Group], UpdateShare]]) -> None:
         """Take this rank's share of an update batch: for each optimizer step the groups its share names, by index."""
+        from stare_megatron.trainer.runner import loaded
         from stare_megatron.trainer.sequence import micro_batches, token_batch
-        from stare_megatron.trainer.step import loaded
 
         algorithm = self._config.algorithm
-        self._loaded, self._scored = [], []
+        self._loaded, self._known = [], None
         for groups, share in groups_per_update:
             batch = token_batch(groups, share, self._algorithm, algorithm, self._runner.place)
             rows = micro_batches(batch, share, self._config.trainer.micro_batch_tokens, self._layout)
             self._loaded.append(loaded(batch, rows, algorithm))
 
-    def score(self) -> ScoreSummary:
-        """Log-probs and entropies of the loaded batch under the present weights. They stay here; the summary is equal
-        on every rank.
+    def score(self) -> EntropyReading:
+        """The mean entropy of the loaded batch under the present weights, equal on every rank: measured by a forward
+        pass, whose log-probs and entropies stay here, or with `trainer.scoring = "rollout"` estimated without one.
 
         Raises:
             RunError: a log-prob or entropy is not finite.
         """
-        from stare_megatron.trainer.step import score, summarize
+        from stare_megatron.trainer.scoring import SampledBatch, ScoredBatch, read_rollout, score, summarize
 
         if not self._loaded:
             raise RuntimeError("load() comes before score()")
+        if self._config.trainer.scoring == "rollout":
+            (data,) = self._loaded
+            self._known = SampledBatch(data)
+            return read_rollout(self._runner, self._known)
         temperature = self._config.rollout.temperature
-        self._scored = [score(self._runner, data, temperature) for data in self._loaded]
-        return summarize(self._runner, self._loaded, self._scored)
+        scored = [score(self._runner, data, temperature) for data in self._loaded]
+        summary = summarize(self._runner, self._loaded, scored, found_by="scoring pass")
+        self._known = ScoredBatch(self._loaded, scored, summary)
+        return EntropyReading(summary.num_action_tokens, summary.entropy)
 
-    def update(self, control: Control) -> list[UpdateStats]:
+    def update(self, control: Control) -> StepStats:
         """Weigh the tokens of the scored batch and take its optimizer steps; the batch is dropped.
 
         Raises:
             RunError: a loss or gradient norm is not finite; the message names the optimizer step. After a non-finite
-                norm the weights are spoilt: only a checkpoint helps.
+                norm the weights are spoilt: only a checkpoint helps. Without a scoring pass also: a log-prob or entropy
+                is not finite; no weight was changed then.
         """
-        from stare_megatron.trainer.step import entropy_dynamics, exact_sets, forward_backward, weigh
+        from stare_megatron.trainer.scoring import SampledBatch, summarize
+        from stare_megatron.trainer.step import exact_sets
 
-        if not self._scored:
+        known = self._known
+        if known is None:
             raise RuntimeError("score() comes before update()")
         config = self._config.algorithm
-        weights = None
-        if config.stare.scope == "batch" or config.method != "stare":
-            weights = weigh(self._runner, self._loaded, self._scored, control, self._algorithm, config)
-        exact = exact_sets(self._runner, self._loaded, self._scored, config)
-        stats = []
-        for i, (data, scored) in enumerate(zip(self._loaded, self._scored, strict=True)):
-            self._zero_grad()
-            seen, applied = forward_backward(
-                self._runner,
-                data,
-                scored,
-                weights[i] if weights is not None else None,
-                control,
-                self._algorithm,
-                config,
-                self._config.rollout.temperature,
-            )
-            expected = entropy_dynamics(self._runner, data, scored, applied, exact[i])
-            stats.append(self._optimizer_step(seen, expected))
-        self._loaded, self._scored = [], []
-        return stats
+        if isinstance(known, SampledBatch):
+            (weights,) = self._weigh([known.data], known.tokens(), control)
+            seen = self._forward_backward(known.data, None, weights, control)
+            summary = summarize(self._runner, [known.data], [seen.scored], found_by="update pass")
+            (exact_T,) = exact_sets(self._runner, [known.data], [seen.scored], config)
+            updates = [self._optimizer_step(known.data, seen, exact_T)]
+        else:
+            summary, updates = known.summary, []
+            weighed = self._weigh(known.data, known.tokens(), control)
+            exact = exact_sets(self._runner, known.data, known.scored, config)
+            for data, scored, weights, exact_T in zip(known.data, known.scored, weighed, exact, strict=True):
+                seen = self._forward_backward(data, scored, weights, control)
+                updates.append(self._optimizer_step(data, seen, exact_T))
+        self._loaded, self._known = [], None
+        return StepStats(summary, tuple(updates))
 
-    def _zero_grad(self) -> None:
+    def _weigh(self, data: Sequence[Loaded], tokens: Candidates, control: Control) -> Sequence[Weights | None]:
+        """Token weights of each optimizer step; None where each micro-batch is weighed by itself."""
+        from stare_megatron.trainer.step import weigh
+
+        config = self._config.algorithm
+        if config.stare.scope == "microbatch" and config.method == "stare":
+            return [None] * len(data)
+        return weigh(self._runner, data, tokens, control, self._algorithm, config)
+
+    def _forward_backward(self, data: Loaded, scored: Scored | None, weights: Weights | None, control: Control) -> Pass:
         from stare_megatron.trainer.optimizer import zero_grad
+        from stare_megatron.trainer.step import forward_backward
 
         zero_grad(self._chunks, self._optimizer)
+        config, temperature = self._config.algorithm, self._config.rollout.temperature
+        return forward_backward(self._runner, data, scored, weights, control, self._algorithm, config, temperature)
 
-    def _optimizer_step(self, seen: LossStats, expected: Dynamics) -> UpdateStats:
+    def _optimizer_step(self, data: Loaded, seen: Pass, exact_T: torch.Tensor) -> UpdateStats:
         from stare_megatron.trainer.optimizer import step
+        from stare_megatron.trainer.step import entropy_dynamics
 
-        number = self._optimizer_steps + 1
-        if not math.isfinite(seen.loss):
-            raise RunError(f"optimizer step {number}: the loss is {seen.loss}; no weight was changed by this step")
+        number, loss = self._optimizer_steps + 1, seen.stats.loss
+        expected = entropy_dynamics(self._runner, data, seen.scored, seen.applied, exact_T)
+        if not math.isfinite(loss):
+            raise RunError(f"optimizer step {number}: the loss is {loss}; no weight was changed by this step")
         trainer = self._config.trainer
         total = self._config.run.steps * trainer.updates_per_batch
         lr = learning_rate(trainer.optimizer, self._optimizer_steps, total)
         grad_norm = step(self._optimizer, trainer.optimizer, lr)
         if not math.isfinite(grad_norm):
-            raise RunError(f"optimizer step {number}: the gradient norm is {grad_norm} at a loss of {seen.loss:.6g}")
+            raise RunError(f"optimizer step {number}: the gradient norm is {grad_norm} at a loss of {loss:.6g}")
         self._optimizer_steps = number
         return UpdateStats(
-            **vars(seen),
+            **vars(seen.stats),
             grad_norm=grad_norm,
             learning_rate=lr,
             dynamics=expected,

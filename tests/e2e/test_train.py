@@ -74,7 +74,8 @@ def test_stare_trains(material: Path, tmp_path: Path) -> None:
 
 
 def test_interrupt_saves_and_resume_goes_on(material: Path, tmp_path: Path) -> None:
-    """Ctrl-C ends the step, saves, and leaves no process; `run.resume=auto` goes on from there at another layout."""
+    """Ctrl-C ends the step, saves, and leaves no process; `run.resume=auto` goes on from there at another layout, and
+    without a scoring pass."""
     run = tmp_path / "e2e"
     small = {"run.steps": 40, "rollout.prompts_per_step": 8, "rollout.prompts_per_generation": 8}
     process = subprocess.Popen(
@@ -101,6 +102,7 @@ def test_interrupt_saves_and_resume_goes_on(material: Path, tmp_path: Path) -> N
         "run.resume": "auto",
         "trainer.tensor_parallel": 1,
         "trainer.pipeline_parallel": 2,
+        "trainer.scoring": "rollout",
     }
     again = subprocess.run(
         arguments(material, tmp_path, **small | layout), cwd=ROOT, capture_output=True, text=True, timeout=400
@@ -111,6 +113,11 @@ def test_interrupt_saves_and_resume_goes_on(material: Path, tmp_path: Path) -> N
     assert [row["step"] for row in resumed] == list(range(1, saved + 3))
     # A model that was not restored, or pushed wrongly, would disagree with what the engine sampled.
     assert all(row["mismatch/mean"] < 1e-3 for row in resumed)
+    # Measured in the update pass without a scoring pass, and not made up: the gate read the engine's surprisal instead.
+    for row in resumed[-2:]:
+        assert row["policy/entropy_estimate"] == pytest.approx(row["policy/surprisal"], abs=1e-3)
+        assert 0 < abs(row["policy/entropy_estimate_error"]) < 0.2
+        assert row["stare/gate"] == (row["policy/entropy_estimate"] < row["policy/target_entropy"])
 
 
 @pytest.mark.slow

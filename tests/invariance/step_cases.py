@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 from launch import Rank, free_port
 
-from stare_megatron.config import Config, parse
+from stare_megatron.config import AlgorithmConfig, Config, parse
 from stare_megatron.data.packing import plan_updates
 from stare_megatron.errors import RunError
 from stare_megatron.trainer.rank import TrainerRank
 from stare_megatron.types import (
+    Assignment,
     Control,
     Group,
     Prompt,
@@ -83,6 +84,19 @@ def make_groups(*, groups: int = 6, size: int = 4, seed: int = 1) -> list[Group]
     return made
 
 
+def in_order(groups: list[Group], seed: int) -> list[Group]:
+    """The same groups and trajectories in another order."""
+    rng = np.random.default_rng(seed)
+    shuffled = []
+    for g in rng.permutation(len(groups)):
+        samples = rng.permutation(len(groups[g].trajectories))
+        trajectories, scores = (
+            tuple(column[s] for s in samples) for column in (groups[g].trajectories, groups[g].scores)
+        )
+        shuffled.append(Group(groups[g].prompt, trajectories, scores))
+    return shuffled
+
+
 def make_config(checkpoint: Path, overrides: Overrides) -> Config:
     """A run on `checkpoint`; `overrides` by top-level table."""
     tree: dict[str, dict[str, Any]] = {
@@ -103,8 +117,26 @@ def start(rank: Rank, config: Config) -> TrainerRank:
     return TrainerRank(config, **dataclasses.asdict(rank))
 
 
-def load(trainer: TrainerRank, config: Config, groups: list[Group]) -> None:
-    """What the driver does: plan, and hand each rank its share."""
+def first_tokens(groups: list[Group]) -> dict[tuple[str, int], int]:
+    """Global id of each trajectory's first token, by prompt and sample, when `groups` come in this order."""
+    (plan,) = plan_updates(
+        [g.summary() for g in groups],
+        data_parallel=1,
+        updates_per_batch=1,
+        micro_batch_tokens=1,
+        min_micro_batch_multiple=1,
+    )
+    return {
+        (groups[a.group].prompt.id, groups[a.group].trajectories[s].sample): first
+        for a in plan[0].assignments
+        for s, first in zip(a.samples, a.first_token, strict=True)
+    }
+
+
+def load(
+    trainer: TrainerRank, config: Config, groups: list[Group], ids: dict[tuple[str, int], int] | None = None
+) -> None:
+    """What the driver does: plan, and hand each rank its share. `ids`: first tokens, if not those of this order."""
     settings = config.trainer
     plans = plan_updates(
         [g.summary() for g in groups],
@@ -114,7 +146,57 @@ def load(trainer: TrainerRank, config: Config, groups: list[Group]) -> None:
         min_micro_batch_multiple=settings.pipeline_parallel if settings.virtual_pipeline > 1 else 1,
     )
     shares: list[UpdateShare] = [plan[trainer.position().data_parallel_rank] for plan in plans]
+    if ids is not None:
+        shares = [
+            dataclasses.replace(s, assignments=tuple(_with_ids(a, groups, ids) for a in s.assignments)) for s in shares
+        ]
     trainer.load([(groups, share) for share in shares])
+
+
+def _with_ids(assignment: Assignment, groups: list[Group], ids: dict[tuple[str, int], int]) -> Assignment:
+    group = groups[assignment.group]
+    keys = [(group.prompt.id, group.trajectories[s].sample) for s in assignment.samples]
+    return dataclasses.replace(assignment, first_token=tuple(ids[key] for key in keys))
+
+
+def gradient(trainer: TrainerRank) -> dict[str, Any]:
+    """Every parameter's gradient, whole, by Hugging Face name, float32; a collective. Between the backward pass and the
+    optimizer, which clips it in place."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core.distributed.param_and_grad_buffer import shard_buffer
+
+    from stare_megatron.trainer import parallel
+    from stare_megatron.trainer.bridge.weights import export
+
+    group = parallel.dp_cp_group()
+    size = dist.get_world_size(group)
+    if size > 1 and trainer._config.trainer.distributed_optimizer:  # each rank has reduced its part only
+        for buffer in (b for chunk in trainer._chunks for b in chunk.buffers):
+            for bucket in buffer.buckets:
+                own = shard_buffer(bucket.grad_data, size)[dist.get_rank(group)].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
+    parameters = [p for chunk in trainer._chunks for p in chunk.parameters()]
+    values = [p.data for p in parameters]
+    try:
+        for p in parameters:
+            p.data = p.main_grad
+        return {name: tensor.clone() for name, tensor in export(trainer._chunks, torch.float32)}
+    finally:
+        for p, value in zip(parameters, values, strict=True):
+            p.data = value
+
+
+def keep_gradients(trainer: TrainerRank) -> list[dict[str, Any]]:
+    """A list that every optimizer step to come adds its gradient to."""
+    kept, take_step = [], trainer._optimizer_step
+
+    def tapped(*arguments: Any) -> UpdateStats:
+        kept.append(gradient(trainer))
+        return take_step(*arguments)
+
+    trainer._optimizer_step = tapped  # type: ignore[method-assign]
+    return kept
 
 
 def selected_ids(trainer: TrainerRank, config: Config, control: Control) -> list[int]:
@@ -123,28 +205,53 @@ def selected_ids(trainer: TrainerRank, config: Config, control: Control) -> list
 
     if not trainer._runner.is_last_stage:
         return []
-    data, scored = trainer._loaded, trainer._scored
-    weights = weigh(trainer._runner, data, scored, control, trainer._algorithm, config.algorithm)
+    data, known = trainer._loaded, trainer._known
+    assert known is not None
+    weights = weigh(trainer._runner, data, known.tokens(), control, trainer._algorithm, config.algorithm)
     return [
         int(i) for d, w in zip(data, weights, strict=True) for i in d.batch.global_id_T[w.selection.selected_T].tolist()
     ]
 
 
-def steps(rank: Rank, config: Config, *, count: int = 2) -> dict[str, Any]:
-    """`count` batches of load, score, update; what a run would see of them."""
+def steps(rank: Rank, config: Config, *, count: int = 2, order: int | None = None) -> dict[str, Any]:
+    """`count` batches of load, score, update; what a run would see of them, and the first gradient on rank 0.
+
+    `order`: seed of another order of the sequences; they keep their global ids.
+    """
     trainer = start(rank, config)
-    seen: dict[str, Any] = {"scores": [], "stats": [], "selected": []}
+    gradients = keep_gradients(trainer)
+    seen: dict[str, Any] = {"readings": [], "scores": [], "stats": [], "selected": []}
     for i in range(count):
-        load(trainer, config, make_groups(seed=1 + i))
-        summary = trainer.score()
-        control = Control(summary.entropy < 9.0, 1.5, 0.5, summary.entropy, 9.0)
-        seen["scores"].append(summary)
+        groups = make_groups(seed=1 + i)
+        if order is None:
+            load(trainer, config, groups)
+        else:
+            load(trainer, config, in_order(groups, order), first_tokens(groups))
+        reading = trainer.score()
+        control = Control(reading.entropy < 9.0, 1.5, 0.5, reading.entropy, 9.0)
         seen["selected"].append(selected_ids(trainer, config, control))
-        seen["stats"].extend(trainer.update(control))
+        done = trainer.update(control)
+        seen["readings"].append(reading)
+        seen["scores"].append(done.scores)
+        seen["stats"].extend(done.updates)
     seen["probe"] = trainer.score_tokens(PROBE)
     seen["position"] = trainer.position()
+    seen["gradient"] = gradients[0] if rank.rank == 0 else {}
     trainer.close()
     return seen
+
+
+def decisions(target: float, entropies: list[float]) -> list[tuple[Any, ...]]:
+    """State, gate, W and M of the adaptive controller after each step."""
+    from stare_megatron.algo import controller
+
+    settings = {"variant": "C2", "target_entropy": target, "adaptive": True}
+    config = AlgorithmConfig.model_validate({"method": "stare", "stare": settings})
+    state, found = controller.initial(config), []
+    for entropy in entropies:
+        state, control = controller.observe(config, state, entropy)
+        found.append((state, control.gate_on, control.weight_pos, control.weight_neg))
+    return found
 
 
 class Ports:
@@ -168,9 +275,13 @@ class Ports:
 
 
 def many(rank: Rank, *, checkpoint: Path, cases: dict[str, Overrides]) -> dict[str, dict[str, Any]]:
-    """`steps` of each case, one after the other in the same processes."""
+    """`steps` of each case, one after the other in the same processes. A table `batch` holds arguments of `steps`."""
     ports = Ports(rank)
-    return {name: steps(ports.next(), make_config(checkpoint, overrides)) for name, overrides in cases.items()}
+    found = {}
+    for name, overrides in cases.items():
+        tables = {table: values for table, values in overrides.items() if table != "batch"}
+        found[name] = steps(ports.next(), make_config(checkpoint, tables), **overrides.get("batch", {}))
+    return found
 
 
 def resume(
@@ -198,10 +309,10 @@ def resume(
     return found
 
 
-def _step(trainer: TrainerRank, config: Config, seed: int) -> list[UpdateStats]:
+def _step(trainer: TrainerRank, config: Config, seed: int) -> tuple[UpdateStats, ...]:
     load(trainer, config, make_groups(seed=seed))
     entropy = trainer.score().entropy
-    return trainer.update(Control(True, 1.5, 0.5, entropy, 9.0))
+    return trainer.update(Control(True, 1.5, 0.5, entropy, 9.0)).updates
 
 
 def failures(rank: Rank, *, checkpoint: Path) -> list[str]:
@@ -222,7 +333,7 @@ def failures(rank: Rank, *, checkpoint: Path) -> list[str]:
     entropy = trainer.score().entropy
     before = trainer.score_tokens(PROBE)
     with torch.no_grad():
-        trainer._scored[0].scores.logprob_T.fill_(torch.nan)
+        trainer._known.scored[0].scores.logprob_T.fill_(torch.nan)
     try:
         trainer.update(Control(True, 1.5, 0.5, entropy, 9.0))
     except RunError as e:

@@ -75,9 +75,13 @@ def test_methods_differ(outcomes):
 
 def test_mismatch_is_measured(outcomes):
     first = outcomes["one"]["gspo"]["scores"][0]
-    assert first.mismatch_ratio_max > 1.0
-    assert 0.0 < first.mismatch_ess < 1.0
+    assert first.mismatch.ratio_max > 1.0
+    assert 0.0 < first.mismatch.ess < 1.0
+    assert first.mismatch.sequence_ratio_max > first.mismatch.ratio_max
+    assert 0.0 < first.mismatch.sequence_ess < first.mismatch.ess
     for layout in ("CP2", "DP2"):
         got = outcomes[layout]["gspo"]["scores"][0]
-        assert got.mismatch_ratio_max == pytest.approx(first.mismatch_ratio_max, rel=1e-4)
-        assert got.mismatch_ess == pytest.approx(first.mismatch_ess, abs=1e-5)
+        assert got.mismatch.ratio_max == pytest.approx(first.mismatch.ratio_max, rel=1e-4)
+        assert got.mismatch.ess == pytest.approx(first.mismatch.ess, abs=1e-5)
+        assert got.mismatch.sequence_ratio_max == pytest.approx(first.mismatch.sequence_ratio_max, rel=1e-4)
+        assert got.mismatch.sequence_ess == pytest.approx(first.mismatch.sequence_ess, abs=1e-5)

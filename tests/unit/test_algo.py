@@ -16,7 +16,7 @@ from stare_megatron.algo.reduce import fixed_point_sum, from_fixed_point, token_
 from stare_megatron.algo.registry import ALGORITHMS
 from stare_megatron.algo.selection import NEGATIVE, POSITIVE
 from stare_megatron.algo.shards import OneShard
-from stare_megatron.algo.stare import Candidates
+from stare_megatron.algo.stare import ScoredCandidates
 from stare_megatron.algo.surrogate import clipped_surrogate, importance_ratio, kl_estimate
 from stare_megatron.config import AlgorithmConfig, StareConfig
 from stare_megatron.errors import RunError
@@ -138,8 +138,8 @@ def test_a_non_finite_entropy_stops_the_run(method, entropy):
         ALGORITHMS[method].controller(STARE, controller.initial(STARE), entropy)
 
 
-def _tokens() -> Candidates:
-    return Candidates(
+def _tokens() -> ScoredCandidates:
+    return ScoredCandidates(
         surprisal_T=torch.tensor([1.0, 2.0, 3.0, 9.0, 1.0, 2.0, 0.1, 9.0]),
         entropy_T=torch.tensor([0.5, 0.1, 2.0, 9.0, 0.3, 1.5, 0.0, 9.0]),
         sensitivity_T=torch.tensor([-0.3, -0.1, 0.1, -9.0, -0.1, 0.1, -0.2, -9.0]),
@@ -185,7 +185,8 @@ def test_sensitivity_chooses_the_largest_predicted_entropy_changes():
     advantage = torch.where(torch.rand(n, generator=g) < 0.5, 1.0, -1.0)
     sensitivity = torch.randn(n, generator=g)
     noise = torch.rand(n, generator=g)
-    tokens = Candidates(noise, noise, sensitivity, advantage, torch.ones(n, dtype=torch.bool), torch.arange(n))
+    everything = torch.ones(n, dtype=torch.bool)
+    tokens = ScoredCandidates(noise, advantage, everything, torch.arange(n), noise, sensitivity)
     config = STARE.model_copy(update={"stare": STARE.stare.model_copy(update={"selector": "sensitivity"})})
     got = ALGORITHMS["stare"].weigh(tokens, Control(True, 4.0, 0.25, 0.2, 0.3), config, OneShard()).selection
     change = -advantage * sensitivity

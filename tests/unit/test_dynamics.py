@@ -9,9 +9,10 @@ import torch
 from stare_megatron import report
 from stare_megatron.algo.dynamics import Applied, critical_surprisal, exact_set, from_totals, lambert_w0, measure
 from stare_megatron.algo.shards import OneShard
-from stare_megatron.algo.stare import Candidates
+from stare_megatron.algo.stare import ScoredCandidates
 from stare_megatron.dynamics import Dynamics
 from stare_megatron.metrics.catalogue import metrics
+from stare_megatron.mismatch import Mismatch
 from stare_megatron.trainer.logprobs import VocabShard, token_scores
 from stare_megatron.types import ScoreSummary, UpdateStats
 
@@ -27,7 +28,8 @@ def _step(seed: int = 0):
     advantage = torch.randn(T, generator=g)
     advantage[::7] = 0.0
     action = torch.rand(T, generator=g) < 0.8
-    tokens = Candidates(-got.logprob_T, got.entropy_T, got.sensitivity_T, advantage, action, torch.arange(T))
+    own = (-got.logprob_T, advantage, action, torch.arange(T))
+    tokens = ScoredCandidates(*own, got.entropy_T, got.sensitivity_T)
     weight = torch.where(torch.rand(T, generator=g) < 0.1, 1.5, 1.0)
     selected = torch.rand(T, generator=g) < 0.1
     return logits, target, tokens, Applied(weight, selected & action)
@@ -93,7 +95,7 @@ def test_any_order_and_any_split_gives_the_same_bits():
     order = torch.randperm(T, generator=torch.Generator().manual_seed(1))
     parts = []
     for rows in order.split([1, 0, 250, T - 251]):
-        part = Candidates(**{f.name: getattr(tokens, f.name)[rows] for f in dataclasses.fields(tokens)})
+        part = ScoredCandidates(**{f.name: getattr(tokens, f.name)[rows] for f in dataclasses.fields(tokens)})
         used = Applied(applied.weight_T[rows], applied.selected_T[rows])
         parts.append(measure(part, used, exact[rows], OneShard()))
     assert torch.equal(torch.stack(parts).sum(0), whole)
@@ -101,7 +103,7 @@ def test_any_order_and_any_split_gives_the_same_bits():
 
 def test_infinite_surprisal_is_no_nan():
     one = torch.ones(1)
-    tokens = Candidates(one * torch.inf, one, one * -0.2, one, one.bool(), torch.zeros(1, dtype=torch.int64))
+    tokens = ScoredCandidates(one * torch.inf, one, one.bool(), torch.zeros(1, dtype=torch.int64), one, one * -0.2)
     got = from_totals(measure(tokens, Applied(one, one.bool()), one.bool(), OneShard()).tolist())
     assert got.tokens == (0, 1, 0, 0)
     assert got.change[1] == pytest.approx(0.2)
@@ -130,7 +132,7 @@ def _update(scale: int) -> UpdateStats:
 
 def test_metrics_of_a_step_and_of_the_step_before():
     """Over two optimizer steps, of 10 and 30 tokens; the measured change is this entropy less the one before."""
-    first = ScoreSummary(40, 0.50, 0.5, 0.0, 0.0, 0.0, 1.0, 1.0)
+    first = ScoreSummary(40, 0.50, 0.5, 0.5, Mismatch(0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0))
     second = dataclasses.replace(first, entropy=0.42)
     updates = [_update(1), _update(3)]
     start = report.dynamics_metrics(first, updates, report.UNOBSERVED)

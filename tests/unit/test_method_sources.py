@@ -15,7 +15,7 @@ from stare_megatron.algo.losses.types import LossInputs, Sequences, TokenLoss
 from stare_megatron.algo.reduce import token_factors
 from stare_megatron.algo.registry import ALGORITHMS
 from stare_megatron.algo.shards import OneShard
-from stare_megatron.algo.stare import Candidates
+from stare_megatron.algo.stare import ScoredCandidates
 from stare_megatron.config import AlgorithmConfig, load
 from stare_megatron.methods import METHODS, NO_DUAL_CLIP
 from stare_megatron.types import Control
@@ -36,13 +36,13 @@ def token_loss(settings: AlgorithmConfig, logprob_T, old_T, advantage_T, entropy
     """The unreduced loss of one sequence; the choice of tokens is made under the scoring policy, `old_T`."""
     entropy_T = torch.zeros_like(old_T) if entropy_T is None else entropy_T
     algorithm, count = ALGORITHMS[settings.method], len(old_T)
-    tokens = Candidates(
-        -old_T,
-        entropy_T.detach(),
-        torch.zeros_like(old_T),
-        advantage_T,
-        torch.ones(count, dtype=torch.bool),
-        torch.arange(count),
+    tokens = ScoredCandidates(
+        surprisal_T=-old_T,
+        advantage_T=advantage_T,
+        action_T=torch.ones(count, dtype=torch.bool),
+        global_id_T=torch.arange(count),
+        entropy_T=entropy_T.detach(),
+        sensitivity_T=torch.zeros_like(old_T),
     )
     weights = algorithm.weigh(tokens, SHUT, settings, OneShard())
     inputs = LossInputs(

@@ -16,7 +16,7 @@ from stare_megatron.algo.losses.dapo import shaped_reward
 from stare_megatron.algo.losses.types import LossInputs, Sequences
 from stare_megatron.algo.registry import ALGORITHMS
 from stare_megatron.algo.shards import OneShard
-from stare_megatron.algo.stare import Candidates
+from stare_megatron.algo.stare import ScoredCandidates
 from stare_megatron.config import AlgorithmConfig, CorrectionConfig, parse
 from stare_megatron.errors import UserError
 from stare_megatron.methods import METHODS
@@ -45,7 +45,7 @@ ENTROPY_T = column(2).abs()
 def candidates(rows=slice(None)):
     everything = torch.ones(NUM, dtype=torch.bool)
     ids = torch.arange(NUM) * 7
-    return Candidates(*(x[rows] for x in (-OLD_T, ENTROPY_T, column(4), ADVANTAGE_T, everything, ids)))
+    return ScoredCandidates(*(x[rows] for x in (-OLD_T, ADVANTAGE_T, everything, ids, ENTROPY_T, column(4))))
 
 
 def loss_of(method, settings, *, rows=slice(None), shards=None, logprob_T=None, entropy_T=None):

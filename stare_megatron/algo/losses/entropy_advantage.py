@@ -15,7 +15,7 @@ import torch
 from stare_megatron.algo.algorithm import Algorithm
 from stare_megatron.algo.losses.stare import stare_loss
 from stare_megatron.algo.shards import Shards
-from stare_megatron.algo.stare import Candidates, Weights, weigh_equally
+from stare_megatron.algo.stare import Candidates, Weights, require_scores, weigh_equally
 from stare_megatron.config import AlgorithmConfig
 from stare_megatron.types import Control
 
@@ -24,7 +24,8 @@ def _weigh(tokens: Candidates, control: Control, config: AlgorithmConfig, shards
     settings, plain = config.entropy_advantage, weigh_equally(tokens, shards)
     advantage_T = tokens.advantage_T
     size_T = torch.where(advantage_T == 0, 1.0, advantage_T.abs())
-    added_T = (settings.alpha * tokens.entropy_T / size_T).clamp(max=1.0 / settings.kappa)
+    entropy_T = require_scores(tokens, "entropy_advantage").entropy_T
+    added_T = (settings.alpha * entropy_T / size_T).clamp(max=1.0 / settings.kappa)
     weight_T = torch.where(tokens.action_T, 1.0 + torch.sign(advantage_T) * added_T, 1.0)
     return Weights(weight_T.to(advantage_T.dtype), plain.subset_T, plain.selection)
 
