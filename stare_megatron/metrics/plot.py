@@ -18,7 +18,7 @@ FILE = "curves.png"
 
 _BLUE, _GREEN, _ORANGE, _GREY, _RED, _GATE = "#2f6db5", "#2e8b57", "#d9822b", "#8a8f98", "#c0392b", "#f6dfb8"
 
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
@@ -54,7 +54,7 @@ def plot(run_folder: Path) -> Path:
     from matplotlib.figure import Figure
 
     panels = (_entropy, _reward, _length, _gate_duty, _mismatch, _times)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(12, 6.2), dpi=130, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(2, 3, sharex=True)
