@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from stare_megatron.compare import derived
 from stare_megatron.compare.align import AXES, mean_curve, moving_average, position
@@ -53,7 +54,7 @@ def _save(file: Path, chosen: Sequence[Panel], content: Content) -> Path:
     columns = min(3, len(chosen))
     rows = -(-len(chosen) // columns)
     size = (4.6 * columns, 3.1 * rows + 0.5) if len(chosen) > 1 else (6.6, 4.1)
-    figure = Figure(figsize=size, dpi=140, layout="constrained")
+    figure = Figure(figsize=size, dpi=140, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False)
     for panel, ax in zip(chosen, axes.flat, strict=False):
@@ -62,7 +63,8 @@ def _save(file: Path, chosen: Sequence[Panel], content: Content) -> Path:
             ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
     for ax in list(axes.flat)[len(chosen) :]:
         ax.set_visible(False)
-    _legend(figure, content.groups)
+    if any(panel.kind in (Kind.LINES, Kind.POINTS) for panel in chosen):
+        _legend(figure, content.groups)
     partial = file.with_name(file.name + ".partial")
     figure.savefig(partial, format="png", metadata={"Software": None})
     os.replace(partial, file)
@@ -83,7 +85,7 @@ def _legend(figure: Figure, groups: Sequence[Group]) -> None:
         )
         for i, g in enumerate(groups)
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(groups)))
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(groups)))
 
 
 def _colour(index: int) -> str:
@@ -130,7 +132,7 @@ def _lines(ax: Axes, panel: Panel, content: Content) -> None:
     if panel.cumulative:
         note = " (running share)"
     elif window > 1:
-        note = f" (moving average of the last {window} steps)"
+        note = f" (moving average, {window} steps)"
     ax.set_title(panel.title + note)
     ax.set_xlabel(AXES[content.align].title)
     ax.set_ylabel(panel.y)
