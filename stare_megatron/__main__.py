@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from stare_megatron import __version__
 from stare_megatron.errors import RunError, UserError
@@ -49,6 +50,26 @@ def _study(args: argparse.Namespace, rest: list[str]) -> int:
     from stare_megatron.study import command
 
     return command.run(args.study, form=args.form, only=args.only, jobs=args.jobs, folder=args.dir)
+
+
+def _compare(args: argparse.Namespace, rest: list[str]) -> int:
+    from stare_megatron.compare.align import Align
+    from stare_megatron.compare.report import Options, compare
+
+    options = Options(
+        align=Align(args.align),
+        window=args.smooth,
+        last=args.last,
+        target=args.target,
+        ignore=tuple(args.ignore),
+        title=args.title,
+        samples=args.samples,
+        png=args.png,
+        json_file=args.json,
+    )
+    for file in compare(args.runs, args.out, options):
+        print(file)
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -93,7 +114,25 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--only", default="*", metavar="PATTERN", help="only runs whose name matches, e.g. 'stare*'")
     study.add_argument("--jobs", type=int, default=0, metavar="N", help="runs at a time; default: as the machine bears")
     study.set_defaults(handler=_study)
+    _add_compare(commands)
     return parser
+
+
+def _add_compare(commands: Any) -> None:
+    text = "Lay runs side by side: one HTML report that needs no network, PNGs and the numbers."
+    compare = commands.add_parser("compare", help="compare runs in one report", description=text)
+    compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder, wandb folder, or one of such")
+    compare.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where report.html and png/ go")
+    compare.add_argument("--align", choices=("step", "tokens", "time"), default="step", help="x axis (default: step)")
+    compare.add_argument("--smooth", type=int, default=1, metavar="N", help="moving average of N steps (default: none)")
+    compare.add_argument("--last", type=int, default=10, metavar="N", help="steps end values average (default: 10)")
+    compare.add_argument("--target", type=float, metavar="NATS", help="H_tgt for methods that do not act on one")
+    compare.add_argument("--ignore", action="append", default=[], metavar="KEY", help="key that does not part groups")
+    compare.add_argument("--title", default="", help="title of the report")
+    compare.add_argument("--samples", type=int, default=3, metavar="N", help="files of samples a run (default: 3)")
+    compare.add_argument("--json", type=Path, metavar="FILE", help="write the table's numbers there")
+    compare.add_argument("--no-png", dest="png", action="store_false", help="the report only")
+    compare.set_defaults(handler=_compare)
 
 
 def main(argv: list[str] | None = None) -> int:

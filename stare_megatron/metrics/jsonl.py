@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import os
+import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from stare_megatron.errors import UserError
@@ -42,27 +45,71 @@ def line(step: int, metrics: Sequence[Metric]) -> str:
     return json.dumps(row, allow_nan=False) + "\n"
 
 
+@dataclass(frozen=True)
+class Record:
+    """A metrics file. `torn`: its last line was cut off in writing and is left out of `rows`."""
+
+    rows: list[Row]
+    torn: bool
+
+
 def read(path: Path) -> list[Row]:
     """All steps of a metrics file, in order; each row has the key `step`. A torn last line is left out.
 
     Raises:
         UserError: unreadable file, or a damaged line that is not the last.
     """
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as e:
-        raise UserError(f"{path}: cannot read metrics: {e.strerror}; is {path.parent} the folder of a run?") from e
+    return read_record(path).rows
+
+
+def read_record(path: Path) -> Record:
+    """As `read`, also of a file packed with gzip (`.gz`), and says whether the last line was torn.
+
+    Raises:
+        UserError: unreadable file, or a damaged line that is not the last; names file, line and key.
+    """
+    lines = _text(path).splitlines()
     rows: list[Row] = []
     for number, line in enumerate(lines, 1):
         try:
-            row = {str(name): float(value) for name, value in json.loads(line).items()}
-            row["step"] = float(int(row["step"]))
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            rows.append(_row(line))
+        except (ValueError, OverflowError) as e:
             if number == len(lines):
-                break
-            raise UserError(f"{path}:{number}: not a line of metrics ({type(e).__name__}); remove the line") from e
-        rows.append(row)
-    return rows
+                return Record(rows, torn=True)
+            raise UserError(f"{path}:{number}: not a line of metrics: {e}; remove the line") from e
+    return Record(rows, torn=False)
+
+
+def _text(path: Path) -> str:
+    try:
+        raw = path.read_bytes()
+        return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode()
+    except gzip.BadGzipFile as e:
+        raise UserError(f"{path}: not a gzip file ({e}); pack the metrics again") from e
+    except OSError as e:
+        raise UserError(f"{path}: cannot read metrics: {e.strerror}; is {path.parent} the folder of a run?") from e
+    except (EOFError, zlib.error) as e:
+        raise UserError(f"{path}: the gzip file is cut off or damaged ({e}); pack the metrics again") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: not text: byte {e.start} is not UTF-8; is it a metrics file?") from e
+
+
+def _row(line: str) -> Row:
+    """Raises:
+    ValueError, OverflowError: what is wrong with the line."""
+    found = json.loads(line)
+    if not isinstance(found, dict):
+        raise ValueError("not a JSON object")
+    row: Row = {}
+    for name, value in found.items():
+        try:
+            row[name] = float(value)
+        except (TypeError, ValueError) as e:
+            raise ValueError(f"key {name!r}: {value!r} is not a number") from e
+    if "step" not in row:
+        raise ValueError("no key 'step'")
+    row["step"] = float(int(row["step"]))
+    return row
 
 
 def to_json(value: float) -> float | str:

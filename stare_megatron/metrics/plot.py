@@ -26,7 +26,7 @@ QUADRANT_COLOURS = {
 }
 _WIDTH = 10  # steps of a running mean in the panels of the dynamics
 
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
@@ -63,7 +63,7 @@ def plot(run_folder: Path) -> Path:
     from matplotlib.figure import Figure
 
     panels = (_entropy, _reward, _length, _gate_duty, _mismatch, _times, _tokens, _change, _prediction)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(12, 9.3), dpi=130, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(3, 3, sharex=True)

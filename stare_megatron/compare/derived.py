@@ -1,0 +1,80 @@
+"""What a metric is called and measured in, series worked out of logged ones, and the entropy target of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from stare_megatron.compare.load import Run, Series
+from stare_megatron.metrics.catalogue import CATALOGUE
+
+# Methods whose controller or bonus steers by H_tgt; for the others the logged target is a line to compare with.
+STEERED = ("stare", "adaptive_entropy")
+
+
+@dataclass(frozen=True)
+class Info:
+    """A metric: unit as in the catalogue, meaning as a sentence."""
+
+    name: str
+    unit: str
+    meaning: str
+
+
+_DERIVED = {
+    info.name: info
+    for info in (
+        Info("full_solve_share", "share", "groups/full_solve / groups/sampled of the step."),
+        Info("no_solve_share", "share", "groups/no_solve / groups/sampled of the step."),
+        Info("dropped_share", "share", "groups/dropped / groups/sampled of the step."),
+        Info("gate_duty", "share", "Share of the run's steps up to this one at which the gate was open."),
+    )
+}
+# Running over all steps so far already: a moving average on top would say nothing.
+CUMULATIVE = ("gate_duty",)
+
+
+def info(name: str) -> Info:
+    """Of a catalogued or derived metric; `eval/` metrics are shares or what their name says, others unknown."""
+    if name in _DERIVED:
+        return _DERIVED[name]
+    if name in CATALOGUE:
+        entry = CATALOGUE[name]
+        return Info(name, entry.unit, entry.meaning)
+    if name.startswith("eval/"):
+        return Info(name, "share" if "@" in name else "", "Held-out prompts, at the steps where they were evaluated.")
+    return Info(name, "", "Not in this version's catalogue of metrics.")
+
+
+def series(run: Run, name: str) -> Series | None:
+    """A logged or derived series, float64 [steps]; None when the run lacks it."""
+    if name in run.series:
+        return run.series[name]
+    if name in ("full_solve_share", "no_solve_share", "dropped_share"):
+        part, whole = run.series.get(f"groups/{name.removesuffix('_share')}"), run.series.get("groups/sampled")
+        if part is None or whole is None:
+            return None
+        return np.divide(part, whole, out=np.full(len(part), np.nan), where=whole > 0)
+    if name == "gate_duty" and steered(run) and "stare/gate" in run.series:
+        gate = run.series["stare/gate"]
+        seen = np.cumsum(np.isfinite(gate))
+        return np.divide(np.nancumsum(gate), seen, out=np.full(len(gate), np.nan), where=seen > 0)
+    return None
+
+
+def steered(run: Run) -> bool:
+    """Whether the run's method acts on its entropy target; also when the method is not known."""
+    method = run.settings.get("algorithm.method")
+    return method is None or method in STEERED
+
+
+def target(run: Run, reference: float | None) -> Series | None:
+    """H_tgt of each step, nats; None when there is none.
+
+    Args:
+        reference: for runs whose method does not act on a target, instead of the one they logged; nats.
+    """
+    if reference is not None and (not steered(run) or "policy/target_entropy" not in run.series):
+        return np.full(len(run.steps), reference)
+    return run.series.get("policy/target_entropy")

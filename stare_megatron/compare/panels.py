@@ -1,0 +1,165 @@
+"""What is drawn, in the report and as PNGs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from stare_megatron.compare import derived
+from stare_megatron.compare.load import Run
+
+
+class Kind(Enum):
+    """Lines over the axis; points of two metrics; a measure of the table as dots; the mean seconds of each phase."""
+
+    LINES = "lines"
+    POINTS = "points"
+    DOTS = "dots"
+    PHASES = "phases"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture.
+
+    `metric`: a logged or derived series (lines), that of the y axis (points), or a measure's key (dots).
+    `y`: axis title with unit. `log`: logarithmic when all values are positive. `zero`: the axis includes 0.
+    `markers`: single points are drawn, the metric is not logged at every step. `cumulative`: never smoothed.
+    """
+
+    key: str
+    section: str
+    title: str
+    metric: str
+    y: str
+    note: str
+    kind: Kind = Kind.LINES
+    log: bool = False
+    zero: bool = True
+    markers: bool = False
+    cumulative: bool = False
+
+
+SECTIONS = {
+    "Entropy": "The policy's entropy against the band of ±30 % around its target (shaded).",
+    "Reward and accuracy": "",
+    "Evaluation": "Held-out prompts, at the steps where they were evaluated.",
+    "Responses": "",
+    "Groups": "What dynamic sampling had to work with.",
+    "Control": "",
+    "Entropy dynamics": "Which tokens pull the entropy down, and whether theory foretold what happened.",
+    "Optimisation": "",
+    "Engine against trainer": "How far the log-probs of the sampling engine are from those of the trainer.",
+    "Cost": "",
+}
+
+PREDICTED, MEASURED = "dynamics/predicted_change_before", "dynamics/measured_change"
+_QUADRANTS = {
+    "pos_likely": "A > 0, likely",
+    "neg_likely": "A < 0, likely",
+    "pos_unlikely": "A > 0, unlikely",
+    "neg_unlikely": "A < 0, unlikely",
+}
+_SHARES = {"tokens": "Tokens", "advantage": "Sum of |A|", "change": "Predicted change"}
+
+
+def _line(section: str, title: str, metric: str, label: str, **how: bool) -> Panel:
+    found = derived.info(metric)
+    y = label if found.unit in ("", "1") or found.unit in label else f"{label}, {found.unit}"
+    key = metric.replace("/", "_").replace("@", "_at_")
+    return Panel(key, section, title, metric, y, f"{metric}: {found.meaning}", **how)
+
+
+def _fixed() -> list[Panel]:
+    entropy, optimisation, cost = "Entropy", "Optimisation", "Cost"
+    agreement = "Engine against trainer"
+    return [
+        _line(entropy, "Entropy", "policy/entropy", "entropy"),
+        Panel(
+            "time_in_band",
+            entropy,
+            "Time in band",
+            "share_in_band",
+            "share of steps",
+            "Share of the steps after the first one inside the band that lie inside. Each dot is a run, the bar is the "
+            "mean.",
+            Kind.DOTS,
+        ),
+        _line("Reward and accuracy", "Reward", "reward/mean", "mean reward"),
+        _line("Reward and accuracy", "Accuracy", "reward/correct", "share of answers correct"),
+        _line("Responses", "Response length", "response/length_mean", "length"),
+        _line("Responses", "Truncated responses", "response/truncated", "share of responses"),
+        _line("Responses", "Reflection words", "response/reflection_rate", "rate"),
+        _line("Groups", "Fully solved groups", "full_solve_share", "share of sampled groups"),
+        _line("Groups", "Unsolved groups", "no_solve_share", "share of sampled groups"),
+        _line("Control", "Gate duty so far", "gate_duty", "share of steps", cumulative=True),
+        _line("Control", "Weight of L+", "stare/weight_pos", "W"),
+        Panel(
+            "predicted_measured",
+            "Entropy dynamics",
+            "Predicted against measured",
+            MEASURED,
+            "measured change, nats/token",
+            f"{MEASURED} over {PREDICTED}: one point a step. In the quadrants top right and bottom left the sign was "
+            "foretold.",
+            Kind.POINTS,
+            zero=False,
+        ),
+        _line("Entropy dynamics", "Measured entropy change", MEASURED, "change", zero=False),
+        *(
+            _line("Entropy dynamics", f"{what}: {name}", f"dynamics/{kind}_{quadrant}", "share")
+            for kind, what in _SHARES.items()
+            for quadrant, name in _QUADRANTS.items()
+        ),
+        _line(optimisation, "Gradient norm", "update/grad_norm", "L2 norm", log=True, zero=False),
+        _line(optimisation, "Learning rate", "update/lr", "learning rate"),
+        _line(agreement, "Mismatch, mean", "mismatch/mean", "|difference|", log=True, zero=False),
+        _line(agreement, "Mismatch, largest", "mismatch/max", "|difference|", log=True, zero=False),
+        _line(cost, "Tokens sampled a second", "throughput/tokens_per_second", "tokens/s"),
+        Panel(
+            "phases",
+            cost,
+            "Seconds a step, by phase",
+            "time/",
+            "seconds",
+            "Mean over all steps and runs of the group.",
+            Kind.PHASES,
+        ),
+        _line(cost, "Time of a step", "time/step", "time"),
+        _line(cost, "Memory, trainer rank", "memory/trainer_peak", "peak"),
+        _line(cost, "Memory, engine", "memory/engine_peak", "peak"),
+        _line(cost, "Memory, driver", "memory/driver_peak", "peak"),
+    ]
+
+
+def panels(runs: Sequence[Run], reference: float | None) -> list[Panel]:
+    """The panels some run has finite values for, in the order of `SECTIONS`; a panel for every `eval/` metric."""
+    found = _fixed()
+    names = sorted({name for run in runs for name in run.series if name.startswith("eval/")})
+    found += [_line("Evaluation", n.removeprefix("eval/"), n, n.rpartition("/")[2], markers=True) for n in names]
+    kept = [panel for panel in found if any(_has(run, panel, reference) for run in runs)]
+    order = list(SECTIONS)
+    return sorted(kept, key=lambda panel: order.index(panel.section))
+
+
+def missing(runs: Sequence[Run], reference: float | None) -> list[str]:
+    """Titles of panels left out because no run has their metric."""
+    return [panel.title for panel in _fixed() if not any(_has(run, panel, reference) for run in runs)]
+
+
+def _has(run: Run, panel: Panel, reference: float | None) -> bool:
+    if panel.kind is Kind.DOTS:
+        return "policy/entropy" in run.series and derived.target(run, reference) is not None
+    if panel.kind is Kind.PHASES:
+        return bool(phases([run]))
+    values = derived.series(run, panel.metric)
+    if values is None or (panel.kind is Kind.POINTS and PREDICTED not in run.series):
+        return False
+    return bool((values == values).any())
+
+
+def phases(runs: Sequence[Run]) -> list[str]:
+    """Names of `time/` metrics that are parts of a step, in the order they were logged."""
+    names = dict.fromkeys(n for run in runs for n in run.series if n.startswith("time/"))
+    return [n for n in names if n not in ("time/step", "time/elapsed")]
