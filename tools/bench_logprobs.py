@@ -30,7 +30,8 @@ from torch.utils._pytree import tree_iter
 
 from stare_megatron import device
 from stare_megatron.run_folder import hardware
-from stare_megatron.trainer.logprobs import VocabShard, log_probs, token_scores
+from stare_megatron.trainer.logprobs import log_probs, token_scores
+from stare_megatron.trainer.partials import VocabShard
 
 _CACHED = 16 << 20  # bytes
 _UNREAD = {"new_zeros", "new_empty", "empty_like", "zeros_like", "copy_", "fill_", "zero_"}  # of their first operand

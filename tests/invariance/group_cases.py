@@ -12,7 +12,8 @@ from launch import Rank
 from stare_megatron.algo.reduce import fixed_point_sum
 from stare_megatron.algo.selection import select_top
 from stare_megatron.algo.shards import GroupShards, shards
-from stare_megatron.trainer.logprobs import log_probs, token_scores, vocab_shard
+from stare_megatron.trainer.logprobs import log_probs, token_scores
+from stare_megatron.trainer.partials import vocab_shard
 
 
 class CountingShards(GroupShards):
