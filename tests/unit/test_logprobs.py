@@ -151,16 +151,25 @@ def test_gradient_under_a_mask_is_finite():
     assert leaf.grad[:, 500:].eq(0).all()
 
 
-def test_bf16_logits_keep_fp32_arithmetic():
+@pytest.mark.parametrize("entropy_gradient", [False, True])
+def test_bf16_loses_only_its_own_rounding(entropy_gradient):
+    """Scores within 2e-6 of float64 on the same logits; each gradient is the nearest bf16 to one within 2e-6."""
     logits = _logits().bfloat16()
     got = token_scores(logits, _targets(), WHOLE, temperature=0.6)
     want = _reference(logits.float(), _targets(), 0.6)
     torch.testing.assert_close(got.logprob_T.double(), want[0], atol=2e-6, rtol=0)
     torch.testing.assert_close(got.entropy_T.double(), want[1], atol=2e-6, rtol=0)
+
+    exact = logits.double().requires_grad_()
+    logprob, entropy = _reference_graph(exact, _targets(), 0.6)
+    (logprob + entropy_gradient * 0.3 * entropy).sum().backward()
     leaf = logits.clone().requires_grad_()
-    log_probs(leaf * 1, _targets(), WHOLE, temperature=0.6)[0].sum().backward()
+    got = log_probs(leaf * 1, _targets(), WHOLE, temperature=0.6, entropy_gradient=entropy_gradient)
+    (got[0] + entropy_gradient * 0.3 * got[1]).sum().backward()
     assert leaf.grad is not None
+    assert exact.grad is not None
     assert leaf.grad.dtype == torch.bfloat16
+    assert ((leaf.grad.double() - exact.grad).abs() <= 2**-8 * exact.grad.abs() + 2e-6).all()
 
 
 def test_backward_is_in_place_and_runs_once():
