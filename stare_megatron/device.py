@@ -93,6 +93,36 @@ def has_apex() -> bool:
     )
 
 
+def triton_serves(x: torch.Tensor) -> bool:
+    """Whether our Triton kernels work on `x`: on an NVIDIA GPU of compute capability 8.0 or later, with triton there.
+
+    Under Triton's interpreter (`TRITON_INTERPRET=1`: slow, it checks kernels) they work on CPU tensors too.
+    `STARE_TRITON=0` says no in any case.
+    """
+    if os.environ.get("STARE_TRITON", "") == "0" or not _has_triton():
+        return False
+    if os.environ.get("TRITON_INTERPRET", "") == "1":
+        return True
+    return x.is_cuda and _properties(x.device).major >= 8
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _properties(place: torch.device) -> Any:
+    import torch
+
+    return torch.cuda.get_device_properties(place)
+
+
+def multiprocessors(x: torch.Tensor) -> int:
+    """Streaming multiprocessors of the GPU that holds `x`; 1 on a CPU."""
+    return _properties(x.device).multi_processor_count if x.is_cuda else 1
+
+
 def trainer_environment() -> dict[str, str]:
     """Environment variables of a trainer rank's process. (Rank 0 imports vLLM's transfer classes.)"""
     common = {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"), "VLLM_NO_USAGE_STATS": "1"}

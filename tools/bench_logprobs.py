@@ -1,14 +1,19 @@
 """Log-prob and entropy of LLM-like logits: ours against what is usually done, in one run on this machine.
 
-python tools/bench_logprobs.py [--rows 256] [--vocab 151936] [--dtype bfloat16] [--repeats 5]
+python tools/bench_logprobs.py [--rows N] [--vocab 151936] [--dtype bfloat16] [--repeats 5]
 
 Peers are imported where they are installed; otherwise their formula is written out below and named "(formula)". Every
 form gives log-probs of the same rows and their gradient; without "+ entropy" it gives no entropy. On a CPU the peak is
-that of live tensors; on a GPU that of the allocator.
+that of live tensors; on a GPU that of the allocator, and times are the GPU's own, its queue filled ahead. Ours uses the
+Triton kernels where they serve (`STARE_TRITON=0`: the PyTorch path).
+
+"of copy": the least that must move (forward one read of the logits, backward a read and a write) at the bandwidth of a
+plain copy, measured in the same run, in percent of the time taken.
 
 "memory" counts operands of operators that lie in a storage larger than 16 MiB, per row and column: those that no cache
 holds. The row chunks in which ours works on a CPU are smaller, so only its passes over the logits count.
-Gathers and scatters of a few elements count nothing. The bandwidth of a plain copy is measured in the same run.
+Gathers and scatters of a few elements count nothing. Of a Triton kernel, which no operator shows, what it is built to
+move is counted: a read of the logits, or a read and a write.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from rich.console import Console
@@ -30,9 +36,12 @@ from torch.utils._pytree import tree_iter
 
 from stare_megatron import device
 from stare_megatron.run_folder import hardware
-from stare_megatron.trainer.logprobs import VocabShard, log_probs, token_scores
+from stare_megatron.trainer import logprobs_torch
+from stare_megatron.trainer.logprobs import kernels, log_probs, token_scores
+from stare_megatron.trainer.partials import VocabShard
 
 _CACHED = 16 << 20  # bytes
+_AHEAD = 10_000_000  # cycles a GPU is kept busy while the host fills its queue: some milliseconds
 _UNREAD = {"new_zeros", "new_empty", "empty_like", "zeros_like", "copy_", "fill_", "zero_"}  # of their first operand
 _FEW = {"detach", "gather", "scatter", "scatter_add", "scatter_add_", "index", "index_put_", "index_select"}
 
@@ -200,14 +209,8 @@ def measure(form: Form, source: torch.Tensor, target: torch.Tensor, exact: torch
     for _ in range(repeats + 1):
         leaf = source.clone().requires_grad_()
         logits = leaf.view_as(leaf)
-        _synchronize()
-        start = time.perf_counter()
-        outputs = form(logits, target)
-        _synchronize()
-        middle = time.perf_counter()
-        _backward(outputs)
-        _synchronize()
-        times.append((middle - start, time.perf_counter() - middle))
+        outputs, forward = _timed(lambda logits=logits: form(logits, target))
+        times.append((forward, _timed(lambda outputs=outputs: _backward(outputs))[1]))
         error = float((outputs[0].detach().double() - exact).abs().max())
         del outputs, logits, leaf
     logits = source.clone().requires_grad_()
@@ -217,10 +220,22 @@ def measure(form: Form, source: torch.Tensor, target: torch.Tensor, exact: torch
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
     with Counter() as counter:
-        _backward(form(logits, target))
+        moved = _moved_by_kernels(lambda: _backward(form(logits, target)), logits)
     peak = torch.cuda.max_memory_allocated() - held if on_gpu else counter.peak  # type: ignore[possibly-undefined]
     forward, backward = (statistics.median(column) for column in zip(*times[1:], strict=True))
-    return Cost(forward, backward, counter.moved, peak, error)
+    return Cost(forward, backward, counter.moved + moved, peak, error)
+
+
+def _moved_by_kernels(work: Callable[[], None], logits: torch.Tensor) -> int:
+    """Bytes moved by Triton kernels, which the counter cannot see: by design, times how often they ran."""
+    path = kernels(logits)
+    with (
+        mock.patch.object(path, "partials", wraps=path.partials) as reads,
+        mock.patch.object(path, "backward_in_place", wraps=path.backward_in_place) as writes,
+    ):
+        work()
+    passes = 0 if path is logprobs_torch else reads.call_count + 2 * writes.call_count
+    return passes * logits.numel() * logits.element_size()
 
 
 def _backward(outputs: Outputs) -> None:
@@ -229,53 +244,86 @@ def _backward(outputs: Outputs) -> None:
         torch.stack(wanted).sum().backward()
 
 
-def _synchronize() -> None:
-    if device.current() is device.Device.CUDA:
-        torch.cuda.synchronize()
+def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    """What `work` returns, and its seconds. On a GPU between two marks in a queue that is kept busy until the host has
+    filled it, so that neither launches nor Python count."""
+    if device.current() is not device.Device.CUDA:
+        start = time.perf_counter()
+        return work(), time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(_AHEAD)
+    begin.record()
+    done = work()
+    end.record()
+    torch.cuda.synchronize()
+    return done, begin.elapsed_time(end) / 1e3
 
 
 def copy_bandwidth(source: torch.Tensor, repeats: int) -> float:
     """Bytes a second read and written by a plain copy of the logits."""
-    into, times = torch.empty_like(source), []
-    for _ in range(repeats + 1):
-        _synchronize()
-        start = time.perf_counter()
-        into.copy_(source)
-        _synchronize()
-        times.append(time.perf_counter() - start)
+    into = torch.empty_like(source)
+    times = [_timed(lambda: into.copy_(source))[1] for _ in range(repeats + 1)]
     return 2 * source.numel() * source.element_size() / statistics.median(times[1:])
 
 
+def batch(rows: int, vocab: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """LLM-like logits [T, V], targets drawn from them, and the targets' log-probs in float64."""
+    place = device.torch_device(0)
+    generator = torch.Generator(place).manual_seed(0)
+    source = torch.empty(rows, vocab, dtype=dtype, device=place)
+    target = torch.empty(rows, dtype=torch.int64, device=place)
+    exact = torch.empty(rows, dtype=torch.float64, device=place)
+    scale = torch.linspace(0.5, 5.0, rows, device=place)[:, None]
+    for begin in range(0, rows, 16):
+        some = slice(begin, begin + 16)
+        source[some] = torch.randn(source[some].shape, generator=generator, device=place) * scale[some]
+        logp = torch.log_softmax(source[some].double(), -1)
+        target[some] = logp.exp().multinomial(1, generator=generator)[:, 0]
+        exact[some] = logp.gather(1, target[some, None])[:, 0]
+    return source, target, exact
+
+
 def main() -> None:
+    on_gpu = device.current() is device.Device.CUDA
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--rows", type=int, default=256)
+    options.add_argument("--rows", type=int, default=8192 if on_gpu else 256)
     options.add_argument("--vocab", type=int, default=151_936)
     options.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     options.add_argument("--repeats", type=int, default=5)
     asked = options.parse_args()
-    place = device.torch_device(0)
-    generator = torch.Generator().manual_seed(0)
-    scale = torch.linspace(0.5, 5.0, asked.rows)[:, None]
-    source = (torch.randn(asked.rows, asked.vocab, generator=generator) * scale).to(place, getattr(torch, asked.dtype))
-    target = source.float().softmax(-1).cpu().multinomial(1, generator=generator)[:, 0].to(place)
-    rows = source.split(16)
-    exact = torch.cat([torch.log_softmax(x.double(), -1) for x in rows]).gather(1, target[:, None])[:, 0]
+    source, target, exact = batch(asked.rows, asked.vocab, getattr(torch, asked.dtype))
     console = Console(width=130)
     console.print(f"{hardware()}; torch {torch.__version__}, {torch.get_num_threads()} threads")
     logits_bytes = source.numel() * source.element_size()
     console.print(f"{asked.rows} x {asked.vocab} {asked.dtype} logits, {logits_bytes / 2**20:.0f} MiB")
     bandwidth = copy_bandwidth(source, asked.repeats)
-    console.print(f"a copy reads and writes {bandwidth / 1e9:.1f} GB/s")
-    table = Table("form", "forward ms", "backward ms", "x plain", "B memory", "peak MiB", "of plain", "error")
+    path = "PyTorch path" if kernels(source) is logprobs_torch else "Triton kernels"
+    console.print(f"a copy reads and writes {bandwidth / 1e9:.1f} GB/s; ours: {path}")
+    columns = (
+        "forward ms",
+        "of copy",
+        "backward ms",
+        "of copy",
+        "x plain",
+        "B memory",
+        "peak MiB",
+        "of plain",
+        "error",
+    )
+    table = Table("form", *columns)
     first: Cost | None = None
     for name, form in forms().items():
         cost = measure(form, source, target, exact, asked.repeats)
         first = first or cost
+        scores_only = "scoring" in name
         table.add_row(
             name,
-            f"{cost.forward * 1e3:.1f}",
-            f"{cost.backward * 1e3:.1f}",
-            f"{(first.forward + first.backward) / (cost.forward + cost.backward):.2f}",
+            f"{cost.forward * 1e3:.2f}",
+            f"{100 * logits_bytes / bandwidth / cost.forward:.0f} %",
+            "-" if scores_only else f"{cost.backward * 1e3:.2f}",
+            "-" if scores_only else f"{200 * logits_bytes / bandwidth / cost.backward:.0f} %",
+            "-" if scores_only else f"{(first.forward + first.backward) / (cost.forward + cost.backward):.2f}",
             f"{cost.moved / source.numel():.1f}",
             f"{cost.peak / 2**20:.1f}",
             f"{cost.peak / first.peak:.2f}",

@@ -1,7 +1,7 @@
 """How an update is expected to move the policy's entropy, token by token, to first order.
 
 A policy-gradient step of size eta on the logits of a token with advantage A and loss weight w changes the entropy of
-its distribution by dH = -eta w A S (S: entropy sensitivity, `trainer.logprobs`). S changes sign at the token's critical
+its distribution by dH = -eta w A S (S: entropy sensitivity, `trainer.partials`). S changes sign at the token's critical
 surprisal s* = H - W0(B e^H), B = p_y (H - s_y) - S, W0 Lambert's function: above it a token is unlikely enough for a
 positive advantage to raise the entropy. The signs of A and S make four quadrants. Sums are int64, hence the same for
 every layout.

@@ -9,14 +9,8 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
-from stare_megatron.trainer.logprobs import (
-    TokenScores,
-    VocabShard,
-    head_log_probs,
-    head_token_scores,
-    log_probs,
-    token_scores,
-)
+from stare_megatron.trainer.logprobs import head_log_probs, head_token_scores, log_probs, token_scores
+from stare_megatron.trainer.partials import TokenScores, VocabShard
 
 
 class PolicyModel(GPTModel):

@@ -77,9 +77,9 @@ class TrainerRank:
         from megatron.core.utils import get_model_config
 
         from stare_megatron.trainer.head import Head
-        from stare_megatron.trainer.logprobs import vocab_shard
         from stare_megatron.trainer.model import build_model, padded_vocab
         from stare_megatron.trainer.optimizer import build_optimizer
+        from stare_megatron.trainer.partials import vocab_shard
         from stare_megatron.trainer.runner import Runner
         from stare_megatron.trainer.sequence import Layout
 

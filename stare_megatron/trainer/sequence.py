@@ -18,7 +18,7 @@ from stare_megatron.algo.advantages import Outcome
 from stare_megatron.algo.registry import Algorithm
 from stare_megatron.config import AlgorithmConfig
 from stare_megatron.data.packing import pack
-from stare_megatron.trainer.logprobs import NO_TARGET
+from stare_megatron.trainer.partials import NO_TARGET
 from stare_megatron.types import Group, Status, TokenBatch, UpdateShare
 
 PADDING_TOKEN = 0

@@ -63,6 +63,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "wandb": {"metrics"},
     "tensorboard": {"metrics"},
     "matplotlib": {"metrics"},
+    "triton": {"trainer"},
     "torch": {"types", "device", "algo", "tasks", "trainer", "inference", "sync", "patches"},
     "rich": {"metrics", "build", "build_eval", "tasks", "study"},
     "transformers": {"data", "tasks", "rewards", "rollout", "build"},

@@ -10,9 +10,10 @@ import torch.distributed as dist
 from launch import Rank
 
 from stare_megatron.algo.reduce import fixed_point_sum
-from stare_megatron.algo.selection import select_top
+from stare_megatron.algo.selection import NEGATIVE, NEITHER, POSITIVE, select_top
 from stare_megatron.algo.shards import GroupShards, shards
-from stare_megatron.trainer.logprobs import log_probs, token_scores, vocab_shard
+from stare_megatron.trainer.logprobs import log_probs, token_scores
+from stare_megatron.trainer.partials import NO_TARGET, vocab_shard
 
 
 class CountingShards(GroupShards):
@@ -45,15 +46,21 @@ def tokens(kind: str, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     """(surprisal, subset, global id) of a whole batch."""
     g = torch.Generator().manual_seed(len(kind))
     surprisal = -torch.log(torch.rand(n, generator=g))
+    subset = torch.randint(0, 3, (n,), generator=g)
     if kind == "ties":
         surprisal = (surprisal * 2).round() / 2
     elif kind == "equal":
         surprisal = torch.full((n,), 0.25)
     elif kind == "nan":
         surprisal[::7] = torch.nan
+    elif kind == "infinite":
+        surprisal[::3], surprisal[1::5] = torch.inf, -torch.inf
     elif kind == "zeros":
         surprisal = torch.where(surprisal > 1, 0.0, -0.0)
-    subset = torch.randint(0, 3, (n,), generator=g)
+    elif kind == "empty subset":
+        subset = torch.where(subset == POSITIVE, NEITHER, subset)
+    elif kind == "one token":
+        subset = torch.where(torch.arange(n) == n // 2, NEGATIVE, NEITHER)
     return surprisal, subset, torch.randperm(n, generator=g)
 
 
@@ -68,7 +75,7 @@ def selection(rank: Rank, *, kinds: list[str], n: int, fraction: float) -> dict[
         counting = CountingShards(group)
         got = select_top(surprisal[own], subset[own], ids[own], fraction, counting)
         seen[kind] = {
-            "ids": sorted(ids[own][got.selected_T].tolist()),
+            "ids": ids[own][got.selected_T],
             "counts": (got.count_S.tolist(), got.selected_S.tolist(), int(got.nan)),
             "traffic": (counting.calls, counting.bytes),
             "entropy": shards(group).sum(fixed_point_sum(surprisal[own])).tolist(),
@@ -77,17 +84,36 @@ def selection(rank: Rank, *, kinds: list[str], n: int, fraction: float) -> dict[
     return seen
 
 
-def logprobs(rank: Rank, *, vocab: int, rows: int, temperature: float) -> dict[str, torch.Tensor]:
-    """Scores and gradient of vocab-parallel logits whose padding is hostile; and the float64 answer."""
+def logprobs(
+    rank: Rank, *, vocab: int, rows: int, temperature: float, offsets: list[float]
+) -> dict[float, dict[str, torch.Tensor]]:
+    """Of logits at each offset: how far scores and gradient of vocab-parallel logits are from float64's. Half of the
+    vocabulary is masked to -inf in every second row; the padding is hostile; one row has no target."""
     group = _join(rank)
-    g = torch.Generator().manual_seed(0)
-    logits = torch.randn(rows, vocab, generator=g) * torch.linspace(0.5, 6, rows)[:, None] + 300.0
-    logits[:, ::2] = torch.where(torch.arange(rows)[:, None] % 2 == 0, -torch.inf, logits[:, ::2])
-    target = torch.randint(0, vocab // 2, (rows,), generator=g) * 2 + 1
+    errors = {}
+    for offset in offsets:
+        g = torch.Generator().manual_seed(0)
+        logits = torch.randn(rows, vocab, generator=g) * torch.linspace(0.5, 6, rows)[:, None] + offset
+        target = torch.randint(0, vocab, (rows,), generator=g)
+        mask = torch.rand(logits.shape, generator=g) < 0.5
+        mask[1::2] = False
+        logits[mask.scatter(1, target[:, None], False)] = -torch.inf
+        target[rows // 2] = NO_TARGET
+        errors[offset] = _logprob_errors(rank, logits, target, temperature, group)
+    dist.destroy_process_group()
+    return errors
+
+
+def _logprob_errors(
+    rank: Rank, logits: torch.Tensor, target: torch.Tensor, temperature: float, group: dist.ProcessGroup
+) -> dict[str, torch.Tensor]:
+    rows, vocab = logits.shape
+    kept = target != NO_TARGET
     width = -(-vocab // (128 * rank.world_size)) * 128
-    padded = torch.full((rows, width * rank.world_size), 1e4)
+    padded = torch.full((rows, width * rank.world_size), 1e5)
     padded[:, :vocab] = logits
-    mine = padded[:, rank.rank * width : (rank.rank + 1) * width].contiguous()
+    columns = slice(rank.rank * width, (rank.rank + 1) * width)
+    mine = padded[:, columns].contiguous()
     shard = vocab_shard(vocab, width, group)
     scores = token_scores(mine, target, shard, temperature=temperature)
     leaf = mine.clone().requires_grad_()
@@ -97,16 +123,19 @@ def logprobs(rank: Rank, *, vocab: int, rows: int, temperature: float) -> dict[s
 
     exact = logits.double().requires_grad_()
     logp = torch.log_softmax(exact / temperature, -1)
-    want = logp.gather(1, target[:, None])[:, 0]
-    want_entropy = -torch.where(logp.exp() > 0, logp.exp() * logp.clamp(min=-1e30), 0.0).sum(-1)
-    (want - 0.5 * want_entropy).sum().backward()
+    p, finite = logp.exp(), logp.clamp(min=-1e30)
+    at = target.clamp(0)[:, None]
+    want, want_entropy = logp.gather(1, at)[:, 0], -torch.where(p > 0, p * finite, 0.0).sum(-1)
+    (kept * (want - 0.5 * want_entropy)).sum().backward()
     assert exact.grad is not None
     padded_grad = torch.zeros(padded.shape, dtype=torch.float64)
     padded_grad[:, :vocab] = exact.grad.nan_to_num(0.0)
-    dist.destroy_process_group()
+    slope = p.detach() * (finite.detach() + want_entropy.detach()[:, None])
+    want_sensitivity = slope.gather(1, at)[:, 0] - (p.detach() * slope).sum(-1)
     return {
-        "logprob": (scores.logprob_T - want.detach()).abs().max(),
-        "entropy": (scores.entropy_T - want_entropy.detach()).abs().max(),
+        "logprob": (scores.logprob_T - kept * want.detach()).abs().max(),
+        "entropy": (scores.entropy_T - kept * want_entropy.detach()).abs().max(),
+        "sensitivity": (scores.sensitivity_T - kept * want_sensitivity).abs().max(),
         "same": (scores.logprob_T - logprob.detach()).abs().max(),
-        "gradient": (leaf.grad - padded_grad[:, rank.rank * width : (rank.rank + 1) * width]).abs().max(),
+        "gradient": (leaf.grad - padded_grad[:, columns]).abs().max(),
     }

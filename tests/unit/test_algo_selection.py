@@ -174,3 +174,12 @@ def test_hash_is_a_bijection_on_a_window():
     assert hashed.unique().numel() == ids.numel()
     assert int(hashed.min()) >= 0
     assert int(hashed.max()) < 1 << 32
+
+
+def test_nothing_is_read_back_to_the_host():
+    """On the meta device values do not exist: an operator that waits for one, or whose shape depends on one, fails."""
+    value, subset, ids = (x.to("meta") for x in _inputs("random"))
+    got = select_top(value, subset, ids, 0.1, OneShard())
+    assert got.selected_T.shape == value.shape
+    with pytest.raises((RuntimeError, NotImplementedError)):  # the check sees a wait
+        value[got.selected_T].sum()

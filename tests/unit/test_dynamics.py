@@ -13,7 +13,8 @@ from stare_megatron.algo.stare import ScoredCandidates
 from stare_megatron.dynamics import Dynamics
 from stare_megatron.metrics.catalogue import metrics
 from stare_megatron.mismatch import Mismatch
-from stare_megatron.trainer.logprobs import VocabShard, token_scores
+from stare_megatron.trainer.logprobs import token_scores
+from stare_megatron.trainer.partials import VocabShard
 from stare_megatron.types import ScoreSummary, UpdateStats
 
 V, T = 50, 600

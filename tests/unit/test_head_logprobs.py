@@ -7,15 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from stare_megatron.trainer import logprobs
-from stare_megatron.trainer.logprobs import (
-    NO_TARGET,
-    VocabShard,
-    head_log_probs,
-    head_token_scores,
-    log_probs,
-    token_scores,
-)
+from stare_megatron.trainer import logprobs_torch
+from stare_megatron.trainer.logprobs import head_log_probs, head_token_scores, log_probs, token_scores
+from stare_megatron.trainer.partials import NO_TARGET, VocabShard
 
 T, H, V, PADDING = 40, 16, 1000, 24
 WHOLE = VocabShard(0, V, None)
@@ -114,7 +108,7 @@ def _peak(rows: int, columns: int, chunk: int) -> int:
 
 
 def test_peak_memory_is_bounded_by_the_chunk(monkeypatch):
-    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 4 * 4096)
+    monkeypatch.setattr(logprobs_torch, "CHUNK_ELEMENTS", 4 * 4096)
     columns, chunk = 4096, 16
     logits = chunk * columns * 4
     scratch = 4 * 4 * columns * 4  # four buffers of four rows

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from stare_megatron.trainer import logprobs
-from stare_megatron.trainer.logprobs import NO_TARGET, VocabShard, log_probs, token_scores
+from stare_megatron.trainer import logprobs_torch, partials
+from stare_megatron.trainer.logprobs import log_probs, token_scores
+from stare_megatron.trainer.partials import NO_TARGET, VocabShard
 
 V = 1000
 
@@ -43,15 +44,15 @@ def _sharded(logits: torch.Tensor, target: torch.Tensor, tau: float, size: int, 
     """What `size` tensor-parallel ranks compute, the last ones holding hostile padding."""
     hostile = torch.full((logits.shape[0], padding), 1e4)
     parts = torch.cat([logits, hostile], 1).chunk(size, 1)
-    width, rows = parts[0].shape[1], logprobs._rows(target)
+    width = parts[0].shape[1]
     shards = [VocabShard(i * width, min(max(V - i * width, 0), width), None) for i in range(size)]
-    partials = [
-        logprobs._partials(p, target, rows, s, tau, sensitivity=True, raw=False)
+    known = [
+        logprobs_torch.partials(p, target, s, tau, sensitivity=True, raw=False)
         for p, s in zip(parts, shards, strict=True)
     ]
-    all_parts = torch.stack(partials).double()
-    merged = logprobs._merge(all_parts, tau)
-    return merged, logprobs._sensitivity(all_parts, merged, tau)
+    whole = partials.combine(torch.stack(known), tau)
+    row = partials.merged(whole)
+    return row, partials.sensitivity(whole, row, tau)
 
 
 @pytest.mark.parametrize("tau", [1.0, 0.6, 1.7])
@@ -109,7 +110,7 @@ def test_a_nan_logit_is_not_hidden():
 @pytest.mark.parametrize("entropy_gradient", [False, True])
 @pytest.mark.parametrize("tau", [1.0, 0.6])
 def test_gradient(monkeypatch, chunk, entropy_gradient, tau):
-    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(logprobs_torch, "CHUNK_ELEMENTS", chunk)
     logits = torch.cat([_logits(), torch.full((12, 8), 1e4)], 1)
     target = _targets()
     target[[1, 4, 5, 11]] = NO_TARGET
@@ -150,16 +151,25 @@ def test_gradient_under_a_mask_is_finite():
     assert leaf.grad[:, 500:].eq(0).all()
 
 
-def test_bf16_logits_keep_fp32_arithmetic():
+@pytest.mark.parametrize("entropy_gradient", [False, True])
+def test_bf16_loses_only_its_own_rounding(entropy_gradient):
+    """Scores within 2e-6 of float64 on the same logits; each gradient is the nearest bf16 to one within 2e-6."""
     logits = _logits().bfloat16()
     got = token_scores(logits, _targets(), WHOLE, temperature=0.6)
     want = _reference(logits.float(), _targets(), 0.6)
     torch.testing.assert_close(got.logprob_T.double(), want[0], atol=2e-6, rtol=0)
     torch.testing.assert_close(got.entropy_T.double(), want[1], atol=2e-6, rtol=0)
+
+    exact = logits.double().requires_grad_()
+    logprob, entropy = _reference_graph(exact, _targets(), 0.6)
+    (logprob + entropy_gradient * 0.3 * entropy).sum().backward()
     leaf = logits.clone().requires_grad_()
-    log_probs(leaf * 1, _targets(), WHOLE, temperature=0.6)[0].sum().backward()
+    got = log_probs(leaf * 1, _targets(), WHOLE, temperature=0.6, entropy_gradient=entropy_gradient)
+    (got[0] + entropy_gradient * 0.3 * got[1]).sum().backward()
     assert leaf.grad is not None
+    assert exact.grad is not None
     assert leaf.grad.dtype == torch.bfloat16
+    assert ((leaf.grad.double() - exact.grad).abs() <= 2**-8 * exact.grad.abs() + 2e-6).all()
 
 
 def test_backward_is_in_place_and_runs_once():

@@ -8,7 +8,7 @@ import torch
 
 from stare_megatron.algo.registry import ALGORITHMS
 from stare_megatron.config import AlgorithmConfig
-from stare_megatron.trainer.logprobs import NO_TARGET
+from stare_megatron.trainer.partials import NO_TARGET
 from stare_megatron.trainer.sequence import Layout, MicroBatch, dummy, micro_batches, padded_lengths, probe, token_batch
 from stare_megatron.types import (
     Assignment,

@@ -1,0 +1,222 @@
+"""The same as `logprobs_torch`, as Triton kernels for NVIDIA GPUs: one read forward, one read and one write backward.
+
+The columns of a row must lie side by side. Nothing here makes the host wait: the kernels skip rows without a target.
+
+Forward, one program works on one row, or on one of several runs of its columns where rows are too few to fill the GPU;
+runs merge like tensor-parallel ranks. Each of its lanes keeps partials of every LANES-th group of WIDTH columns (one
+wide load) and rescales them once a group, so an element costs little more than its own exponential; lanes meet once, at
+the end. Exponentials are of base 2, the hardware's; the scale log2(e) / tau is applied after the maximum is subtracted.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from stare_megatron import device
+from stare_megatron.trainer import partials as algebra
+from stare_megatron.trainer.partials import Merged, VocabShard
+
+LANES = 512
+LOAD_BYTES = 16  # the widest load
+BACKWARD_BLOCK = 4096  # columns a program of the backward works on
+PROGRAMS_PER_PROCESSOR = 32  # below, columns are split: about four times what runs at once
+
+_NO_TARGET = tl.constexpr(algebra.NO_TARGET)
+_FLOOR = tl.constexpr(algebra.FLOOR)
+_FLOOR_2 = tl.constexpr(algebra.FLOOR * math.log2(math.e))
+_LOG2_E = tl.constexpr(math.log2(math.e))
+_LN_2 = tl.constexpr(math.log(2.0))
+_INF = tl.constexpr(math.inf)
+
+
+@triton.jit
+def _exponent(x, shift, scale):
+    """(x - shift) * scale, at the floor for -inf; a NaN stays one."""
+    return tl.maximum((x - shift) * scale, _FLOOR_2, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def partials_kernel(
+    logits,  # [T, V_local]
+    target,  # int64 [T]
+    out,  # fp32 [splits, K, T]
+    row_stride,
+    num_rows,
+    splits,
+    split_columns,
+    start,
+    valid,
+    scale,  # log2(e) / tau
+    K: tl.constexpr,
+    SENSITIVITY: tl.constexpr,
+    RAW: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    row = (tl.program_id(0) // splits).to(tl.int64)
+    split = tl.program_id(0) % splits
+    wanted = tl.load(target + row)
+    begin = split * split_columns
+    end = tl.minimum(begin + split_columns, valid)
+    end = tl.where(wanted == _NO_TARGET, begin, end)
+    of_row = logits + row * row_stride
+
+    columns = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    m = tl.full([LANES], -_INF, tl.float32)
+    s = tl.zeros([LANES], tl.float32)
+    u = tl.zeros([LANES], tl.float32)
+    q = tl.zeros([LANES], tl.float32)
+    r = tl.zeros([LANES], tl.float32)
+    w = tl.zeros([LANES], tl.float32)
+    for first in range(begin, end, LANES * WIDTH):
+        place = first + columns
+        x = tl.load(of_row + place, mask=place < end, other=-_INF).to(tl.float32)
+        top = tl.maximum(m, tl.max(x, axis=1))
+        shift = tl.where(top == -_INF, 0.0, top)
+        offset = _exponent(m, shift, scale)
+        a = tl.exp2(offset)
+        d = _exponent(x, shift[:, None], scale)
+        e = tl.exp2(d)
+        u = tl.fma(a, tl.fma(offset, s, u), tl.sum(d * e, axis=1))
+        s = tl.fma(a, s, tl.sum(e, axis=1))
+        if SENSITIVITY:
+            e2 = e * e
+            r = tl.fma(a * a, tl.fma(offset, q, r), tl.sum(d * e2, axis=1))
+            q = tl.fma(a * a, q, tl.sum(e2, axis=1))
+        if RAW:
+            w = tl.fma(
+                tl.exp2(_exponent(m, shift, _LOG2_E)), w, tl.sum(tl.exp2(_exponent(x, shift[:, None], _LOG2_E)), axis=1)
+            )
+        m = top
+
+    top = tl.max(m, axis=0)
+    shift = tl.where(top == -_INF, 0.0, top)
+    offset = _exponent(m, shift, scale)
+    a = tl.exp2(offset)
+    local = wanted - start
+    z = tl.load(of_row + local, mask=(local >= begin) & (local < end), other=-_INF).to(tl.float32)
+    result = out + split.to(tl.int64) * K * num_rows + row
+    tl.store(result, top)
+    tl.store(result + num_rows, tl.sum(a * s, axis=0))
+    tl.store(result + 2 * num_rows, tl.sum(a * tl.fma(offset, s, u), axis=0) * _LN_2)
+    tl.store(result + 3 * num_rows, z)
+    if SENSITIVITY:
+        tl.store(result + 4 * num_rows, tl.sum(a * a * q, axis=0))
+        tl.store(result + 5 * num_rows, tl.sum(a * a * tl.fma(offset, q, r), axis=0) * _LN_2)
+    if RAW:
+        tl.store(result + (K - 1) * num_rows, tl.sum(tl.exp2(_exponent(m, shift, _LOG2_E)) * w, axis=0))
+
+
+@triton.jit
+def backward_kernel(
+    logits,  # [T, V_local], overwritten
+    target,  # int64 [T]
+    m,  # float64 [T], as log_s and entropy
+    log_s,
+    entropy,
+    grad_logprob,  # fp32 [T], as grad_entropy
+    grad_entropy,
+    row_stride,
+    blocks,
+    columns,
+    start,
+    valid,
+    inverse_tau,
+    ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    x_at = logits + row * row_stride + place
+    inside = place < columns
+    wanted = tl.load(target + row)
+    if wanted == _NO_TARGET:
+        tl.store(x_at, tl.zeros([BLOCK], logits.dtype.element_ty), mask=inside)
+    else:
+        real = place < valid
+        x = tl.load(x_at, mask=real, other=-_INF).to(tl.float32)
+        d = (x - tl.load(m + row).to(tl.float32)) * inverse_tau
+        log_p = tl.maximum(d - tl.load(log_s + row).to(tl.float32), _FLOOR, propagate_nan=tl.PropagateNan.ALL)
+        g = tl.load(grad_logprob + row) * inverse_tau
+        slope = g
+        if ENTROPY:
+            g_entropy = tl.load(grad_entropy + row) * inverse_tau
+            slope = tl.fma(g_entropy, log_p + tl.load(entropy + row).to(tl.float32), g)
+        grad = tl.where(place == wanted - start, g, 0.0) - tl.exp(log_p) * slope
+        tl.store(x_at, tl.where(real, grad, 0.0).to(logits.dtype.element_ty), mask=inside)
+
+
+def partials(
+    logits_TV: torch.Tensor, target_T: torch.Tensor, shard: VocabShard, tau: float, *, sensitivity: bool, raw: bool
+) -> torch.Tensor:
+    """As `logprobs_torch.partials`."""
+    rows = len(target_T)
+    kinds = algebra.components(sensitivity=sensitivity, raw=raw)
+    width = LOAD_BYTES // logits_TV.element_size()
+    tile = LANES * width
+    tiles = max(1, triton.cdiv(shard.valid, tile))
+    splits = min(tiles, triton.cdiv(PROGRAMS_PER_PROCESSOR * device.multiprocessors(logits_TV), max(rows, 1)))
+    split_tiles = triton.cdiv(tiles, splits)
+    splits = triton.cdiv(tiles, split_tiles)
+    partial_IKT = torch.empty((splits, kinds, rows), dtype=torch.float32, device=logits_TV.device)
+    if rows:
+        partials_kernel[(rows * splits,)](
+            logits_TV,
+            target_T,
+            partial_IKT,
+            logits_TV.stride(0),
+            rows,
+            splits,
+            split_tiles * tile,
+            shard.start,
+            shard.valid,
+            math.log2(math.e) / tau,
+            K=kinds,
+            SENSITIVITY=sensitivity,
+            RAW=raw,
+            LANES=LANES,
+            WIDTH=width,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+    return partial_IKT[0] if splits == 1 else algebra.combine(partial_IKT, tau).float()
+
+
+def backward_in_place(
+    logits_TV: torch.Tensor,
+    grad_logprob_T: torch.Tensor,
+    grad_entropy_T: torch.Tensor | None,
+    target_T: torch.Tensor,
+    row: Merged,
+    shard: VocabShard,
+    tau: float,
+) -> None:
+    """As `logprobs_torch.backward_in_place`."""
+    rows, columns = logits_TV.shape
+    if not rows or not columns:
+        return
+    blocks = triton.cdiv(columns, BACKWARD_BLOCK)
+    grad_logprob_T = grad_logprob_T.float().contiguous()
+    backward_kernel[(rows * blocks,)](
+        logits_TV,
+        target_T,
+        row.m_T.contiguous(),
+        row.log_s_T.contiguous(),
+        row.entropy(),
+        grad_logprob_T,
+        grad_logprob_T if grad_entropy_T is None else grad_entropy_T.float().contiguous(),  # not read if None
+        logits_TV.stride(0),
+        blocks,
+        columns,
+        shard.start,
+        shard.valid,
+        1.0 / tau,
+        ENTROPY=grad_entropy_T is not None,
+        BLOCK=BACKWARD_BLOCK,
+        num_warps=8,
+        enable_fp_fusion=True,
+    )
