@@ -6,10 +6,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from stare_megatron.compare.report import Options, compare
 from stare_megatron.errors import UserError
 from stare_megatron.study import spec
 from stare_megatron.study.display import Display, line
-from stare_megatron.study.runner import Runner, State, default_jobs, log_file
+from stare_megatron.study.runner import Progress, Runner, State, default_jobs, log_file
 
 INTERRUPTED = 130
 
@@ -31,7 +32,17 @@ def run(file: Path, *, form: str, only: str, jobs: int, folder: Path | None) -> 
     for p in progress:
         if p.state is State.FAILED:
             console.print(f"{line(p)}\n  its output: {log_file(p.job)}", markup=False, highlight=False)
+    if any(p.rows for p in progress):
+        console.print(f"report: {_report(study, progress)}", highlight=False, soft_wrap=True)
     states = {p.state for p in progress}
     if State.FAILED in states:
         return 1
     return INTERRUPTED if states != {State.DONE} else 0
+
+
+def _report(study: spec.Study, progress: list[Progress]) -> Path:
+    """Compare what has logged a step; returns the page."""
+    out = study.folder.with_name(f"{study.folder.name}-report")
+    # What each seed has of its own does not part a variant's runs.
+    options = Options(ignore=study.by_seed, json_file=out / "numbers.json")
+    return compare([p.job.config.folder for p in progress if p.rows], out, options)[0]

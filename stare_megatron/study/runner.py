@@ -165,8 +165,8 @@ class Runner:
 
 
 def log_file(job: Job) -> Path:
-    """Where a job's own output goes (that of its processes is in the run folder)."""
-    return job.config.run.dir / "logs" / f"{job.name}.log"
+    """Where a job's own output goes (that of its processes is in the run folder). Hidden, so that `DIR/*` are runs."""
+    return job.config.run.dir / ".logs" / f"{job.name}.log"
 
 
 def read_rows(job: Job) -> list[jsonl.Row]:

@@ -84,12 +84,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Study:
-    """A study ready to run. `prepare`: seed -> commands, split into words."""
+    """A study ready to run. `prepare`: seed -> commands, split into words; `by_seed`: keys set to another value for each
+    seed."""
 
     base: Path
     folder: Path
     jobs: tuple[Job, ...]
     prepare: dict[int, tuple[tuple[str, ...], ...]]
+    by_seed: tuple[str, ...]
 
 
 def load(file: Path, form: str, only: str, folder: Path | None = None) -> Study:
@@ -121,7 +123,9 @@ def load(file: Path, form: str, only: str, folder: Path | None = None) -> Study:
     commands = {
         seed: tuple(tuple(shlex.split(_fill(line, seed))) for line in spec.prepare) for seed in {j.seed for j in jobs}
     }
-    return Study(base, folder, tuple(jobs), commands)
+    every = [*spec.settings, *chosen.settings, *(s for v in spec.variants.values() for s in v.settings)]
+    by_seed = tuple(sorted({s.partition("=")[0] for s in every if "{seed}" in s}))
+    return Study(base, folder, tuple(jobs), commands, by_seed)
 
 
 def _read(file: Path) -> StudySpec:

@@ -45,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": CONTRACTS | {"metrics", "rollout", "host"},
     "evaluate": CONTRACTS | {"metrics", "rollout", "data"},
     "preflight": CONTRACTS | {"upstream", "run_folder", "rewards", "trainer", "inference"},
-    "study": CONTRACTS | {"methods", "metrics"},
+    "study": CONTRACTS | {"methods", "metrics", "compare"},
     "__main__": CONTRACTS | {"build", "build_eval", "loop", "run_folder", "metrics", "study"},
     "__init__": set(),
     "patches": {"device"},

@@ -3,6 +3,7 @@ and both learn. From a fixed seed; what is asserted leaves room for the noise of
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -16,7 +17,7 @@ TARGET = 0.2
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("study")
+    folder = tmp_path_factory.mktemp("study") / "runs"
     command = [sys.executable, "-m", "stare_megatron", "study", "examples/entropy_band/study.toml"]
     command += ["--form", "ci", "--dir", str(folder), "--jobs", "2"]
 
@@ -26,6 +27,13 @@ def study(tmp_path_factory):
     done = run()
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder, run
+
+
+def test_the_runs_are_compared(study):
+    report = study[0].with_name("runs-report")
+    groups = json.loads((report / "numbers.json").read_text())["groups"]
+    assert [g["label"] for g in groups] == ["grpo_ds", "stare_o1"]
+    assert (report / "report.html").stat().st_size > 1000
 
 
 def mean(rows, name):

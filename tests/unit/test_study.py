@@ -62,6 +62,7 @@ def test_every_variant_on_every_seed(file):
     last = study.jobs[-1].config
     assert (last.run.seed, str(last.model.path), last.algorithm.stare.fraction) == (2, "models/2", 0.03)
     assert study.prepare[2][0][1:] == ("make.py", "--out", "2")
+    assert study.by_seed == ("model.path",)
 
 
 def test_a_form_is_smaller_and_has_its_own_folder(file):
