@@ -84,8 +84,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Study:
-    """A study ready to run. `prepare`: seed -> commands, split into words; `by_seed`: keys set to another value for each
-    seed."""
+    """A study ready to run.
+
+    `prepare`: seed -> commands, split into words; `by_seed`: keys that each seed sets to a value of its own.
+    """
 
     base: Path
     folder: Path
