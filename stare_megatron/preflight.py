@@ -56,7 +56,17 @@ def check(config: Config) -> tuple[str, ...]:
     check_layout(config, shape)
     check_window(config, shape)
     check_cluster(config)
-    return check_machine(config, shape)
+    return check_method(config) + check_machine(config, shape)
+
+
+def check_method(config: Config) -> tuple[str, ...]:
+    """A note on a method that these settings leave without effect."""
+    if config.algorithm.method == "kl_cov" and config.trainer.updates_per_batch == 1:
+        return (
+            "algorithm.method = 'kl_cov' with trainer.updates_per_batch = 1 trains as GRPO does: at a ratio of 1 its "
+            "penalty has no gradient; its paper takes 8 updates a batch",
+        )
+    return ()
 
 
 def check_eval(config: Config, *, trainers: bool) -> tuple[str, ...]:

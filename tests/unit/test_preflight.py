@@ -325,3 +325,12 @@ def test_the_command_line_ends_with_code_2_and_one_line(files):
     assert done.stderr.count("\n") == 1
     assert "nowhere/config.json" in done.stderr
     assert not (files / "runs").exists()
+
+
+def test_a_method_without_effect_is_noted(make):
+    def notes(**algorithm):
+        return [n for n in preflight.check_method(make(**algorithm)) if "kl_cov" in n]
+
+    assert len(notes(algorithm={"method": "kl_cov"})) == 1
+    assert not notes(algorithm={"method": "kl_cov"}, trainer={"updates_per_batch": 2})
+    assert not notes(algorithm={"method": "grpo"})
