@@ -64,11 +64,20 @@ _QUADRANTS = {
 _SHARES = {"tokens": "Tokens", "advantage": "Sum of |A|", "change": "Predicted change"}
 
 
-def _line(section: str, title: str, metric: str, label: str, **how: bool) -> Panel:
+def _line(
+    section: str,
+    title: str,
+    metric: str,
+    label: str,
+    log: bool = False,
+    zero: bool = True,
+    markers: bool = False,
+    cumulative: bool = False,
+) -> Panel:
     found = derived.info(metric)
     y = label if found.unit in ("", "1") or found.unit in label else f"{label}, {found.unit}"
-    key = metric.replace("/", "_").replace("@", "_at_")
-    return Panel(key, section, title, metric, y, f"{metric}: {found.meaning}", **how)
+    key, note = metric.replace("/", "_").replace("@", "_at_"), f"{metric}: {found.meaning}"
+    return Panel(key, section, title, metric, y, note, Kind.LINES, log, zero, markers, cumulative)
 
 
 def _fixed() -> list[Panel]:
