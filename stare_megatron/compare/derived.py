@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from stare_megatron.compare.load import Run, Series
-from stare_megatron.metrics.catalogue import CATALOGUE
+from stare_megatron.metrics.catalogue import entry
 
 # Methods whose controller or bonus steers by H_tgt; for the others the logged target is a line to compare with.
 STEERED = ("stare", "adaptive_entropy")
@@ -36,15 +37,20 @@ CUMULATIVE = ("gate_duty",)
 
 
 def info(name: str) -> Info:
-    """Of a catalogued or derived metric; `eval/` metrics are shares or what their name says, others unknown."""
+    """Of a derived metric, or of one of the catalogue and its families; a foreign name has no unit."""
     if name in _DERIVED:
         return _DERIVED[name]
-    if name in CATALOGUE:
-        entry = CATALOGUE[name]
-        return Info(name, entry.unit, entry.meaning)
-    if name.startswith("eval/"):
-        return Info(name, "share" if "@" in name else "", "Held-out prompts, at the steps where they were evaluated.")
-    return Info(name, "", "Not in this version's catalogue of metrics.")
+    try:
+        found = entry(name)
+    except ValueError:
+        return Info(name, "", "Not in this version's catalogue of metrics.")
+    return Info(name, found.unit, found.meaning)
+
+
+def evaluations(names: Iterable[str]) -> list[str]:
+    """The `eval/` metrics to show, each once, in the order given; the ends of confidence intervals are not among
+    them."""
+    return [n for n in dict.fromkeys(names) if n.startswith("eval/") and not n.endswith(("/ci_low", "/ci_high"))]
 
 
 def series(run: Run, name: str) -> Series | None:

@@ -64,11 +64,20 @@ _QUADRANTS = {
 _SHARES = {"tokens": "Tokens", "advantage": "Sum of |A|", "change": "Predicted change"}
 
 
-def _line(section: str, title: str, metric: str, label: str, **how: bool) -> Panel:
+def _line(
+    section: str,
+    title: str,
+    metric: str,
+    label: str,
+    log: bool = False,
+    zero: bool = True,
+    markers: bool = False,
+    cumulative: bool = False,
+) -> Panel:
     found = derived.info(metric)
     y = label if found.unit in ("", "1") or found.unit in label else f"{label}, {found.unit}"
-    key = metric.replace("/", "_").replace("@", "_at_")
-    return Panel(key, section, title, metric, y, f"{metric}: {found.meaning}", **how)
+    key, note = metric.replace("/", "_").replace("@", "_at_"), f"{metric}: {found.meaning}"
+    return Panel(key, section, title, metric, y, note, Kind.LINES, log, zero, markers, cumulative)
 
 
 def _fixed() -> list[Panel]:
@@ -90,7 +99,7 @@ def _fixed() -> list[Panel]:
         _line("Reward and accuracy", "Accuracy", "reward/correct", "share of answers correct"),
         _line("Responses", "Response length", "response/length_mean", "length"),
         _line("Responses", "Truncated responses", "response/truncated", "share of responses"),
-        _line("Responses", "Reflection words", "response/reflection_rate", "rate"),
+        _line("Responses", "Reflection words", "response/reflections", "words/response"),
         _line("Groups", "Fully solved groups", "full_solve_share", "share of sampled groups"),
         _line("Groups", "Unsolved groups", "no_solve_share", "share of sampled groups"),
         _line("Control", "Gate duty so far", "gate_duty", "share of steps", cumulative=True),
@@ -136,7 +145,7 @@ def _fixed() -> list[Panel]:
 def panels(runs: Sequence[Run], reference: float | None) -> list[Panel]:
     """The panels some run has finite values for, in the order of `SECTIONS`; a panel for every `eval/` metric."""
     found = _fixed()
-    names = sorted({name for run in runs for name in run.series if name.startswith("eval/")})
+    names = derived.evaluations(sorted(name for run in runs for name in run.series))
     found += [_line("Evaluation", n.removeprefix("eval/"), n, n.rpartition("/")[2], markers=True) for n in names]
     kept = [panel for panel in found if any(_has(run, panel, reference) for run in runs)]
     order = list(SECTIONS)

@@ -301,8 +301,8 @@ function changed() {
   refresh([...near]);
 }
 
-// Draw every panel, also those off the screen: for printing, and for tests.
-window.drawAll = () => refresh([...byKey.keys()]);
+// Draw panels, all unless named, also those off the screen: for printing, and for tests.
+window.drawAll = (keys) => refresh(keys || [...byKey.keys()]);
 window.report = { data, state, decode, changed };
 
 const observer = new IntersectionObserver((entries) => {
@@ -338,4 +338,4 @@ control("metric", (e) => {
   document.getElementById("note-any").textContent = meaning;
 });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", changed);
-addEventListener("beforeprint", window.drawAll);
+addEventListener("beforeprint", () => window.drawAll());

@@ -101,7 +101,7 @@ def read_offline(file: Path) -> OfflineRun:
     config: dict[str, Any] = {}
     rows: list[dict[str, float]] = []
     for number, data in enumerate(log.records, 1):
-        record = wandb_internal_pb2.Record()
+        record: Any = wandb_internal_pb2.Record()  # pyright: ignore[reportAttributeAccessIssue]
         try:
             record.ParseFromString(data)
         except DecodeError as e:

@@ -42,11 +42,12 @@ ALLOWED: dict[str, set[str]] = {
     "loop": {"types", "stats", "config"},
     "checkpoint": CONTRACTS | {"algo", "data"},
     "run_folder": CONTRACTS | {"metrics"},
+    "compare": CONTRACTS | {"metrics", "run_folder"},
     "report": CONTRACTS | {"metrics", "rollout", "host"},
     "evaluate": CONTRACTS | {"metrics", "rollout", "data"},
     "preflight": CONTRACTS | {"upstream", "run_folder", "rewards", "trainer", "inference"},
     "study": CONTRACTS | {"methods", "metrics", "compare"},
-    "__main__": CONTRACTS | {"build", "build_eval", "loop", "run_folder", "metrics", "study"},
+    "__main__": CONTRACTS | {"build", "build_eval", "loop", "run_folder", "metrics", "study", "compare"},
     "__init__": set(),
     "patches": {"device"},
 }
@@ -62,7 +63,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "vllm": {"inference", "sync"},
     "wandb": {"metrics"},
     "tensorboard": {"metrics"},
-    "matplotlib": {"metrics"},
+    "matplotlib": {"metrics", "compare"},
     "triton": {"trainer"},
     "torch": {"types", "device", "algo", "tasks", "trainer", "inference", "sync", "patches"},
     "rich": {"metrics", "build", "build_eval", "tasks", "study"},
@@ -70,7 +71,11 @@ THIRD_PARTY: dict[str, set[str]] = {
     "tokenizers": {"tasks"},
     "safetensors": {"trainer", "tasks", "run_folder"},
     "pyarrow": {"data", "tasks"},
-    "jinja2": {"data"},
+    "jinja2": {"data", "compare"},
+    "markupsafe": {"compare"},
+    "plotly": {"compare"},
+    # Reads the records of wandb files.
+    "google": {"metrics"},
     "math_verify": {"rewards"},
     "gguf": {"tasks"},
     "reasoning_gym": {"tasks"},
@@ -91,6 +96,7 @@ THIRD_PARTY: dict[str, set[str]] = {
         "inference",
         "sync",
         "cluster",
+        "compare",
     },
 }
 

@@ -22,7 +22,7 @@ def test_a_run_folder(tmp_path):
     assert run.steps.tolist() == list(range(1, 13))
     assert run.series["policy/entropy"].tolist() == [row["policy/entropy"] for row in want]
     assert math.isnan(run.series["dynamics/measured_change"][0])
-    assert "response/reflection_rate" not in run.series
+    assert "response/reflections" not in run.series
     assert run.settings["algorithm.stare.target_entropy"] == 0.2
     assert (run.starts[0].commit, run.starts[0].hardware) == (RECORD["commit"], RECORD["hardware"])
 
