@@ -39,7 +39,7 @@ _POINTERS = {
 }
 _FLOATS = {"scale", "inverse_tau"}
 # As JIT compilation finds them at a vocabulary of 151,936: multiples of 16.
-_MULTIPLES = {"logits", "row_stride", "split_columns", "columns", "start", "valid"} | _POINTERS.keys()
+_MULTIPLES = {"logits", "row_stride", "split_columns", "columns", "valid"}
 
 
 @dataclass(frozen=True)

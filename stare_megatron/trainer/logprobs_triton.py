@@ -25,6 +25,7 @@ LOAD_BYTES = 16  # the widest load
 BACKWARD_BLOCK = 4096  # columns a program of the backward works on
 PROGRAMS_PER_PROCESSOR = 32  # below, columns are split: about four times what runs at once
 
+_PER_ROW = ["target", "m", "log_s", "entropy", "grad_logprob", "grad_entropy"]
 _NO_TARGET = tl.constexpr(algebra.NO_TARGET)
 _FLOOR = tl.constexpr(algebra.FLOOR)
 _FLOOR_2 = tl.constexpr(algebra.FLOOR * math.log2(math.e))
@@ -33,13 +34,8 @@ _LN_2 = tl.constexpr(math.log(2.0))
 _INF = tl.constexpr(math.inf)
 
 
-@triton.jit
-def _exponent(x, shift, scale):
-    """(x - shift) * scale, at the floor for -inf; a NaN stays one."""
-    return tl.maximum((x - shift) * scale, _FLOOR_2, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
+# Compiled once, whatever the number of rows and where the slices of a chunked head begin.
+@triton.jit(do_not_specialize=["num_rows", "splits", "start"], do_not_specialize_on_alignment=["target", "out"])
 def partials_kernel(
     logits,  # [T, V_local]
     target,  # int64 [T]
@@ -67,19 +63,20 @@ def partials_kernel(
 
     columns = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     m = tl.full([LANES], -_INF, tl.float32)
-    s = tl.zeros([LANES], tl.float32)
-    u = tl.zeros([LANES], tl.float32)
-    q = tl.zeros([LANES], tl.float32)
-    r = tl.zeros([LANES], tl.float32)
-    w = tl.zeros([LANES], tl.float32)
+    s = tl.full([LANES], 0.0, tl.float32)
+    u = tl.full([LANES], 0.0, tl.float32)
+    q = tl.full([LANES], 0.0, tl.float32)
+    r = tl.full([LANES], 0.0, tl.float32)
+    w = tl.full([LANES], 0.0, tl.float32)
     for first in range(begin, end, LANES * WIDTH):
         place = first + columns
         x = tl.load(of_row + place, mask=place < end, other=-_INF).to(tl.float32)
         top = tl.maximum(m, tl.max(x, axis=1))
         shift = tl.where(top == -_INF, 0.0, top)
-        offset = _exponent(m, shift, scale)
+        offset = tl.maximum((m - shift) * scale, _FLOOR_2)
         a = tl.exp2(offset)
-        d = _exponent(x, shift[:, None], scale)
+        x -= shift[:, None]
+        d = tl.maximum(x * scale, _FLOOR_2, propagate_nan=tl.PropagateNan.ALL)
         e = tl.exp2(d)
         u = tl.fma(a, tl.fma(offset, s, u), tl.sum(d * e, axis=1))
         s = tl.fma(a, s, tl.sum(e, axis=1))
@@ -88,14 +85,14 @@ def partials_kernel(
             r = tl.fma(a * a, tl.fma(offset, q, r), tl.sum(d * e2, axis=1))
             q = tl.fma(a * a, q, tl.sum(e2, axis=1))
         if RAW:
-            w = tl.fma(
-                tl.exp2(_exponent(m, shift, _LOG2_E)), w, tl.sum(tl.exp2(_exponent(x, shift[:, None], _LOG2_E)), axis=1)
-            )
+            b = tl.exp2(tl.maximum((m - shift) * _LOG2_E, _FLOOR_2))
+            e1 = tl.exp2(tl.maximum(x * _LOG2_E, _FLOOR_2, propagate_nan=tl.PropagateNan.ALL))
+            w = tl.fma(b, w, tl.sum(e1, axis=1))
         m = top
 
     top = tl.max(m, axis=0)
     shift = tl.where(top == -_INF, 0.0, top)
-    offset = _exponent(m, shift, scale)
+    offset = tl.maximum((m - shift) * scale, _FLOOR_2)
     a = tl.exp2(offset)
     local = wanted - start
     z = tl.load(of_row + local, mask=(local >= begin) & (local < end), other=-_INF).to(tl.float32)
@@ -108,10 +105,11 @@ def partials_kernel(
         tl.store(result + 4 * num_rows, tl.sum(a * a * q, axis=0))
         tl.store(result + 5 * num_rows, tl.sum(a * a * tl.fma(offset, q, r), axis=0) * _LN_2)
     if RAW:
-        tl.store(result + (K - 1) * num_rows, tl.sum(tl.exp2(_exponent(m, shift, _LOG2_E)) * w, axis=0))
+        b = tl.exp2(tl.maximum((m - shift) * _LOG2_E, _FLOOR_2))
+        tl.store(result + (K - 1) * num_rows, tl.sum(b * w, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start"], do_not_specialize_on_alignment=_PER_ROW)
 def backward_kernel(
     logits,  # [T, V_local], overwritten
     target,  # int64 [T]
@@ -135,7 +133,7 @@ def backward_kernel(
     inside = place < columns
     wanted = tl.load(target + row)
     if wanted == _NO_TARGET:
-        tl.store(x_at, tl.zeros([BLOCK], logits.dtype.element_ty), mask=inside)
+        tl.store(x_at, tl.full([BLOCK], 0.0, logits.dtype.element_ty), mask=inside)
     else:
         real = place < valid
         x = tl.load(x_at, mask=real, other=-_INF).to(tl.float32)

@@ -17,7 +17,7 @@ from stare_megatron.trainer.partials import NO_TARGET, VocabShard
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PLACE = "cpu" if INTERPRETED else "cuda"
-T, V = 8, 600
+T, V = 6, 400
 WHOLE = VocabShard(0, V, None)
 
 pytestmark = [
@@ -142,9 +142,9 @@ def _sharded(triton_path, logits, target, tau, size, padding):
     return partials.token_values(partials.combine(torch.stack(known), tau), target, tau)
 
 
-@pytest.mark.parametrize(("size", "padding"), [(1, 24), (2, 24), (4, 360), (8, 1320)])
+@pytest.mark.parametrize(("size", "padding"), [(1, 24), (2, 24), (4, 240), (8, 880)])
 def test_vocabulary_shards_and_hostile_padding(triton_path, size, padding):
-    """With (4, 360) the last two hold 120 columns or none; with (8, 1320) four ranks hold nothing else."""
+    """With (4, 240) the third holds 80 columns, the last none; with (8, 880) four ranks hold nothing else."""
     logits, target = _logits(), _targets()
     got = _sharded(triton_path, logits, target, 0.6, size, padding)
     for value, want in zip(_values(got), _exact(logits, target, 0.6), strict=True):
@@ -179,7 +179,7 @@ def test_split_columns_merge_to_the_same(split, n):
     want = token_scores(logits, target, WHOLE, temperature=0.7)
     seen = split(n)
     got = token_scores(logits, target, WHOLE, temperature=0.7)
-    assert seen == [min(n, 5)]
+    assert seen == [min(n, 4)]
     for one, other, exact in zip(_values(got), _values(want), _exact(logits, target, 0.7), strict=True):
         _close(one, exact)
         _close(one, other, atol=1e-6)
@@ -213,7 +213,7 @@ def _gradients(logits, target, tau, entropy_gradient, shard=WHOLE):
 def test_gradient(entropy_gradient, tau, offset):
     logits = torch.cat([_logits() + offset, torch.full((T, 40), 1e4, device=PLACE)], 1)
     target = _targets()
-    target[[1, 4, 7]] = NO_TARGET
+    target[[1, 4]] = NO_TARGET
     got, want = _gradients(logits, target, tau, entropy_gradient)
     _close(got[:, :V], want)
     assert got[:, V:].eq(0).all()
@@ -229,17 +229,19 @@ def test_bf16_loses_only_its_own_rounding(entropy_gradient):
         _values(token_scores(logits, target, WHOLE, temperature=0.6)), _exact(logits, target, 0.6), strict=True
     ):
         _close(got, want)
+    target[1] = NO_TARGET
     got, want = _gradients(logits, target, 0.6, entropy_gradient)
     assert got.dtype == torch.bfloat16
+    assert got[1].eq(0).all()
     assert ((got.double() - want).abs() <= (2**-7 if INTERPRETED else 2**-8) * want.abs() + 2e-6).all()
 
 
 def test_gradient_under_a_mask_is_finite():
     logits = _logits()
-    logits[:, 300:] = -torch.inf
-    got, want = _gradients(logits, _targets(columns=300), 0.8, True)
+    logits[:, 200:] = -torch.inf
+    got, want = _gradients(logits, _targets(columns=200), 0.8, True)
     _close(got, want.nan_to_num(0.0))
-    assert got[:, 300:].eq(0).all()
+    assert got[:, 200:].eq(0).all()
 
 
 def test_rows_without_a_target_are_not_read():

@@ -39,7 +39,7 @@ def check(kind: str, n: int, fraction: float, results: list) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_selection_on_ranks_matches_a_sort(ranks):
-    results = launch("group_cases:selection", ranks, {"kinds": KINDS, "n": N, "fraction": 0.1}, timeout=120)
+    results = launch("group_cases:selection", ranks, {"kinds": KINDS, "n": N, "fraction": 0.1}, timeout=240)
     for kind in KINDS:
         check(kind, N, 0.1, results)
 
