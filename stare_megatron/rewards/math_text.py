@@ -5,6 +5,7 @@ Each mends one way in which math-verify misreads what people write; docs/rewards
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 
@@ -24,6 +25,16 @@ _PERCENT = re.compile(r"\s*\\?%$")
 _MARKS_AN_INTERVAL = re.compile(r"[\[\]]|\\infty|\\cup")
 # One letter at the end: math-verify takes it for a unit and drops it (`3t` becomes 3).
 _LETTER_AT_END = re.compile(r"(?:[\d})\s])\s*[tlcmsdgho]\s*$")
+
+
+def alternatives(reference: str) -> tuple[str, ...]:
+    """The answers of a reference: those of a JSON list of strings (`["0.5", "1/2"]`), else the reference itself."""
+    if reference.startswith('["') and reference.endswith('"]'):
+        try:
+            return tuple(map(str, json.loads(reference)))
+        except json.JSONDecodeError:
+            pass
+    return (reference,)
 
 
 def tidy(text: str) -> str:

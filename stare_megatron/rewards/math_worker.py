@@ -31,10 +31,15 @@ class Verdict:
 
 
 def compare(answer: str, boxed: str | None, tail: str) -> Verdict:
-    """Whether a response's answer equals the reference `answer`.
+    """Whether a response's answer equals the reference `answer`, or any of several in a JSON list of strings.
 
     `boxed`: the content of its last box; without one (None), an answer is looked for in `tail`, the end of it.
     """
+    verdicts = [_compare(one, boxed, tail) for one in math_text.alternatives(answer)]
+    return next((v for v in verdicts if v.correct), next((v for v in verdicts if v.graded), verdicts[0]))
+
+
+def _compare(answer: str, boxed: str | None, tail: str) -> Verdict:
     reference = math_text.tidy(answer)
     letter = math_text.choice(reference)
     if letter is not None:

@@ -81,6 +81,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "tomli_w": {"run_folder"},
     "psutil": {"run_folder", "preflight", "inference", "host", "study", "rewards"},
     "packaging": {"patches"},
+    "huggingface_hub": {"data"},
     "numpy": {
         "types",
         "trajectory",

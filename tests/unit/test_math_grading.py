@@ -250,6 +250,14 @@ def test_every_reference_equals_itself(reference):
     assert verdict(reference, rf"\boxed{{{reference}}}").correct
 
 
+def test_alternatives_are_each_right():
+    reference = '["6630.65", "6630", "\\\\frac{1}{2}"]'
+    assert verdict(reference, r"\boxed{6630}").correct
+    assert verdict(reference, r"\boxed{0.5}").correct
+    assert not verdict(reference, r"\boxed{6631}").correct
+    assert verdict("[1, 2]", r"\boxed{[1,2]}").correct  # an interval is no list of alternatives
+
+
 @pytest.mark.parametrize("reference", ["", "  "])
 def test_a_reference_that_cannot_be_read_grades_nothing(reference):
     said = verdict(reference, r"\boxed{5}")
