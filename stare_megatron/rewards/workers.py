@@ -24,7 +24,7 @@ import stare_megatron
 from stare_megatron.errors import RunError
 
 _LINE_LIMIT = 2**22  # bytes of one reply
-_START_SECONDS = 120.0  # imports, on a busy machine
+_START_SECONDS = 300.0  # imports take 2 s, on a crowded machine a minute
 _LOOK_SECONDS = 0.1  # how often a working process's memory is looked at
 _GRACE_SECONDS = 0.2  # after the time-out: a reply may lie unread because this event loop was busy
 # The kernel's limit on address space, as a multiple of the memory limit: the backstop while nobody looks.
