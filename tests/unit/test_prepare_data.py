@@ -2,10 +2,7 @@
 
 import hashlib
 import json
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from stare_megatron.config import DataConfig
-from stare_megatron.data.prepare import extract, hub, overlap
+from stare_megatron.data.prepare import extract, overlap
 from stare_megatron.data.prepare.overlap import Contamination, Reference
 from stare_megatron.data.prepare.recipes import RECIPES
 from stare_megatron.data.prepare.types import Malformed, Problem
@@ -370,39 +367,6 @@ def test_forms_of_the_prompt(tool):
 def test_alternatives_are_written_as_the_reward_reads_them(tool):
     _, _, out = tool("minerva", [{"problem": "2+3?", "answer": ["0.01\n", "0.02\n"], "idx": 3}])
     assert lines(out)[0]["answer"] == '["0.01", "0.02"]'
-
-
-def test_hub_files_are_chosen_by_the_first_pattern_that_matches():
-    names = ["README.md", "main/test-00000-of-00001.parquet", "main/train-00000-of-00001.parquet", "socratic/x.parquet"]
-    assert hub.choose(RECIPES["gsm8k"], names, "test") == ["main/test-00000-of-00001.parquet"]
-    names = ["data/code-0.parquet", "data/math-1.parquet", "data/math-0.parquet"]
-    assert hub.choose(RECIPES["skywork-or1"], names, "math") == ["data/math-0.parquet", "data/math-1.parquet"]
-    assert hub.choose(RECIPES["deepscaler"], ["deepscaler.json", "dataset_infos.json"], "train") == ["deepscaler.json"]
-    assert hub.choose(RECIPES["aime25"], ["README.md"], "test") == []
-
-
-def offline(home: Path, *arguments: str | Path) -> subprocess.CompletedProcess:
-    environment = os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, TOOL, *arguments]
-    return subprocess.run([str(x) for x in command], capture_output=True, text=True, timeout=300, env=environment)
-
-
-def test_the_hubs_cache_is_read_without_a_network(tmp_path):
-    commit = "a" * 40
-    folder = tmp_path / "home" / "hub" / "datasets--math-ai--aime25"
-    (folder / "refs").mkdir(parents=True)
-    (folder / "refs" / "main").write_text(commit)
-    (folder / "snapshots" / commit).mkdir(parents=True)
-    write(folder / "snapshots" / commit, [{"problem": "2+3?", "answer": "5", "id": "0"}], "test.jsonl")
-    done = offline(tmp_path / "home", "aime25", "--out", tmp_path / "out.jsonl")
-    assert done.returncode == 0, done.stderr
-    manifest = json.loads((tmp_path / "out.jsonl.manifest.json").read_text())
-    assert manifest["hub"] == f"math-ai/aime25@{commit}"
-    done = offline(tmp_path / "home", "gsm8k", "--out", tmp_path / "out.jsonl")
-    assert done.returncode == 2
-    assert "openai/gsm8k@main: cannot be fetched from the hub" in done.stderr
-    assert "--file" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
 
 
 def test_nothing_left_is_an_error(tool):
