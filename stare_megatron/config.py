@@ -66,6 +66,15 @@ class DataConfig(Section):
 
 class RewardConfig(Section):
     name: str = Field(description="Reward function, a name from the rewards registry, e.g. `math`, `order_free_sum`.")
+    timeout: float = Field(
+        10.0,
+        gt=0,
+        description="Seconds one answer may take to grade (`math`); then it counts as not graded and carries no loss.",
+    )
+    processes: int = Field(2, ge=1, description="Grading processes of each engine (`math`).")
+    memory_mb: int = Field(
+        1024, ge=256, description="Memory of a grading process, MB; an answer that takes more counts as not graded."
+    )
 
 
 class RolloutConfig(Section):

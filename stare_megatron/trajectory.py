@@ -23,6 +23,12 @@ class Status(enum.Enum):
     COMPLETED = "completed"  # the policy stopped by itself
     TRUNCATED = "truncated"  # the token or turn budget ended it
     FAILED = "failed"  # the environment or the engine failed it; carries no loss
+    UNGRADED = "ungraded"  # the reward could not grade it; carries no loss
+
+    @property
+    def counts(self) -> bool:
+        """Whether the trajectory's reward says something about the policy, so that it is learned from."""
+        return self not in (Status.FAILED, Status.UNGRADED)
 
 
 @dataclass(frozen=True)

@@ -110,9 +110,9 @@ class GroupSummary:
     def zero_variance(self) -> bool:
         """All rewards equal: the group-relative advantage is 0 and the group teaches nothing.
 
-        FAILED samples say nothing about the policy and do not count; fewer than two others teach nothing either.
+        FAILED and UNGRADED samples say nothing about the policy; fewer than two others teach nothing either.
         """
-        rewards = [r for r, status in zip(self.rewards, self.statuses, strict=True) if status is not Status.FAILED]
+        rewards = [r for r, status in zip(self.rewards, self.statuses, strict=True) if status.counts]
         return len(rewards) < 2 or min(rewards) == max(rewards)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stare_megatron.errors import RunError
-from stare_megatron.types import Assignment, GroupSummary, Status, UpdateShare
+from stare_megatron.types import Assignment, GroupSummary, UpdateShare
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,9 @@ def plan_updates(
     """Split an update batch into optimizer steps (outer list) and data-parallel shares (tuple, by rank).
 
     Groups go to the steps in the driver's order, in equal runs. Within a step sequences are dealt longest first to
-    the rank with the fewest tokens. FAILED trajectories and those without an action token carry no loss: they are left
-    out, and not counted in `num_sequences`. Global token ids run over the kept sequences in the driver's order.
+    the rank with the fewest tokens. FAILED and UNGRADED trajectories and those without an action token carry no loss:
+    they are left out, and not counted in `num_sequences`. Global token ids run over the kept sequences in the
+    driver's order.
 
     Raises:
         RunError: fewer groups than steps, or a step without a single action token.
@@ -52,7 +53,8 @@ def plan_updates(
         if not kept:
             raise RunError(
                 f"optimizer step {step + 1} of {updates_per_batch} in this update batch has no action token: all "
-                f"{sum(len(s.statuses) for s in summaries[begin:end])} trajectories failed or are empty"
+                f"{sum(len(s.statuses) for s in summaries[begin:end])} trajectories failed, were not graded or are "
+                "empty"
             )
         plans.append(_plan_step(kept, data_parallel, micro_batch_tokens, min_micro_batch_multiple))
     return plans
@@ -61,7 +63,7 @@ def plan_updates(
 def _kept(summary: GroupSummary, group: int, first_token: int) -> list[_Sequence]:
     kept = []
     for sample, status in enumerate(summary.statuses):
-        if status is Status.FAILED or summary.num_action_tokens[sample] == 0:
+        if not status.counts or summary.num_action_tokens[sample] == 0:
             continue
         tokens = summary.num_tokens[sample]
         kept.append(_Sequence(group, sample, tokens, summary.num_action_tokens[sample], first_token))

@@ -52,7 +52,7 @@ _ENTRIES = (
     Entry("response/length_max", "tokens", Reduction.MAX, "Action tokens of the longest sampled trajectory."),
     Entry("response/truncated", "share", Reduction.MEAN, "Sampled trajectories ended by the token or turn budget."),
     Entry("response/failed", "trajectories", Reduction.SUM, "Sampled trajectories the engine or environment failed."),
-    Entry("response/ungraded", "trajectories", Reduction.SUM, "Sampled trajectories without a grade; they score 0."),
+    Entry("response/ungraded", "trajectories", Reduction.SUM, "Sampled trajectories without a grade: no loss."),
     Entry(
         "response/reflections",
         "words/response",

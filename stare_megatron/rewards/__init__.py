@@ -7,18 +7,25 @@ import functools
 from collections.abc import Callable
 
 from stare_megatron import tasks
+from stare_megatron.config import RewardConfig
 from stare_megatron.errors import UserError
 from stare_megatron.rewards.base import Reward
 from stare_megatron.rewards.exact import ExactReward
 from stare_megatron.rewards.math_answer import MathReward
 from stare_megatron.rewards.reasoning import ReasoningGymReward
 from stare_megatron.rewards.task import TaskReward
+from stare_megatron.tasks.base import Task
 
-REWARDS: dict[str, Callable[[], Reward]] = {
-    "exact": ExactReward,
+
+def _task_reward(task: Task, config: RewardConfig) -> Reward:
+    return TaskReward(task)
+
+
+REWARDS: dict[str, Callable[[RewardConfig], Reward]] = {
+    "exact": lambda config: ExactReward(),
     "math": MathReward,
-    "reasoning_gym": ReasoningGymReward,
-    **{name: functools.partial(TaskReward, task) for name, task in tasks.TASKS.items()},
+    "reasoning_gym": lambda config: ReasoningGymReward(),
+    **{name: functools.partial(_task_reward, task) for name, task in tasks.TASKS.items()},
 }
 
 
@@ -33,11 +40,11 @@ def check_reward(name: str) -> None:
         )
 
 
-def make_reward(name: str) -> Reward:
-    """A new reward of that name.
+def make_reward(config: RewardConfig) -> Reward:
+    """A new reward as `[reward]` says.
 
     Raises:
-        UserError: there is none; names the nearest.
+        UserError: there is none of that name; names the nearest.
     """
-    check_reward(name)
-    return REWARDS[name]()
+    check_reward(config.name)
+    return REWARDS[config.name](config)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class RewardError(Exception):
-    """This trajectory could not be graded (a time-out, a dead worker): it scores 0, with a note."""
+    """This trajectory could not be graded (a time-out, a dead worker): it becomes UNGRADED, with a note."""
 
 
 class Reward(Protocol):

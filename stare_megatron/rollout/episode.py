@@ -91,7 +91,8 @@ async def run_group(
     """Sample and score every trajectory of a group at once.
 
     Sample i draws with `derive_seed(request.sampling.seed, i)`. A FAILED trajectory, and one whose reward raises
-    `RewardError`, are not graded: they score 0 with a note. Other exceptions cancel the group and propagate.
+    `RewardError` and which becomes UNGRADED, are not graded: they score 0 with a note and carry no loss. Other
+    exceptions cancel the group and propagate.
     """
 
     async def one(sample: int) -> tuple[Trajectory, Score]:
@@ -102,7 +103,8 @@ async def run_group(
         try:
             return trajectory, await reward(request.prompt, trajectory, tokenizer)
         except RewardError as e:
-            return trajectory, Score(0.0, False, f"not graded: {e}", graded=False)
+            ungraded = dataclasses.replace(trajectory, status=Status.UNGRADED)
+            return ungraded, Score(0.0, False, f"not graded: {e}", graded=False)
 
     pairs = await _all(one(sample) for sample in range(request.group_size))
     return Group(request.prompt, tuple(t for t, _ in pairs), tuple(s for _, s in pairs))

@@ -21,7 +21,7 @@ def make_runner(config: Config, sampler: Sampler) -> Callable[[GroupRequest], Aw
     Raises:
         UserError: no tokenizer in the checkpoint, or an unknown reward.
     """
-    reward = make_reward(config.reward.name)
+    reward = make_reward(config.reward)
     tokenizer = load_tokenizer(config.model.path)
     words = config.logging.reflection_words
     count = word_counter(words)

@@ -19,7 +19,7 @@ from stare_megatron.algo.registry import Algorithm
 from stare_megatron.config import AlgorithmConfig
 from stare_megatron.data.packing import pack
 from stare_megatron.trainer.partials import NO_TARGET
-from stare_megatron.types import Group, Status, TokenBatch, UpdateShare
+from stare_megatron.types import Group, TokenBatch, UpdateShare
 
 PADDING_TOKEN = 0
 
@@ -69,7 +69,7 @@ def token_batch(
     first_ids: list[int] = []
     for assignment in share.assignments:
         group = groups[assignment.group]
-        counted = [i for i, trajectory in enumerate(group.trajectories) if trajectory.status is not Status.FAILED]
+        counted = [i for i, trajectory in enumerate(group.trajectories) if trajectory.status.counts]
         outcomes = [Outcome(group.scores[i].reward, group.trajectories[i].num_action_tokens) for i in counted]
         values = algorithm.advantage(outcomes, config)
         advantages = dict(zip(counted, values, strict=True))

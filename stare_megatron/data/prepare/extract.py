@@ -1,0 +1,133 @@
+"""A problem and its answers out of a published row."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from stare_megatron.data.prepare.read import read
+from stare_megatron.data.prepare.types import Layout, Malformed, MalformedField, Problem, RawRow, Recipe
+from stare_megatron.errors import UserError
+
+# What publishers put around a problem. DAPO-Math-17k: before and after; others append a sentence.
+_DAPO_BEFORE = (
+    "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
+    "$Answer (without quotes) where $Answer is the answer to the problem."
+)
+_DAPO_AFTER = 'Remember to put your answer on its own line after "Answer:".'
+_APPENDED = (
+    "Let's think step by step and output the final answer within \\boxed{}.",
+    "Please reason step by step, and put your final answer within \\boxed{}.",
+)
+_SHOWN = 200  # characters of a malformed row that are kept
+_ABSENT = object()
+
+
+def problems(recipe: Recipe, path: Any) -> Iterator[Problem | Malformed]:
+    """The problems of one file in its order, with the rows that hold none.
+
+    Raises:
+        UserError: the file cannot be read, has no row, or its columns are none of the recipe's.
+    """
+    rows = read(path)
+    seen: list[RawRow | Malformed] = []
+    layout: Layout | None = None
+    for row in rows:
+        seen.append(row)
+        if isinstance(row, RawRow):
+            layout = _layout(recipe, row)
+            if layout is not None:
+                break
+    if layout is None:
+        columns = next((list(row.fields) for row in seen if isinstance(row, RawRow)), None)
+        if columns is None:
+            raise UserError(f"{path}: no rows" if not seen else f"{seen[0].place}: no readable row in this file")
+        known = " or ".join(f"{x.problem} and {x.answer}" for x in recipe.layouts)
+        raise UserError(
+            f"{path}: columns {', '.join(columns)}: {recipe.name} has {known}; choose the data set the file belongs to"
+        )
+    for row in itertools.chain(seen, rows):
+        yield row if isinstance(row, Malformed) else _problem(recipe, layout, row)
+
+
+def _layout(recipe: Recipe, row: RawRow) -> Layout | None:
+    for layout in recipe.layouts:
+        if all(_find(row.fields, key) is not _ABSENT for key in (layout.problem, layout.answer)):
+            return layout
+    return None
+
+
+def _problem(recipe: Recipe, layout: Layout, row: RawRow) -> Problem | Malformed:
+    try:
+        text = _text(row.fields, layout.problem)
+        answers = _answers(recipe, layout, row.fields)
+        return Problem(row.place, text, answers, _published_id(row.fields, layout.id))
+    except MalformedField as e:
+        shown = json.dumps(row.fields, ensure_ascii=False, default=str)[:_SHOWN]
+        return Malformed(row.place, e.field, e.problem, shown)
+
+
+def _text(fields: dict[str, Any], key: str) -> str:
+    value = _present(fields, key)
+    if isinstance(value, list):  # chat messages
+        users = [m for m in value if isinstance(m, dict) and m.get("role") == "user"]
+        if len(value) != 1 or len(users) != 1 or not isinstance(users[0].get("content"), str):
+            raise MalformedField(key, f"want one user message, got {value!r:.60}")
+        value = users[0]["content"]
+    if not isinstance(value, str):
+        raise MalformedField(key, f"want a string, got {value!r:.60}")
+    if fields.get("modality") == "Multimodal":
+        raise MalformedField("modality", "the problem needs its images")
+    text = _unwrapped(value, key)
+    context = fields.get("context")
+    if isinstance(context, str) and context.strip():
+        text = f"{context.strip()}\n\n{text}"
+    if not text:
+        raise MalformedField(key, "empty")
+    return text
+
+
+def _unwrapped(text: str, key: str) -> str:
+    text = text.strip()
+    before, after = text.startswith(_DAPO_BEFORE), text.endswith(_DAPO_AFTER)
+    if before != after:
+        raise MalformedField(key, f"only one half of the instruction {_DAPO_AFTER!r} around it")
+    if before:
+        text = text[len(_DAPO_BEFORE) : -len(_DAPO_AFTER)].strip()
+    for sentence in _APPENDED:
+        text = text.removesuffix(sentence).strip()
+    return text
+
+
+def _answers(recipe: Recipe, layout: Layout, fields: dict[str, Any]) -> tuple[str, ...]:
+    value = _present(fields, layout.answer)
+    try:
+        return tuple(recipe.check(answer) for answer in layout.read(value))
+    except ValueError as e:
+        raise MalformedField(layout.answer, str(e)) from e
+
+
+def _published_id(fields: dict[str, Any], key: str) -> str:
+    value = _find(fields, key) if key else _ABSENT
+    return "" if value is _ABSENT or value is None else str(value)
+
+
+def _present(fields: dict[str, Any], key: str) -> Any:
+    value = _find(fields, key)
+    if value is _ABSENT:
+        raise MalformedField(key, f"missing; the row has {', '.join(fields) or 'nothing'}")
+    if value is None:
+        raise MalformedField(key, "null")
+    return value
+
+
+def _find(fields: dict[str, Any], key: str) -> Any:
+    """The value of a dotted key; `_ABSENT` if the row has none."""
+    node: Any = fields
+    for part in key.split("."):
+        if not isinstance(node, dict) or part not in node:
+            return _ABSENT
+        node = node[part]
+    return node

@@ -1,0 +1,196 @@
+"""From published files to a prompt file: extract, deduplicate, keep benchmarks out, write with a manifest.
+
+What is written depends on the files and the settings alone; every row that is not written is counted and, but for
+plain repetitions, listed with the reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stare_megatron.data.prepare import extract, overlap, store
+from stare_megatron.data.prepare.hub import Source
+from stare_megatron.data.prepare.overlap import Contamination, Reference
+from stare_megatron.data.prepare.settings import Settings
+from stare_megatron.data.prepare.types import Malformed, Problem, Recipe
+from stare_megatron.errors import UserError
+
+_SHOWN = 20  # malformed rows reported one by one
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Rows per step: `rows` = `malformed` + `repeated` + `conflicting` + `same` + `overlapping` + `written`.
+
+    `repeated`: a problem again, with the same answer. `conflicting`: one of a problem's rows whose answers differ.
+    `same`, `overlapping`: equal to, or with a large share of, a problem of `--against`.
+    """
+
+    rows: int
+    malformed: int
+    repeated: int
+    conflicting: int
+    same: int
+    overlapping: int
+    written: int
+
+
+@dataclass(frozen=True)
+class Removed:
+    """A problem that was left out, as `OUT.removed.jsonl` lists it; `id` names it as if it had been kept."""
+
+    id: str
+    place: str
+    reason: str
+    problem: str
+
+
+@dataclass(frozen=True)
+class _Extracted:
+    rows: int
+    repeated: int
+    malformed: tuple[Malformed, ...]
+    conflicts: tuple[tuple[Problem, Problem], ...]  # the kept problem, the one with another answer
+    problems: tuple[Problem, ...]
+
+
+def prepare(recipe: Recipe, source: Source, settings: Settings, out: Path, report: Callable[[str], None]) -> Counts:
+    """Prepare a data set and write `out` with its companions (`store.py`). `report` gets a line for each malformed row.
+
+    Raises:
+        UserError: unreadable files, malformed rows without `settings.skip_malformed`, nothing left to write.
+    """
+    found = _extract(recipe, source.files)
+    for malformed in found.malformed[:_SHOWN]:
+        report(malformed.line())
+    if len(found.malformed) > _SHOWN:
+        report(f"and {len(found.malformed) - _SHOWN} more")
+    if found.malformed and not settings.skip_malformed:
+        raise UserError(
+            f"{len(found.malformed)} of {found.rows} rows are malformed; mend the file, or leave them out "
+            "(and have them listed) with --skip-malformed"
+        )
+    removed: list[Removed] = []
+    kept = _without_conflicts(recipe, found, settings, removed)
+    conflicting = len(removed)
+    references = [r for path in settings.against for r in store.read_references(path)]
+    kept = _without_contamination(recipe, kept, references, settings, removed)
+    same = sum(r.reason.startswith("same text") for r in removed)
+    if not kept:
+        raise UserError(f"{source.files[0]}: nothing left to write of {found.rows} rows; see --against and --overlap")
+    counts = Counts(
+        rows=found.rows,
+        malformed=len(found.malformed),
+        repeated=found.repeated,
+        conflicting=conflicting,
+        same=same,
+        overlapping=len(removed) - conflicting - same,
+        written=len(kept),
+    )
+    rows = [_row(recipe, problem, settings) for problem in kept]
+    store.write(out, rows, removed, found.malformed, recipe, source, settings, counts)
+    return counts
+
+
+def _extract(recipe: Recipe, files: Sequence[Path]) -> _Extracted:
+    """All files in one pass; of a problem met again only its answer is looked at, so memory is that of the distinct."""
+    rows = repeated = 0
+    malformed: list[Malformed] = []
+    conflicts: list[tuple[Problem, Problem]] = []
+    first: dict[bytes, Problem] = {}
+    for item in _items(recipe, files):
+        rows += 1
+        if isinstance(item, Malformed):
+            malformed.append(item)
+            continue
+        digest = hashlib.blake2b(overlap.key(item.text).encode(), digest_size=16).digest()
+        kept = first.setdefault(digest, item)
+        if kept is item:
+            continue
+        if _same_answers(kept, item):
+            repeated += 1
+        else:
+            conflicts.append((kept, item))
+    return _Extracted(rows, repeated, tuple(malformed), tuple(conflicts), tuple(first.values()))
+
+
+def _items(recipe: Recipe, files: Sequence[Path]) -> Iterator[Problem | Malformed]:
+    for path in files:
+        yield from extract.problems(recipe, path)
+
+
+def _same_answers(a: Problem, b: Problem) -> bool:
+    return {overlap.answer_key(x) for x in a.answers} == {overlap.answer_key(x) for x in b.answers}
+
+
+def _without_conflicts(recipe: Recipe, found: _Extracted, settings: Settings, removed: list[Removed]) -> list[Problem]:
+    """Which of two answers is right cannot be known here: all rows of such a problem go, or all but the first."""
+    doubtful: set[str] = set()
+    for kept, other in found.conflicts:
+        reason = f"same text as {kept.place}, whose answer is {_answer(kept)!r:.60}, not {_answer(other)!r:.60}"
+        removed.append(_removed(recipe, other, f"conflicting answer: {reason}"))
+        doubtful.add(kept.place)
+    if settings.conflicts == "first":
+        return list(found.problems)
+    for problem in found.problems:
+        if problem.place in doubtful:
+            reason = f"conflicting answer: another row has this text and another answer than {_answer(problem)!r:.60}"
+            removed.append(_removed(recipe, problem, reason))
+    return [problem for problem in found.problems if problem.place not in doubtful]
+
+
+def _without_contamination(
+    recipe: Recipe, problems: list[Problem], references: list[Reference], settings: Settings, removed: list[Removed]
+) -> list[Problem]:
+    if not references:
+        return problems
+    contamination = Contamination(references, settings.ngram, settings.overlap, settings.common)
+    kept = []
+    for problem in problems:
+        hit = contamination.find(problem.text)
+        if hit is None:
+            kept.append(problem)
+            continue
+        what = f"{hit.reference.id} ({hit.reference.source})"
+        share = f"shares {hit.overlap:.2f} of its {settings.ngram}-grams with {what}"
+        removed.append(_removed(recipe, problem, f"same text as {what}" if hit.exact else share))
+    return kept
+
+
+def _removed(recipe: Recipe, problem: Problem, reason: str) -> Removed:
+    return Removed(_id(recipe, problem), problem.place, reason, problem.text)
+
+
+def _row(recipe: Recipe, problem: Problem, settings: Settings) -> dict[str, Any]:
+    """A row of the prompt file; `problem` is the text without instructions, which decontamination compares."""
+    text = f"{problem.text}\n{settings.instruction}" if settings.instruction else problem.text
+    prompt: str | list[dict[str, str]] = text
+    if settings.form == "chat":
+        system = [{"role": "system", "content": settings.system}] if settings.system else []
+        prompt = [*system, {"role": "user", "content": text}]
+    row = {
+        "id": _id(recipe, problem),
+        "source": settings.source or recipe.name,
+        "prompt": prompt,
+        "answer": _answer(problem),
+        "problem": problem.text,
+    }
+    return row | ({"published_id": problem.published_id} if problem.published_id else {})
+
+
+def _id(recipe: Recipe, problem: Problem) -> str:
+    """From the text, so that it does not change with files, order or settings; unique after deduplication."""
+    return f"{recipe.name}-{hashlib.blake2b(overlap.key(problem.text).encode(), digest_size=8).hexdigest()}"
+
+
+def _answer(problem: Problem) -> str:
+    """One answer as it is, alternatives as a JSON list (which the `math` reward reads as such)."""
+    if len(problem.answers) == 1:
+        return re.sub(r"\s*\n\s*", " ", problem.answers[0])
+    return json.dumps(problem.answers, ensure_ascii=False)

@@ -1,0 +1,154 @@
+"""The data sets by name. A new one is one entry here; docs/data.md describes each."""
+
+from __future__ import annotations
+
+from stare_megatron.data.prepare import answers
+from stare_megatron.data.prepare.types import Layout, Recipe
+
+_CHAT = "reward_model.ground_truth"
+_PROBLEM_ANSWER = Layout("problem", "answer", answers.plain)
+_QUESTION_ANSWER = Layout("question", "answer", answers.plain)
+_INPUT_OUTPUT = Layout("input", "output", answers.plain)
+_BOXED_SOLUTION = Layout("problem", "solution", answers.in_box)
+
+_ALL = (
+    Recipe(
+        name="dapo-math-17k",
+        hub="BytedTsinghua-SIA/DAPO-Math-17k",
+        patterns=("data/*.parquet",),
+        split="train",
+        role="train",
+        layouts=(
+            Layout("prompt", _CHAT, answers.plain, "extra_info.index"),
+            Layout("prompt", "solution", answers.plain, "extra_info.index"),  # the processed edition
+            _PROBLEM_ANSWER,
+        ),
+        check=answers.anything,
+    ),
+    Recipe(
+        name="deepscaler",
+        hub="agentica-org/DeepScaleR-Preview-Dataset",
+        patterns=("deepscaler.json", "*.json", "*.parquet"),
+        split="train",
+        role="train",
+        layouts=(_PROBLEM_ANSWER,),
+        check=answers.anything,
+    ),
+    Recipe(
+        name="skywork-or1",
+        hub="Skywork/Skywork-OR1-RL-Data",
+        patterns=("data/math-*.parquet",),
+        split="math",
+        role="train",
+        layouts=(Layout("prompt", _CHAT, answers.json_list, "extra_info.index"),),
+        check=answers.anything,
+    ),
+    Recipe(
+        name="polaris",
+        hub="POLARIS-Project/Polaris-Dataset-53K",
+        patterns=("*.jsonl", "*.parquet", "data/*.parquet"),
+        split="train",
+        role="train",
+        layouts=(_PROBLEM_ANSWER,),
+        check=answers.anything,
+    ),
+    Recipe(
+        name="gsm8k",
+        hub="openai/gsm8k",
+        patterns=("main/{split}-*.parquet",),
+        split="train",
+        role="train",
+        layouts=(Layout("question", "answer", answers.after_hashes),),
+        check=answers.integer_or_decimal,
+    ),
+    Recipe(
+        name="math",
+        hub="EleutherAI/hendrycks_math",
+        patterns=("*/{split}-*.parquet",),
+        split="train",
+        role="train",
+        layouts=(_PROBLEM_ANSWER, _BOXED_SOLUTION),
+        check=answers.anything,
+    ),
+    Recipe(
+        name="math-500",
+        hub="HuggingFaceH4/MATH-500",
+        patterns=("test.jsonl",),
+        split="test",
+        role="eval",
+        layouts=(Layout("problem", "answer", answers.plain, "unique_id"),),
+        check=answers.anything,
+    ),
+    Recipe(
+        name="aime-train",
+        hub="gneubig/aime-1983-2024",
+        patterns=("*.csv",),
+        split="train",
+        role="train",
+        layouts=(_PROBLEM_ANSWER, Layout("Question", "Answer", answers.plain, "ID")),
+        check=answers.aime,
+    ),
+    Recipe(
+        name="aime24",
+        hub="HuggingFaceH4/aime_2024",
+        patterns=("data/*.parquet",),
+        split="train",
+        role="eval",
+        layouts=(
+            Layout("problem", "answer", answers.plain, "id"),
+            Layout("Problem", "Answer", answers.plain, "ID"),  # Maxwell-Jia/AIME_2024
+            _BOXED_SOLUTION,  # math-ai/aime24
+            _INPUT_OUTPUT,  # ReTool
+        ),
+        check=answers.aime,
+    ),
+    Recipe(
+        name="aime25",
+        hub="math-ai/aime25",
+        patterns=("test.jsonl",),
+        split="test",
+        role="eval",
+        layouts=(
+            Layout("problem", "answer", answers.plain, "id"),
+            _QUESTION_ANSWER,  # opencompass/AIME2025
+            _INPUT_OUTPUT,  # ReTool
+        ),
+        check=answers.aime,
+    ),
+    Recipe(
+        name="amc23",
+        hub="math-ai/amc23",
+        patterns=("test-*.parquet", "data/test-*.parquet"),
+        split="test",
+        role="eval",
+        layouts=(Layout("problem", "answer", answers.plain, "id"), Layout("question", "answer", answers.plain, "id")),
+        check=answers.anything,
+    ),
+    Recipe(
+        name="minerva",
+        hub="math-ai/minervamath",
+        patterns=("test.jsonl",),
+        split="test",
+        role="eval",
+        layouts=(
+            Layout("problem", "answer", answers.alternatives, "idx"),
+            Layout("question", "answer", answers.alternatives),
+            _BOXED_SOLUTION,
+        ),
+        check=answers.anything,
+    ),
+    Recipe(
+        name="olympiadbench",
+        hub="math-ai/olympiadbench",
+        patterns=("test*", "OE_TO_maths_en_COMP/*.parquet"),
+        split="test",
+        role="eval",
+        layouts=(
+            Layout("question", "final_answer", answers.all_of, "id"),
+            Layout("problem", "answer", answers.all_of, "id"),
+            Layout("problem", "final_answer", answers.all_of, "id"),
+        ),
+        check=answers.anything,
+    ),
+)
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _ALL}
