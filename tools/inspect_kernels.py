@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 import triton
 from rich.console import Console
 from rich.table import Table
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -113,7 +114,7 @@ def _usage(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
+        tool = knobs.nvidia.cuobjdump.path
         shown = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
 
     def number(key: str) -> int:
