@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stare_megatron import __version__
+from stare_megatron.convert import arguments
 from stare_megatron.errors import RunError, UserError
 
 
@@ -72,6 +73,18 @@ def _compare(args: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
+def _convert(args: argparse.Namespace, rest: list[str]) -> int:
+    from stare_megatron.convert import command
+
+    return command.convert(args)
+
+
+def _inspect(args: argparse.Namespace, rest: list[str]) -> int:
+    from stare_megatron.convert import command
+
+    return command.inspect(args)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="stare-megatron", description="Reinforcement learning of language models with STARE."
@@ -115,6 +128,16 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--jobs", type=int, default=0, metavar="N", help="runs at a time; default: as the machine bears")
     study.set_defaults(handler=_study)
     _add_compare(commands)
+
+    about = "Turn a Hugging Face checkpoint into a Megatron-Core one, or a Megatron-Core or training checkpoint back."
+    convert = commands.add_parser("convert", help="convert a checkpoint", description=about)
+    arguments.add_convert(convert)
+    convert.set_defaults(handler=_convert)
+
+    about = "Tell what a checkpoint holds, or how two differ."
+    inspect = commands.add_parser("inspect", help="look into a checkpoint, or compare two", description=about)
+    arguments.add_inspect(inspect)
+    inspect.set_defaults(handler=_inspect)
     return parser
 
 

@@ -47,6 +47,11 @@ class RunConfig(Section):
 
 class ModelConfig(Section):
     path: Path = Field(description="Hugging Face checkpoint folder: config.json, safetensors, tokenizer.")
+    weights: str = Field(
+        "",
+        description="Megatron-Core checkpoint folder whose weights the policy begins with instead of those in "
+        "`model.path`: a converted one, or `.../checkpoints/step_N/trainer` of another run; empty: none.",
+    )
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Compute dtype of trainer and engines.")
 
 

@@ -53,6 +53,7 @@ def check(config: Config) -> tuple[str, ...]:
     check_data(config)
     shape = read_hf_config(config.model.path)
     check_weights(config.model.path)
+    check_initial(config.model.weights)
     check_layout(config, shape)
     check_window(config, shape)
     check_cluster(config)
@@ -160,6 +161,15 @@ def check_weights(model: Path) -> None:
         raise UserError(f"model.path = {str(model)!r}: no *.safetensors file; save the checkpoint as safetensors")
     if not any((model / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         raise UserError(f"model.path = {str(model)!r}: no tokenizer; copy the tokenizer's files beside config.json")
+
+
+def check_initial(weights: str) -> None:
+    """Raises: UserError: `model.weights` is no Megatron-Core checkpoint."""
+    if weights and not (Path(weights) / "metadata.json").is_file():
+        raise UserError(
+            f"model.weights = {weights!r}: not a Megatron-Core checkpoint (no metadata.json); for a Hugging Face one "
+            "set model.path, for a run name .../checkpoints/step_N/trainer"
+        )
 
 
 def check_layout(config: Config, shape: ModelShape) -> None:

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "spiece.model", "vocab.txt")
 
 
+def has_tokenizer(model: Path) -> bool:
+    """Whether the folder holds a tokenizer's files."""
+    return any((model / name).is_file() for name in _FILES)
+
+
 def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face checkpoint folder: its tokenizer.json as it is, else what AutoTokenizer makes.
 
@@ -25,7 +30,7 @@ def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     vocab_size = read_vocab_size(model)
-    if not any((model / name).is_file() for name in _FILES):  # AutoTokenizer would make an empty one
+    if not has_tokenizer(model):  # AutoTokenizer would make an empty one
         raise UserError(
             f"{model}: no tokenizer: none of {', '.join(_FILES)}; copy the tokenizer of the base model here"
         )

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 
+from stare_megatron import manifest
 from stare_megatron.errors import RunError
+from stare_megatron.trainer.bridge.hf_folder import (
+    SafetensorsWriter,
+    Spec,
+    copy_companions,
+    files,
+    write_index,
+)
 
 SHARD_BYTES = 5 * 10**9
-_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
-
-Spec = tuple[str, torch.dtype, tuple[int, ...]]
 
 
 def export_hf(folder: Path, source: Path, specs: Sequence[Spec], tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
@@ -41,63 +44,25 @@ def export_hf(folder: Path, source: Path, specs: Sequence[Spec], tensors: Iterat
         raise RunError(faults[0])
 
 
-def _files(specs: Sequence[Spec]) -> list[list[Spec]]:
-    """Consecutive tensors of up to SHARD_BYTES a file."""
-    files: list[list[Spec]] = [[]]
-    size = 0
-    for spec in specs:
-        _, dtype, shape = spec
-        own = torch.Size(shape).numel() * dtype.itemsize
-        if files[-1] and size + own > SHARD_BYTES:
-            files.append([])
-            size = 0
-        files[-1].append(spec)
-        size += own
-    return files
-
-
 def _write(folder: Path, source: Path, specs: Sequence[Spec], tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for file in source.iterdir():
-        if file.is_file() and not file.name.endswith(_WEIGHTS):
-            shutil.copyfile(file, partial / file.name)
-    _set_dtype(partial / "config.json", specs[0][1])
-    files = _files(specs)
-    names = (
-        ["model.safetensors"]
-        if len(files) == 1
-        else [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
-    )
-    weight_map: dict[str, str] = {}
-    for file, content in zip(names, files, strict=True):
-        # `export` may reuse or view larger buffers; safetensors wants tensors with storage of their own.
-        held = {
-            name: tensor.cpu().clone() for (name, tensor), _ in zip(_take(tensors, len(content)), content, strict=True)
-        }
-        save_file(held, partial / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(held, file)
-    if len(files) > 1:
-        total = sum(torch.Size(shape).numel() * dtype.itemsize for _, dtype, shape in specs)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    copy_companions(source, partial, specs[0][1])
+    content = files(specs, SHARD_BYTES)
+    sums: dict[str, manifest.Entry] = {}
+    for file, group in content.items():
+        with SafetensorsWriter(partial / file, group) as writer:
+            for spec, (name, tensor) in zip(group, tensors, strict=False):
+                if name != spec[0]:
+                    raise RuntimeError(f"{name} came where {spec[0]} was announced")
+                writer.write(tensor)
+        sums[file] = writer.entry()
+    write_index(partial, content)
+    manifest.write(partial, sums)
     stale = folder.with_name(folder.name + ".stale.partial")
     shutil.rmtree(stale, ignore_errors=True)
     if folder.exists():
         folder.rename(stale)
     partial.rename(folder)
     shutil.rmtree(stale, ignore_errors=True)
-
-
-def _take(tensors: Iterator[tuple[str, torch.Tensor]], n: int) -> Iterator[tuple[str, torch.Tensor]]:
-    for _ in range(n):
-        yield next(tensors)
-
-
-def _set_dtype(config: Path, dtype: torch.dtype) -> None:
-    """Record the dtype the weights are written in, under the key the file uses."""
-    tree = json.loads(config.read_text())
-    key = "torch_dtype" if "torch_dtype" in tree else "dtype"
-    tree[key] = str(dtype).removeprefix("torch.")
-    config.write_text(json.dumps(tree, indent=2))

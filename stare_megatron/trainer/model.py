@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from stare_megatron import device as devices
 from stare_megatron.config import TrainerConfig
 from stare_megatron.errors import UserError
-from stare_megatron.trainer import parallel, rope, spec
+from stare_megatron.trainer import initial_weights, parallel, rope, spec
 from stare_megatron.trainer.bridge import weights
 from stare_megatron.trainer.bridge.families import read_hf_config
 from stare_megatron.trainer.bridge.shape import ModelShape
@@ -120,9 +120,16 @@ def padded_vocab(vocab: int, tensor_parallel: int) -> int:
 
 
 def build_model(
-    model_path: Path, dtype: torch.dtype, trainer: TrainerConfig, device: torch.device, window: int
+    model_path: Path,
+    dtype: torch.dtype,
+    trainer: TrainerConfig,
+    device: torch.device,
+    window: int,
+    distributed: Path | None = None,
 ) -> list[DistributedDataParallel]:
     """This rank's model chunks (one, or `virtual_pipeline` of them) with the checkpoint's weights. A collective.
+
+    `distributed`: a Megatron-Core checkpoint to take the weights from instead; the configuration is `model_path`'s.
 
     `dtype`: float32 or bfloat16, of parameters and activations; gradients are accumulated and reduced in float32.
     `window`: longest sequence, tokens. The logits of the last stage are [batch, tokens, padded vocabulary / TP], in
@@ -141,7 +148,10 @@ def build_model(
             parameter.data = parameter.data.to(dtype)
         chunk.to(device)
     weights.mark_split(chunks)
-    weights.load_weights(chunks, model_path)
+    if distributed is None:
+        weights.load_weights(chunks, model_path)
+    else:
+        initial_weights.load(distributed, chunks)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=trainer.distributed_optimizer
     )

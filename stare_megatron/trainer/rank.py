@@ -84,7 +84,8 @@ class TrainerRank:
         from stare_megatron.trainer.sequence import Layout
 
         trainer = config.trainer
-        self._chunks = build_model(config.model.path, self._dtype, trainer, place, config.window)
+        begin = Path(config.model.weights) if config.model.weights else None
+        self._chunks = build_model(config.model.path, self._dtype, trainer, place, config.window, begin)
         self._optimizer = build_optimizer(self._chunks, trainer)
         self._shape = get_model_config(self._chunks[0]).shape
         columns = padded_vocab(self._shape.vocab, trainer.tensor_parallel) // trainer.tensor_parallel

@@ -38,6 +38,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+# Tied where the family above is not, and the other way round; the two architectures of DeepSeek-R1-Distill.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "r1_qwen": ("Qwen2Config", {"hidden_size": 128, "use_sliding_window": False, "max_window_layers": 4}),
+    "r1_llama": ("LlamaConfig", {"head_dim": 32, "rope_parameters": _LLAMA3}),
+    "qwen3_tied": ("Qwen3Config", {"head_dim": 32, "tie_word_embeddings": True}),
+    "qwen3_moe_tied": ("Qwen3MoeConfig", FAMILIES["qwen3_moe"][1] | {"tie_word_embeddings": True}),
+}
 
 
 def make(name: str, folder: Path) -> Path:
@@ -45,7 +52,7 @@ def make(name: str, folder: Path) -> Path:
     import torch
     import transformers
 
-    kind, fields = FAMILIES[name]
+    kind, fields = (FAMILIES | VARIANTS)[name]
     config = getattr(transformers, kind)(**(_COMMON | fields))
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -16,9 +16,10 @@ from stare_megatron import device
 from stare_megatron.config import TrainerConfig
 from stare_megatron.errors import UserError
 from stare_megatron.trainer import parallel
+from stare_megatron.trainer.bridge.entries import full_shapes
 from stare_megatron.trainer.bridge.families import FAMILIES, read_hf_config
 from stare_megatron.trainer.bridge.shape import Layout, ModelShape, RopeScaling
-from stare_megatron.trainer.bridge.shards import Checkpoint, full_shapes, merge, read_shard
+from stare_megatron.trainer.bridge.shards import Checkpoint, merge, read_shard
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -91,6 +92,24 @@ def test_families_differ_where_they_should(tmp_path: Path) -> None:
         (LLAMA | {"rope_scaling": LLAMA3 | {"attention_factor": 2.0}}, "rope field attention_factor = 2.0"),
         (QWEN2 | {"use_sliding_window": True, "sliding_window": 4096}, "use_sliding_window"),
         (QWEN2 | {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        (LLAMA | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic'"),
+        (
+            LLAMA | {"rope_parameters": LLAMA3, "rope_scaling": {"rope_type": "default"}},
+            "rope_parameters = ",
+        ),
+        (LLAMA | {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, "two values of rope_theta"),
+        (LLAMA | {"rope_scaling": LLAMA3 | {"type": "yarn"}}, "two values of rope_type"),
+        (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        (LLAMA | {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
+        (LLAMA | {"rope_interleaved": True}, "rope_interleaved = True"),
+        (LLAMA | {"sliding_window": 4096}, "sliding_window = 4096"),
+        (QWEN2 | {"use_mrope": True}, "use_mrope = True"),
+        (QWEN2 | {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 1}, "from layer 1 on"),
+        (LLAMA | {"mlp_bias": True}, "mlp_bias = True"),
+        (LLAMA | {"num_nextn_predict_layers": 1}, "num_nextn_predict_layers = 1"),
+        (LLAMA | {"num_key_value_heads": 3}, "num_key_value_heads = 3 does not divide num_attention_heads = 8"),
+        (MOE | {"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size = 64"),
+        (MOE | {"decoder_sparse_step": 2}, "decoder_sparse_step = 2"),
         (LLAMA | {"attention_bias": True}, "attention_bias = True"),
         (LLAMA | {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         (LLAMA | {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
@@ -108,6 +127,84 @@ def test_what_is_not_understood_is_refused_by_name(tmp_path: Path, fields: Any, 
     assert says in str(e.value)
     assert "config.json" in str(e.value)
     assert "\n" not in str(e.value)
+
+
+# config.json of published checkpoints, with the fields that are peculiar to them.
+PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "DeepSeek-R1-Distill-Qwen-1.5B": (
+        QWEN2
+        | {"use_mrope": False, "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 21}
+        | {"rope_theta": 10000, "bos_token_id": 151646, "eos_token_id": 151643, "tie_word_embeddings": False},
+        {"rope_theta": 10000.0, "tied": False, "qkv_bias": True},
+    ),
+    "DeepSeek-R1-Distill-Qwen-32B": (
+        QWEN2
+        | {"max_window_layers": 64, "sliding_window": 131072, "rope_theta": 1000000.0, "use_sliding_window": False},
+        {"rope_theta": 1e6},
+    ),
+    "DeepSeek-R1-Distill-Llama-8B": (
+        LLAMA
+        | {"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1, "rope_theta": 500000.0}
+        | {"rope_scaling": LLAMA3, "eos_token_id": 128001},
+        {"rope_scaling": RopeScaling(8.0, 1.0, 4.0, 8192), "qkv_bias": False},
+    ),
+    "Llama-3.2-1B-Instruct": (
+        LLAMA
+        | {"rope_scaling": LLAMA3 | {"factor": 32.0}, "tie_word_embeddings": True, "eos_token_id": [128001, 128008]},
+        {"rope_scaling": RopeScaling(32.0, 1.0, 4.0, 8192), "tied": True},
+    ),
+    "SmolLM2-135M-Instruct": (
+        LLAMA
+        | {"is_llama_config": True, "rope_interleaved": False, "tie_word_embeddings": True, "rope_scaling": None}
+        | {"transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}, "rope_theta": 100000},
+        {"rope_theta": 1e5, "rope_scaling": None},
+    ),
+    "Qwen3-30B-A3B": (
+        MOE
+        | {"max_window_layers": 48, "use_sliding_window": False, "sliding_window": None, "decoder_sparse_step": 1}
+        | {
+            "mlp_only_layers": [],
+            "router_aux_loss_coef": 0.001,
+            "output_router_logits": False,
+            "attention_bias": False,
+        },
+        {"qk_norm": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations(tmp_path: Path, name: str) -> None:
+    fields, expected = PUBLISHED[name]
+    shape = read(tmp_path, fields)
+    assert {key: getattr(shape, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_what_is_left_out_is_what_transformers_takes_it_for(tmp_path: Path, model_type: str) -> None:
+    """A configuration with sizes only, against the one that transformers makes of it and writes with all fields."""
+    import transformers
+
+    sizes = {key: LLAMA[key] for key in ("hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size")}
+    experts = {key: MOE[key] for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size")}
+    few = sizes | {"model_type": model_type, "num_attention_heads": 32, "max_position_embeddings": 128}
+    few |= experts if model_type == "qwen3_moe" else {}
+    full = transformers.AutoConfig.for_model(**few).to_dict()
+    assert len(full) > 2 * len(few)
+    assert read(tmp_path, few) == read(tmp_path, full)
+
+
+def test_the_file_may_hold_what_is_computed_or_tied_and_nothing_else(tmp_path: Path) -> None:
+    save_file(
+        {"a": torch.ones(2), "lm_head.weight": torch.ones(2), "model.layers.0.rotary_emb.inv_freq": torch.ones(2)},
+        tmp_path / "model.safetensors",
+    )
+    file = Checkpoint(tmp_path)
+    file.refuse_unknown(["a"], tied=True)
+    with pytest.raises(UserError, match=r"'lm_head\.weight' has no place"):
+        file.refuse_unknown(["a"], tied=False)
+    with pytest.raises(UserError, match="'a' has no place"):
+        file.refuse_unknown([], tied=True)
 
 
 def test_no_configuration(tmp_path: Path) -> None:

@@ -127,6 +127,11 @@ def test_no_tokenizer(make, files):
     refused(make(), "model.path = ", "no tokenizer", "beside config.json")
 
 
+def test_weights_to_begin_with(make, files):
+    model = {"path": str(files / "model"), "dtype": "float32", "weights": str(files / "model")}
+    refused(make(model=model), "model.weights = ", "no metadata.json", "set model.path")
+
+
 @pytest.mark.parametrize(
     ("trainer", "parts"),
     [

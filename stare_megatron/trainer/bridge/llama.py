@@ -1,4 +1,4 @@
-"""Llama 2 and 3 (transformers `LlamaForCausalLM`): no bias, grouped queries, Llama 3's rotary scaling."""
+"""Llama 2 and 3 (transformers `LlamaForCausalLM`), DeepSeek-R1-Distill-Llama: no bias, Llama 3's rotary scaling."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from stare_megatron.trainer.bridge.shape import Family, Fields, ModelShape, dens
 
 def read(f: Fields) -> ModelShape:
     f.only("attention_bias", False)
-    return read_dense(f, "llama", qkv_bias=False, qk_norm=False, tied=False)
+    return read_dense(f, "llama", qkv_bias=False, qk_norm=False)
 
 
 FAMILY = Family("llama", "LlamaForCausalLM", read, dense_layer)

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5 (transformers `Qwen2ForCausalLM`): bias on queries, keys and values."""
+"""Qwen2 and Qwen2.5 (transformers `Qwen2ForCausalLM`), DeepSeek-R1-Distill-Qwen: bias on queries, keys and values."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from stare_megatron.trainer.bridge.shape import Family, Fields, ModelShape, dens
 
 
 def read(f: Fields) -> ModelShape:
-    return read_dense(f, "qwen2", qkv_bias=True, qk_norm=False, tied=False)
+    f.only("use_mrope", False)
+    shape = read_dense(f, "qwen2", qkv_bias=True, qk_norm=False, kv_groups=32)
+    f.no_window(shape.layers)
+    return shape
 
 
 FAMILY = Family("qwen2", "Qwen2ForCausalLM", read, dense_layer)

@@ -7,7 +7,9 @@ from stare_megatron.trainer.bridge.shape import Family, Fields, ModelShape, dens
 
 def read(f: Fields) -> ModelShape:
     f.only("attention_bias", False)
-    return read_dense(f, "qwen3", qkv_bias=False, qk_norm=True, tied=False)
+    shape = read_dense(f, "qwen3", qkv_bias=False, qk_norm=True, kv_groups=32, head_dim=128)
+    f.no_window(shape.layers)
+    return shape
 
 
 FAMILY = Family("qwen3", "Qwen3ForCausalLM", read, dense_layer)

@@ -28,7 +28,8 @@ def read(f: Fields) -> ModelShape:
         ffn=f.take("moe_intermediate_size", int),
         normalize=f.take("norm_topk_prob", bool, False),
     )
-    shape = read_dense(f, "qwen3_moe", qkv_bias=False, qk_norm=True, tied=False)
+    shape = read_dense(f, "qwen3_moe", qkv_bias=False, qk_norm=True, kv_groups=4)
+    f.no_window(shape.layers)
     return dataclasses.replace(shape, experts=experts)
 
 
@@ -42,12 +43,14 @@ def layer(shape: ModelShape) -> tuple[Tensor, ...]:
             ("mlp.experts.{e}.gate_proj.weight", "mlp.experts.{e}.up_proj.weight"),
             "mlp.experts.local_experts.{e}.linear_fc1.weight",
             "mlp.experts.linear_fc1.weight{e}",
+            "mlp.experts.experts.linear_fc1.weight",
         ),
         Tensor(
             Layout.EXPERT_ROW,
             ("mlp.experts.{e}.down_proj.weight",),
             "mlp.experts.local_experts.{e}.linear_fc2.weight",
             "mlp.experts.linear_fc2.weight{e}",
+            "mlp.experts.experts.linear_fc2.weight",
         ),
     )
 

@@ -48,13 +48,19 @@ class Tensor:
     """One Megatron-Core parameter and the Hugging Face tensors it is made of.
 
     `names`: Hugging Face names, `{e}` where the expert's number goes. `local`: Megatron-Core's name under the local
-    layer spec; `fused`: its name where Transformer Engine fuses the norm into the linear or groups the experts.
+    layer spec; `fused`: its name where Transformer Engine fuses the norm into the linear or groups the experts;
+    `saved`: its name in a distributed checkpoint (the same under both specs), None where that is `fused` or `local`.
     """
 
     layout: Layout
     names: tuple[str, ...]
     local: str
     fused: str | None = None
+    saved: str | None = None
+
+    @property
+    def saved_name(self) -> str:
+        return self.saved or self.fused or self.local
 
 
 @dataclass(frozen=True)
@@ -116,14 +122,25 @@ class Family:
     layer: Callable[[ModelShape], tuple[Tensor, ...]]
 
 
-# Fields without any effect on the forward pass.
+# Fields without any effect on the forward pass, by what they are for.
 _HARMLESS = {
-    "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache", "bos_token_id",
-    "eos_token_id", "pad_token_id", "unk_token_id", "initializer_range", "_name_or_path", "name_or_path",
-    "router_aux_loss_coef", "output_router_logits", "output_attentions", "output_hidden_states", "return_dict",
-    "use_return_dict", "pretraining_tp", "chunk_size_feed_forward", "id2label", "label2id", "problem_type",
-    "is_encoder_decoder", "is_decoder", "task_specific_params", "tokenizer_class", "auto_map", "max_window_layers",
-    "_attn_implementation_autoset", "is_llama_config", "rope_interleaved", "transformers.js_config", "num_labels",
+    # provenance and bookkeeping
+    "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "name_or_path",
+    "_commit_hash", "auto_map", "tokenizer_class", "is_llama_config", "transformers.js_config", "unsloth_fixed",
+    "unsloth_version", "_attn_implementation_autoset", "attn_implementation", "_attn_implementation", "torchscript",
+    "use_bfloat16", "tf_legacy_loss", "finetuning_task",
+    # training and initial values
+    "initializer_range", "router_aux_loss_coef", "output_router_logits", "pretraining_tp",
+    # what a call returns
+    "use_cache", "output_attentions", "output_hidden_states", "return_dict", "use_return_dict",
+    "chunk_size_feed_forward",
+    # classification heads and encoder-decoders
+    "id2label", "label2id", "num_labels", "problem_type", "is_encoder_decoder", "is_decoder", "task_specific_params",
+    # special tokens and defaults of generation
+    "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "mask_token_id", "max_length",
+    "min_length", "do_sample", "temperature", "top_p", "top_k", "typical_p", "num_beams", "num_beam_groups",
+    "repetition_penalty", "length_penalty", "early_stopping", "num_return_sequences", "diversity_penalty",
+    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
 }  # fmt: skip
 _REQUIRED = object()
 
@@ -157,12 +174,17 @@ class Fields:
 
     def rope(self) -> tuple[float, RopeScaling | None]:
         """Base and scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`."""
-        table = self.take("rope_parameters", dict, {}) or self.take("rope_scaling", dict, {})
-        self._left.pop("rope_scaling", None)
-        inner = Fields(self.path, table)
-        theta = inner.take("rope_theta", float, self.take("rope_theta", float, 10000.0))
-        kind = inner.take("rope_type", str, inner.take("type", str, "default"))
-        inner._left.pop("type", None)
+        table, old = self.take("rope_parameters", dict, {}), self.take("rope_scaling", dict, {})
+        if table and old and table != old:
+            raise UserError(
+                f"{self.path}: rope_parameters = {table!r} and rope_scaling = {old!r} contradict each other"
+            )
+        inner = Fields(self.path, table or old)
+        theta = self._agreeing(
+            inner.take("rope_theta", float, None), self.take("rope_theta", float, None), "rope_theta"
+        )
+        kinds = inner.take("rope_type", str, None), inner.take("type", str, None)
+        kind = self._agreeing(*kinds, "rope_type") or "default"
         scaling = None
         if kind == "llama3":
             scaling = RopeScaling(
@@ -173,9 +195,26 @@ class Fields:
             )
         elif kind != "default":
             raise UserError(f"{self.path}: rope_type = {kind!r} is not supported (only 'default' or 'llama3')")
-        inner.only("partial_rotary_factor", 1.0)
+        for fields in (inner, self):
+            fields.only("partial_rotary_factor", 1.0)
         inner.finish("rope ")
-        return theta, scaling
+        return theta or 10000.0, scaling
+
+    def _agreeing(self, one: Any, other: Any, name: str) -> Any:
+        """The value of a field that may be written in two places."""
+        if one is not None and other is not None and one != other:
+            raise UserError(f"{self.path}: two values of {name}, {one!r} and {other!r}, contradict each other")
+        return one if one is not None else other
+
+    def no_window(self, layers: int) -> None:
+        """Qwen's fields of sliding-window attention, as long as no layer uses it."""
+        window = self.take("sliding_window", int, 0)
+        full_layers = self.take("max_window_layers", int, 0)
+        if self.take("use_sliding_window", bool, False) and window and full_layers < layers:
+            raise UserError(
+                f"{self.path}: use_sliding_window = true (window {window}, from layer {full_layers} on) is not "
+                f"supported; only full attention"
+            )
 
     def finish(self, what: str = "") -> None:
         """Refuse what nobody asked for, unless it is known to change nothing."""
@@ -225,27 +264,37 @@ def dense_layer(shape: ModelShape) -> tuple[Tensor, ...]:
     return dense_attention(shape) + dense_mlp(shape)
 
 
-def read_dense(f: Fields, family: str, *, qkv_bias: bool, qk_norm: bool, tied: bool) -> ModelShape:
-    """The fields all supported families share. `tied`: the family's default of `tie_word_embeddings`."""
+def read_dense(
+    f: Fields,
+    family: str,
+    *,
+    qkv_bias: bool,
+    qk_norm: bool,
+    tied: bool = False,
+    kv_groups: int | None = None,
+    head_dim: int | None = None,
+) -> ModelShape:
+    """The fields all supported families share.
+
+    `tied`, `kv_groups`, `head_dim`: the family's defaults of `tie_word_embeddings`, `num_key_value_heads` (None: as
+    many as heads) and `head_dim` (None: hidden size / heads) where config.json leaves them out.
+    """
     heads, hidden = f.take("num_attention_heads", int), f.take("hidden_size", int)
     layers = f.take("num_hidden_layers", int)
     f.only("hidden_act", "silu")
     f.only("attention_dropout", 0.0)
     f.only("mlp_bias", False)
+    f.only("rope_interleaved", False)
     f.only("layer_types", ["full_attention"] * layers)
-    # A window that is not in use is written by Qwen's configurations.
-    window = f.take("sliding_window", int, 0)
-    if f.take("use_sliding_window", bool, False):
-        raise UserError(f"{f.path}: use_sliding_window = true (window {window}) is not supported; only full attention")
     theta, scaling = f.rope()
-    return ModelShape(
+    shape = ModelShape(
         family=family,
         layers=layers,
         hidden=hidden,
         ffn=f.take("intermediate_size", int),
         heads=heads,
-        kv_groups=f.take("num_key_value_heads", int, heads),
-        head_dim=f.take("head_dim", int, hidden // heads),
+        kv_groups=f.take("num_key_value_heads", int, kv_groups or heads),
+        head_dim=f.take("head_dim", int, head_dim or hidden // heads),
         vocab=f.take("vocab_size", int),
         tied=f.take("tie_word_embeddings", bool, tied),
         qkv_bias=qkv_bias,
@@ -256,3 +305,11 @@ def read_dense(f: Fields, family: str, *, qkv_bias: bool, qk_norm: bool, tied: b
         rope_scaling=scaling,
         experts=None,
     )
+    for name, size in (("hidden_size", hidden), ("vocab_size", shape.vocab), ("num_hidden_layers", layers)):
+        if size < 1:
+            raise UserError(f"{f.path}: {name} = {size} should be positive")
+    if heads % shape.kv_groups:
+        raise UserError(
+            f"{f.path}: num_key_value_heads = {shape.kv_groups} does not divide num_attention_heads = {heads}"
+        )
+    return shape

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,28 @@ from safetensors import SafetensorError, safe_open
 
 from stare_megatron.errors import UserError
 from stare_megatron.trainer.bridge.shape import Layout, ModelShape
+
+# What safetensors calls the dtypes that weights come in.
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+# Written by old exports of rotary embeddings; computed from the configuration since.
+_HARMLESS_SUFFIX = ".rotary_emb.inv_freq"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a checkpoint's header says of a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Checkpoint:
@@ -38,42 +62,74 @@ class Checkpoint:
 
     def _handle(self, file: str) -> Any:
         if file not in self._open:
+            path = self.folder / file
             try:
-                self._open[file] = safe_open(self.folder / file, framework="pt", device="cpu")
+                self._open[file] = safe_open(path, framework="pt", device="cpu")
+            except FileNotFoundError as e:
+                raise UserError(f"{path}: missing, but listed in the index; fetch or convert it again") from e
             except (SafetensorError, OSError) as e:
-                raise UserError(f"{self.folder / file}: cannot read the weights: {e}") from e
+                raise UserError(
+                    f"{path}: cannot read the weights, truncated or damaged: {e}; fetch or convert it again"
+                ) from e
         return self._open[file]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every tensor, sorted."""
+        return tuple(sorted(self._file_of))
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Every file with weights, sorted."""
+        return tuple(sorted(set(self._file_of.values())))
+
+    def file_of(self, name: str) -> str:
+        """Raises: UserError: no such tensor."""
+        if name not in self._file_of:
+            raise UserError(f"{self.folder}: the tensor {name!r} is missing from the checkpoint")
+        return self._file_of[name]
+
+    def info(self, name: str) -> TensorInfo:
+        view = self._view(name)
+        kind = view.get_dtype()
+        if kind not in _DTYPES:
+            known = ", ".join(_DTYPES)
+            raise UserError(f"{self.folder}: {name!r} is stored as {kind}; only {known} are read")
+        return TensorInfo(_DTYPES[kind], tuple(view.get_shape()))
+
+    def refuse_unknown(self, known: Collection[str], tied: bool) -> None:
+        """Refuse a tensor that the architecture does not have: it would be left out of the model without a word.
+
+        `tied`: a copy of the embedding as `lm_head.weight` is nothing new then.
+        """
+        for name in self.names:
+            if name not in known and not name.endswith(_HARMLESS_SUFFIX) and not (tied and name == "lm_head.weight"):
+                raise UserError(
+                    f"{self.folder}: the tensor {name!r} has no place in the architecture of config.json; is this a "
+                    f"checkpoint of another model?"
+                )
+
+    def release(self) -> None:
+        """Unmap the files. What was read through a map counts as resident memory until then."""
+        self._open.clear()
 
     def read(self, name: str, want: Sequence[int], *where: slice) -> torch.Tensor:
         """`tensor[where]` of the tensor `name`, whose full shape must be `want`; in the file's dtype."""
-        if name not in self._file_of:
-            raise UserError(f"{self.folder}: the tensor {name!r} is missing from the checkpoint")
-        view = self._handle(self._file_of[name]).get_slice(name)
+        view = self._view(name)
         have = tuple(view.get_shape())
         if have != tuple(want):
             raise UserError(f"{self.folder}: {name!r} has shape {have}, config.json asks for {tuple(want)}")
         return view[where or (slice(None),)]
 
-
-def full_shapes(layout: Layout, shape: ModelShape, last: str) -> list[tuple[int, ...]]:
-    """Full shapes of the Hugging Face tensors of one parameter (of one expert); `last`: its Megatron-Core name."""
-    hidden, q, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_groups * shape.head_dim
-    if layout is Layout.VOCAB:
-        return [(shape.vocab, hidden)]
-    if layout is Layout.QKV:
-        return [(n, hidden) if last.endswith("weight") else (n,) for n in (q, kv, kv)]
-    if layout is Layout.GATED:
-        return [(shape.ffn, hidden)] * 2
-    if layout is Layout.ROW:
-        return [(hidden, q if "linear_proj" in last else shape.ffn)]
-    if layout in (Layout.EXPERT_GATED, Layout.EXPERT_ROW):
-        assert shape.experts is not None
-        ffn = shape.experts.ffn
-        return [(ffn, hidden)] * 2 if layout is Layout.EXPERT_GATED else [(hidden, ffn)]
-    if "router" in last:
-        assert shape.experts is not None
-        return [(shape.experts.number, hidden)]
-    return [(shape.head_dim,) if "q_layernorm" in last or "k_layernorm" in last else (hidden,)]
+    def _view(self, name: str) -> Any:
+        file = self.file_of(name)
+        try:
+            return self._handle(file).get_slice(name)
+        except SafetensorError as e:
+            raise UserError(
+                f"{self.folder / file}: the tensor {name!r} is missing, though the index places it there; fetch or "
+                f"convert the checkpoint again"
+            ) from e
 
 
 def _part(size: int, rank: int, of: int) -> slice:

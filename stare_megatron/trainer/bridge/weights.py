@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,38 +11,9 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.utils import get_model_config
 from torch.distributed import ProcessGroup
 
-from stare_megatron.trainer.bridge.families import FAMILIES
-from stare_megatron.trainer.bridge.shape import Layout, ModelShape, Tensor
-from stare_megatron.trainer.bridge.shards import Checkpoint, full_shapes, merge, read_shard
-
-_EMBEDDING = Tensor(Layout.VOCAB, ("model.embed_tokens.weight",), "embedding.word_embeddings.weight")
-_FINAL_NORM = Tensor(Layout.REPLICATED, ("model.norm.weight",), "decoder.final_layernorm.weight")
-_HEAD = Tensor(Layout.VOCAB, ("lm_head.weight",), "output_layer.weight")
-# The last pipeline stage's copy of tied embeddings.
-_TIED_HEAD = Tensor(Layout.VOCAB, _EMBEDDING.names, _HEAD.local)
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """One parameter of the whole model: `layer` (from 0) or None outside of the layers."""
-
-    layer: int | None
-    tensor: Tensor
-
-    def names(self, expert: int = 0) -> list[str]:
-        prefix = "" if self.layer is None else f"model.layers.{self.layer}."
-        return [prefix + name.format(e=expert) for name in self.tensor.names]
-
-    @property
-    def of_experts(self) -> bool:
-        return self.tensor.layout in (Layout.EXPERT_GATED, Layout.EXPERT_ROW)
-
-
-def _entries(shape: ModelShape) -> list[_Entry]:
-    """Every parameter in the order of export: embedding, layers, final norm, head."""
-    layer = FAMILIES[shape.family].layer(shape)
-    inner = [_Entry(i, tensor) for i in range(shape.layers) for tensor in layer]
-    return [_Entry(None, _EMBEDDING), *inner, _Entry(None, _FINAL_NORM)] + [_Entry(None, _HEAD)] * (not shape.tied)
+from stare_megatron.trainer.bridge.entries import Entry, entries, hf_names, local_entries
+from stare_megatron.trainer.bridge.shape import Layout, ModelShape
+from stare_megatron.trainer.bridge.shards import Checkpoint, merge, read_shard
 
 
 def _shape(chunks: Sequence[torch.nn.Module]) -> ModelShape:
@@ -67,7 +37,7 @@ class _Local:
                 else:
                     self._by_place[None, name] = parameter
 
-    def find(self, entry: _Entry, expert: int = 0) -> torch.nn.Parameter | None:
+    def find(self, entry: Entry, expert: int = 0) -> torch.nn.Parameter | None:
         """`expert`: its number on this rank."""
         for name in (entry.tensor.local, entry.tensor.fused):
             found = name and self._by_place.get((entry.layer, name.format(e=expert)))
@@ -82,14 +52,14 @@ class _Local:
         return next(place for place, p in self._by_place.items() if p is parameter)
 
 
-def _groups(entry: _Entry) -> ProcessGroup:
+def _groups(entry: Entry) -> ProcessGroup:
     """The ranks that split this parameter (each expert, for experts)."""
     if entry.of_experts:
         return parallel_state.get_expert_tensor_parallel_group()
     return parallel_state.get_tensor_model_parallel_group()
 
 
-def _local_experts(shape: ModelShape, entry: _Entry) -> range:
+def _local_experts(shape: ModelShape, entry: Entry) -> range:
     """Numbers of the experts on this rank; one pseudo-expert where there are none."""
     if not entry.of_experts:
         return range(1)
@@ -99,18 +69,13 @@ def _local_experts(shape: ModelShape, entry: _Entry) -> range:
     return range(rank * here, (rank + 1) * here)
 
 
-def _all_entries(shape: ModelShape) -> list[_Entry]:
-    """With the last stage's copy of tied embeddings."""
-    return _entries(shape) + [_Entry(None, _TIED_HEAD)] * shape.tied
-
-
 def mark_split(chunks: Sequence[torch.nn.Module]) -> None:
     """Mark the parameters that tensor-parallel ranks split, so that the gradient norm counts every slice once.
 
     Upstream marks them while it draws initial values, which is skipped here. Before the optimizer is made.
     """
     shape, local = _shape(chunks), _Local(chunks)
-    for entry in _all_entries(shape):
+    for entry in local_entries(shape):
         if entry.tensor.layout is Layout.REPLICATED:
             continue
         dimension = 1 if entry.tensor.layout in (Layout.ROW, Layout.EXPERT_ROW) else 0
@@ -129,18 +94,19 @@ def load_weights(chunks: Sequence[torch.nn.Module], path: Path) -> None:
     `chunks`: wrapped in DistributedDataParallel or not; an optimizer with master weights must be told afterwards.
 
     Raises:
-        UserError: a tensor is missing or has another shape.
+        UserError: a tensor is missing, has another shape, or is none of the architecture's.
         RuntimeError: a parameter that the architecture's table does not know.
     """
     shape, local, file = _shape(chunks), _Local(chunks), Checkpoint(path)
+    file.refuse_unknown(hf_names(shape), shape.tied)
     left = local.places()
-    for entry in _all_entries(shape):
+    for entry in local_entries(shape):
         group = _groups(entry)
         for here, expert in enumerate(_local_experts(shape, entry)):
             parameter = local.find(entry, here)
             if parameter is None:
                 continue
-            wants = full_shapes(entry.tensor.layout, shape, entry.tensor.local)
+            wants = entry.wants(shape)
             value = read_shard(
                 file,
                 entry.tensor.layout,
@@ -159,13 +125,7 @@ def load_weights(chunks: Sequence[torch.nn.Module], path: Path) -> None:
 
 def metadata(shape: ModelShape, dtype: torch.dtype) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
     """Name, dtype and full shape of everything `export` yields, in its order; no communication."""
-    found = []
-    for entry in _entries(shape):
-        wants = full_shapes(entry.tensor.layout, shape, entry.tensor.local)
-        number = shape.experts.number if entry.of_experts and shape.experts else 1
-        for expert in range(number):
-            found += [(name, dtype, tuple(want)) for name, want in zip(entry.names(expert), wants, strict=True)]
-    return found
+    return [(name, dtype, want) for name, want in hf_names(shape).items()]
 
 
 @torch.no_grad()
@@ -177,13 +137,13 @@ def export(chunks: Sequence[torch.nn.Module], dtype: torch.dtype) -> Iterator[tu
     """
     shape, local = _shape(chunks), _Local(chunks)
     place = next(chunks[0].parameters()).device
-    for entry, owner in zip(_entries(shape), _owners(local, shape), strict=True):
-        wants = full_shapes(entry.tensor.layout, shape, entry.tensor.local)
+    for entry, owner in zip(entries(shape), _owners(local, shape), strict=True):
+        wants = entry.wants(shape)
         mine = owner == parallel_state.get_pipeline_model_parallel_rank()
         if mine:
             stacks = _gather(local, entry, shape, dtype)
         else:
-            number = shape.experts.number if entry.of_experts and shape.experts else 1
+            number = entry.experts(shape)
             stacks = [torch.empty((number, *want), dtype=dtype, device=place) for want in wants]
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             pipeline = parallel_state.get_pipeline_model_parallel_group()
@@ -196,14 +156,14 @@ def export(chunks: Sequence[torch.nn.Module], dtype: torch.dtype) -> Iterator[tu
 
 def _owners(local: _Local, shape: ModelShape) -> list[int]:
     """Pipeline rank that holds each entry; the first one, where several do."""
-    here = [local.find(entry) is not None for entry in _entries(shape)]
+    here = [local.find(entry) is not None for entry in entries(shape)]
     group = parallel_state.get_pipeline_model_parallel_group()
     everywhere: list[list[bool]] = [[]] * group.size()
     torch.distributed.all_gather_object(everywhere, here, group=group)
     return [column.index(True) for column in zip(*everywhere, strict=True)]
 
 
-def _gather(local: _Local, entry: _Entry, shape: ModelShape, dtype: torch.dtype) -> list[torch.Tensor]:
+def _gather(local: _Local, entry: Entry, shape: ModelShape, dtype: torch.dtype) -> list[torch.Tensor]:
     """The whole tensors of a parameter of this stage, each [experts or 1, ...]."""
     shards = []
     for expert in range(len(_local_experts(shape, entry))):

@@ -1,0 +1,217 @@
+"""What a conversion is going to do, found out and checked before a byte is written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from stare_megatron.convert.mapping import check_fits, mcore_objects, mcore_tensors, pieces
+from stare_megatron.convert.source import Kind, Source, check_tokenizer, require_hf
+from stare_megatron.convert.tasks import BLOCK_BYTES, HfFile, McoreFile
+from stare_megatron.convert.torch_dist import Box, TorchDist
+from stare_megatron.errors import UserError
+from stare_megatron.trainer.bridge import hf_folder
+from stare_megatron.trainer.bridge.entries import hf_names
+from stare_megatron.trainer.bridge.families import FAMILIES, read_hf_config
+from stare_megatron.trainer.bridge.shape import ModelShape
+from stare_megatron.trainer.bridge.shards import Checkpoint
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_FORMAT = 1  # raise it when an interrupted conversion of before must not be gone on with
+_VOCAB_MULTIPLE = 128
+# Files are kept large, but there are at least a few for each process.
+_FILES_A_PROCESS = 2
+
+
+@dataclass(frozen=True)
+class ParallelLayout:
+    """The layout a Megatron-Core checkpoint is cut for. Any other can load it too, reading more than its own."""
+
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    virtual_pipeline: int = 1
+    expert_parallel: int = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion. `dtypes`: of the source; `padded_vocab`: rows of the embedding in a Megatron-Core checkpoint;
+    `largest`: name and bytes (as written) of the largest tensor; `key`: equal for equal conversions of equal files."""
+
+    source: Source
+    to: Kind
+    hf: Path
+    shape: ModelShape
+    dtypes: tuple[torch.dtype, ...]
+    dtype: torch.dtype
+    padded_vocab: int
+    files: tuple[McoreFile | HfFile, ...]
+    tensors: int
+    parameters: int
+    largest: tuple[str, int]
+    tokenizer: str
+    key: str
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.bytes for file in self.files)
+
+    def lines(self, layout: ParallelLayout) -> list[tuple[str, str]]:
+        """The plan in words."""
+        names = "/".join(str(d).removeprefix("torch.") for d in self.dtypes)
+        cut = f", cut for TP {layout.tensor_parallel}" if self.to is Kind.MCORE else ""
+        return [
+            ("from", f"{self.source.weights} ({self.source.kind.value}, {self.source.what})"),
+            ("to", f"{self.to.value}, {self.bytes / 1e9:,.2f} GB in {len(self.files)} file(s){cut}"),
+            ("model", f"{FAMILIES[self.shape.family].architecture}, {self.shape.layers} layers, "
+             f"{self.parameters / 1e6:,.1f} M parameters, {self.tensors:,} tensors"),
+            ("dtype", f"{names} -> {str(self.dtype).removeprefix('torch.')}"),
+            ("largest tensor", f"{self.largest[0]}, {self.largest[1] / 1e6:,.1f} MB; in blocks of at most "
+             f"{BLOCK_BYTES / 1e6:,.0f} MB"),
+            ("configuration", str(self.hf)),
+            ("tokenizer", self.tokenizer),
+        ]  # fmt: skip
+
+
+def make_plan(source: Source, *, to: Kind, dtype: str, layout: ParallelLayout, file_bytes: int, processes: int) -> Plan:
+    """Read headers and configuration, and check that they belong together.
+
+    `dtype`: a key of DTYPES or "keep". `file_bytes`: of a file of the new checkpoint, at most.
+
+    Raises:
+        UserError: an unsupported or damaged checkpoint, one of another model, a layout that does not fit.
+    """
+    if to is source.kind:
+        raise UserError(f"{source.weights}: is a {to.value} checkpoint already")
+    hf = require_hf(source)
+    shape = read_hf_config(hf)
+    shape.check_layout(
+        tensor_parallel=layout.tensor_parallel,
+        pipeline_parallel=layout.pipeline_parallel,
+        virtual_pipeline=layout.virtual_pipeline,
+        expert_parallel=layout.expert_parallel,
+    )
+    found = _hf_dtypes(source, shape) if source.kind is Kind.HF else _mcore_dtypes(source, shape, hf)
+    if dtype == "keep" and len(found) > 1:
+        names = ", ".join(str(d).removeprefix("torch.") for d in found)
+        raise UserError(f"{source.weights}: tensors of several dtypes ({names}); choose one with --dtype")
+    target = found[0] if dtype == "keep" else DTYPES[dtype]
+    names = hf_names(shape)
+    specs = [(name, target, want) for name, want in names.items()]
+    padded = padded_vocab(shape.vocab, layout.tensor_parallel)
+    sizes = {spec[0]: hf_folder.spec_bytes(spec) for spec in specs}
+    largest = max(sizes, key=sizes.__getitem__)
+    total = sum(sizes.values())
+    limit = min(file_bytes, max(total // (processes * _FILES_A_PROCESS), BLOCK_BYTES)) if processes > 1 else file_bytes
+    if to is Kind.HF:
+        files: Sequence[McoreFile | HfFile] = [
+            HfFile(name, tuple(group), sum(map(hf_folder.spec_bytes, group)))
+            for name, group in hf_folder.files(specs, limit).items()
+        ]
+    else:
+        files = _mcore_files(shape, target, padded, layout.tensor_parallel, limit)
+    return Plan(
+        source=source,
+        to=to,
+        hf=hf,
+        shape=shape,
+        dtypes=found,
+        dtype=target,
+        padded_vocab=padded,
+        files=tuple(files),
+        tensors=len(names),
+        parameters=sum(n // target.itemsize for n in sizes.values()),
+        largest=(largest, sizes[largest]),
+        tokenizer=check_tokenizer(hf, shape.vocab),
+        key=_key(source, hf, to, target, files),
+    )
+
+
+def check_disk(plan: Plan, out: Path, present: int) -> None:
+    """Room for the new checkpoint; `present`: bytes of it that an interrupted conversion has written already.
+
+    Raises:
+        UserError: too little.
+    """
+    place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    free, need = shutil.disk_usage(place).free, plan.bytes - present + (64 << 20)
+    if free < need:
+        raise UserError(f"{out}: {free / 1e9:,.1f} GB free on its disk, the checkpoint needs {need / 1e9:,.1f} GB")
+
+
+def padded_vocab(vocab: int, tensor_parallel: int) -> int:
+    """Rows of the embedding, as the trainer pads it: `trainer.model.padded_vocab`."""
+    multiple = _VOCAB_MULTIPLE if _VOCAB_MULTIPLE % tensor_parallel == 0 else _VOCAB_MULTIPLE * tensor_parallel
+    return -(-vocab // multiple) * multiple
+
+
+def _hf_dtypes(source: Source, shape: ModelShape) -> tuple[torch.dtype, ...]:
+    """Check every header against the configuration."""
+    file, names = Checkpoint(source.weights), hf_names(shape)
+    file.refuse_unknown(names, shape.tied)
+    dtypes: dict[torch.dtype, None] = {}
+    for name, want in names.items():
+        info = file.info(name)
+        if info.shape != want:
+            raise UserError(
+                f"{source.weights}: {name!r} has shape {list(info.shape)}, config.json asks for {list(want)}; a "
+                f"checkpoint of another model?"
+            )
+        dtypes[info.dtype] = None
+    if shape.tied and "lm_head.weight" in file.names:
+        _check_tied(file, names["model.embed_tokens.weight"])
+    return tuple(dtypes)
+
+
+def _check_tied(file: Checkpoint, want: tuple[int, ...]) -> None:
+    step = 4096
+    for first in range(0, want[0], step):
+        rows = slice(first, min(first + step, want[0]))
+        if not torch.equal(file.read("model.embed_tokens.weight", want, rows), file.read("lm_head.weight", want, rows)):
+            raise UserError(
+                f"{file.folder}: config.json says tie_word_embeddings = true, but lm_head.weight differs from the "
+                f"embedding; set it to false if the head is the model's"
+            )
+
+
+def _mcore_dtypes(source: Source, shape: ModelShape, hf: Path) -> tuple[torch.dtype, ...]:
+    dist = TorchDist(source.weights)
+    check_fits(dist, shape, hf / "config.json")
+    return tuple(dict.fromkeys(dist.tensors[key].dtype for key in mcore_tensors(shape, torch.float32, 0)))
+
+
+def _mcore_files(shape: ModelShape, dtype: torch.dtype, padded: int, ranks: int, limit: int) -> list[McoreFile]:
+    groups: list[list[tuple[str, Box]]] = [[]]
+    sizes = [0]
+    for key, box in pieces(shape, dtype.itemsize, padded, ranks, BLOCK_BYTES):
+        own = dtype.itemsize
+        for n in box.sizes:
+            own *= n
+        if groups[-1] and sizes[-1] + own > limit:
+            groups.append([])
+            sizes.append(0)
+        groups[-1].append((key, box))
+        sizes[-1] += own
+    objects = tuple(mcore_objects(shape))
+    return [
+        McoreFile(f"__{i}_0.distcp", tuple(group), objects if i == 0 else (), size)
+        for i, (group, size) in enumerate(zip(groups, sizes, strict=True))
+    ]
+
+
+def _key(source: Source, hf: Path, to: Kind, dtype: torch.dtype, files: Sequence[McoreFile | HfFile]) -> str:
+    """Of everything that decides what the new files hold."""
+    stats: Mapping[str, object] = {
+        str(p.relative_to(folder)): (p.stat().st_size, p.stat().st_mtime_ns)
+        for folder in {source.weights, hf}
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
+    tree = [_FORMAT, str(source.weights.absolute()), stats, to.value, str(dtype), [(f.name, f.bytes) for f in files]]
+    return hashlib.sha256(json.dumps(tree).encode()).hexdigest()

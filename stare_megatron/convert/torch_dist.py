@@ -1,0 +1,346 @@
+"""Megatron-Core's distributed checkpoints (`torch_dist`), read and written piece by piece, without process groups.
+
+The format is torch.distributed.checkpoint's: `.metadata` (a pickle: global shapes, and where each piece of a tensor
+lies) and `*.distcp` files, which hold one torch.save archive a piece; beside them Megatron-Core's `metadata.json` and
+`common.pt`. torch's own writer keeps every tensor of a file in memory until the file is closed, and its reader wants a
+model to load into.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import pickle
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from stare_megatron.errors import UserError
+
+INDEX, FORMAT, COMMON = ".metadata", "metadata.json", "common.pt"
+_AGAIN = "copy or convert the checkpoint again"
+# What a damaged pickle may raise while it is read.
+_DAMAGE = (
+    pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, ValueError, TypeError,
+    OverflowError, MemoryError, AssertionError,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Box:
+    """A block of a tensor: where it begins and its extent, by dimension."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    def meet(self, other: Box) -> Box | None:
+        """What two blocks share."""
+        low = tuple(max(a, b) for a, b in zip(self.offsets, other.offsets, strict=True))
+        high = [
+            min(a + n, b + m) for a, n, b, m in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
+        ]
+        sizes = tuple(h - a for a, h in zip(low, high, strict=True))
+        return Box(low, sizes) if all(n > 0 for n in sizes) else None
+
+    def within(self, outer: Box) -> tuple[slice, ...]:
+        """The index of this block in a tensor that is `outer`."""
+        starts = (a - b for a, b in zip(self.offsets, outer.offsets, strict=True))
+        return tuple(slice(s, s + n) for s, n in zip(starts, self.sizes, strict=True))
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where one piece lies: `file` of the checkpoint, `offset` and `length` in bytes. `box` is None for an object."""
+
+    key: str
+    box: Box | None
+    file: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Global:
+    """A whole tensor of a checkpoint."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class TorchDist:
+    """A distributed checkpoint, for reading.
+
+    Raises:
+        UserError: not such a checkpoint, or a damaged one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        _check_format(folder)
+        index = _read_index(folder / INDEX)
+        self.tensors: dict[str, Global] = {}
+        self.objects: tuple[str, ...] = tuple(
+            key for key, value in index.state_dict_metadata.items() if isinstance(value, BytesStorageMetadata)
+        )
+        self._pieces: dict[str, list[Stored]] = {}
+        self._cached: tuple[Stored | None, torch.Tensor] = (None, torch.empty(0))
+        where = {(i.fqn, tuple(i.offset or ())): info for i, info in (index.storage_data or {}).items()}
+        for key, value in index.state_dict_metadata.items():
+            if isinstance(value, BytesStorageMetadata):
+                continue
+            self.tensors[key] = Global(value.properties.dtype, tuple(value.size))
+            self._pieces[key] = []
+            for chunk in value.chunks:
+                info = where.get((key, tuple(chunk.offsets)))
+                if info is None:
+                    raise UserError(f"{folder / INDEX}: a piece of {key!r} is placed in no file; {_AGAIN}")
+                box = Box(tuple(chunk.offsets), tuple(chunk.sizes))
+                self._pieces[key].append(Stored(key, box, info.relative_path, info.offset, info.length))
+        self._check_files()
+
+    def _check_files(self) -> None:
+        """Every file is there and long enough."""
+        need: dict[str, int] = {}
+        for pieces in self._pieces.values():
+            for piece in pieces:
+                need[piece.file] = max(need.get(piece.file, 0), piece.offset + piece.length)
+        for name, size in sorted(need.items()):
+            file = self.folder / name
+            if not file.is_file():
+                raise UserError(f"{file}: missing, but listed in {INDEX}; {_AGAIN}")
+            have = file.stat().st_size
+            if have < size:
+                raise UserError(f"{file}: truncated: {have:,} bytes of at least {size:,}; {_AGAIN}")
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return tuple(sorted({piece.file for pieces in self._pieces.values() for piece in pieces}))
+
+    def pieces(self, key: str) -> Sequence[Stored]:
+        """The pieces of a tensor.
+
+        Raises:
+            UserError: no such tensor.
+        """
+        if key not in self._pieces:
+            raise UserError(f"{self.folder}: the tensor {key!r} is missing from the checkpoint")
+        return self._pieces[key]
+
+    def read(self, key: str, box: Box) -> torch.Tensor:
+        """A block of a tensor, in the dtype it is stored in; not to be written to: the last piece read is kept for its
+        neighbours.
+
+        Raises:
+            UserError: damaged, or pieces that do not cover the block.
+        """
+        pieces = self.pieces(key)
+        exact = next((piece for piece in pieces if piece.box == box), None)
+        if exact is not None:
+            return self._piece(exact)
+        out = torch.empty(box.sizes, dtype=self.tensors[key].dtype)
+        filled = 0
+        for piece in pieces:
+            assert piece.box is not None
+            shared = piece.box.meet(box)
+            if shared is not None:
+                out[shared.within(box)] = self._piece(piece)[shared.within(piece.box)]
+                filled += math.prod(shared.sizes)
+        if filled != out.numel():
+            raise UserError(f"{self.folder / INDEX}: the pieces of {key!r} do not cover the tensor once; {_AGAIN}")
+        return out
+
+    def _piece(self, piece: Stored) -> torch.Tensor:
+        if self._cached[0] == piece:
+            return self._cached[1]
+        self._cached = (None, torch.empty(0))  # freed before the next is read
+        file = self.folder / piece.file
+        assert piece.box is not None
+        try:
+            with file.open("rb") as f:
+                value = torch.load(_Window(f, piece.offset, piece.length), map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, *_DAMAGE) as e:
+            reason = str(e).partition("\n")[0]
+            raise UserError(f"{file}: damaged: cannot read {piece.key!r}: {reason}; {_AGAIN}") from e
+        if not isinstance(value, torch.Tensor) or tuple(value.shape) != piece.box.sizes:
+            raise UserError(f"{file}: damaged: {piece.key!r} is not the tensor that {INDEX} describes; {_AGAIN}")
+        self._cached = (piece, value.detach())
+        return self._cached[1]
+
+    def common(self) -> dict[str, Any]:
+        """What the ranks saved once: steps, layout, the optimizer's settings.
+
+        Raises:
+            UserError: damaged.
+        """
+        file = self.folder / COMMON
+        try:
+            tree = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except FileNotFoundError as e:
+            raise UserError(f"{file}: missing; {_AGAIN}") from e
+        except (OSError, RuntimeError, *_DAMAGE) as e:
+            raise UserError(f"{file}: damaged: {str(e).partition(chr(10))[0]}; {_AGAIN}") from e
+        if not isinstance(tree, dict):
+            raise UserError(f"{file}: damaged: not a dictionary; {_AGAIN}")
+        return tree
+
+
+class _Window(io.RawIOBase):
+    """Bytes [start, start + length) of a file as a file of their own."""
+
+    def __init__(self, file: IO[bytes], start: int, length: int) -> None:
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        self._at = base + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        view = view[: max(0, min(len(view), self._length - self._at))]
+        self._file.seek(self._start + self._at)
+        n = self._file.readinto(view)  # type: ignore[attr-defined]
+        self._at += n
+        return n
+
+
+def is_torch_dist(folder: Path) -> bool:
+    """Whether `folder` holds a distributed checkpoint."""
+    return (folder / FORMAT).is_file() and (folder / INDEX).is_file()
+
+
+def _check_format(folder: Path) -> None:
+    file = folder / FORMAT
+    try:
+        kind = json.loads(file.read_text())["sharded_backend"]
+    except FileNotFoundError as e:
+        raise UserError(f"{folder}: not a Megatron-Core checkpoint (no {FORMAT})") from e
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{file}: damaged: not the format of a Megatron-Core checkpoint; {_AGAIN}") from e
+    if kind != "torch_dist":
+        raise UserError(f"{file}: sharded_backend = {kind!r} is not supported (only 'torch_dist')")
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Makes what an index is made of, and nothing that could run code."""
+
+    _ALLOWED = (
+        "torch.distributed.checkpoint.",
+        "megatron.core.dist_checkpointing.",
+    )
+    _NAMES = frozenset(
+        {
+            ("torch", "Size"),
+            ("torch", "device"),
+            ("torch.serialization", "_get_layout"),
+            ("torch._utils", "_get_layout"),
+            ("collections", "OrderedDict"),
+            ("collections", "defaultdict"),
+            ("builtins", "dict"),
+            ("builtins", "list"),
+            ("builtins", "set"),
+            ("pathlib", "PosixPath"),
+            ("pathlib", "Path"),
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        dtype = module == "torch" and isinstance(torch.__dict__.get(name), torch.dtype | torch.layout)
+        known = (module, name) in self._NAMES or module.startswith(self._ALLOWED)
+        if not dtype and not (known and "." not in name):
+            raise pickle.UnpicklingError(f"{module}.{name} does not belong in an index")
+        found = super().find_class(module, name)
+        if module.startswith(self._ALLOWED) and not isinstance(found, type):
+            raise pickle.UnpicklingError(f"{module}.{name} is not a class")
+        return found
+
+
+def _read_index(file: Path) -> Metadata:
+    try:
+        with file.open("rb") as f:
+            index = _IndexUnpickler(f).load()
+    except FileNotFoundError as e:
+        raise UserError(f"{file}: missing; {_AGAIN}") from e
+    except (OSError, *_DAMAGE) as e:
+        raise UserError(f"{file}: damaged: {str(e).partition(chr(10))[0] or type(e).__name__}; {_AGAIN}") from e
+    if not isinstance(index, Metadata):
+        raise UserError(f"{file}: damaged: not an index of torch.distributed.checkpoint; {_AGAIN}")
+    return index
+
+
+def save_object(value: Any, stream: IO[bytes]) -> None:
+    """One archive, as the `*.distcp` files hold them."""
+    torch.save(value, stream)
+
+
+def write_index(folder: Path, tensors: Iterable[tuple[str, Global]], stored: Iterable[Stored]) -> None:
+    """Write `.metadata`, `common.pt` and `metadata.json` for pieces that lie in the folder's files already.
+
+    What Megatron-Core reads last, `metadata.json`, is written last.
+    """
+    chunks: dict[str, list[ChunkStorageMetadata]] = {}
+    objects: dict[str, BytesStorageMetadata] = {}
+    storage: dict[MetadataIndex, _StorageInfo] = {}
+    for piece in stored:
+        place = _StorageInfo(piece.file, piece.offset, piece.length)
+        if piece.box is None:
+            objects[piece.key] = BytesStorageMetadata()
+            storage[MetadataIndex(piece.key)] = place
+        else:
+            offsets, sizes = torch.Size(piece.box.offsets), torch.Size(piece.box.sizes)
+            chunks.setdefault(piece.key, []).append(ChunkStorageMetadata(offsets, sizes))
+            storage[MetadataIndex(piece.key, offsets)] = place
+    whole: dict[str, Any] = {
+        key: TensorStorageMetadata(TensorProperties(dtype=info.dtype), torch.Size(info.shape), chunks[key])
+        for key, info in tensors
+    }
+    with (folder / INDEX).open("wb") as f:
+        pickle.dump(Metadata(state_dict_metadata=whole | objects, storage_data=storage), f)
+    format_ = {
+        "sharded_backend": "torch_dist",
+        "sharded_backend_version": 1,
+        "common_backend": "torch",
+        "common_backend_version": 1,
+    }
+    (folder / FORMAT).write_text(json.dumps(format_))
+
+
+def cut(box: Box, bytes_an_element: int, limit: int) -> Iterator[Box]:
+    """The block in slabs along its first dimension longer than 1, each of at most `limit` bytes where it can be."""
+    axis = next((i for i, n in enumerate(box.sizes) if n > 1), None)
+    if axis is None:
+        yield box
+        return
+    row = math.prod(box.sizes) // box.sizes[axis] * bytes_an_element
+    step = max(1, limit // row)
+    for start in range(0, box.sizes[axis], step):
+        offsets, sizes = list(box.offsets), list(box.sizes)
+        offsets[axis] += start
+        sizes[axis] = min(step, box.sizes[axis] - start)
+        yield Box(tuple(offsets), tuple(sizes))
