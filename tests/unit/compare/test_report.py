@@ -151,7 +151,7 @@ def test_pictures_show_something_and_are_the_same_each_time(tmp_path):
 
     from stare_megatron.compare.png import write_pngs
 
-    content = gather([write_run(tmp_path, "a", steps=20)], Options(align=Align.TIME, window=5), NOW)
+    content = gather([write_run(tmp_path, "a", steps=60)], Options(align=Align.TIME, window=5), NOW)
     files = write_pngs(tmp_path / "png", content)
     assert len(files) > 15
     again = write_pngs(tmp_path / "again", content)
