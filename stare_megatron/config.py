@@ -24,6 +24,7 @@ from stare_megatron.methods import Selector as Selector
 from stare_megatron.observe import BenchmarkConfig as BenchmarkConfig
 from stare_megatron.observe import EvalConfig as EvalConfig
 from stare_megatron.observe import LoggingConfig as LoggingConfig
+from stare_megatron.sandbox_config import SandboxConfig
 from stare_megatron.training import OptimizerConfig as OptimizerConfig
 from stare_megatron.training import TrainerConfig as TrainerConfig
 
@@ -204,6 +205,9 @@ class Config(Section):
     algorithm: AlgorithmConfig = Field(default_factory=lambda: AlgorithmConfig(), description="The objective.")
     trainer: TrainerConfig = Field(default_factory=lambda: TrainerConfig(), description="Megatron-Core ranks.")
     inference: InferenceConfig = Field(default_factory=lambda: InferenceConfig(), description="vLLM engines.")
+    sandbox: SandboxConfig = Field(
+        default_factory=lambda: SandboxConfig(), description="Where model-written code runs, and its limits."
+    )
     sync: SyncConfig = Field(default_factory=lambda: SyncConfig(), description="Weight pushes.")
     checkpoint: CheckpointConfig = Field(default_factory=lambda: CheckpointConfig(), description="What is saved.")
     logging: LoggingConfig = Field(default_factory=lambda: LoggingConfig(), description="Where metrics go.")
