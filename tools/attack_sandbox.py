@@ -39,8 +39,8 @@ from stare_megatron.sandbox_config import SandboxConfig
 
 LIMITS = SandboxConfig(
     workers=1,
-    wall_seconds=20.0,
-    cpu_seconds=10.0,
+    wall_seconds=60.0,
+    cpu_seconds=20.0,
     memory_mb=192,
     output_bytes=20000,
     scratch_mb=8,

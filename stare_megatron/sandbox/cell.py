@@ -16,6 +16,7 @@ from stare_megatron.sandbox.runner import ANSWER, ORDER
 from stare_megatron.sandbox.worker import Child, WorkerError
 
 _CHUNK = 65536
+_END_SECONDS = 30.0  # for a killed process to be gone, on a loaded machine
 _DISK_SECONDS = 0.1  # between two looks at a scratch directory without a quota
 _OUTCOMES = {
     runner.OK: Status.OK,
@@ -163,7 +164,8 @@ class Cell:
         code = 0
         if self._exited or seen is not None:
             try:
-                end = await asyncio.wait_for(asyncio.shield(child.ended), 30.0)
+                async with asyncio.timeout(_END_SECONDS):
+                    end = await asyncio.shield(child.ended)
             except (WorkerError, TimeoutError) as e:
                 return lost(str(e) or "the worker does not say how the call ended", wall_ms)
             cpu_ms = end.cpu_ms - 1000 * cpu_before

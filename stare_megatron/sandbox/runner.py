@@ -9,6 +9,7 @@ import ast
 import builtins
 import linecache
 import os
+import random
 import struct
 import sys
 import traceback
@@ -38,11 +39,17 @@ class _Caught:
 
 
 def serve(value_bytes: int) -> None:
-    """Run cells until the driver kills this process. `value_bytes`: longest value that is answered."""
+    """Run cells until the driver kills this process. `value_bytes`: longest value that is answered.
+
+    Every call starts from the same random state, so that the same code gives the same result.
+    """
     main = types.ModuleType("__main__")
     main.__dict__["__builtins__"] = builtins
     sys.modules["__main__"] = main
     sys.argv = [""]
+    random.seed(0)
+    if "numpy" in sys.modules:  # not imported here: a sandbox need not have it
+        sys.modules["numpy"].random.seed(0)
     os.write(REPORT, READY)
     count = 0
     while order := os.read(GO, ORDER.size):

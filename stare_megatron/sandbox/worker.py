@@ -25,6 +25,7 @@ _START = (
 )
 _START_SECONDS = 120.0  # imports on a loaded machine
 _FORK_SECONDS = 30.0
+_END_SECONDS = 10.0
 # Threads would make a fork unsafe, and each call slower.
 _ENVIRONMENT = {
     **{f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL", "NUMEXPR", "VECLIB")},
@@ -82,7 +83,8 @@ class Child:
         self.signal(signal.SIGKILL)
         exit_ = None
         with contextlib.suppress(WorkerError, TimeoutError):
-            exit_ = await asyncio.wait_for(asyncio.shield(self.ended), _FORK_SECONDS)
+            async with asyncio.timeout(_FORK_SECONDS):
+                exit_ = await asyncio.shield(self.ended)
         if self.theirs:
             self.handed_over()
         for fd in (self.stdin, self.code, self.stdout, self.stderr, self.go, self.report, self.pidfd):
@@ -136,7 +138,8 @@ class Worker:
         mine.setblocking(False)
         self._control = mine
         try:
-            message = await asyncio.wait_for(loop.sock_recv(mine, MESSAGE), _START_SECONDS)
+            async with asyncio.timeout(_START_SECONDS):
+                message = await loop.sock_recv(mine, MESSAGE)
         except (TimeoutError, ConnectionError) as e:
             raise WorkerError(f"no answer from a new worker: {e or type(e).__name__}") from e
         if not message:
@@ -164,9 +167,10 @@ class Worker:
         try:
             socket.send_fds(self._control, [encode(limits).encode()], child.theirs)
             child.handed_over()
-            child.pidfd = await asyncio.wait_for(self._forked[limits.name], _FORK_SECONDS)
-            child.pid = _pid(child.pidfd)
-            await asyncio.wait_for(_confined(child), _FORK_SECONDS)
+            async with asyncio.timeout(_FORK_SECONDS):
+                child.pidfd = await self._forked[limits.name]
+                child.pid = _pid(child.pidfd)
+                await _confined(child)
         except (OSError, TimeoutError) as e:
             self._died("the worker does not answer")
             await child.close()
@@ -227,7 +231,8 @@ class Worker:
         self._died("the worker was closed")
         if self._process is not None:
             try:
-                await asyncio.wait_for(self._process.wait(), 5.0)
+                async with asyncio.timeout(_END_SECONDS):
+                    await self._process.wait()
             except TimeoutError:
                 self._process.kill()
                 await self._process.wait()

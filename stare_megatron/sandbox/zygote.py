@@ -18,7 +18,7 @@ import socket
 import sys
 from dataclasses import replace
 
-from stare_megatron.sandbox import anchors, confine, namespaces, runner
+from stare_megatron.sandbox import anchors, confine, namespaces, runner, scratch
 from stare_megatron.sandbox.confine import Inherited
 from stare_megatron.sandbox.plan import FIRST_UID, REPORT, UIDS, Limits, Plan, decode_plan
 
@@ -121,7 +121,7 @@ def main() -> None:
     try:
         if plan.namespaces:
             namespaces.unshare()
-            _second()
+            _second(plan.base)
         confine.hide()
         size = os.open("/proc/self/statm", os.O_RDONLY)
         if plan.namespaces:
@@ -138,14 +138,22 @@ def main() -> None:
     mapped = int(os.pread(size, 256, 0).split()[0]) * resource.getpagesize()
     os.close(size)
     Zygote(plan, control, Inherited(mapped, kept), value_bytes).run()
+    if not plan.namespaces:
+        scratch.remove(plan.base)  # also where the driver was killed and cannot
 
 
-def _second() -> None:
-    """Go on in a child, the first process of the new process-id namespace; this one only waits for it."""
+def _second(base: str) -> None:
+    """Go on in a child, the first process of the new process-id namespace; this one waits for it and cleans up."""
+    # Opened now: the child's change of root is this process's as well.
+    parent = os.open(os.path.dirname(base), os.O_PATH | os.O_CLOEXEC)
     pid = os.fork()
     if pid:
         confine.hide()
-        os.closerange(3, 1024)
+        os.closerange(3, parent)
+        os.closerange(parent + 1, 1024)
         _, status = os.waitpid(pid, 0)
+        with contextlib.suppress(FileNotFoundError):
+            os.rmdir(os.path.basename(base), dir_fd=parent)
         os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+    os.close(parent)
     confine.die_with_parent()

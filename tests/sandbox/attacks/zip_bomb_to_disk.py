@@ -5,7 +5,7 @@ import zipfile
 
 stream = io.BytesIO()
 with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as z:
-    z.writestr("zeros", b"\0" * (20 << 20))
+    z.writestr("zeros", b"\0" * (12 << 20))
 with zipfile.ZipFile(stream) as z:
     z.extractall(".")
 print("ESCAPED extracted")
