@@ -106,7 +106,7 @@ class Canaries:
         self._keep.callback(self._victim.wait)
         self._keep.callback(self._victim.kill)
 
-    def _listen(self, family: int, kind: int, address: object) -> socket.socket:
+    def _listen(self, family: int, kind: int, address: tuple[str, int] | str) -> socket.socket:
         found = self._keep.enter_context(socket.socket(family, kind))
         found.bind(address)
         if kind == socket.SOCK_STREAM:

@@ -95,7 +95,9 @@ def _bind(path: str, base: str, attributes: int) -> None:
 
 def _mount(source: str, target: str, kind: str | None, flags: int, options: str = "") -> None:
     try:
-        call("mount", source.encode(), target.encode(), kind and kind.encode(), flags, options.encode())
+        call(
+            "mount", source.encode(), target.encode(), None if kind is None else kind.encode(), flags, options.encode()
+        )
     except OSError as e:
         raise OSError(e.errno, f"mount of {source} at {target}: {os.strerror(e.errno or 0)}") from e
 

@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 
 from stare_megatron.errors import RunError
@@ -175,7 +175,7 @@ class Sandbox:
         Raises:
             WorkerError: none could be had.
         """
-        limits = Limits(**vars(self._limits) | {"cpu_seconds": cpu_seconds})
+        limits = replace(self._limits, cpu_seconds=cpu_seconds)
         slot = self._slots[self._turns % len(self._slots)]
         self._turns += 1
         for attempt in range(_ATTEMPTS):

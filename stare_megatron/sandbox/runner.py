@@ -98,8 +98,10 @@ def _compile(text: str, name: str, echo: bool) -> tuple[CodeType, CodeType | Non
     """The cell, and apart from it the trailing expression if its value is wanted."""
     tree = ast.parse(text, name)
     last = None
-    if echo and tree.body and isinstance(tree.body[-1], ast.Expr):
-        last = compile(ast.Expression(tree.body.pop().value), name, "eval")
+    end = tree.body[-1] if tree.body else None
+    if echo and isinstance(end, ast.Expr):
+        tree.body.pop()
+        last = compile(ast.Expression(end.value), name, "eval")
     return compile(tree, name, "exec"), last
 
 

@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import stare_megatron
@@ -107,7 +107,7 @@ class Worker:
     def __init__(self, plan: Plan, value_bytes: int) -> None:
         self.base = tempfile.mkdtemp(prefix="sandbox-")
         os.chmod(self.base, 0o711)  # children pass through it, and cannot list it
-        self.plan = Plan(**vars(plan) | {"base": self.base})
+        self.plan = replace(plan, base=self.base)
         self._value_bytes = value_bytes
         self._children: dict[str, Child] = {}
         self._forked: dict[str, asyncio.Future[int]] = {}
@@ -160,7 +160,7 @@ class Worker:
         if not self.alive or self._control is None:
             raise WorkerError("the worker is dead")
         loop = asyncio.get_running_loop()
-        limits = Limits(**vars(limits) | {"name": secrets.token_hex(8)})
+        limits = replace(limits, name=secrets.token_hex(8))
         child = Child(limits, self)
         self._children[limits.name] = child
         self._forked[limits.name] = loop.create_future()
