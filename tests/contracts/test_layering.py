@@ -9,7 +9,18 @@ import pytest
 
 from tests.contracts.source import Import, files, imports, nodes, relative
 
-CONTRACTS = {"types", "trajectory", "dynamics", "mismatch", "stats", "config", "sandbox_config", "errors", "device", "ports"}
+CONTRACTS = {
+    "types",
+    "trajectory",
+    "dynamics",
+    "mismatch",
+    "stats",
+    "config",
+    "sandbox_config",
+    "errors",
+    "device",
+    "ports",
+}
 
 # Unit (a file or package of stare_megatron) -> units it may import.
 ALLOWED: dict[str, set[str]] = {
