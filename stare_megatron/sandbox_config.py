@@ -1,0 +1,41 @@
+"""Settings of the sandbox. A file of its own, so that its readers need no run's configuration."""
+
+# A default given to Field by position is invisible to the type checker, which then misses arguments in `Section()`.
+# pyright: reportCallIssue=false
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from stare_megatron.methods import Section
+
+
+class SandboxConfig(Section):
+    require: Literal["limits", "filter", "landlock", "namespaces"] = Field(
+        "landlock",
+        description="Weakest acceptable level of protection, docs/sandbox.md; the strongest available one is used, and "
+        "without this one it refuses to start.",
+    )
+    workers: int = Field(2, ge=1, description="Calls that run at once; further ones wait their turn.")
+    wall_seconds: float = Field(20.0, gt=0, description="Wall-clock limit of a call, seconds.")
+    cpu_seconds: float = Field(10.0, gt=0, description="CPU limit of a call, seconds.")
+    memory_mb: int = Field(512, ge=16, description="Address space of a call beyond the warm interpreter's, MiB.")
+    output_bytes: int = Field(65536, ge=1, description="Longest stdout and stderr of a call together, bytes.")
+    scratch_mb: int = Field(64, ge=1, description="Size of a call's scratch directory, and of any file in it, MiB.")
+    scratch_files: int = Field(
+        1024, ge=1, description="Files and directories a call may have in its scratch directory."
+    )
+    preload: list[str] = Field(
+        default_factory=lambda: ["numpy", "sympy"], description="Modules imported once a worker, not once a call."
+    )
+    sessions: int = Field(256, ge=1, description="Kept states (one an episode) at once; opening more waits.")
+    idle_seconds: float = Field(600.0, gt=0, description="A kept state that is not used for so long is ended, seconds.")
+    url: str = Field(
+        "",
+        pattern=r"^(https?://.+)?$",
+        description="Address of a SandboxFusion-compatible server to run code on; empty: run it on this machine. "
+        "`require` does not apply to a server.",
+    )
+    retries: int = Field(2, ge=0, description="Further attempts at a call that the server failed to answer.")

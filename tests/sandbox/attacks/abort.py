@@ -1,0 +1,5 @@
+# abort(3).
+# Expect: killed
+import os
+
+os.abort()

@@ -1,0 +1,5 @@
+# Dereference null.
+# Expect: killed
+import ctypes
+
+ctypes.string_at(0)

@@ -1,0 +1,7 @@
+# Recurse in Python.
+# Expect: error
+def f():
+    f()
+
+
+f()

@@ -1,0 +1,3 @@
+# A trailing expression whose repr is huge.
+# Expect: ok
+"x" * 5_000_000

@@ -1,0 +1,5 @@
+# Spin.
+# Expect: timeout
+# Seconds: 0.3
+while True:
+    pass

@@ -1,0 +1,3 @@
+# One allocation larger than the machine.
+# Expect: memory
+x = bytearray(1 << 45)

@@ -1,0 +1,3 @@
+# One line larger than any buffer.
+# Expect: output
+print("x" * 50_000_000)

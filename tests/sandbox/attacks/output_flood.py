@@ -1,0 +1,4 @@
+# Print without end.
+# Expect: output
+while True:
+    print("x" * 1000)
