@@ -75,7 +75,7 @@ def evaluate(config: Config, *, model: Path | None, out: Path | None) -> int:
     """
     console = Console()
     policy = find_policy(config, model)
-    changes = {"model": config.model.model_copy(update={"path": policy.model})}
+    changes: dict[str, object] = {"model": config.model.model_copy(update={"path": policy.model})}
     if policy.checkpoint is None:  # nobody to share devices with
         changes["inference"] = config.inference.model_copy(update={"placement": "separate"})
     config = config.model_copy(update=changes)

@@ -25,11 +25,12 @@ from stare_megatron.rollout.seeds import derive_seed
 from stare_megatron.types import Group, GroupRequest, GroupSummary, Sampling
 
 Ref = TypeVar("Ref")
+Ref_co = TypeVar("Ref_co", covariant=True)
 
 SAMPLED, GREEDY = "sampled", "greedy"
 
 
-class Dispatcher(GroupDispatcher[Ref], Protocol[Ref]):
+class Dispatcher(GroupDispatcher[Ref_co], Protocol[Ref_co]):
     """Where requests are served."""
 
     def forget(self) -> None:

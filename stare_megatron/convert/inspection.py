@@ -121,7 +121,7 @@ def checksum(source: Tensors, name: str, info: TensorInfo, progress: Callable[[i
     state = xxhash.xxh3_128()
     for first, last in blocks(info.shape, info.dtype.itemsize):
         value = source.read(name, first, last).contiguous()
-        state.update(memoryview(value.flatten().view(torch.uint8).numpy()))
+        state.update(value.flatten().view(torch.uint8).numpy().data)
         progress(value.nbytes)
     return state.hexdigest()
 

@@ -97,7 +97,7 @@ def make_plan(source: Source, *, to: Kind, dtype: str, layout: ParallelLayout, f
         virtual_pipeline=layout.virtual_pipeline,
         expert_parallel=layout.expert_parallel,
     )
-    found = _hf_dtypes(source, shape) if source.kind is Kind.HF else _mcore_dtypes(source, shape, hf)
+    found = list(_hf_dtypes(source, shape) if source.kind is Kind.HF else _mcore_dtypes(source, shape, hf))
     if dtype == "keep" and len(found) > 1:
         names = ", ".join(str(d).removeprefix("torch.") for d in found)
         raise UserError(f"{source.weights}: tensors of several dtypes ({names}); choose one with --dtype")

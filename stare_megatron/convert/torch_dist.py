@@ -101,7 +101,9 @@ class TorchDist:
         )
         self._pieces: dict[str, list[Stored]] = {}
         self._cached: tuple[Stored | None, torch.Tensor] = (None, torch.empty(0))
-        where = {(i.fqn, tuple(i.offset or ())): info for i, info in (index.storage_data or {}).items()}
+        where: dict[tuple[str, tuple[int, ...]], Any] = {
+            (i.fqn, tuple(i.offset or ())): info for i, info in (index.storage_data or {}).items()
+        }
         for key, value in index.state_dict_metadata.items():
             if isinstance(value, BytesStorageMetadata):
                 continue
@@ -174,7 +176,8 @@ class TorchDist:
         assert piece.box is not None
         try:
             with file.open("rb") as f:
-                value = torch.load(_Window(f, piece.offset, piece.length), map_location="cpu", weights_only=True)
+                window: Any = _Window(f, piece.offset, piece.length)
+                value = torch.load(window, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, *_DAMAGE) as e:
             reason = str(e).partition("\n")[0]
             raise UserError(f"{file}: damaged: cannot read {piece.key!r}: {reason}; {_AGAIN}") from e
@@ -294,7 +297,7 @@ def _read_index(file: Path) -> Metadata:
     return index
 
 
-def save_object(value: Any, stream: IO[bytes]) -> None:
+def save_object(value: Any, stream: Any) -> None:
     """One archive, as the `*.distcp` files hold them."""
     torch.save(value, stream)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow.compute as pc
 
 from stare_megatron.config import BenchmarkConfig, Config
 from stare_megatron.data.prompts import PromptSet, load_prompts
@@ -65,7 +64,7 @@ def source_labels(prompts: PromptSet) -> dict[str, str]:
     The `MAX_SOURCES` sources with the most prompts have a label of their own, the rest share `OTHER`. Sources that
     differ in replaced characters only share a label.
     """
-    counts = {item["values"]: item["counts"] for item in pc.value_counts(prompts.sources).to_pylist()}
+    counts = {item["values"]: item["counts"] for item in prompts.sources.value_counts().to_pylist()}
     ranked = sorted(counts, key=lambda source: (-counts[source], source))
     return {s: re.sub(r"[^A-Za-z0-9._-]", "_", s) or "_" for s in ranked[:MAX_SOURCES]} | dict.fromkeys(
         ranked[MAX_SOURCES:], OTHER

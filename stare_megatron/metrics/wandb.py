@@ -114,7 +114,8 @@ def read_offline(file: Path) -> OfflineRun:
             config |= _values(record.config.update)
         elif kind == "history":
             row = {key: float(v) for key, v in _values(record.history.item).items() if _is_number(v)}
-            row["step"] = float(int(row.get("step", record.history.step.num)))
+            number: float = record.history.step.num
+            row["step"] = float(int(row.get("step", number)))
             rows.append(row)
     config.pop("_wandb", None)
     return OfflineRun(run_id, name or run_id, config, commit, rows, log.torn)
