@@ -121,7 +121,7 @@ def make_plan(source: Source, *, to: Kind, dtype: str, layout: ParallelLayout, f
         to=to,
         hf=hf,
         shape=shape,
-        dtypes=found,
+        dtypes=tuple(found),
         dtype=target,
         padded_vocab=padded,
         files=tuple(files),
