@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from stare_megatron.errors import UserError
-from stare_megatron.metrics import jsonl
+from stare_megatron.metrics import eval_records, jsonl
 from stare_megatron.run_folder import RunFolder
 
 PACKED = jsonl.FILE + ".gz"
@@ -140,7 +140,15 @@ def _load_folder(path: Path, now: float) -> Run:
     notes += [] if settings else ["no config.toml: settings unknown"]
     versions = {(s.commit, s.dirty, *sorted(s.packages.items())) for s in starts}
     notes += ["its starts ran different versions"] if len(versions) > 1 else []
-    return _run(path, path.resolve().name, record.rows, settings, starts, notes, now - file.stat().st_mtime)
+    rows = _with_evaluations(record.rows, path / eval_records.TABLE)
+    return _run(path, path.resolve().name, rows, settings, starts, notes, now - file.stat().st_mtime)
+
+
+def _with_evaluations(rows: list[jsonl.Row], table: Path) -> list[jsonl.Row]:
+    """The steps with what their policies were found to be on held-out prompts. That of the policy before the first step
+    is left out: it belongs to no step."""
+    found = {row["step"]: row for row in (jsonl.read(table) if table.is_file() else [])}
+    return [row | found.get(row["step"], {}) for row in rows]
 
 
 def _load_wandb(path: Path, now: float) -> Run:

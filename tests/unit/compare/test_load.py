@@ -9,6 +9,7 @@ import pytest
 from stare_megatron.compare.align import Align, mean_curve, moving_average, position
 from stare_megatron.compare.group import differing, group
 from stare_megatron.compare.load import State, load, load_all
+from stare_megatron.compare.measures import table
 from stare_megatron.errors import UserError
 from tests.unit.compare.run_folders import RECORD, rows, write_run
 
@@ -184,3 +185,16 @@ def test_mean_by_tokens_interpolates_where_all_runs_overlap():
     assert x.tolist() == [5, 12.5, 20]
     assert y.tolist() == [7.5, 15, 22.5]
     assert len(mean_curve([a, (np.array([30.0, 40]), np.array([1.0, 1]))], Align.TIME)[0]) == 0
+
+
+def test_evaluations_join_their_steps_and_change_nothing_else(tmp_path):
+    plain, evaluated = write_run(tmp_path / "p", "a"), write_run(tmp_path / "e", "a")
+    rows = [{"step": 0, "eval/test/avg@8": 0.1}, {"step": 10, "eval/test/avg@8": 0.4}]
+    (evaluated / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    without, run = load_all([plain], NOW)[0], load_all([evaluated], NOW)[0]
+    found = run.series["eval/test/avg@8"]
+    assert [(s, v) for s, v in zip(run.steps, found, strict=True) if np.isfinite(v)] == [(10, 0.4)]
+    tables = [table(group([r]), 10, None)[0] for r in (without, run)]
+    cells = [{row.measure.key: row.cells[0].mean for row in t if row.cells[0].n} for t in tables]
+    assert cells[1].pop("eval/test/avg@8") == 0.4
+    assert cells[0] == cells[1]
