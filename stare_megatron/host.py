@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
 
 @dataclass(frozen=True)
 class HostMemory:
-    """`run`: proportional set sizes of this process and all under it, summed, so that shared pages count once;
-    `available`: what processes could still get without swapping. Bytes."""
+    """`run`: memory of this process and all under it; `available`: what processes could still get without swapping.
+    Bytes."""
 
     run: int
     available: int
 
 
 def host_memory() -> HostMemory:
-    """Now. Processes that end meanwhile do not count. A joined Ray's actors are not under this process."""
+    """Now. A joined Ray's actors are not under this process.
+
+    Files and libraries in memory do not count, and of shared memory (Ray's object store) only the largest part that a
+    process has mapped. Proportional set sizes would count everything once, but the kernel takes seconds to add them up.
+    """
     me = psutil.Process()
-    total = 0
-    for process in [me, *me.children(recursive=True)]:
-        try:
-            total += process.memory_full_info().pss
-        except psutil.Error:
-            continue
-    return HostMemory(total, psutil.virtual_memory().available)
+    sizes = [_resident(p.pid) for p in [me, *me.children(recursive=True)]]
+    own = sum(anonymous for anonymous, _ in sizes)
+    return HostMemory(own + max(shared for _, shared in sizes), psutil.virtual_memory().available)
+
+
+def _resident(pid: int) -> tuple[int, int]:
+    """Anonymous and shared memory of a process, bytes (Linux); zeros when it has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0, 0
+    fields = dict(line.split(":", 1) for line in status.splitlines())
+    anonymous, shared = (int(fields.get(name, "0 kB").split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
+    return anonymous, shared

@@ -194,7 +194,7 @@ _ENTRIES = (
         "memory/host_run",
         "MB",
         Reduction.SUM,
-        "Memory (proportional set size) of the driver and all processes under it, those of a local Ray included.",
+        "Memory of the driver and all processes under it, those of a local Ray included: anonymous, and shared once.",
     ),
     Entry("memory/host_available", "MB", Reduction.LAST, "What the driver's machine could still give to processes."),
     Entry("eval/avg", "share", Reduction.MEAN, "Mean over the benchmarks of avg@k, each with its own k."),
