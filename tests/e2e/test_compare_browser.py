@@ -14,6 +14,7 @@ import statistics
 
 import numpy as np
 import pytest
+from selenium.webdriver.support.ui import WebDriverWait
 
 from stare_megatron.compare import derived
 from stare_megatron.compare.align import Align, mean_curve, moving_average, position
@@ -264,9 +265,10 @@ def test_no_sideways_scrolling(page, width, scheme):
     page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
     resize(page, width)
     try:
+        page.refresh()  # as a phone opens it; a page that was wide keeps its wide viewport for a while
         page.execute_script("for (const d of document.querySelectorAll('details')) d.open = true")
         draw(page)
-        assert page.execute_script("return innerWidth") == width
+        WebDriverWait(page, 20).until(lambda p: p.execute_script("return innerWidth") == width)
         assert page.execute_script("return document.scrollingElement.scrollWidth") <= width
         wide = """return [...document.querySelectorAll("figure, .card, .scroll, article, h1, h2")]
             .filter((e) => e.getBoundingClientRect().right > innerWidth + 0.5).length"""
