@@ -145,6 +145,8 @@ def _engines(config: Config, policy: Policy, logs: Path, console: Console) -> It
 
 def _write(config: Config, policy: Policy, benchmarks: tuple[Benchmark, ...], done: Evaluation, folder: Path) -> None:
     about = {"model": policy.name, "step": policy.step, "fingerprint": fingerprint(config, benchmarks)}
-    eval_records.fill(folder, about, done.results, done.rows)
+    responses = folder / "responses"  # apart, so that no benchmark's name can be that of the table
+    responses.mkdir()
+    eval_records.fill(responses, about, done.results, done.rows)
     eval_records.append(folder, policy.step, done.metrics)
     (folder / "config.toml").write_text(run_folder.to_toml(config))
