@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -20,6 +21,7 @@ from stare_megatron.tasks.smollm2 import make_smollm2
 from stare_megatron.tasks.tiny_model import default_settings
 
 ROOT = Path(__file__).parents[2]
+STEPS = 24
 COMMAND = [sys.executable, "-m", "stare_megatron", "train", str(ROOT / "examples/demo_cpu/run.toml"), "--quiet"]
 
 
@@ -43,16 +45,25 @@ def arguments(material: Path, runs: Path, **overrides: object) -> list[str]:
     return [*COMMAND, *(f"{key}={value}" for key, value in keys.items())]
 
 
-def test_stare_trains(material: Path, tmp_path: Path) -> None:
-    """Reward rises, engine and trainer agree at every step, the engine's weights change, all files are there."""
-    steps = 24
-    done = subprocess.run(
-        arguments(material, tmp_path, **{"run.steps": steps}), cwd=ROOT, capture_output=True, text=True, timeout=540
-    )
+def held_out(material: Path) -> dict[str, object]:
+    return {"eval.benchmarks": json.dumps([str(material / "eval.jsonl")]), "eval.samples": 4, "eval.every": 4}
+
+
+@pytest.fixture(scope="module")
+def trained(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of STEPS steps, evaluated every fourth."""
+    runs = tmp_path_factory.mktemp("trained")
+    command = arguments(material, runs, **{"run.steps": STEPS}, **held_out(material))
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=570)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    run = tmp_path / "e2e"
+    return runs / "e2e"
+
+
+def test_stare_trains(material: Path, trained: Path) -> None:
+    """Reward rises, engine and trainer agree at every step, the engine's weights change, all files are there."""
+    run = trained
     rows = jsonl.read(run / "metrics.jsonl")
-    assert [row["step"] for row in rows] == list(range(1, steps + 1))
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
 
     first = sum(row["reward/mean"] for row in rows[:4]) / 4
     last = sum(row["reward/mean"] for row in rows[-4:]) / 4
@@ -62,7 +73,7 @@ def test_stare_trains(material: Path, tmp_path: Path) -> None:
     assert all(row["mismatch/mean"] < 1e-3 for row in rows)
     assert all(row["sync/probe"] < 1e-3 for row in rows)
     # Had a push not reached the engine, its samples would come from old weights and the mismatch would grow.
-    assert [row["sync/weight_version"] for row in rows] == list(range(1, steps + 1))
+    assert [row["sync/weight_version"] for row in rows] == list(range(1, STEPS + 1))
     assert all(row["sync/staleness"] == 0 for row in rows)
     assert any(row["stare/gate"] for row in rows) or min(row["policy/entropy"] for row in rows) >= 0.2
 
@@ -73,17 +84,68 @@ def test_stare_trains(material: Path, tmp_path: Path) -> None:
         assert (run / name).exists(), name
 
 
-def test_interrupt_saves_and_resume_goes_on(material: Path, tmp_path: Path) -> None:
-    """Ctrl-C ends the step, saves, and leaves no process; `run.resume=auto` goes on from there at another layout, and
-    without a scoring pass."""
-    run = tmp_path / "e2e"
-    small = {"run.steps": 40, "rollout.prompts_per_step": 8, "rollout.prompts_per_generation": 8}
-    process = subprocess.Popen(
-        arguments(material, tmp_path, **small), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+def learned(row: jsonl.Row) -> dict[str, str]:
+    """What a step found and did, without what it cost; as text, since NaN is not equal to itself."""
+    return {name: repr(x) for name, x in row.items() if not name.startswith(("time/", "memory/", "throughput/"))}
+
+
+def prompts_of(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_run_is_evaluated(trained: Path) -> None:
+    """At the start, every fourth step and at the end; accuracy rises with the reward, and the record is whole."""
+    rows = jsonl.read(trained / "eval.jsonl")
+    assert [row["step"] for row in rows] == list(range(0, STEPS + 1, 4))
+    # 32 prompts of 4 samples, the same prompts and seeds at both ends: a standard error of some 0.04.
+    assert rows[-1]["eval/eval/avg@4"] - rows[0]["eval/eval/avg@4"] >= 0.1
+    for row in rows:
+        assert row["eval/eval/ungraded"] == 0
+        for name in ("avg@4", "pass@1", "pass@2", "pass@4", "greedy"):
+            assert row[f"eval/eval/{name}/ci_low"] <= row[f"eval/eval/{name}"] <= row[f"eval/eval/{name}/ci_high"]
+        assert row["eval/eval/pass@1"] <= row["eval/eval/pass@2"] <= row["eval/eval/pass@4"]
+    graded = prompts_of(trained / f"eval/step-{STEPS:06d}/eval.jsonl")
+    assert len(graded) == 64
+    shares = [sum(g["correct"]) / 4 for g in graded if g["setting"] == "sampled"]
+    assert rows[-1]["eval/eval/avg@4"] == pytest.approx(sum(shares) / 32)
+    steps = jsonl.read(trained / "metrics.jsonl")
+    assert [row["step"] for row in steps if row["time/eval"]] == list(range(1, STEPS, 4))
+    assert all(row["source/order_free_sum/reward"] == pytest.approx(row["reward/mean"]) for row in steps)
+
+
+def test_an_evaluation_alone_is_the_one_of_the_run(material: Path, trained: Path, tmp_path: Path) -> None:
+    """The exported policy, in an engine that loads it from disk, gives the responses of the run's last evaluation."""
+    out = tmp_path / "alone"
+    command = [sys.executable, "-m", "stare_megatron", "eval", COMMAND[4], "--model", str(trained), "--out", str(out)]
+    keys: dict[str, object] = {"run.dir": tmp_path, "model.path": "none", "data.train": '["none"]'} | held_out(material)
+    done = subprocess.run(
+        [*command, *(f"{key}={value}" for key, value in keys.items())],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=400,
     )
-    deadline = time.monotonic() + 240
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "avg@4" in done.stdout
+    mine, runs = (prompts_of(f / "eval.jsonl") for f in (out, trained / f"eval/step-{STEPS:06d}"))
+    assert mine == runs
+
+
+def test_interrupt_saves_and_resume_goes_on(material: Path, trained: Path, tmp_path: Path) -> None:
+    """Ctrl-C ends the step, saves, and leaves no process; `run.resume=auto` goes on from there at another layout, and
+    without a scoring pass.
+
+    Up to there the run has no evaluation, and is bit for bit the one that has.
+    """
+    run = tmp_path / "e2e"
+    settings: dict[str, object] = {"run.steps": 40}
+    process = subprocess.Popen(
+        arguments(material, tmp_path, **settings), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 300
     metrics = run / "metrics.jsonl"
-    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+    # Until the other run has been evaluated twice.
+    while not (metrics.exists() and metrics.read_text().count("\n") > 4) and time.monotonic() < deadline:
         assert process.poll() is None, process.stdout.read()[-3000:]  # type: ignore[union-attr]
         time.sleep(0.5)
     children = psutil.Process(process.pid).children(recursive=True)
@@ -96,6 +158,8 @@ def test_interrupt_saves_and_resume_goes_on(material: Path, tmp_path: Path) -> N
     saved = int((run / "checkpoints/latest").read_text().strip().removeprefix("step_"))
     logged = metrics.read_text()
     assert jsonl.read(metrics)[-1]["step"] == saved
+    mine, theirs = ([learned(row) for row in jsonl.read(f / "metrics.jsonl")[:saved]] for f in (run, trained))
+    assert mine == theirs
 
     layout = {
         "run.steps": saved + 2,
@@ -104,13 +168,16 @@ def test_interrupt_saves_and_resume_goes_on(material: Path, tmp_path: Path) -> N
         "trainer.pipeline_parallel": 2,
         "trainer.scoring": "rollout",
     }
+    settings |= held_out(material) | {"eval.every": 1} | layout
     again = subprocess.run(
-        arguments(material, tmp_path, **small | layout), cwd=ROOT, capture_output=True, text=True, timeout=400
+        arguments(material, tmp_path, **settings), cwd=ROOT, capture_output=True, text=True, timeout=400
     )
     assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
     assert metrics.read_text().startswith(logged)
     resumed = jsonl.read(metrics)
     assert [row["step"] for row in resumed] == list(range(1, saved + 3))
+    # The evaluation of the step it goes on from was due, and is made up for.
+    assert [row["step"] for row in jsonl.read(run / "eval.jsonl")] == [saved, saved + 1, saved + 2]
     # A model that was not restored, or pushed wrongly, would disagree with what the engine sampled.
     assert all(row["mismatch/mean"] < 1e-3 for row in resumed)
     # Measured in the update pass without a scoring pass, and not made up: the gate read the engine's surprisal instead.

@@ -39,6 +39,37 @@ def test_entries_are_distinct_and_whole():
         assert entry.name.count("/") == 1
 
 
+def test_a_family_has_typed_members():
+    name = catalogue.member("eval/{benchmark}/avg@{k}", benchmark="aime24", k=32)
+    assert name == "eval/aime24/avg@32"
+    assert catalogue.entry(name).name == "eval/{benchmark}/avg@{k}"
+    assert metrics({name: 0.3, "source/gsm8k/reward": 1.0}) == (
+        Metric(name, 0.3, "share"),
+        Metric("source/gsm8k/reward", 1.0, "reward"),
+    )
+    with pytest.raises(ValueError, match="benchmark = 'a/b'"):
+        catalogue.member("eval/{benchmark}/greedy", benchmark="a/b")
+    with pytest.raises(ValueError, match="k = 0"):
+        catalogue.member("eval/{benchmark}/avg@{k}", benchmark="x", k=0)
+    with pytest.raises(ValueError, match="no family"):
+        catalogue.member("eval/{benchmark}/mean", benchmark="x")
+
+
+@pytest.mark.parametrize(
+    "name", ["eval/x/avg@", "eval/x/avg@08", "eval/x/avg@8/ci", "eval//greedy", "eval/a b/greedy", "source/x/loss"]
+)
+def test_names_that_no_family_has(name):
+    with pytest.raises(ValueError, match="no metric"):
+        catalogue.entry(name)
+
+
+def test_no_name_is_of_two_families():
+    parts = {"benchmark": "greedy", "source": "greedy", "k": 4}
+    names = [family.format(**parts) for family in catalogue.FAMILIES]
+    assert len(set(names)) == len(names)
+    assert [catalogue.entry(name).name for name in names] == list(catalogue.FAMILIES)
+
+
 def test_page_is_the_catalogue():
     page = Path(__file__).resolve().parents[3] / "docs" / "metrics.md"
     assert page.read_text() == catalogue.markdown(), "run: python tools/make_metric_docs.py"
