@@ -13,13 +13,14 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import psutil
 
+from stare_megatron.compare.load import flatten
 from stare_megatron.errors import RunError, UserError
 from stare_megatron.metrics import jsonl
 from stare_megatron.study.spec import Job, Study
@@ -44,10 +45,17 @@ class Progress:
 
     job: Job
     state: State = State.WAITING
-    began: float = 0.0
     steps_before: int = 0
     note: str = ""
     rows: list[jsonl.Row] = field(default_factory=list)
+    _read_bytes: int = 0
+
+    def read(self) -> None:
+        """Bring `rows` up to date. The file is parsed only when it has grown: the runs need the CPU."""
+        file = self.job.config.folder / jsonl.FILE
+        size = file.stat().st_size if file.is_file() else 0
+        if size != self._read_bytes:
+            self.rows, self._read_bytes = jsonl.read(file), size
 
     @property
     def step(self) -> int:
@@ -88,7 +96,8 @@ class Runner:
         for p in self.progress:
             refuse_other(p.job)
             if is_done(p.job):
-                p.state, p.rows = State.DONE, read_rows(p.job)
+                p.state = State.DONE
+                p.read()
         before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             self._prepare()
@@ -129,8 +138,8 @@ class Runner:
         log.parent.mkdir(parents=True, exist_ok=True)
         handle = log.open("ab")
         words = ["train", str(self._study.base), "--quiet", *p.job.settings, "run.resume=auto"]
-        p.rows = read_rows(p.job)
-        p.state, p.began, p.steps_before = State.RUNNING, time.monotonic(), p.step
+        p.read()
+        p.state, p.steps_before = State.RUNNING, p.step
         process = subprocess.Popen(
             [sys.executable, "-m", "stare_megatron", *words],
             stdin=subprocess.DEVNULL,
@@ -143,7 +152,7 @@ class Runner:
     def _look_after(self, i: int) -> None:
         p = self.progress[i]
         process, handle = self._running[i]
-        p.rows = read_rows(p.job)
+        p.read()
         code = process.poll()
         if code is None:
             return
@@ -190,19 +199,11 @@ def refuse_other(job: Job) -> None:
     file = job.config.folder / "config.toml"
     if not file.is_file():
         return
-    found = dict(_flat(tomllib.loads(file.read_text())))
-    wanted = dict(_flat(job.config.model_dump(mode="json")))
+    found = flatten(tomllib.loads(file.read_text()))
+    wanted = flatten(job.config.model_dump(mode="json"))
     for key in sorted(found.keys() | wanted.keys()):
         if key not in _FREE_KEYS and found.get(key) != wanted.get(key):
             raise UserError(
                 f"{job.config.folder}: was run with {key} = {found.get(key)!r}, the study says {wanted.get(key)!r}; "
                 "move the folder away or choose another dir"
             )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
