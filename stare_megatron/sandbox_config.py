@@ -39,3 +39,18 @@ class SandboxConfig(Section):
         "`require` does not apply to a server.",
     )
     retries: int = Field(2, ge=0, description="Further attempts at a call that the server failed to answer.")
+    actors: int = Field(
+        1, ge=1, description="Ray actors that run code, each with `workers` workers, spread over the nodes."
+    )
+    actor_cpus: float = Field(
+        1.0, ge=0, description="CPUs that Ray reserves for each actor on a cluster; 0: none, it may run on any node."
+    )
+    node_resource: str = Field(
+        "", description="Ray resource that the actors' nodes must have, to keep them off others; empty: any node."
+    )
+    queue_seconds: float = Field(
+        120.0, gt=0, description="Longest wait of a call for its turn, seconds; then it is lost."
+    )
+    health_seconds: float = Field(
+        30.0, gt=0, description="An actor that does not answer a health check for so long is replaced, seconds."
+    )

@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 
 from stare_megatron.errors import UserError
-from stare_megatron.tasks import number_walk, order_free_sum
+from stare_megatron.tasks import number_walk, order_free_sum, tool_arithmetic
 from stare_megatron.tasks.base import Task
 
-TASKS: dict[str, Task] = {task.name: task for task in (order_free_sum.TASK, order_free_sum.LARGE, number_walk.TASK)}
+_TASKS: tuple[Task, ...] = (order_free_sum.TASK, order_free_sum.LARGE, number_walk.TASK, tool_arithmetic.TASK)
+TASKS: dict[str, Task] = {task.name: task for task in _TASKS}
 
 
 def get(name: str) -> Task:

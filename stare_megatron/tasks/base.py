@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -47,8 +48,20 @@ class WarmUp:
     stop_accuracy: float
 
 
+@dataclass(frozen=True)
+class Tool:
+    """A tool that the answers of a task may call, as far as a warm-up needs it; training calls the real one.
+
+    A call ends in the word `call_end`; `answer(call)` is then the text that the environment puts after it, byte for
+    byte what `[env]` with that parser gives for a call of the kind that `trace` makes.
+    """
+
+    call_end: str
+    answer: Callable[[str], str]
+
+
 class Task(Protocol):
-    """A generated task over a word-level vocabulary (words are separated by one space)."""
+    """A generated task over a word-level vocabulary."""
 
     @property
     def name(self) -> str: ...
@@ -56,6 +69,16 @@ class Task(Protocol):
     @property
     def words(self) -> tuple[str, ...]:
         """The vocabulary after `SPECIAL_WORDS`, in id order."""
+        ...
+
+    @property
+    def spaced(self) -> bool:
+        """Whether words are separated by one space; else they follow each other, and the longest that fits is read."""
+        ...
+
+    @property
+    def tool(self) -> Tool | None:
+        """What a response may call; None: it is one turn."""
         ...
 
     @property
@@ -82,11 +105,11 @@ class Task(Protocol):
         ...
 
     def trace(self, prompt: TaskPrompt, rng: random.Random) -> str:
-        """A right response drawn at random, without `<eos>`."""
+        """A right response drawn at random, without `<eos>` and without what a tool answers to its calls."""
         ...
 
     def verify(self, prompt_text: str, answer: str, response: str) -> Score:
-        """Score a response that ended by itself; `response` is without its final `<eos>`."""
+        """Score a response that ended by itself; `response` is what the policy wrote, without its final `<eos>`."""
         ...
 
 

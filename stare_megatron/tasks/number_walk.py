@@ -12,7 +12,7 @@ import random
 from dataclasses import dataclass
 
 from stare_megatron.errors import UserError
-from stare_megatron.tasks.base import ARITHMETIC_WORDS, Split, TaskPrompt, WarmUp, split_of
+from stare_megatron.tasks.base import ARITHMETIC_WORDS, Split, TaskPrompt, Tool, WarmUp, split_of
 from stare_megatron.types import Score
 
 _HELD_OUT_ONE_IN = 5
@@ -31,6 +31,14 @@ class NumberWalk:
     @property
     def words(self) -> tuple[str, ...]:
         return ARITHMETIC_WORDS
+
+    @property
+    def spaced(self) -> bool:
+        return True
+
+    @property
+    def tool(self) -> Tool | None:
+        return None
 
     @property
     def max_prompt_tokens(self) -> int:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from stare_megatron import tasks
@@ -24,6 +25,7 @@ from stare_megatron.tasks.base import SPECIAL_WORDS, Task, TaskPrompt
 _PAD, _BOS, _EOS, _UNK = range(4)
 _NO_LOSS = -100
 _CHECK_EVERY = 25
+_TURNS = 3  # of a measured response; more calls than that are not right
 
 
 @dataclass(frozen=True)
@@ -99,11 +101,17 @@ def default_settings(task: str, layers: int, seed: int) -> TinyModelSettings:
 
 
 def make_tokenizer(task: Task) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer: words are separated by spaces, `<bos>` begins every text."""
+    """A word-level tokenizer: `<bos>` begins every text; words are separated by spaces, or follow each other."""
     words = [*SPECIAL_WORDS, *task.words]
     model = models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=SPECIAL_WORDS[_UNK])
     inner = Tokenizer(model)
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
+    split = pre_tokenizers.WhitespaceSplit()
+    if not task.spaced:
+        longest_first = sorted(task.words, key=len, reverse=True)
+        pattern = Regex("|".join(map(re.escape, longest_first)) + r"|[\s\S]")
+        split = pre_tokenizers.Split(pattern, behavior="isolated")
+        inner.decoder = decoders.Fuse()  # pyright: ignore[reportAttributeAccessIssue]
+    inner.pre_tokenizer = split  # pyright: ignore[reportAttributeAccessIssue]
     inner.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
         single="<bos> $A", special_tokens=[("<bos>", _BOS)]
     )
@@ -169,7 +177,7 @@ def warm_up(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 20, 1.0))
     for done in range(1, settings.max_batches + 1):
         chosen = [prompts[rng.randrange(len(prompts))] for _ in range(settings.batch_size)]
-        input_ids, labels = _supervised(tokenizer, [(p.text, task.trace(p, rng)) for p in chosen])
+        input_ids, labels = _supervised(tokenizer, [(p.text, _parts(task, task.trace(p, rng))) for p in chosen])
         model.train()
         loss = model(input_ids=input_ids, labels=labels).loss
         optimizer.zero_grad()
@@ -189,19 +197,36 @@ def warm_up(
     return WarmedUp(0, 0.0)
 
 
-def _supervised(tokenizer: PreTrainedTokenizerFast, rows: list[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Padded right (harmless under a causal mask): input ids and labels, int64 [rows, longest]."""
-    pairs = [
-        (tokenizer.encode(prompt), [*tokenizer.encode(response, add_special_tokens=False), _EOS])
-        for prompt, response in rows
-    ]
-    longest = max(len(prompt) + len(response) for prompt, response in pairs)
-    input_ids = torch.full((len(pairs), longest), _PAD)
-    labels = torch.full((len(pairs), longest), _NO_LOSS)
-    for row, (prompt, response) in enumerate(pairs):
-        end = len(prompt) + len(response)
-        input_ids[row, :end] = torch.tensor(prompt + response)
-        labels[row, len(prompt) : end] = torch.tensor(response)
+def _parts(task: Task, trace: str) -> list[tuple[str, str]]:
+    """A response as pairs: what the policy writes, and what the tool answers to it ("" after the last)."""
+    if task.tool is None:
+        return [(trace, "")]
+    *calls, last = trace.split(task.tool.call_end)
+    called = [call + task.tool.call_end for call in calls]
+    return [*((call, task.tool.answer(call)) for call in called), (last, "")]
+
+
+def _supervised(
+    tokenizer: PreTrainedTokenizerFast, rows: list[tuple[str, list[tuple[str, str]]]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Padded right (harmless under a causal mask): input ids and labels, int64 [rows, longest]. No loss on prompts and
+    on what a tool answers."""
+    encoded: list[tuple[list[int], list[int]]] = []
+    for prompt, parts in rows:
+        ids = list(tokenizer.encode(prompt))
+        wanted = [_NO_LOSS] * len(ids)
+        for written, answer in parts:
+            action = tokenizer.encode(written, add_special_tokens=False)
+            observation = tokenizer.encode(answer, add_special_tokens=False)
+            ids += action + observation
+            wanted += action + [_NO_LOSS] * len(observation)
+        encoded.append(([*ids, _EOS], [*wanted, _EOS]))
+    longest = max(len(ids) for ids, _ in encoded)
+    input_ids = torch.full((len(encoded), longest), _PAD)
+    labels = torch.full((len(encoded), longest), _NO_LOSS)
+    for row, (ids, wanted) in enumerate(encoded):
+        input_ids[row, : len(ids)] = torch.tensor(ids)
+        labels[row, : len(ids)] = torch.tensor(wanted)
     return input_ids, labels
 
 
@@ -229,27 +254,57 @@ def _sample(
     model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, task: Task, prompts: list[TaskPrompt], *, greedy: bool
 ) -> tuple[list[bool], float]:
     """Whether each response is right, and the mean entropy over sampled tokens, nats."""
-    batch = tokenizer([p.text for p in prompts], return_tensors="pt", padding=True)
-    width = batch["input_ids"].shape[1]
+    streams: list[list[int]] = [list(tokenizer.encode(p.text)) for p in prompts]
+    written: list[list[int]] = [[] for _ in prompts]
+    entropies: list[torch.Tensor] = []
+    going = list(range(len(prompts)))
+    tool, call_end = task.tool, -1
+    if tool is not None:
+        call_end = int(tokenizer.convert_tokens_to_ids(tool.call_end))  # pyright: ignore[reportArgumentType]
+    for _ in range(_TURNS):
+        if not going:
+            break
+        turns, entropy = _turn(model, [streams[i] for i in going], [_EOS, call_end], task.max_response_tokens, greedy)
+        entropies.append(entropy)
+        called = []
+        for i, turn in zip(going, turns, strict=True):
+            written[i] += turn
+            if tool is not None and turn[-1] == call_end:
+                answer = tool.answer(str(tokenizer.decode(turn)))
+                streams[i] += turn + tokenizer.encode(answer, add_special_tokens=False)
+                called.append(i)
+        going = called
+    right = []
+    for prompt, ids in zip(prompts, written, strict=True):
+        text = str(tokenizer.decode(ids[:-1], skip_special_tokens=False))
+        right.append(ids[-1] == _EOS and task.verify(prompt.text, prompt.answer, text).correct)
+    return right, float(torch.cat(entropies).mean())
+
+
+def _turn(
+    model: Qwen2ForCausalLM, streams: list[list[int]], ends: list[int], max_tokens: int, greedy: bool
+) -> tuple[list[list[int]], torch.Tensor]:
+    """What is sampled after each stream, up to and with an id of `ends`, and the entropies there, nats, float32 [n]."""
+    width = max(map(len, streams))
+    input_ids = torch.tensor([[_PAD] * (width - len(ids)) + ids for ids in streams])
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in streams])
     out: Any = model.generate(  # pyright: ignore[reportAttributeAccessIssue]
-        **{k: batch[k] for k in ("input_ids", "attention_mask")},
+        input_ids=input_ids,
+        attention_mask=mask,
         generation_config=GenerationConfig(
             do_sample=not greedy,
             top_k=0 if not greedy else None,
             pad_token_id=_PAD,
-            eos_token_id=_EOS,
-            max_new_tokens=task.max_response_tokens,
+            eos_token_id=[end for end in ends if end >= 0],
+            max_new_tokens=max_tokens,
             return_dict_in_generate=True,
             output_logits=True,
         ),
     )
     responses = out.sequences[:, width:]
     logprob = torch.stack(out.logits, dim=1).float().log_softmax(-1)
-    ended_before = torch.nn.functional.pad((responses == _EOS).cumsum(1)[:, :-1], (1, 0)) > 0
-    entropy = -(logprob.exp() * logprob).sum(-1)[~ended_before].mean()
-    right = []
-    for prompt, row in zip(prompts, responses.tolist(), strict=True):
-        ended = _EOS in row
-        text = str(tokenizer.decode(row[: row.index(_EOS)] if ended else row, skip_special_tokens=False))
-        right.append(ended and task.verify(prompt.text, prompt.answer, text).correct)
-    return right, float(entropy)
+    ended = torch.isin(responses, torch.tensor(ends))
+    ended_before = torch.nn.functional.pad(ended.cumsum(1)[:, :-1], (1, 0)) > 0
+    entropy = -(logprob.exp() * logprob).sum(-1)[~ended_before]
+    lengths = (~ended_before).sum(1).tolist()
+    return [row[:n] for row, n in zip(responses.tolist(), lengths, strict=True)], entropy
