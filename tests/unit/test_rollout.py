@@ -11,7 +11,7 @@ import pytest
 from stare_megatron import tasks
 from stare_megatron.config import DataConfig, parse
 from stare_megatron.data.prompts import PromptStream, load_prompts
-from stare_megatron.envs.base import EnvError
+from stare_megatron.envs.base import End, EnvError
 from stare_megatron.envs.single_turn import SingleTurn
 from stare_megatron.errors import UserError
 from stare_megatron.rewards.base import RewardError
@@ -29,6 +29,7 @@ from stare_megatron.types import (
     Score,
     SpanKind,
     Status,
+    Turn,
 )
 
 TOKENIZER = make_tokenizer(tasks.get("order_free_sum"))
@@ -63,20 +64,23 @@ class Sampler:
 class Echo:
     """Two turns: answers the first action with two tokens that no text encodes to together."""
 
+    stop = ("</call>",)
+    turns = (Turn((), void=False),)
+
     def __init__(self, prompt, observation=(3, 3), fails=False):
         self._prompt = prompt
         self._observation = observation
         self._fails = fails
-        self.turns = self.closed = 0
+        self.count = self.closed = 0
 
     async def reset(self):
         return np.array(self._prompt.token_ids, np.int32)
 
     async def step(self, action):
-        self.turns += 1
+        self.count += 1
         if self._fails:
             raise EnvError("sandbox gone")
-        return np.array(self._observation, np.int32) if self.turns == 1 else None
+        return np.array(self._observation, np.int32) if self.count == 1 else End(Status.COMPLETED)
 
     async def close(self):
         self.closed += 1
@@ -121,7 +125,7 @@ def test_an_observation_without_room_after_it_truncates():
 def test_a_completion_that_did_not_end_is_not_shown_to_the_environment(status):
     env = Echo(PROMPT)
     trajectory, _ = play(env, Sampler(status))
-    assert (trajectory.status, env.turns, env.closed) == (status, 0, 1)
+    assert (trajectory.status, env.count, env.closed) == (status, 0, 1)
 
 
 def test_known_failures_are_data():
