@@ -25,7 +25,7 @@ class EnvConfig(Section):
         "fenced block of Python.",
     )
     tool: str = Field(
-        "python", min_length=1, description="Name that a `hermes` call must give; its argument is `code`."
+        "python", min_length=1, description="Name of the tool in a `hermes` call; its argument is `code`."
     )
     parallel_calls: bool = Field(
         False,
@@ -57,8 +57,8 @@ class EnvConfig(Section):
     )
     final_answer: str = Field(
         "",
-        description="Regular expression of what a final answer holds, e.g. `\\\\boxed`; a last turn without it is void. "
-        "Empty: any text is an answer.",
+        description="Regular expression of what a final answer holds, e.g. `\\\\boxed`; a last turn without it is "
+        "void. Empty: any text is an answer.",
     )
     void_turns: Literal["train", "mask"] = Field(
         "train",

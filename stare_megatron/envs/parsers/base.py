@@ -93,19 +93,11 @@ class Encoder:
 
         Each such place is encoded in two pieces, parted after its first character.
         """
-        pieces, begin = [], 0
-        for match in self._added.finditer(text) if self._added else ():
-            pieces.append(text[begin : match.start() + 1])
+        tokens, begin = [], 0
+        while self._added and (match := self._added.search(text, begin)):
+            tokens += self.form(text[begin : match.start() + 1])
             begin = match.start() + 1
-        pieces.append(text[begin:])
-        return [token for piece in pieces if piece for token in self._pieces(piece)]
-
-    def _pieces(self, text: str) -> list[int]:
-        """A piece whose beginning completes no added token; one may appear where its head was cut, so look again."""
-        if self._added and (match := self._added.search(text)):
-            at = match.start() + 1
-            return self._pieces(text[:at]) + self._pieces(text[at:])
-        return self.form(text)
+        return tokens + self.form(text[begin:])
 
 
 def newline_before(text: str) -> str:

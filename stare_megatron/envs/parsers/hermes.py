@@ -1,8 +1,8 @@
 """The Hermes and Qwen form: `<tool_call>{"name": "python", "arguments": {"code": "..."}}</tool_call>`, its result in a
 turn of its own between the boundaries that the tokenizer's chat template writes around a tool's message.
 
-    ...<tool_call>\\n{"name": ...}\\n</tool_call><|im_end|>\\n<|im_start|>user\\n<tool_response>\\n1180591620717411303424
-    </tool_response><|im_end|>\\n<|im_start|>assistant\\n
+    ...<tool_call>\\n{"name": ...}\\n</tool_call><|im_end|>\\n<|im_start|>user\\n<tool_response>\\n
+    1180591620717411303424\\n</tool_response><|im_end|>\\n<|im_start|>assistant\\n
 
 Sources: NousResearch/Hermes-Function-Calling, README; the chat template of Qwen2.5.
 """
@@ -102,6 +102,6 @@ def _boundaries(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
 
 def _complaint(what: str) -> str:
     return (
-        f'env.parser = "hermes": the chat template of the tokenizer in model.path {what}; use a tokenizer whose template '
-        'renders messages of the role "tool", or env.parser = "retool" or "fenced"'
+        f'env.parser = "hermes": the chat template of the tokenizer in model.path {what}; use a tokenizer whose '
+        'template renders messages of the role "tool", or env.parser = "retool" or "fenced"'
     )
