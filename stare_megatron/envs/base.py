@@ -53,6 +53,8 @@ class Env(Protocol):
     async def step(self, action: Completion) -> npt.NDArray[np.int32] | End:
         """Answer what the policy just wrote: the observation's tokens, int32 [n], or that the episode is over.
 
+        No tokens: the turn was stopped before its end, and the policy writes on.
+
         Not called after a completion that ran out of tokens or failed.
 
         Raises:

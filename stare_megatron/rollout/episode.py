@@ -103,7 +103,8 @@ async def _turns(stream: _Stream, versions: list[int], env: Env, sampler: Sample
             return observation
         if len(observation) >= stream.left:  # no room for a token after it
             return End(Status.TRUNCATED)
-        stream.append(Span(SpanKind.OBSERVATION, observation, _NO_LOGPROBS))
+        if len(observation):
+            stream.append(Span(SpanKind.OBSERVATION, observation, _NO_LOGPROBS))
 
 
 async def run_group(

@@ -56,10 +56,18 @@ def make_runner(
     return run
 
 
+def check_env(config: EnvConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises:
+    UserError: the tokenizer lacks what `env.parser` needs.
+    """
+    if config.name == "tool_use":
+        make_parser(config, tokenizer)
+
+
 def _env_maker(config: EnvConfig, box: Box | None, tokenizer: PreTrainedTokenizerBase) -> MakeEnv:
     if config.name == "single_turn":
         return SingleTurn
     if box is None:
         raise ValueError('env.name = "tool_use" needs a sandbox')
-    make_parser(config, tokenizer)  # so that a tokenizer that does not do is refused now
+    check_env(config, tokenizer)
     return functools.partial(ToolUse, box=box, tokenizer=tokenizer, config=config)
