@@ -34,7 +34,7 @@ from stare_megatron.metrics.samples import write_samples
 from stare_megatron.metrics.sinks import Sinks, open_sinks
 from stare_megatron.metrics.summary import render, summarize
 from stare_megatron.rollout.collect import Collected, Collector
-from stare_megatron.rollout.runner import make_runner
+from stare_megatron.rollout.runner import check_env, make_runner
 from stare_megatron.stats import EntropyReading, StepStats
 from stare_megatron.sync.check import compare, first_difference, require_agreement
 from stare_megatron.types import Control, ScoreSummary, UpdateStats
@@ -238,6 +238,7 @@ def train(config: Config, *, quiet: bool, command: list[str]) -> int:
     console = Console()
     notes = list(preflight.check(config))
     tokenizer = load_tokenizer(config.model.path)
+    check_env(config.env, tokenizer)
     prompts = load_prompts(config.data, tokenizer)
     if prompts.dropped:
         notes.append(

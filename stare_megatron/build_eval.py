@@ -22,7 +22,7 @@ from stare_megatron.data.tokenizer import decoder, load_tokenizer
 from stare_megatron.errors import RunError, UserError
 from stare_megatron.evaluate import Evaluation, Evaluator, fingerprint
 from stare_megatron.metrics import eval_records, eval_results
-from stare_megatron.rollout.runner import make_runner
+from stare_megatron.rollout.runner import check_env, make_runner
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ def evaluate(config: Config, *, model: Path | None, out: Path | None) -> int:
     for note in notes:
         console.print(f"note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     tokenizer = load_tokenizer(config.model.path)
+    check_env(config.env, tokenizer)
     benchmarks = load_benchmarks(config, tokenizer)
     folder = out or config.folder.with_name(f"{config.folder.name}-eval")
     partial = _make(folder)

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from stare_megatron import methods
+from stare_megatron.env_config import EnvConfig as EnvConfig
 from stare_megatron.errors import UserError
 from stare_megatron.methods import CorrectionConfig, Section, StareConfig
 from stare_megatron.methods import Selector as Selector
@@ -98,6 +99,10 @@ class RolloutConfig(Section):
     temperature: float = Field(1.0, gt=0, description="Sampling temperature; the trainer scores at the same one.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling threshold.")
     stop: list[str] = Field(default_factory=list, description="Strings that end a response (kept in it).")
+    overlong: Literal["train", "mask"] = Field(
+        "train",
+        description="Trajectories that the token, turn or call budget ended: learned from, or left out of the loss.",
+    )
 
 
 class AlgorithmConfig(Section):
@@ -201,6 +206,7 @@ class Config(Section):
     data: DataConfig = Field(description="Prompts.")
     reward: RewardConfig = Field(description="The reward.")
     rollout: RolloutConfig = Field(default_factory=lambda: RolloutConfig(), description="Sampling.")
+    env: EnvConfig = Field(default_factory=lambda: EnvConfig(), description="What the policy acts in.")
     algorithm: AlgorithmConfig = Field(default_factory=lambda: AlgorithmConfig(), description="The objective.")
     trainer: TrainerConfig = Field(default_factory=lambda: TrainerConfig(), description="Megatron-Core ranks.")
     inference: InferenceConfig = Field(default_factory=lambda: InferenceConfig(), description="vLLM engines.")

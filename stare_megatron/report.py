@@ -103,7 +103,15 @@ def sampling_metrics(stats: CollectStats) -> dict[str, float]:
         "response/truncated": stats.truncated_share,
         "response/failed": stats.failed,
         "response/ungraded": stats.ungraded,
+        "response/inexact": stats.inexact,
         "response/reflections": stats.reflections_mean,
+        "tools/turns": stats.tools.turns,
+        "tools/calls": stats.tools.calls,
+        "tools/call_errors": stats.tools.call_errors,
+        "tools/seconds": stats.tools.seconds,
+        "tools/seconds_max": stats.tools.seconds_max,
+        "tools/observation_tokens": stats.tools.observation_tokens,
+        "tools/void": stats.tools.void,
     }
 
 

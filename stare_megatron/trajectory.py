@@ -21,14 +21,23 @@ class Status(enum.Enum):
     """How a trajectory ended."""
 
     COMPLETED = "completed"  # the policy stopped by itself
-    TRUNCATED = "truncated"  # the token or turn budget ended it
+    TRUNCATED = "truncated"  # the token, turn or call budget ended it
     FAILED = "failed"  # the environment or the engine failed it; carries no loss
     UNGRADED = "ungraded"  # the reward could not grade it; carries no loss
+    INEXACT = "inexact"  # it could not be continued from exactly the sampled tokens; carries no loss
+    VOID = "void"  # a turn of it has neither a call nor a final answer, and the run leaves such out of the loss
+    OVERLONG = "overlong"  # truncated, and the run leaves such out of the loss
 
     @property
     def counts(self) -> bool:
-        """Whether the trajectory's reward says something about the policy, so that it is learned from."""
-        return self not in (Status.FAILED, Status.UNGRADED)
+        """Whether the trajectory is learned from: its reward says something about the policy, and no setting of the run
+        leaves it out."""
+        return self in (Status.COMPLETED, Status.TRUNCATED)
+
+    @property
+    def cut(self) -> bool:
+        """Whether a budget ended it."""
+        return self in (Status.TRUNCATED, Status.OVERLONG)
 
 
 @dataclass(frozen=True)
@@ -106,11 +115,65 @@ class Span:
             )
 
 
+@dataclass(frozen=True)
+class Call:
+    """One tool call: what was asked for, and how it ended.
+
+    `tool`: its name; `code`: what it was given, "" if the call could not be read; `outcome`: "ok", the sandbox's word
+    for how the code ended ("error", "timeout", ...), or "malformed"; `seconds`: wall-clock time the tool took, without
+    waiting for its turn.
+
+    Example:
+        Call("python", "print(2 ** 70)", "ok", 0.004)
+    """
+
+    tool: str
+    code: str
+    outcome: str
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the code was run and came to its end."""
+        return self.outcome == "ok"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What the environment made of one action span. `void`: it is over without a call and without a final answer.
+
+    Example:
+        Turn((Call("python", "print(2 ** 70)", "ok", 0.004),), void=False)
+    """
+
+    calls: tuple[Call, ...]
+    void: bool
+
+
+@dataclass(frozen=True)
+class EpisodeCounts:
+    """A trajectory in numbers. `turns`: action spans; `call_errors`: calls that did not end well, malformed ones among
+    them; `tool_seconds`: sum over its calls; `void`: one of its turns is.
+
+    Example:
+        EpisodeCounts(turns=3, calls=2, call_errors=1, tool_seconds=0.012, observation_tokens=58, void=False)
+    """
+
+    turns: int
+    calls: int
+    call_errors: int
+    tool_seconds: float
+    observation_tokens: int
+    void: bool
+
+
 @dataclass(frozen=True, eq=False)
 class Trajectory:
     """One sampled token stream: a prompt span, then action and observation spans in the order they happened.
 
-    `weight_version`: the policy version that sampled the first action token. `seed`: the sampling seed.
+    `weight_version`: the policy version that sampled the first action token. `seed`: the sampling seed. `turns`: what
+    an environment with tools made of the action spans, in their order; a last span that a budget or a failure ended was
+    not shown to it and has none. Empty in other environments.
 
     Example:
         Trajectory("sum-00017", 0, (prompt_span, action_span), Status.COMPLETED, weight_version=3, seed=71)
@@ -122,6 +185,7 @@ class Trajectory:
     status: Status
     weight_version: int
     seed: int
+    turns: tuple[Turn, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.spans or self.spans[0].kind is not SpanKind.PROMPT:
@@ -134,6 +198,18 @@ class Trajectory:
     @property
     def num_action_tokens(self) -> int:
         return sum(len(s.token_ids) for s in self.spans if s.kind is SpanKind.ACTION)
+
+    def counts(self) -> EpisodeCounts:
+        """The numbers of its turns and calls."""
+        calls = [call for turn in self.turns for call in turn.calls]
+        return EpisodeCounts(
+            turns=sum(s.kind is SpanKind.ACTION for s in self.spans),
+            calls=len(calls),
+            call_errors=sum(not call.ok for call in calls),
+            tool_seconds=sum(call.seconds for call in calls),
+            observation_tokens=sum(len(s.token_ids) for s in self.spans if s.kind is SpanKind.OBSERVATION),
+            void=any(turn.void for turn in self.turns),
+        )
 
     def token_ids(self) -> npt.NDArray[np.int32]:
         """All tokens, int32 [num_tokens]."""

@@ -15,13 +15,16 @@ import numpy as np
 
 from stare_megatron.dynamics import Dynamics
 from stare_megatron.mismatch import Mismatch
+from stare_megatron.trajectory import Call as Call
 from stare_megatron.trajectory import Completion as Completion
+from stare_megatron.trajectory import EpisodeCounts as EpisodeCounts
 from stare_megatron.trajectory import Prompt as Prompt
 from stare_megatron.trajectory import Sampling as Sampling
 from stare_megatron.trajectory import Span as Span
 from stare_megatron.trajectory import SpanKind as SpanKind
 from stare_megatron.trajectory import Status as Status
 from stare_megatron.trajectory import Trajectory as Trajectory
+from stare_megatron.trajectory import Turn as Turn
 
 if TYPE_CHECKING:
     import torch
@@ -80,6 +83,7 @@ class Group:
             graded=tuple(s.graded for s in self.scores),
             reflections=reflections or (0,) * len(self.trajectories),
             distinct_correct=len({t.token_ids().tobytes() for t, s in pairs if s.correct}),
+            episodes=tuple(t.counts() for t in self.trajectories),
         )
 
 
@@ -87,7 +91,8 @@ class Group:
 class GroupSummary:
     """What the driver may know of a group: numbers, no tokens. Tuples are indexed by sample.
 
-    `reflections`: reflection words in each response; `distinct_correct`: distinct token streams among the correct.
+    `reflections`: reflection words in each response; `distinct_correct`: distinct token streams among the correct;
+    `episodes`: turns and tool calls; empty: not counted.
 
     Example:
         GroupSummary("sum-00017", "order_free_sum", (1.0, 0.0), (True, False), (22, 20), (16, 14), (...), (3, 3),
@@ -105,12 +110,13 @@ class GroupSummary:
     graded: tuple[bool, ...]
     reflections: tuple[int, ...]
     distinct_correct: int
+    episodes: tuple[EpisodeCounts, ...] = ()
 
     @property
     def zero_variance(self) -> bool:
         """All rewards equal: the group-relative advantage is 0 and the group teaches nothing.
 
-        FAILED and UNGRADED samples say nothing about the policy; fewer than two others teach nothing either.
+        Samples that are not learned from (`Status.counts`) do not count; fewer than two others teach nothing either.
         """
         rewards = [r for r, status in zip(self.rewards, self.statuses, strict=True) if status.counts]
         return len(rewards) < 2 or min(rewards) == max(rewards)

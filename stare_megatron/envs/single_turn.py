@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from stare_megatron.types import Completion, Prompt
+from stare_megatron.envs.base import End
+from stare_megatron.types import Completion, Prompt, Status, Turn
 
 
 class SingleTurn:
@@ -14,11 +15,19 @@ class SingleTurn:
     def __init__(self, prompt: Prompt) -> None:
         self._prompt = prompt
 
+    @property
+    def stop(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        return ()
+
     async def reset(self) -> npt.NDArray[np.int32]:
         return np.asarray(self._prompt.token_ids, np.int32)
 
-    async def step(self, action: Completion) -> None:
-        return None
+    async def step(self, action: Completion) -> End:
+        return End(Status.COMPLETED)
 
     async def close(self) -> None:
         return None

@@ -116,6 +116,7 @@ class Engine:
             stop=stop or None,
             include_stop_str_in_output=bool(stop),
             detokenize=bool(stop),
+            skip_special_tokens=False,  # a stop string may be, or hold, a special token
             logprobs=0,
             flat_logprobs=True,
             output_kind=RequestOutputKind.FINAL_ONLY,

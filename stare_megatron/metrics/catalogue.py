@@ -54,6 +54,18 @@ _ENTRIES = (
     Entry("response/failed", "trajectories", Reduction.SUM, "Sampled trajectories the engine or environment failed."),
     Entry("response/ungraded", "trajectories", Reduction.SUM, "Sampled trajectories without a grade: no loss."),
     Entry(
+        "response/inexact", "trajectories", Reduction.SUM, "Sampled trajectories that could not go on exactly: no loss."
+    ),
+    Entry("tools/turns", "turns", Reduction.MEAN, "Turns of the policy in a sampled trajectory."),
+    Entry("tools/calls", "calls", Reduction.MEAN, "Tool calls of a sampled trajectory."),
+    Entry("tools/call_errors", "share", Reduction.MEAN, "Calls that cannot be read, or whose code did not end well."),
+    Entry("tools/seconds", "s", Reduction.MEAN, "Time in a sampled trajectory's calls, without waiting for a turn."),
+    Entry("tools/seconds_max", "s", Reduction.MAX, "That of the sampled trajectory with the most."),
+    Entry(
+        "tools/observation_tokens", "tokens", Reduction.MEAN, "Tokens of a sampled trajectory the tool wrote: no loss."
+    ),
+    Entry("tools/void", "share", Reduction.MEAN, "Sampled trajectories with a turn without call and final answer."),
+    Entry(
         "response/reflections",
         "words/response",
         Reduction.MEAN,

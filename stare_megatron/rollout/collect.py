@@ -15,7 +15,7 @@ from typing import Generic, Protocol, TypeVar
 from stare_megatron.config import Config
 from stare_megatron.data.prompts import PromptStream
 from stare_megatron.rollout.seeds import derive_seed
-from stare_megatron.types import GroupRequest, GroupSummary, Sampling, Status
+from stare_megatron.types import EpisodeCounts, GroupRequest, GroupSummary, Sampling, Status
 
 Ref = TypeVar("Ref")
 Ref_co = TypeVar("Ref_co", covariant=True)
@@ -39,6 +39,23 @@ class SourceStats:
 
 
 @dataclass(frozen=True)
+class ToolStats:
+    """Turns and tool calls of an update batch's sampled trajectories; all 0 without an environment with tools.
+
+    `turns`, `calls`, `observation_tokens`, `seconds`: a trajectory; `seconds_max`: of the one that spent most in calls;
+    `call_errors`: share of the calls; `void`: share of the trajectories.
+    """
+
+    turns: float
+    calls: float
+    call_errors: float
+    seconds: float
+    seconds_max: float
+    observation_tokens: float
+    void: float
+
+
+@dataclass(frozen=True)
 class CollectStats:
     """What sampling one update batch took; all of it over ALL sampled groups, also those that were dropped.
 
@@ -46,8 +63,8 @@ class CollectStats:
     `zero_variance_dropped` are not in the update batch; `surplus_dropped`: informative groups beyond what was asked
     for; `full_solve`, `no_solve`: groups with every, no trajectory correct; `reward_mean`, `correct_share`,
     `truncated_share`: over trajectories; `length_mean`, `length_max`, `tokens_sampled`: action tokens; `failed`,
-    `ungraded` (those that failed among them): trajectories; `reflections_mean`: reflection words a response;
-    `by_source`: what was sampled of each source.
+    `ungraded` (those that failed among them), `inexact`: trajectories; `reflections_mean`: reflection words a response;
+    `by_source`: what was sampled of each source; `tools`: turns and calls.
     """
 
     groups_sampled: int
@@ -67,6 +84,8 @@ class CollectStats:
     tokens_sampled: int
     reflections_mean: float
     by_source: Mapping[str, SourceStats]
+    inexact: int
+    tools: ToolStats
 
 
 @dataclass(frozen=True)
@@ -138,7 +157,7 @@ def _stats(summaries: list[GroupSummary], batches: int, dropped: int, surplus: i
         no_solve=sum(not any(s.correct) for s in summaries),
         reward_mean=sum(rewards) / len(rewards),
         correct_share=sum(correct) / len(correct),
-        truncated_share=statuses.count(Status.TRUNCATED) / len(statuses),
+        truncated_share=sum(status.cut for status in statuses) / len(statuses),
         failed=statuses.count(Status.FAILED),
         ungraded=sum(not graded for s in summaries for graded in s.graded),
         length_mean=sum(lengths) / len(lengths),
@@ -146,6 +165,21 @@ def _stats(summaries: list[GroupSummary], batches: int, dropped: int, surplus: i
         tokens_sampled=sum(lengths),
         reflections_mean=sum(n for s in summaries for n in s.reflections) / len(rewards),
         by_source={source: _source_stats(summaries, source) for source in sorted({s.source for s in summaries})},
+        inexact=statuses.count(Status.INEXACT),
+        tools=_tool_stats([counts for s in summaries for counts in s.episodes]),
+    )
+
+
+def _tool_stats(episodes: Sequence[EpisodeCounts]) -> ToolStats:
+    n, calls = max(1, len(episodes)), sum(e.calls for e in episodes)
+    return ToolStats(
+        turns=sum(e.turns for e in episodes) / n,
+        calls=calls / n,
+        call_errors=sum(e.call_errors for e in episodes) / max(1, calls),
+        seconds=sum(e.tool_seconds for e in episodes) / n,
+        seconds_max=max((e.tool_seconds for e in episodes), default=0.0),
+        observation_tokens=sum(e.observation_tokens for e in episodes) / n,
+        void=sum(e.void for e in episodes) / n,
     )
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Coroutine, Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from stare_megatron.envs.base import Env, EnvError, MakeEnv
+from stare_megatron.envs.base import End, Env, EnvError, MakeEnv
 from stare_megatron.rewards.base import Reward, RewardError
 from stare_megatron.rollout.sampler import SampleError, Sampler
 from stare_megatron.rollout.seeds import derive_seed
@@ -21,6 +22,29 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+
+@dataclass(frozen=True)
+class Masks:
+    """Which trajectories are left out of the loss: those that a budget ended, those with a void turn.
+
+    Example:
+        Masks(overlong=False, void=True)
+    """
+
+    overlong: bool = False
+    void: bool = False
+
+    def settle(self, trajectory: Trajectory) -> Trajectory:
+        """The trajectory under the status it is trained with."""
+        status = trajectory.status
+        if self.overlong and status is Status.TRUNCATED:
+            status = Status.OVERLONG
+        elif self.void and status.counts and trajectory.counts().void:
+            status = Status.VOID
+        return dataclasses.replace(trajectory, status=status)
+
+
+NO_MASKS = Masks()
 _NO_LOGPROBS = np.zeros(0, np.float32)
 
 
@@ -45,23 +69,25 @@ async def run_episode(
 
     `sampling.max_tokens` bounds the whole response, observations included; `sampling.seed` draws the first turn, and
     seeds derived from it the later ones. An `EnvError` or `SampleError` makes the trajectory FAILED; returned with it
-    is that error's text, else an empty string. Other exceptions are bugs, or end the run: they propagate.
+    is that error's text, or what the environment says of its end. Other exceptions are bugs, or end the run: they
+    propagate. The environment's stop strings are added to those of `sampling`.
     """
     stream = _Stream(np.asarray(prompt.token_ids, np.int32), sampling.max_tokens)
     versions: list[int] = []
-    note = ""
+    sampling = dataclasses.replace(sampling, stop=sampling.stop + env.stop)
     try:
         stream = _Stream(await env.reset(), sampling.max_tokens)
-        status = await _turns(stream, versions, env, sampler, sampling)
+        end = await _turns(stream, versions, env, sampler, sampling)
     except (EnvError, SampleError) as e:
-        status, note = Status.FAILED, f"{type(e).__name__}: {e}"
+        end = End(Status.FAILED, f"{type(e).__name__}: {e}")
     finally:
         await env.close()
     version = versions[0] if versions else sampler.version
-    return Trajectory(prompt.id, sample, tuple(stream.spans), status, version, sampling.seed), note
+    spans = tuple(stream.spans)
+    return Trajectory(prompt.id, sample, spans, end.status, version, sampling.seed, env.turns), end.note
 
 
-async def _turns(stream: _Stream, versions: list[int], env: Env, sampler: Sampler, sampling: Sampling) -> Status:
+async def _turns(stream: _Stream, versions: list[int], env: Env, sampler: Sampler, sampling: Sampling) -> End:
     while True:
         turn = len(versions)
         seed = derive_seed(sampling.seed, turn) if turn else sampling.seed
@@ -71,13 +97,14 @@ async def _turns(stream: _Stream, versions: list[int], env: Env, sampler: Sample
         versions.append(completion.weight_version)
         stream.append(Span(SpanKind.ACTION, completion.token_ids, completion.logprobs))
         if completion.status is not Status.COMPLETED:
-            return completion.status
+            return End(completion.status)
         observation = await env.step(completion)
-        if observation is None:
-            return Status.COMPLETED
+        if isinstance(observation, End):
+            return observation
         if len(observation) >= stream.left:  # no room for a token after it
-            return Status.TRUNCATED
-        stream.append(Span(SpanKind.OBSERVATION, observation, _NO_LOGPROBS))
+            return End(Status.TRUNCATED)
+        if len(observation):
+            stream.append(Span(SpanKind.OBSERVATION, observation, _NO_LOGPROBS))
 
 
 async def run_group(
@@ -87,24 +114,26 @@ async def run_group(
     sampler: Sampler,
     reward: Reward,
     tokenizer: PreTrainedTokenizerBase,
+    masks: Masks = NO_MASKS,
 ) -> Group:
     """Sample and score every trajectory of a group at once.
 
-    Sample i draws with `derive_seed(request.sampling.seed, i)`. A FAILED trajectory, and one whose reward raises
-    `RewardError` and which becomes UNGRADED, are not graded: they score 0 with a note and carry no loss. Other
-    exceptions cancel the group and propagate.
+    Sample i draws with `derive_seed(request.sampling.seed, i)`. A FAILED or INEXACT trajectory, and one whose reward
+    raises `RewardError` and which becomes UNGRADED, are not graded: they score 0 with a note and carry no loss. Other
+    exceptions cancel the group and propagate. `masks` apply after grading.
     """
 
     async def one(sample: int) -> tuple[Trajectory, Score]:
         own = dataclasses.replace(request.sampling, seed=derive_seed(request.sampling.seed, sample))
         trajectory, note = await run_episode(request.prompt, sample, make_env(request.prompt), sampler, own)
-        if trajectory.status is Status.FAILED:
+        if trajectory.status in (Status.FAILED, Status.INEXACT):
             return trajectory, Score(0.0, False, note or "the engine failed the request", graded=False)
         try:
-            return trajectory, await reward(request.prompt, trajectory, tokenizer)
+            score = await reward(request.prompt, trajectory, tokenizer)
         except RewardError as e:
             ungraded = dataclasses.replace(trajectory, status=Status.UNGRADED)
             return ungraded, Score(0.0, False, f"not graded: {e}", graded=False)
+        return masks.settle(trajectory), score
 
     pairs = await _all(one(sample) for sample in range(request.group_size))
     return Group(request.prompt, tuple(t for t, _ in pairs), tuple(s for _, s in pairs))

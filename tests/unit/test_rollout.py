@@ -11,17 +11,19 @@ import pytest
 from stare_megatron import tasks
 from stare_megatron.config import DataConfig, parse
 from stare_megatron.data.prompts import PromptStream, load_prompts
-from stare_megatron.envs.base import EnvError
+from stare_megatron.envs.base import End, EnvError
 from stare_megatron.envs.single_turn import SingleTurn
 from stare_megatron.errors import UserError
+from stare_megatron.report import sampling_metrics
 from stare_megatron.rewards.base import RewardError
-from stare_megatron.rollout.collect import Collector
+from stare_megatron.rollout.collect import Collector, ToolStats
 from stare_megatron.rollout.episode import run_episode, run_group
 from stare_megatron.rollout.sampler import SampleError
 from stare_megatron.rollout.seeds import derive_seed
 from stare_megatron.tasks.tiny_model import make_tokenizer
 from stare_megatron.types import (
     Completion,
+    EpisodeCounts,
     GroupRequest,
     GroupSummary,
     Prompt,
@@ -29,6 +31,7 @@ from stare_megatron.types import (
     Score,
     SpanKind,
     Status,
+    Turn,
 )
 
 TOKENIZER = make_tokenizer(tasks.get("order_free_sum"))
@@ -63,20 +66,23 @@ class Sampler:
 class Echo:
     """Two turns: answers the first action with two tokens that no text encodes to together."""
 
+    stop = ("</call>",)
+    turns = (Turn((), void=False),)
+
     def __init__(self, prompt, observation=(3, 3), fails=False):
         self._prompt = prompt
         self._observation = observation
         self._fails = fails
-        self.turns = self.closed = 0
+        self.count = self.closed = 0
 
     async def reset(self):
         return np.array(self._prompt.token_ids, np.int32)
 
     async def step(self, action):
-        self.turns += 1
+        self.count += 1
         if self._fails:
             raise EnvError("sandbox gone")
-        return np.array(self._observation, np.int32) if self.turns == 1 else None
+        return np.array(self._observation, np.int32) if self.count == 1 else End(Status.COMPLETED)
 
     async def close(self):
         self.closed += 1
@@ -105,6 +111,8 @@ def test_turns_continue_the_exact_stream_under_one_budget():
     assert second == trajectory.token_ids()[:-2].tolist()  # prompt, action, observation: nothing re-encoded
     assert sampling.max_tokens == 8 - 2 - 2
     assert sampling.seed == derive_seed(SAMPLING.seed, 1)
+    assert sampling.stop == ("</call>",)
+    assert trajectory.turns == env.turns
     assert trajectory.action_mask().tolist() == [False] * 4 + [True] * 2 + [False] * 2 + [True] * 2
     assert env.closed == 1
 
@@ -121,7 +129,7 @@ def test_an_observation_without_room_after_it_truncates():
 def test_a_completion_that_did_not_end_is_not_shown_to_the_environment(status):
     env = Echo(PROMPT)
     trajectory, _ = play(env, Sampler(status))
-    assert (trajectory.status, env.turns, env.closed) == (status, 0, 1)
+    assert (trajectory.status, env.count, env.closed) == (status, 0, 1)
 
 
 def test_known_failures_are_data():
@@ -280,6 +288,23 @@ def test_without_dynamic_sampling_everything_is_kept(stream):
 def test_truncated_share_counts_trajectories(stream):
     got = collector(Dispatcher(lambda n: (1.0, -1.0) if n % 2 else MIXED), stream).collect(0)
     assert got.stats.truncated_share == 0.25
+
+
+def test_turns_and_calls_are_counted_over_all_sampled(stream):
+    class Tools(Dispatcher):
+        def run(self, requests):
+            for i, (request, ref, summary) in enumerate(super().run(requests)):
+                episodes = (EpisodeCounts(3, 2, 1, 0.5, 40, False), EpisodeCounts(1, 0, 0, 0.0, 0, i == 0))
+                statuses = (Status.OVERLONG, Status.INEXACT if i == 1 else Status.COMPLETED)
+                yield request, ref, dataclasses.replace(summary, statuses=statuses, episodes=episodes)
+
+    stats = collector(Tools(lambda n: MIXED), stream, dynamic_sampling=False).collect(0).stats
+    assert stats.tools == ToolStats(2.0, 1.0, 0.5, 0.25, 0.5, 20.0, 1 / 8)
+    assert (stats.inexact, stats.truncated_share) == (1, 0.5)
+    values = sampling_metrics(stats)
+    assert (values["tools/turns"], values["tools/call_errors"], values["response/inexact"]) == (2.0, 0.5, 1)
+    plain = collector(Dispatcher(lambda n: MIXED), stream, dynamic_sampling=False).collect(0).stats
+    assert plain.tools == ToolStats(0, 0, 0, 0, 0, 0, 0)
 
 
 def test_the_batch_does_not_depend_on_completion_order(stream):
