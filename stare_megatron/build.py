@@ -20,6 +20,7 @@ from stare_megatron.algo import controller
 from stare_megatron.algo.registry import ALGORITHMS
 from stare_megatron.cluster import placement, runtime
 from stare_megatron.cluster.engines import EngineGroup
+from stare_megatron.cluster.sandboxes import Sandboxes
 from stare_megatron.cluster.trainers import TrainerGroup
 from stare_megatron.config import Config
 from stare_megatron.data.benchmarks import Benchmark, load_benchmarks, source_labels
@@ -237,6 +238,8 @@ def train(config: Config, *, quiet: bool, command: list[str]) -> int:
     """
     console = Console()
     notes = list(preflight.check(config))
+    sandbox = preflight.check_sandbox(config)
+    notes += [f"sandbox: {sandbox}"] if sandbox else []
     tokenizer = load_tokenizer(config.model.path)
     check_env(config.env, tokenizer)
     prompts = load_prompts(config.data, tokenizer)
@@ -255,7 +258,7 @@ def train(config: Config, *, quiet: bool, command: list[str]) -> int:
         state = checkpoint.read(resume_from)
         stream.restore(state.stream)
         restored = state.step
-    folder = run_folder.open_run(config, command)
+    folder = run_folder.open_run(config, command, sandbox)
     for note in notes:
         console.print(f"note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     sinks = open_sinks(config, folder.path, restored, quiet, console)
@@ -286,15 +289,19 @@ def _train(
     transport = device.weight_transport(colocated=config.inference.placement == "colocated")
     with contextlib.ExitStack() as stack:
         sinks.status("starting Ray")
-        stack.enter_context(runtime.cluster(config.cluster, config.trainer.world_size + config.inference.engines + 1))
+        ranks = config.trainer.world_size
+        stack.enter_context(runtime.cluster(config.cluster, placement.actors(config, ranks)))
         places = placement.plan(config)
         stack.callback(places.release)
+        sandboxes = Sandboxes(config.sandbox, folder.logs, wanted=config.uses_sandbox)
+        stack.callback(sandboxes.close)
         sinks.status("starting engines and trainer ranks")
         runner = functools.partial(make_runner, config)
-        engines = EngineGroup(config, places.engines, transport, runner, folder.logs)
+        engines = EngineGroup(config, places.engines, transport, runner, sandboxes.actors, folder.logs)
         stack.callback(engines.close)
         trainers = TrainerGroup(config, places.trainers, folder.logs)
         stack.callback(trainers.close)
+        sandboxes.ready(config.cluster.start_timeout)
         trainers.ready()
         engines.ready()
         trainers.connect(engines, transport)

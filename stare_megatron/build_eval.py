@@ -15,6 +15,7 @@ from rich.console import Console
 from stare_megatron import checkpoint, device, preflight, run_folder
 from stare_megatron.cluster import placement, runtime
 from stare_megatron.cluster.engines import EngineGroup
+from stare_megatron.cluster.sandboxes import Sandboxes
 from stare_megatron.cluster.trainers import TrainerGroup
 from stare_megatron.config import Config
 from stare_megatron.data.benchmarks import Benchmark, load_benchmarks
@@ -80,6 +81,8 @@ def evaluate(config: Config, *, model: Path | None, out: Path | None) -> int:
         changes["inference"] = config.inference.model_copy(update={"placement": "separate"})
     config = config.model_copy(update=changes)
     notes = preflight.check_eval(config, trainers=policy.checkpoint is not None)
+    if sandbox := preflight.check_sandbox(config):
+        notes = (*notes, f"sandbox: {sandbox}")
     for note in notes:
         console.print(f"note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     tokenizer = load_tokenizer(config.model.path)
@@ -125,11 +128,15 @@ def _engines(config: Config, policy: Policy, logs: Path, console: Console) -> It
     with contextlib.ExitStack() as stack:
         ranks = config.trainer.world_size if trainers else 0
         console.print("starting Ray and engines")
-        stack.enter_context(runtime.cluster(config.cluster, ranks + config.inference.engines + 1))
+        stack.enter_context(runtime.cluster(config.cluster, placement.actors(config, ranks)))
         places = placement.plan(config, trainers=trainers)
         stack.callback(places.release)
-        engines = EngineGroup(config, places.engines, transport, functools.partial(make_runner, config), logs)
+        sandboxes = Sandboxes(config.sandbox, logs, wanted=config.uses_sandbox)
+        stack.callback(sandboxes.close)
+        runner = functools.partial(make_runner, config)
+        engines = EngineGroup(config, places.engines, transport, runner, sandboxes.actors, logs)
         stack.callback(engines.close)
+        sandboxes.ready(config.cluster.start_timeout)
         if policy.checkpoint is None:
             engines.ready()
         else:

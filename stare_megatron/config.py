@@ -25,6 +25,7 @@ from stare_megatron.methods import Selector as Selector
 from stare_megatron.observe import BenchmarkConfig as BenchmarkConfig
 from stare_megatron.observe import EvalConfig as EvalConfig
 from stare_megatron.observe import LoggingConfig as LoggingConfig
+from stare_megatron.sandbox_config import SandboxConfig as SandboxConfig
 from stare_megatron.training import OptimizerConfig as OptimizerConfig
 from stare_megatron.training import TrainerConfig as TrainerConfig
 
@@ -207,6 +208,10 @@ class Config(Section):
     reward: RewardConfig = Field(description="The reward.")
     rollout: RolloutConfig = Field(default_factory=lambda: RolloutConfig(), description="Sampling.")
     env: EnvConfig = Field(default_factory=lambda: EnvConfig(), description="What the policy acts in.")
+    sandbox: SandboxConfig = Field(
+        default_factory=lambda: SandboxConfig(),
+        description='Where code that the policy writes is run, docs/sandbox.md; for `env.name = "tool_use"`.',
+    )
     algorithm: AlgorithmConfig = Field(default_factory=lambda: AlgorithmConfig(), description="The objective.")
     trainer: TrainerConfig = Field(default_factory=lambda: TrainerConfig(), description="Megatron-Core ranks.")
     inference: InferenceConfig = Field(default_factory=lambda: InferenceConfig(), description="vLLM engines.")
@@ -227,6 +232,11 @@ class Config(Section):
         return self.eval.max_response_tokens or self.rollout.max_response_tokens
 
     @property
+    def uses_sandbox(self) -> bool:
+        """Whether code that the policy writes is run."""
+        return self.env.name == "tool_use"
+
+    @property
     def folder(self) -> Path:
         """The run's folder."""
         return self.run.dir / self.run.name
@@ -244,6 +254,16 @@ class Config(Section):
             raise ValueError(
                 f"eval.max_response_tokens {self.eval.max_response_tokens} leaves no room for a prompt in the window "
                 f"of {self.window} tokens; lower it or set inference.max_model_len"
+            )
+        if self.uses_sandbox and self.sandbox.url and self.env.keep_state:
+            raise ValueError(
+                f"env.keep_state = true: the server at sandbox.url = {self.sandbox.url!r} keeps no state across calls; "
+                "set env.keep_state = false, or leave sandbox.url empty"
+            )
+        if self.sandbox.node_resource and self.cluster.address == "local":
+            raise ValueError(
+                f"sandbox.node_resource = {self.sandbox.node_resource!r} names nodes of a cluster, but cluster.address "
+                'is "local"; leave it empty, or join a cluster'
             )
         r, t = self.rollout, self.trainer
         if r.prompts_per_step % t.updates_per_batch:

@@ -5,6 +5,7 @@ What a TOML file can say wrong by itself is `config.py`'s; malformed rows of dat
 
 from __future__ import annotations
 
+import asyncio
 import importlib.metadata
 import importlib.util
 import json
@@ -19,6 +20,9 @@ from stare_megatron.config import Config
 from stare_megatron.errors import UserError
 from stare_megatron.inference.options import check_engine_args
 from stare_megatron.rewards import check_reward
+from stare_megatron.sandbox.detect import detect
+from stare_megatron.sandbox.level import Level
+from stare_megatron.sandbox.remote import RemoteSandbox
 from stare_megatron.trainer import parallel
 from stare_megatron.trainer.bridge.families import read_hf_config
 from stare_megatron.trainer.bridge.shape import ModelShape
@@ -95,6 +99,32 @@ def check_eval(config: Config, *, trainers: bool) -> tuple[str, ...]:
         return check_machine(config, shape)
     check_engine_machine(config, shape)
     return ()
+
+
+def check_sandbox(config: Config) -> str:
+    """Where and at which level the run's code is run, "" if it runs none. Takes a second or two where it does.
+
+    On a cluster the nodes are found out when the sandbox's actors start, which refuse a weaker level.
+
+    Raises:
+        UserError: this machine does not give the level that is required, or no server answers at `sandbox.url`.
+    """
+    s = config.sandbox
+    if not config.uses_sandbox:
+        return ""
+    if s.url:
+        asyncio.run(_try_server(config))
+        return f"server {s.url}"
+    if config.cluster.address != "local":
+        return f"{s.actors} actors of {s.workers} workers, at level {s.require} or stronger"
+    found = asyncio.run(detect(Level(s.require)))
+    landlock = " with Landlock" if found.level is Level.NAMESPACES and found.landlock else ""
+    return f"level {found.level.value}{landlock}, {s.actors} actors of {s.workers} workers"
+
+
+async def _try_server(config: Config) -> None:
+    async with RemoteSandbox(config.sandbox):
+        pass
 
 
 def check_packages() -> None:

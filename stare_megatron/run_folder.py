@@ -112,7 +112,8 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class StartRecord:
-    """One start of a run, as kept in `run.json`. `commit`: of the checkout the package runs from, or ""."""
+    """One start of a run, as kept in `run.json`. `commit`: of the checkout the package runs from, or ""; `sandbox`:
+    where and at which level code is run, "" where none is."""
 
     time: str
     command: list[str]
@@ -122,9 +123,10 @@ class StartRecord:
     commit: str
     dirty: bool
     hardware: str
+    sandbox: str
 
 
-def open_run(config: Config, command: list[str]) -> RunFolder:
+def open_run(config: Config, command: list[str], sandbox: str = "") -> RunFolder:
     """Make the run's folder, or go on in an existing one as `run.resume` says.
 
     An earlier start that neither logged a step nor saved a checkpoint is replaced.
@@ -135,7 +137,7 @@ def open_run(config: Config, command: list[str]) -> RunFolder:
     """
     folder = RunFolder(config.folder, fresh=not config.folder.exists())
     check_disk(config)
-    record = start_record(config, command)
+    record = start_record(config, command, sandbox)
     try:
         if folder.fresh:
             _create(folder, config, record)
@@ -212,7 +214,7 @@ def to_toml(config: Config) -> str:
     return tomli_w.dumps(config.model_dump(mode="json"))
 
 
-def start_record(config: Config, command: list[str]) -> StartRecord:
+def start_record(config: Config, command: list[str], sandbox: str) -> StartRecord:
     """What runs, on what."""
     commit, dirty = git_state(Path(__file__).resolve().parent)
     return StartRecord(
@@ -224,6 +226,7 @@ def start_record(config: Config, command: list[str]) -> StartRecord:
         commit=commit,
         dirty=dirty,
         hardware=hardware(),
+        sandbox=sandbox,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,7 +12,9 @@ import ray
 
 from stare_megatron.cluster import runtime
 from stare_megatron.cluster.placement import Slot
+from stare_megatron.cluster.sandboxes import make_box
 from stare_megatron.config import Config
+from stare_megatron.sandbox.box import Box
 from stare_megatron.types import Group, GroupRequest, GroupSummary
 
 if TYPE_CHECKING:
@@ -20,20 +23,31 @@ if TYPE_CHECKING:
 
     from stare_megatron.inference.engine import Engine
 
-# Built in the composition root: the engine goes in, a function that samples and scores one group comes out.
-MakeRunner = Callable[["Engine"], Callable[[GroupRequest], Awaitable[tuple[Group, GroupSummary]]]]
+# Built in the composition root: the engine and, where code is run, an open sandbox go in, a function that samples and
+# scores one group comes out.
+MakeRunner = Callable[["Engine", Box | None], Callable[[GroupRequest], Awaitable[tuple[Group, GroupSummary]]]]
 
 
 @ray.remote
 class EngineActor:
     """One engine and the episodes that run on it. vLLM is imported in this process only."""
 
-    def __init__(self, config: Config, index: int, transport: str, make_runner: MakeRunner, logs: Path) -> None:
+    def __init__(
+        self,
+        config: Config,
+        index: int,
+        transport: str,
+        make_runner: MakeRunner,
+        sandboxes: Sequence[Any],
+        logs: Path,
+    ) -> None:
         runtime.log_to(logs, f"engine_{index}")
         self._config = config
         self._index = index
         self._transport = transport
         self._make_runner = make_runner
+        self._sandboxes = sandboxes
+        self._opened = contextlib.AsyncExitStack()
 
     async def start(self) -> None:
         from stare_megatron.inference.engine import Engine
@@ -49,7 +63,10 @@ class EngineActor:
             self._transport,
         )
         await self._engine.start()
-        self._run = self._make_runner(self._engine)
+        box = None
+        if config.uses_sandbox:
+            box = await self._opened.enter_async_context(make_box(config.sandbox, self._sandboxes))
+        self._run = self._make_runner(self._engine, box)
 
     @ray.method(num_returns=2)
     async def run_group(self, request: GroupRequest) -> tuple[Group, GroupSummary]:
@@ -86,19 +103,26 @@ class EngineActor:
         return self._engine.peak_memory_bytes()
 
     async def close(self) -> None:
+        await self._opened.aclose()
         await self._engine.close()
 
 
 class EngineGroup:
-    """All engines. `run` is the dispatcher the rollout collects groups through."""
+    """All engines. `run` is the dispatcher the rollout collects groups through. `sandboxes`: actors that run code."""
 
     def __init__(
-        self, config: Config, slots: Sequence[Slot], transport: str, make_runner: MakeRunner, logs: Path
+        self,
+        config: Config,
+        slots: Sequence[Slot],
+        transport: str,
+        make_runner: MakeRunner,
+        sandboxes: Sequence[Any],
+        logs: Path,
     ) -> None:
         self._names = [f"engine {i}" for i in range(len(slots))]
         self.actors: list[Any] = [
             EngineActor.options(**slot.options, runtime_env={"env_vars": slot.environment}).remote(
-                config, i, transport, make_runner, logs
+                config, i, transport, make_runner, sandboxes, logs
             )
             for i, slot in enumerate(slots)
         ]

@@ -5,6 +5,7 @@ On CPUs devices are not scheduled: every actor takes one logical CPU of the loca
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,13 @@ class _Bundle:
 def _where() -> tuple[str, int]:
     context = ray.get_runtime_context()
     return context.get_node_id(), int(context.get_accelerator_ids()["GPU"][0])
+
+
+def actors(config: Config, trainers: int) -> int:
+    """Logical CPUs of a local Ray for `trainers` ranks, the engines, the sandbox, and one to spare."""
+    pool = config.uses_sandbox and not config.sandbox.url
+    sandboxes = math.ceil(config.sandbox.actors * config.sandbox.actor_cpus) if pool else 0
+    return trainers + config.inference.engines + sandboxes + 1
 
 
 def plan(config: Config, *, trainers: bool = True) -> Placement:

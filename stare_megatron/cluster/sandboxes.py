@@ -37,12 +37,12 @@ class _Lost(Exception):
 
 
 class Sandboxes:
-    """The driver's handle: starts the actors, waits for them, ends them. `open_box` goes to the engines.
+    """The driver's handle: starts the actors, waits for them, ends them. `actors` go to the engines, for `make_box`.
 
-    Without actors (`sandbox.url`), engines speak to the server themselves.
+    There are none where no code is run (not `wanted`), and with `sandbox.url`, where engines speak to the server.
     """
 
-    def __init__(self, config: SandboxConfig, logs: Path) -> None:
+    def __init__(self, config: SandboxConfig, logs: Path, *, wanted: bool = True) -> None:
         options: dict[str, Any] = {
             "num_cpus": config.actor_cpus,
             "resources": {config.node_resource: _SHARE} if config.node_resource else None,
@@ -51,8 +51,7 @@ class Sandboxes:
             "max_task_retries": 0,  # a call that brought an actor down must not bring the next one down
             "max_concurrency": 10000,  # waiting is bounded by the box and the actor
         }
-        count = 0 if config.url else config.actors
-        self._config = config
+        count = config.actors if wanted and not config.url else 0
         self.actors: list[Any] = [SandboxActor.options(**options).remote(config, i, logs) for i in range(count)]
         self._starting = [actor.start.remote() for actor in self.actors]
 
@@ -64,10 +63,6 @@ class Sandboxes:
         """
         return runtime.wait(self._starting, [f"sandbox {i}" for i in range(len(self.actors))], timeout)
 
-    def box(self) -> PoolBox | RemoteSandbox:
-        """A box for one process; enter it there."""
-        return RemoteSandbox(self._config) if self._config.url else PoolBox(self._config, self.actors)
-
     def close(self) -> None:
         """Stop every actor; one that does not answer within 10 s is killed."""
         refs = [actor.close.remote() for actor in self.actors]
@@ -75,6 +70,11 @@ class Sandboxes:
             ray.wait(refs, num_returns=len(refs), timeout=10.0)
         for actor in self.actors:
             ray.kill(actor)
+
+
+def make_box(config: SandboxConfig, actors: Sequence[Any]) -> PoolBox | RemoteSandbox:
+    """A box for one process, to be entered there: the server of `sandbox.url`, else the pool."""
+    return RemoteSandbox(config) if config.url else PoolBox(config, actors)
 
 
 class PoolBox:

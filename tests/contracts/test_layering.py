@@ -61,7 +61,7 @@ ALLOWED: dict[str, set[str]] = {
     "compare": CONTRACTS | {"metrics", "run_folder"},
     "report": CONTRACTS | {"metrics", "rollout", "host"},
     "evaluate": CONTRACTS | {"metrics", "rollout", "data"},
-    "preflight": CONTRACTS | {"upstream", "run_folder", "rewards", "trainer", "inference"},
+    "preflight": CONTRACTS | {"upstream", "run_folder", "rewards", "trainer", "inference", "sandbox"},
     "study": CONTRACTS | {"methods", "metrics", "compare"},
     "__main__": CONTRACTS | {"build", "build_eval", "loop", "run_folder", "metrics", "study", "compare", "convert"},
     "__init__": set(),

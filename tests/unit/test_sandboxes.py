@@ -10,7 +10,7 @@ import time
 import pytest
 import ray
 
-from stare_megatron.cluster.sandboxes import PoolBox, Sandboxes
+from stare_megatron.cluster.sandboxes import PoolBox, Sandboxes, make_box
 from stare_megatron.sandbox.result import Result, Status
 from stare_megatron.sandbox_config import SandboxConfig
 
@@ -46,7 +46,7 @@ def pool(tmp_path):
 
 def play(pool: Sandboxes, scene):
     async def main():
-        async with pool.box() as box:
+        async with make_box(CONFIG, pool.actors) as box:
             assert isinstance(box, PoolBox)
             return await scene(box)
 
