@@ -1,0 +1,78 @@
+"""Rows in the published form of ReTool's cold-start data."""
+
+from __future__ import annotations
+
+import json
+import runpy
+
+import pytest
+
+from stare_megatron.data.prepare.retool import conversation
+from stare_megatron.data.prepare.types import MalformedField, RawRow
+from tests.contracts.source import ROOT
+
+CALL = "<code>\n```python\nprint(2 ** 70)\n```\n</code>"
+ANSWER = f"Let me see.\n{CALL}\n<interpreter>\n1180591620717411303424\n</interpreter>\nSo it is.\n<answer>\\boxed{{1}}</answer>"
+
+
+def row(answer: str, question: str = "Rules ...\n*user question:*\nWhat is 2^70?\n") -> RawRow:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return RawRow("f.jsonl:1", {"messages": messages})
+
+
+def test_tool_output_is_marked_and_spelt_as_in_episodes():
+    made = conversation(row(ANSWER), "Be brief.")
+    assert made["messages"][:2] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "What is 2^70?"},
+    ]
+    assert made["parts"] == [
+        {"text": f"Let me see.\n{CALL}", "learn": True},
+        {"text": "\n<interpreter>\n1180591620717411303424\n</interpreter>\n", "learn": False},
+        {"text": "So it is.\n\n\\boxed{1}", "learn": True},
+    ]
+    assert made["messages"][2]["content"] == "".join(part["text"] for part in made["parts"])
+
+
+def test_the_parser_reads_every_call():
+    from stare_megatron.envs.parsers.base import Request
+    from stare_megatron.envs.parsers.retool import ReTool
+
+    for part in conversation(row(ANSWER), "s")["parts"][:1]:
+        parsed = ReTool.parse(None, part["text"], ended=False)  # type: ignore[arg-type]
+        assert parsed.calls == (Request("python", "print(2 ** 70)"),)
+        assert parsed.trailing == ""
+
+
+def test_an_answer_without_calls_is_one_part():
+    assert conversation(row("\\boxed{3}"), "s")["parts"] == [{"text": "\\boxed{3}", "learn": True}]
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (row("<code>1</code>"), "do not pair"),
+        (row("<code>1</code> and <interpreter>1</interpreter>"), "text between"),
+        (row("<interpreter>1</interpreter>"), "do not pair"),
+        (row(ANSWER, "What is 2^70?"), "no problem after"),
+        (RawRow("f:1", {"messages": [{"role": "user", "content": "x"}]}), "two messages"),
+        (RawRow("f:1", {}), "two messages"),
+        (RawRow("f:1", {"messages": [{"role": "assistant", "content": "x"}] * 2}), "role 'user'"),
+    ],
+)
+def test_other_rows_are_malformed(broken, message):
+    with pytest.raises(MalformedField, match=message):
+        conversation(broken, "s")
+
+
+def test_the_tool_reports_rows_and_writes_all_or_nothing(tmp_path, capsys):
+    main = runpy.run_path(str(ROOT / "tools" / "prepare_retool.py"))["main"]
+    file, out = tmp_path / "sft.jsonl", tmp_path / "out.jsonl"
+    rows = [row(ANSWER).fields, row("<code>1</code>").fields]
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert main(["--file", str(file), "--out", str(out)]) == 2
+    assert "sft.jsonl:2: field 'messages': tags" in capsys.readouterr().err
+    assert not out.exists()
+    assert main(["--file", str(file), "--out", str(out), "--skip-malformed"]) == 0
+    (line,) = out.read_text().splitlines()
+    assert json.loads(line)["messages"][0]["content"].startswith("Solve the problem step by step.")
