@@ -7,12 +7,19 @@ import os
 import signal
 import time
 
+import numpy as np
 import pytest
 import ray
 
+from stare_megatron import config, tasks
 from stare_megatron.cluster.sandboxes import PoolBox, Sandboxes, make_box
+from stare_megatron.rollout.runner import make_runner
 from stare_megatron.sandbox.result import Result, Status
 from stare_megatron.sandbox_config import SandboxConfig
+from stare_megatron.tasks.tiny_model import default_settings, make_model, make_tokenizer, save
+from stare_megatron.types import Completion, GroupRequest, Prompt, Sampling, SpanKind
+from stare_megatron.types import Status as Ended
+from tests.contracts.source import ROOT
 
 CONFIG = SandboxConfig(
     require="limits", actors=2, workers=1, preload=[], actor_cpus=0.0, queue_seconds=20.0, health_seconds=2.0
@@ -142,5 +149,59 @@ def test_waiting_is_bounded(pool):
             assert "no turn within 1 s" in late.stderr
             assert time.monotonic() - began < 3
             await asyncio.gather(*long)
+
+    play(pool, scene)
+
+
+class Scripted:
+    """A sampler that writes what it is told: turn after turn, by the sample's seed."""
+
+    version = 7
+
+    def __init__(self, tokenizer, scripts: list[list[str]], prompt_tokens: int) -> None:
+        self._tokenizer, self._scripts, self._prompt_tokens = tokenizer, scripts, prompt_tokens
+        self._taken = 0
+
+    async def sample(self, token_ids, sampling) -> Completion:
+        if len(token_ids) == self._prompt_tokens:
+            turns = self._scripts[self._taken]
+            self._taken += 1
+        else:  # after an observation: go on as the script that began so
+            said = self._tokenizer.decode(token_ids[self._prompt_tokens :])
+            turns = next(s for s in self._scripts if said.startswith(s[0]))[1:]
+        ids = self._tokenizer.encode(turns[0], add_special_tokens=False)
+        if "</code>" not in turns[0]:
+            ids.append(self._tokenizer.eos_token_id)
+        return Completion(np.asarray(ids, np.int32), np.zeros(len(ids), np.float32), Ended.COMPLETED, self.version)
+
+
+def test_episodes_play_in_the_pool(pool, tmp_path):
+    """The small example's environment and reward, scripted turns, the real sandbox behind Ray: what is graded and
+    counted, and that an actor's death costs the trajectory that was in it alone."""
+    model = tmp_path / "model"
+    tokenizer = make_tokenizer(tasks.get("tool_arithmetic"))
+    save(make_model(default_settings("tool_arithmetic", 1, 0)), tokenizer, model)
+    made = config.load(ROOT / "examples/tool_use_cpu/run.toml", [f"model.path={model}"])
+    prompt = Prompt("p", "tool_arithmetic", "347*582=", tuple(tokenizer.encode("347*582=")), "201954")
+    scripts = [
+        ["<code>print(347*582)</code>", "201954"],
+        ["<code>a=582*347\nprint(a)</code>", "201955"],
+        ["<code>print(347*)</code>", "1"],
+        ["201954"],
+    ]
+    request = GroupRequest(0, prompt, len(scripts), Sampling(128, 1.0, 1.0, (), 1))
+
+    async def scene(box):
+        run = make_runner(made, Scripted(tokenizer, scripts, len(prompt.token_ids)), box)
+        group, summary = await run(request)
+        assert summary.rewards == (1.0, 0.0, 0.0, 1.0)
+        assert [(e.turns, e.calls, e.call_errors) for e in summary.episodes] == [
+            (2, 1, 0),
+            (2, 1, 0),
+            (2, 1, 1),
+            (1, 0, 0),
+        ]
+        seen = [s for s in group.trajectories[0].spans if s.kind is SpanKind.OBSERVATION]
+        assert tokenizer.decode(seen[0].token_ids) == "\n<interpreter>\n201954\n</interpreter>\n"
 
     play(pool, scene)

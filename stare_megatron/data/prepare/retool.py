@@ -59,6 +59,8 @@ def _parts(answer: str) -> list[dict[str, Any]]:
         if not written.endswith("</code>"):  # where an episode would stop and ask
             raise MalformedField("messages", "text between a call's code and its output")
         parts.append({"text": written, "learn": True})
-        parts.append({"text": f"\n<interpreter>\n{match[1].strip() or '[no output]'}\n</interpreter>\n", "learn": False})
+        parts.append(
+            {"text": f"\n<interpreter>\n{match[1].strip() or '[no output]'}\n</interpreter>\n", "learn": False}
+        )
         begin = match.end()
     return [*parts, {"text": answer[begin:], "learn": True}]
