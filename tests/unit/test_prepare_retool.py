@@ -12,7 +12,8 @@ from stare_megatron.data.prepare.types import MalformedField, RawRow
 from tests.contracts.source import ROOT
 
 CALL = "<code>\n```python\nprint(2 ** 70)\n```\n</code>"
-ANSWER = f"Let me see.\n{CALL}\n<interpreter>\n1180591620717411303424\n</interpreter>\nSo it is.\n<answer>\\boxed{{1}}</answer>"
+RESULT = "<interpreter>\n1180591620717411303424\n</interpreter>"
+ANSWER = f"Let me see.\n{CALL}\n{RESULT}\nSo it is.\n<answer>\\boxed{{1}}</answer>"
 
 
 def row(answer: str, question: str = "Rules ...\n*user question:*\nWhat is 2^70?\n") -> RawRow:
