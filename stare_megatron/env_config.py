@@ -74,6 +74,9 @@ class EnvConfig(Section):
             raise ValueError(f"final_answer = {self.final_answer!r} is no regular expression: {e}") from e
         if self.parallel_calls and self.parser != "hermes":
             raise ValueError(f'parallel_calls is for parser = "hermes", not {self.parser!r}: take it out')
-        if self.name == "single_turn" and (unused := self.model_fields_set - {"name"}):
-            raise ValueError(f'{sorted(unused)[0]} is not used by name = "single_turn"; set name = "tool_use"')
+        # Defaults may be written: a run's folder holds every key.
+        defaults = {key: field.get_default() for key, field in type(self).model_fields.items()}
+        unused = [key for key in sorted(self.model_fields_set - {"name"}) if getattr(self, key) != defaults[key]]
+        if self.name == "single_turn" and unused:
+            raise ValueError(f'{unused[0]} is not used by name = "single_turn"; set name = "tool_use"')
         return self
