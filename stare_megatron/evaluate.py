@@ -138,13 +138,15 @@ def prompt_seed(seed: int, benchmark: str, prompt_id: str) -> int:
 def fingerprint(config: Config, benchmarks: Sequence[Benchmark]) -> str:
     """A hash of everything but the policy that an evaluation's numbers depend on."""
     e = config.eval
-    settings = {
+    settings: dict[str, object] = {
         "sampling": [e.temperature, e.top_p, e.greedy, e.seed, config.eval_response_tokens, config.rollout.stop],
         "confidence": e.confidence,
         "reward": config.reward.name,
         "reflection_words": config.logging.reflection_words,
         "benchmarks": [[b.name, b.samples, b.prompts.fingerprint] for b in benchmarks],
     }
+    if config.env.name != "single_turn":
+        settings["env"] = config.env.model_dump()
     return hashlib.blake2b(json.dumps(settings).encode(), digest_size=16).hexdigest()
 
 
