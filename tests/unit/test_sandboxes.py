@@ -177,7 +177,7 @@ class Scripted:
 
 def test_episodes_play_in_the_pool(pool, tmp_path):
     """The small example's environment and reward, scripted turns, the real sandbox behind Ray: what is graded and
-    counted, and that an actor's death costs the trajectory that was in it alone."""
+    counted, and what the policy is shown."""
     model = tmp_path / "model"
     tokenizer = make_tokenizer(tasks.get("tool_arithmetic"))
     save(make_model(default_settings("tool_arithmetic", 1, 0)), tokenizer, model)
