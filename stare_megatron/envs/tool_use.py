@@ -55,6 +55,7 @@ class ToolUse:
         self._tokenizer = tokenizer
         self._config = config
         self._parser = make_parser(config, tokenizer)
+        self._encode = Encoder(tokenizer).plain
         self._turns: list[Turn] = []
         self._calls = 0
         self._deadline = 0.0
@@ -158,7 +159,7 @@ class ToolUse:
 
     def _shown(self, text: str) -> list[int]:
         """The tokens of a result, at most `max_observation_tokens`: of a longer one the beginning and the end."""
-        encode, most = Encoder(self._tokenizer).plain, self._config.max_observation_tokens
+        encode, most = self._encode, self._config.max_observation_tokens
         near = most * _CHARACTERS_PER_TOKEN
         if len(text) > 2 * near:
             head, tail = encode(text[:near]), encode(text[-near:])

@@ -79,7 +79,7 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        added = {str(token) for token in tokenizer.get_added_vocab()}
+        added = {token.content for token in tokenizer.added_tokens_decoder.values()}
         # The longest first: of two that begin at one place it is the one the tokenizer would take.
         found = "|".join(re.escape(token) for token in sorted(added, key=len, reverse=True) if len(token) > 1)
         self._added = re.compile(found) if found else None
