@@ -71,7 +71,9 @@ def read_samples(folder: Path, files: int) -> list[SampledStep]:
     Raises:
         UserError: a file that is not one of samples.
     """
-    by_step = {file.stem: file for pattern in ("step_*.txt", "step_*.jsonl") for file in (folder / FOLDER).glob(pattern)}
+    by_step = {
+        file.stem: file for pattern in ("step_*.txt", "step_*.jsonl") for file in (folder / FOLDER).glob(pattern)
+    }
     return [_read(by_step[stem]) for stem in _pick(sorted(by_step), files)]
 
 

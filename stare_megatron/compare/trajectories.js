@@ -171,7 +171,7 @@
     };
     const sample = (className, text) => {
       const words = make("span", "key");
-      words.append(make("span", `t ${className}`, " token "), document.createTextNode(text));
+      words.append(make("span", `t ${className}`, "token"), document.createTextNode(text));
       return words;
     };
     const made = [];

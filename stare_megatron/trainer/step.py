@@ -82,8 +82,10 @@ class Pass:
     scored: Scored
 
 
-def token_records(data: Sequence[Loaded], passes: Sequence[Pass], first_tokens: Collection[int]) -> dict[int, TokenRecord]:
-    """What this rank (last stage) knows of the tokens of the sequences that begin at these global token ids, by them."""
+def token_records(
+    data: Sequence[Loaded], passes: Sequence[Pass], first_tokens: Collection[int]
+) -> dict[int, TokenRecord]:
+    """What this rank (last stage) knows of the sequences that begin at these global token ids, by them."""
     found = {}
     for loaded, seen in zip(data, passes, strict=True):
         batch, scores = loaded.batch, seen.scored.scores

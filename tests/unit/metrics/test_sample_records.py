@@ -5,17 +5,15 @@ import random
 
 import numpy as np
 import pytest
-
 from tokenizers import pre_tokenizers
 
 from stare_megatron.data.tokenizer import decoder
 from stare_megatron.metrics.sample_records import pieces, write_sample_records
 from stare_megatron.metrics.samples import pick
 from stare_megatron.token_record import TokenRecord, join
-from stare_megatron.types import Group, Prompt, Score, Span, SpanKind, Status, Trajectory
 from stare_megatron.trajectory import Call, Turn
+from stare_megatron.types import Group, Prompt, Score, Span, SpanKind, Status, Trajectory
 from tests import byte_tokenizer
-
 
 TOKENIZER = byte_tokenizer.make()
 decode = decoder(TOKENIZER)
@@ -34,7 +32,12 @@ def test_pieces_join_to_the_text_and_fall_on_characters():
     assert pieces(ids_of("aé中🙂"), decode) == ["a", "", "é", "", "", "中", "", "", "", "🙂"]
     assert pieces([256, 257, *ids_of("a")], decode) == ["<|endoftext|>", "<|im_start|>", "a"]
     assert pieces([], decode) == []
-    broken = [FIRST, *ids_of("a"), *[SECOND] * 50, *ids_of("b")]  # never finished; stray bytes, more than one looks back for
+    broken = [
+        FIRST,
+        *ids_of("a"),
+        *[SECOND] * 50,
+        *ids_of("b"),
+    ]  # never finished; stray bytes, more than one looks back for
     assert pieces(broken, decode)[-1] == "b"
     rng = random.Random(0)
     for _ in range(300):
@@ -84,7 +87,9 @@ def test_a_line_a_trajectory(tmp_path):
     ]
     groups = [Group(Prompt("p", "unit", "A", (65,), "é"), tuple(made), (Score(1.0, True, "n"), Score(0.0, False, "")))]
     known = [False, True, True, False, False, True]
-    trained = record(known, [0, -0.2, -2, 0, 0, -1], [0, 0.5, 0.5, 0, 0, 0.5], [False, False, True, False, False, False])
+    trained = record(
+        known, [0, -0.2, -2, 0, 0, -1], [0, 0.5, 0.5, 0, 0, 0.5], [False, False, True, False, False, False]
+    )
     file = write_sample_records(tmp_path, 10, pick(groups, 2), {(0, 0): trained}, decode)
     assert file.name == "step_000010.jsonl"
     good, failed = (json.loads(line) for line in file.read_text().splitlines())
