@@ -31,7 +31,8 @@ from stare_megatron.evaluate import Evaluations, Evaluator
 from stare_megatron.host import host_memory
 from stare_megatron.metrics import eval_results
 from stare_megatron.metrics.plot import plot
-from stare_megatron.metrics.samples import write_samples
+from stare_megatron.metrics.sample_records import write_sample_records
+from stare_megatron.metrics.samples import FOLDER, pick, write_samples
 from stare_megatron.metrics.sinks import Sinks, open_sinks
 from stare_megatron.metrics.summary import render, summarize
 from stare_megatron.rollout.collect import Collected, Collector
@@ -99,6 +100,7 @@ class StareRun:
         self._asleep = False
         self._seconds: dict[str, float] = {}
         self._trained = 0
+        self._keep_tokens = False
         self._before = report.UNOBSERVED
         self._duty = report.gate_duty(config.folder)
         self._labels = source_labels(stream.prompts)
@@ -125,6 +127,7 @@ class StareRun:
         self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - began
 
     def collect(self, step: int) -> Collected:
+        self._keep_tokens = self._samples_due(step + 1)  # as the step will be called once it is done
         return self._collector.collect(step)
 
     def load(self, batch: Collected) -> None:
@@ -140,7 +143,7 @@ class StareRun:
         return control
 
     def update(self, control: Control) -> StepStats:
-        return self._trainers.update(control)
+        return self._trainers.update(control, keep_tokens=self._keep_tokens)
 
     def push(self, version: int) -> float:
         if self._asleep:
@@ -199,13 +202,23 @@ class StareRun:
         )
         self._sinks.log(step, values)
         self._before = report.observed(scores, updates)
-        every = self._config.logging.samples_every
-        if every and (step % every == 0 or step == 1):
-            groups = runtime.fetch([ref for ref, _ in batch.groups[: self._config.logging.samples]])
-            folder = self._config.folder / "samples"
-            write_samples(folder, step, groups, self._decode, self._config.logging.samples)
+        if self._samples_due(step):
+            self._write_samples(step, batch)
         self._seconds = {}
         self._step_began = time.monotonic()
+
+    def _samples_due(self, step: int) -> bool:
+        every = self._config.logging.samples_every
+        return bool(every) and (step % every == 0 or step == 1)
+
+    def _write_samples(self, step: int, batch: Collected) -> None:
+        """Some trajectories of the step, as text and as data with what the update knew of their tokens."""
+        limit, folder = self._config.logging.samples, self._config.folder / FOLDER
+        groups = runtime.fetch([ref for ref, _ in batch.groups[:limit]])
+        picked = pick(groups, limit)
+        records = self._trainers.token_records([p.place for p in picked])
+        write_samples(folder, step, picked, sum(len(g.trajectories) for g in groups), self._decode)
+        write_sample_records(folder, step, picked, records, self._decode)
 
     def eval_due(self, step: int) -> bool:
         # What a stop leaves out is due when the run goes on.

@@ -33,7 +33,9 @@ class LoggingConfig(Section):
     tensorboard: bool = Field(True, description="Write TensorBoard event files.")
     wandb: Literal["offline", "online", "disabled"] = Field("offline", description="Weights & Biases mode.")
     wandb_project: str = Field("stare_megatron", description="Weights & Biases project.")
-    samples_every: int = Field(10, ge=0, description="Write sampled trajectories as text every n steps; 0: never.")
+    samples_every: int = Field(
+        10, ge=0, description="Write sampled trajectories, as text and as data, every n steps; 0: never."
+    )
     samples: int = Field(4, ge=1, description="Trajectories written each time.")
     reflection_words: list[str] = Field(
         default_factory=lambda: list(REFLECTION_WORDS),

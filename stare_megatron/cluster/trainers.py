@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from stare_megatron.config import Config
 from stare_megatron.data.packing import plan_updates
 from stare_megatron.ports import free_port
 from stare_megatron.stats import EntropyReading, StepStats
+from stare_megatron.token_record import TokenRecord, join
 from stare_megatron.types import Control, Group, GroupSummary, UpdateShare
 
 if TYPE_CHECKING:
@@ -84,8 +85,11 @@ class TrainerActor:
     def score(self) -> EntropyReading:
         return self._trainer.score()
 
-    def update(self, control: Control) -> StepStats:
-        return self._trainer.update(control)
+    def update(self, control: Control, keep_tokens: bool) -> StepStats:
+        return self._trainer.update(control, keep_tokens=keep_tokens)
+
+    def token_records(self, first_tokens: frozenset[int]) -> dict[int, TokenRecord]:
+        return self._trainer.token_records(first_tokens)
 
     def score_tokens(self, token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         return self._trainer.score_tokens(token_ids)
@@ -140,6 +144,13 @@ class TrainerGroup:
             micro_batch_tokens=trainer.micro_batch_tokens,
             min_micro_batch_multiple=trainer.pipeline_parallel if trainer.virtual_pipeline > 1 else 1,
         )
+        self._first_tokens = {
+            (assignment.group, sample): first
+            for plan in plans
+            for share in plan
+            for assignment in share.assignments
+            for sample, first in zip(assignment.samples, assignment.first_token, strict=True)
+        }
         refs = []
         for actor, position in zip(self._actors, self._positions, strict=True):
             shares = [_with_groups(groups, plan[position.data_parallel_rank]) for plan in plans]
@@ -149,8 +160,16 @@ class TrainerGroup:
     def score(self) -> EntropyReading:
         return self._all("score")[0]
 
-    def update(self, control: Control) -> StepStats:
-        return self._all("update", control)[0]
+    def update(self, control: Control, *, keep_tokens: bool) -> StepStats:
+        """`keep_tokens`: `token_records` will be asked for."""
+        return self._all("update", control, keep_tokens)[0]
+
+    def token_records(self, wanted: Collection[tuple[int, int]]) -> dict[tuple[int, int], TokenRecord]:
+        """What the update just done knew of the tokens of trajectories named by (group, sample), the group by its place
+        in what was loaded. A trajectory that was not trained on is left out."""
+        first = {key: self._first_tokens[key] for key in wanted if key in self._first_tokens}
+        by_rank = self._all("token_records", frozenset(first.values()))
+        return {key: join([found[token] for found in by_rank if token in found]) for key, token in first.items()}
 
     def push(self, version: int) -> None:
         self._all("push", version)

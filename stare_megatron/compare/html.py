@@ -25,6 +25,7 @@ from stare_megatron.compare.measures import Row
 from stare_megatron.compare.panels import PREDICTED, SECTIONS, Kind, Panel, panels, phases
 from stare_megatron.compare.samples import SampledStep
 from stare_megatron.compare.stats import TOLERANCE, Spread
+from stare_megatron.compare.viewer import trajectories
 
 # Okabe and Ito's colours, told apart with any colour vision; darkened or lightened for contrast on either background.
 COLOURS = (
@@ -76,11 +77,13 @@ def render(content: Content) -> str:
     sections.append({"id": "any", "name": "Any metric", "note": "", "panels": [any_panel]})
     contents = [(s["id"], s["name"]) for s in sections]
     contents += [("numbers", "Numbers"), ("settings", "Settings"), ("runs", "Runs")]
-    contents += [("samples", "Samples")] if content.samples else []
+    sampled = trajectories(content.samples, index)
+    contents += [("trajectories", "Trajectories")] if sampled["runs"] else []
     facts = [_facts(run, index[run.name]) for run in runs]
     common = {k: facts[0][k] for k in ("commit", "hardware", "versions") if len({fact[k] for fact in facts}) == 1}
     environment = _environment()
     css = environment.from_string(_file("report.css")).render(colours=COLOURS, phase_colours=PHASE_COLOURS)
+    css += _file("trajectories.css")
     return environment.from_string(_file("report.html")).render(
         title=content.title,
         headline=headline(content),
@@ -101,7 +104,9 @@ def render(content: Content) -> str:
         shared={k: v for k, v in groups[0].settings.items() if k not in unlike},
         facts=facts,
         common=common,
-        samples=[{"name": n, "group": index[n], "steps": steps} for n, steps in content.samples.items()],
+        trajectories=sampled,
+        trajectory_data=Markup(_json(sampled)),
+        trajectories_js=Markup(_file("trajectories.js")),
         tolerance=TOLERANCE,
         version=__version__,
         colours=COLOURS,

@@ -1,35 +1,62 @@
-"""Sampled trajectories to read: the text files of `metrics/samples.py`, taken apart for the report."""
+"""Sampled trajectories of runs: the files of `metrics/sample_records.py`, or, of a run that has none, the text files of
+`metrics/samples.py`, taken apart."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from stare_megatron.errors import UserError
 from stare_megatron.metrics.samples import FOLDER
 
 _HEAD = re.compile(r"^=== (?P<prompt>.*) sample (?P<sample>\d+): reward (?P<reward>\S+), (?P<rest>.*)$")
+_KINDS = {"prompt": "prompt", "response": "action", "observation": "observation"}
+# Key of a span in the file -> numbers of its tokens; all but the first are the trainer's.
+COLUMNS = ("rollout_logprobs", "logprobs", "raw_logprobs", "entropies", "weights", "selection")
 
 
 @dataclass(frozen=True)
-class Part:
-    """One span: `label` is prompt, response, observation, answer or note."""
+class SampledSpan:
+    """`kind`: prompt, action or observation; `pieces`: text of each token; `token_ids`: empty where only the text is
+    known, which is then one piece; `columns`: of `COLUMNS` those the file has, one value a token, None: not finite."""
 
-    label: str
-    text: str
+    kind: str
+    pieces: tuple[str, ...]
+    token_ids: tuple[int, ...]
+    columns: Mapping[str, tuple[float | None, ...]]
+
+
+@dataclass(frozen=True)
+class SampledCall:
+    tool: str
+    outcome: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class SampledTurn:
+    calls: tuple[SampledCall, ...]
+    void: bool
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One trajectory: `facts` is what the file says beside the reward, e.g. "correct, completed, 16 action tokens"."""
+    """One trajectory: `facts` is what the file says beside the reward, e.g. "correct, completed, 16 action tokens";
+    `advantage`: None where it was not trained on, or it is not known."""
 
     prompt: str
     sample: int
     reward: float
     facts: str
-    parts: tuple[Part, ...]
+    answer: str
+    note: str
+    advantage: float | None
+    turns: tuple[SampledTurn, ...]
+    spans: tuple[SampledSpan, ...]
 
 
 @dataclass(frozen=True)
@@ -44,36 +71,87 @@ def read_samples(folder: Path, files: int) -> list[SampledStep]:
     Raises:
         UserError: a file that is not one of samples.
     """
-    found = sorted((folder / FOLDER).glob("step_*.txt"))
-    return [_read(file) for file in _pick(found, files)]
+    by_step = {
+        file.stem: file for pattern in ("step_*.txt", "step_*.jsonl") for file in (folder / FOLDER).glob(pattern)
+    }
+    return [_read(by_step[stem]) for stem in _pick(sorted(by_step), files)]
 
 
-def _pick(files: Sequence[Path], count: int) -> list[Path]:
+def _pick(stems: Sequence[str], count: int) -> list[str]:
     if count <= 0:
         return []
-    if len(files) <= count:
-        return list(files)
+    if len(stems) <= count:
+        return list(stems)
     if count == 1:
-        return [files[-1]]
-    return [files[round(i * (len(files) - 1) / (count - 1))] for i in range(count)]
+        return [stems[-1]]
+    return [stems[round(i * (len(stems) - 1) / (count - 1))] for i in range(count)]
 
 
 def _read(file: Path) -> SampledStep:
     try:
-        lines = file.read_text().splitlines()
+        text = file.read_text(encoding="utf-8")
         step = int(file.stem.removeprefix("step_"))
     except (OSError, ValueError) as e:
         raise UserError(f"{file}: not a file of samples ({e}); remove it, or use --samples 0") from e
+    if file.suffix == ".jsonl":
+        # Not splitlines: JSON texts may hold other line breaks.
+        lines = text.removesuffix("\n").split("\n") if text else []
+        return SampledStep(step, tuple(_record(file, number, line) for number, line in enumerate(lines, 1)))
+    return SampledStep(step, tuple(_from_text(text)))
+
+
+def _record(file: Path, number: int, line: str) -> Sample:
+    try:
+        record: dict[str, Any] = json.loads(line)
+        spans = tuple(_span(span) for span in record["spans"])
+        turns = tuple(
+            SampledTurn(tuple(SampledCall(c["tool"], c["outcome"], c["seconds"]) for c in turn["calls"]), turn["void"])
+            for turn in record["turns"]
+        )
+        actions = sum(len(span.token_ids) for span in spans if span.kind == "action")
+        facts = (
+            f"{'correct' if record['correct'] else 'wrong'}, {record['status']}, {actions} action tokens, "
+            f"policy version {record['policy_version']}, seed {record['seed']}"
+        )
+        return Sample(
+            prompt=record["prompt_id"],
+            sample=record["sample"],
+            reward=record["reward"],
+            facts=facts,
+            answer=record["answer"],
+            note=record["note"],
+            advantage=record["advantage"],
+            turns=turns,
+            spans=spans,
+        )
+    except KeyError as e:
+        raise UserError(f"{file}:{number}: key {e} is missing in a sample; remove the file, or use --samples 0") from e
+    except (ValueError, TypeError) as e:
+        raise UserError(f"{file}:{number}: not a sample ({e}); remove the file, or use --samples 0") from e
+
+
+def _span(span: Mapping[str, Any]) -> SampledSpan:
+    kind, pieces, ids = span["kind"], tuple(span["pieces"]), tuple(span["token_ids"])
+    columns = {name: tuple(span[name]) for name in COLUMNS if name in span}
+    if kind not in _KINDS.values():
+        raise ValueError(f"kind {kind!r}")
+    wrong = [name for name, values in {"pieces": pieces, **columns}.items() if len(values) != len(ids)]
+    if wrong:
+        raise ValueError(f"{wrong[0]}: not one value for each of {len(ids)} token_ids")
+    return SampledSpan(kind, pieces, ids, columns)
+
+
+def _from_text(text: str) -> list[Sample]:
     samples: list[Sample] = []
     block: list[str] = []
-    for line in [*lines[1:], None]:
+    for line in [*text.splitlines()[1:], None]:
         if line is None or _HEAD.match(line):
             if block:
                 samples.append(_sample(block))
             block = []
         if line is not None and (block or _HEAD.match(line)):
             block.append(line)
-    return SampledStep(step, tuple(samples))
+    return samples
 
 
 def _sample(block: Sequence[str]) -> Sample:
@@ -85,10 +163,16 @@ def _sample(block: Sequence[str]) -> Sample:
             parts.append((line[4:], []))
         elif parts:
             parts[-1][1].append(line)
+    whole = [(label, "\n".join(lines).strip("\n")) for label, lines in parts]
+    said = dict(whole)
     return Sample(
-        head["prompt"],
-        int(head["sample"]),
-        float(head["reward"]),
-        head["rest"],
-        tuple(Part(label, "\n".join(text).strip("\n")) for label, text in parts),
+        prompt=head["prompt"],
+        sample=int(head["sample"]),
+        reward=float(head["reward"]),
+        facts=head["rest"],
+        answer=said.get("answer", ""),
+        note=said.get("note", ""),
+        advantage=None,
+        turns=(),
+        spans=tuple(SampledSpan(_KINDS[label], (text,), (), {}) for label, text in whole if label in _KINDS),
     )

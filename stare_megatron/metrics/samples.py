@@ -1,9 +1,10 @@
-"""Sampled trajectories as text to read: `samples/step_000010.txt`."""
+"""Sampled trajectories: which are kept, and as text to read: `samples/step_000010.txt`."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from stare_megatron.types import Group, Score, SpanKind, Trajectory
@@ -13,36 +14,44 @@ FOLDER = "samples"
 Decode = Callable[[list[int]], str]
 
 
-def write_samples(folder: Path, step: int, groups: Sequence[Group], decode: Decode, limit: int) -> Path:
-    """Write at most `limit` trajectories, of as many groups as possible: first the best of each group, then the worst.
+@dataclass(frozen=True, eq=False)
+class Picked:
+    """A trajectory to be shown. `place`: its group among the groups of the batch, and its place in the group."""
 
-    `decode` turns token ids into text. Returns the file, which is replaced whole.
+    place: tuple[int, int]
+    group: Group
+    trajectory: Trajectory
+    score: Score
+
+
+def pick(groups: Sequence[Group], limit: int) -> list[Picked]:
+    """At most `limit` trajectories, of as many groups as possible: first the best of each group, then the worst."""
+    ranked = [_ranked(place, group) for place, group in enumerate(groups)]
+    best = [own[0] for own in ranked]
+    worst = [own[-1] for own in ranked if len(own) > 1]
+    return [*best, *worst, *(p for own in ranked for p in own[1:-1])][:limit]
+
+
+def _ranked(place: int, group: Group) -> list[Picked]:
+    pairs = enumerate(zip(group.trajectories, group.scores, strict=True))
+    own = [Picked((place, i), group, trajectory, score) for i, (trajectory, score) in pairs]
+    return sorted(own, key=lambda p: (-p.score.reward, p.trajectory.sample))
+
+
+def write_samples(folder: Path, step: int, picked: Sequence[Picked], total: int, decode: Decode) -> Path:
+    """Write the trajectories picked of `total`. `decode` turns token ids into text.
+
+    Returns the file, which is replaced whole.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    picked = list(_pick(groups))[:limit]
-    text = f"step {step}: {len(picked)} of {sum(len(g.trajectories) for g in groups)} trajectories\n"
-    for group, trajectory, score in picked:
-        text += "\n" + _format(group, trajectory, score, decode)
+    text = f"step {step}: {len(picked)} of {total} trajectories\n"
+    for p in picked:
+        text += "\n" + _format(p.group, p.trajectory, p.score, decode)
     file = folder / f"step_{step:06d}.txt"
     partial = file.with_name(file.name + ".partial")
     partial.write_text(text)
     os.replace(partial, file)
     return file
-
-
-def _pick(groups: Sequence[Group]) -> Iterator[tuple[Group, Trajectory, Score]]:
-    ranked = [
-        sorted(zip(g.trajectories, g.scores, strict=True), key=lambda pair: (-pair[1].reward, pair[0].sample))
-        for g in groups
-    ]
-    for group, pairs in zip(groups, ranked, strict=True):
-        yield group, *pairs[0]
-    for group, pairs in zip(groups, ranked, strict=True):
-        if len(pairs) > 1:
-            yield group, *pairs[-1]
-    for group, pairs in zip(groups, ranked, strict=True):
-        for pair in pairs[1:-1]:
-            yield group, *pair
 
 
 def _format(group: Group, trajectory: Trajectory, score: Score, decode: Decode) -> str:

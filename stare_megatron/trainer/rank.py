@@ -6,7 +6,7 @@ All ranks make the same calls in the same order: most are collectives.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +21,7 @@ from stare_megatron.algo.shards import shards
 from stare_megatron.config import Config
 from stare_megatron.errors import RunError
 from stare_megatron.stats import EntropyReading, StepStats
+from stare_megatron.token_record import TokenRecord
 from stare_megatron.trainer import parallel
 from stare_megatron.trainer.schedule import learning_rate
 from stare_megatron.types import Control, Group, UpdateShare, UpdateStats
@@ -108,6 +109,7 @@ class TrainerRank:
         self._optimizer_steps = 0
         self._loaded: list[Loaded] = []
         self._known: ScoredBatch | SampledBatch | None = None
+        self._trained: list[tuple[Loaded, Pass]] = []
 
     def position(self) -> Position:
         return Position(
@@ -124,7 +126,7 @@ class TrainerRank:
         from stare_megatron.trainer.sequence import micro_batches, token_batch
 
         algorithm = self._config.algorithm
-        self._loaded, self._known = [], None
+        self._loaded, self._known, self._trained = [], None, []
         for groups, share in groups_per_update:
             batch = token_batch(groups, share, self._algorithm, algorithm, self._runner.place)
             rows = micro_batches(batch, share, self._config.trainer.micro_batch_tokens, self._layout)
@@ -151,8 +153,10 @@ class TrainerRank:
         self._known = ScoredBatch(self._loaded, scored, summary)
         return EntropyReading(summary.num_action_tokens, summary.entropy)
 
-    def update(self, control: Control) -> StepStats:
+    def update(self, control: Control, *, keep_tokens: bool = False) -> StepStats:
         """Weigh the tokens of the scored batch and take its optimizer steps; the batch is dropped.
+
+        `keep_tokens`: keep what is known of its tokens for `token_records`.
 
         Raises:
             RunError: a loss or gradient norm is not finite; the message names the optimizer step. After a non-finite
@@ -171,16 +175,32 @@ class TrainerRank:
             seen = self._forward_backward(known.data, None, weights, control)
             summary = summarize(self._runner, [known.data], [seen.scored], found_by="update pass")
             (exact_T,) = exact_sets(self._runner, [known.data], [seen.scored], config)
-            updates = [self._optimizer_step(known.data, seen, exact_T)]
+            updates, passes = [self._optimizer_step(known.data, seen, exact_T)], [seen]
         else:
-            summary, updates = known.summary, []
+            summary, updates, passes = known.summary, [], []
             weighed = self._weigh(known.data, known.tokens(), control)
             exact = exact_sets(self._runner, known.data, known.scored, config)
             for data, scored, weights, exact_T in zip(known.data, known.scored, weighed, exact, strict=True):
                 seen = self._forward_backward(data, scored, weights, control)
                 updates.append(self._optimizer_step(data, seen, exact_T))
+                passes.append(seen)
+        if keep_tokens:
+            self._trained = list(zip(self._loaded, passes, strict=True))
         self._loaded, self._known = [], None
         return StepStats(summary, tuple(updates))
+
+    def token_records(self, first_tokens: Collection[int]) -> dict[int, TokenRecord]:
+        """Of the batch just updated on: what this rank knows of the tokens of the sequences that begin at these global
+        token ids, by them; `token_record.join` makes one of the parts of context-parallel ranks. What `update` kept is
+        dropped. No collective: empty but on the last pipeline stage's first tensor-parallel ranks, which have it.
+        """
+        from stare_megatron.trainer.step import token_records
+
+        trained, self._trained = self._trained, []
+        position = self.position()
+        if not position.is_last_stage or position.tensor_parallel_rank:
+            return {}
+        return token_records([data for data, _ in trained], [seen for _, seen in trained], first_tokens)
 
     def _weigh(self, data: Sequence[Loaded], tokens: Candidates, control: Control) -> Sequence[Weights | None]:
         """Token weights of each optimizer step; None where each micro-batch is weighed by itself."""

@@ -6,9 +6,11 @@ denominator (`algo.reduce`). So micro-batch budgets, packing, DP, CP and PP do n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from stare_megatron.algo import dynamics
@@ -19,6 +21,7 @@ from stare_megatron.algo.stare import Candidates, ScoredCandidates, Weights
 from stare_megatron.algo.surrogate import kl_estimate
 from stare_megatron.config import AlgorithmConfig
 from stare_megatron.dynamics import Dynamics
+from stare_megatron.token_record import TokenRecord
 from stare_megatron.trainer.runner import Loaded, Runner
 from stare_megatron.trainer.scoring import Scored, candidates
 from stare_megatron.trainer.sequence import MicroBatch
@@ -77,6 +80,35 @@ class Pass:
     stats: LossStats
     applied: dynamics.Applied
     scored: Scored
+
+
+def token_records(
+    data: Sequence[Loaded], passes: Sequence[Pass], first_tokens: Collection[int]
+) -> dict[int, TokenRecord]:
+    """What this rank (last stage) knows of the sequences that begin at these global token ids, by them."""
+    found = {}
+    for loaded, seen in zip(data, passes, strict=True):
+        batch, scores = loaded.batch, seen.scored.scores
+        bounds = batch.cu_seqlens_N1.tolist()
+        for n, first in enumerate(batch.global_sequence_N.tolist()):
+            if first not in first_tokens:
+                continue
+            here = slice(bounds[n], bounds[n + 1])
+            known_T = loaded.owned_T[here]
+
+            def own(x_T: torch.Tensor, here: slice = here, known_T: torch.Tensor = known_T) -> npt.NDArray[np.float32]:
+                return torch.where(known_T, x_T[here], 0.0).float().cpu().numpy()
+
+            found[first] = TokenRecord(
+                known=known_T.cpu().numpy(),
+                logprob=own(scores.logprob_T),
+                raw_logprob=own(seen.scored.raw_logprob_T),
+                entropy=own(scores.entropy_T),
+                advantage=own(batch.advantage_T),
+                weight=own(seen.applied.weight_T),
+                selected=(known_T & seen.applied.selected_T[here]).cpu().numpy(),
+            )
+    return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ from tests.contracts.source import Import, files, imports, nodes, relative
 CONTRACTS = {
     "types",
     "trajectory",
+    "token_record",
     "dynamics",
     "mismatch",
     "stats",
@@ -27,6 +28,7 @@ CONTRACTS = {
 ALLOWED: dict[str, set[str]] = {
     "dynamics": set(),
     "trajectory": set(),
+    "token_record": set(),
     "mismatch": set(),
     "types": {"dynamics", "mismatch", "trajectory"},
     "stats": {"types"},
@@ -108,6 +110,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "numpy": {
         "types",
         "trajectory",
+        "token_record",
         "data",
         "tasks",
         "rewards",

@@ -128,3 +128,58 @@ def write_samples(run: Path, step: int, response: str = "1 + 1 = 2 <eos>") -> No
         "\n=== task-00011 sample 3: reward 0, wrong, truncated, 6 action tokens, policy version 0, seed 6\n"
         "--- prompt\n<bos> 1 1 :\n--- response\n1 + 1 = 3\n--- answer\n2\n--- note\nno last number\n"
     )
+
+
+def write_sample_records(run: Path, step: int, pieces: list[str]) -> Path:
+    """A trajectory with a tool's answer, trained on, and one that failed; `pieces`: of the first's first turn."""
+    rng = random.Random(step)
+    n = len(pieces)
+
+    def span(kind: str, texts: list[str], first: int, **columns: list) -> dict:
+        return {"kind": kind, "token_ids": [first + i for i in range(len(texts))], "pieces": texts, **columns}
+
+    def action(texts: list[str], first: int, trained: bool) -> dict:
+        engine = [round(-rng.expovariate(0.8), 5) for _ in texts]
+        columns: dict[str, list] = {"rollout_logprobs": [*engine[:-1], None]}
+        if trained:
+            columns |= {
+                "logprobs": [round(x - 0.01, 5) for x in engine],
+                "raw_logprobs": [round(x + rng.gauss(0, 0.01), 5) for x in engine],
+                "entropies": [round(rng.uniform(0, 2), 5) for _ in texts],
+                "weights": [1.0 if x > -2 else 1.5 for x in engine],
+                "selection": [(i % 3) - 1 for i in range(len(texts))],
+            }
+        return span("action", texts, first, **columns)
+
+    calls = [{"tool": "python", "code": "print(6 * 7)", "outcome": "ok", "seconds": 0.004}]
+    head = {"step": step, "prompt_id": "p <i>", "source": "unit", "answer": "42", "policy_version": 0, "seed": 5}
+    good = {
+        "sample": 0,
+        "reward": 1.0,
+        "correct": True,
+        "status": "completed",
+        "note": "",
+        "advantage": 0.5,
+        "turns": [{"void": False, "calls": calls}, {"void": False, "calls": []}],
+        "spans": [
+            span("prompt", ["What is", " 6", " times", " 7?", "\n"], 1),
+            action(pieces, 100, True),
+            span("observation", ["<tool_response>", "\n", "42", "\n", "</tool_response>"], 100 + n),
+            action(["The", " answer", " is", " 4", "2", ".", "<|im_end|>"], 500, True),
+        ],
+    }
+    failed = {
+        "sample": 1,
+        "reward": 0.0,
+        "correct": False,
+        "status": "failed",
+        "note": "no answer",
+        "advantage": None,
+        "turns": [],
+        "spans": [span("prompt", ["What is"], 1), action(["I", "", "é"], 700, False)],
+    }
+    folder = run / "samples"
+    folder.mkdir(exist_ok=True)
+    file = folder / f"step_{step:06d}.jsonl"
+    file.write_text("".join(json.dumps(head | line, ensure_ascii=False) + "\n" for line in (good, failed)))
+    return file

@@ -16,8 +16,9 @@ from stare_megatron.compare.load import load_all
 from stare_megatron.compare.report import Options, gather
 from stare_megatron.compare.samples import read_samples
 from stare_megatron.compare.stats import band
+from stare_megatron.compare.viewer import trajectories
 from stare_megatron.errors import UserError
-from tests.unit.compare.run_folders import rows, write_run, write_samples
+from tests.unit.compare.run_folders import rows, write_run, write_sample_records, write_samples
 
 NOW = 2e9
 
@@ -110,7 +111,8 @@ def test_names_cannot_break_the_page(tmp_path):
     path = write_run(tmp_path, "a", steps=3)
     write_samples(path, 1, "</script><b>bold</b> & more")
     page = render(gather([path], Options(title="<i>t</i>"), NOW))
-    assert "&lt;/script&gt;&lt;b&gt;bold" in page
+    assert r"\u003c/script>\u003cb>bold" in page
+    assert "</script><b>bold" not in page
     assert "<h1>&lt;i&gt;t&lt;/i&gt;</h1>" in page
 
 
@@ -122,11 +124,46 @@ def test_samples(tmp_path):
     assert [s.step for s in found] == [1, 20, 30]
     good, bad = found[0].samples
     assert (good.prompt, good.sample, good.reward) == ("task-00011", 2, 1.0)
-    assert [(p.label, p.text) for p in bad.parts][-2:] == [("answer", "2"), ("note", "no last number")]
+    assert [(s.kind, s.pieces) for s in bad.spans] == [("prompt", ("<bos> 1 1 :",)), ("action", ("1 + 1 = 3",))]
+    assert (bad.answer, bad.note, bad.advantage) == ("2", "no last number", None)
     assert read_samples(path, 0) == []
     (path / "samples" / "step_x.txt").write_text("")
     with pytest.raises(UserError, match=r"step_x\.txt: not a file of samples"):
         read_samples(path, 9)
+
+
+def test_samples_as_data(tmp_path):
+    path = write_run(tmp_path, "a", steps=3)
+    write_samples(path, 1)
+    write_samples(path, 2)
+    write_sample_records(path, 2, ["x", "\u2028", "y"])
+    text, data = read_samples(path, 9)
+    assert (text.step, data.step, text.samples[0].advantage, data.samples[0].advantage) == (1, 2, None, 0.5)
+    action = data.samples[0].spans[1]
+    assert (action.kind, action.pieces, action.token_ids) == ("action", ("x", "\u2028", "y"), (100, 101, 102))
+    assert action.columns["rollout_logprobs"][2] is None
+    assert data.samples[0].turns[0].calls[0].outcome == "ok"
+    file = path / "samples" / "step_000002.jsonl"
+    line = json.loads(file.read_text().split("\n")[0])
+    line["spans"][1]["pieces"].pop()
+    file.write_text(json.dumps(line))
+    with pytest.raises(UserError, match=r"step_000002\.jsonl:1: not a sample \(pieces: not one value for each of 3"):
+        read_samples(path, 9)
+    file.write_text("{}")
+    with pytest.raises(UserError, match=r"step_000002\.jsonl:1: key 'spans' is missing"):
+        read_samples(path, 9)
+
+
+def test_the_newest_trajectories_are_kept_within_the_limit(tmp_path):
+    path = write_run(tmp_path, "a", steps=3)
+    for step in (1, 2):
+        write_sample_records(path, step, ["x"] * 200)
+    samples = {"a": read_samples(path, 9)}
+    whole = trajectories(samples, {"a": 0})
+    assert (whole["leftOut"], [s["step"] for s in whole["runs"][0]["steps"]]) == (0, [1, 2])
+    half = trajectories(samples, {"a": 0}, limit=len(json.dumps(whole)) * 6 // 10)
+    assert (half["leftOut"], [s["step"] for s in half["runs"][0]["steps"]]) == (2, [2])
+    assert trajectories(samples, {"a": 0}, limit=10) == {"leftOut": 4, "runs": []}
 
 
 def test_the_command_writes_all_of_it(two_methods, tmp_path, capsys):

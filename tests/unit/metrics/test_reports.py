@@ -10,7 +10,7 @@ from stare_megatron.errors import UserError
 from stare_megatron.metrics import plot, summary
 from stare_megatron.metrics.catalogue import metrics
 from stare_megatron.metrics.jsonl import JsonlSink
-from stare_megatron.metrics.samples import write_samples
+from stare_megatron.metrics.samples import pick, write_samples
 from stare_megatron.types import Group, Prompt, Score, Span, SpanKind, Status, Trajectory
 
 
@@ -133,7 +133,9 @@ def group(name, rewards):
 
 def test_samples_show_best_then_worst_of_each_group(tmp_path):
     groups = [group("a", (0.0, 0.5, 1.0)), group("b", (0.0, 0.0, 0.0))]
-    file = write_samples(tmp_path / "samples", 10, groups, lambda ids: " ".join(f"<{i}>" for i in ids), 3)
+    picked = pick(groups, 3)
+    assert [p.place for p in picked] == [(0, 2), (1, 0), (0, 0)]
+    file = write_samples(tmp_path / "samples", 10, picked, 6, lambda ids: " ".join(f"<{i}>" for i in ids))
     assert file.name == "step_000010.txt"
     text = file.read_text()
     heads = [line for line in text.splitlines() if line.startswith("===")]
