@@ -24,7 +24,13 @@ SETTINGS = Settings({}, {})
 
 def state(step: int) -> LoopState:
     return LoopState(
-        step, 10 * step, StreamState(0, step, 1, "x"), ControllerState(1.0, 1.0), Observed(0.5, 0.0), GateDuty(step, 0), "id"
+        step,
+        10 * step,
+        StreamState(0, step, 1, "x"),
+        ControllerState(1.0, 1.0),
+        Observed(0.5, 0.0),
+        GateDuty(step, 0),
+        "id",
     )
 
 
@@ -298,7 +304,7 @@ def test_a_schedule_over_the_length_of_the_run_holds_the_length(made, tmp_path):
     from stare_megatron.checkpoint import settings as stored
 
     stored.write(folder, settings(trainer__optimizer={"schedule": "cosine"}))
-    with pytest.raises(UserError, match="run.steps was 3, is 9"):
+    with pytest.raises(UserError, match=r"run\.steps was 3, is 9"):
         checkpoint.check_settings(folder, settings(trainer__optimizer={"schedule": "cosine"}, run__steps=9), [])
 
 
@@ -313,7 +319,7 @@ def test_another_model_or_tokenizer_is_refused(made, tmp_path, file, what):
 
 def test_an_unknown_name_in_resume_allow_is_refused(made):
     settings, folder = made
-    with pytest.raises(UserError, match="run.resume_allow: 'run.sead' is no key"):
+    with pytest.raises(UserError, match=r"run\.resume_allow: 'run\.sead' is no key"):
         checkpoint.check_settings(folder, settings(), ["run.sead"])
 
 
@@ -324,5 +330,5 @@ def test_a_key_that_came_later_counts_with_its_default(made):
     tree["config"]["rollout"]["gone"] = None
     (folder / "settings.json").write_text(json.dumps(tree))
     checkpoint.check_settings(folder, settings(), [])
-    with pytest.raises(UserError, match="rollout.top_p was 1.0, is 0.5"):
+    with pytest.raises(UserError, match=r"rollout\.top_p was 1\.0, is 0\.5"):
         checkpoint.check_settings(folder, settings(rollout__top_p=0.5), [])
