@@ -140,7 +140,9 @@ def main(argv: list[str]) -> int:
     def median(values: list[float]) -> str:
         return f"{np.median(values):.3f}" if values else "-"
 
-    table = Table(title=f"{parameters / 1e6:,.0f} M parameters, {size / 1e6:,.0f} MB, medians of {_ROUNDS - 1}, seconds")
+    table = Table(
+        title=f"{parameters / 1e6:,.0f} M parameters, {size / 1e6:,.0f} MB, medians of {_ROUNDS - 1}, seconds"
+    )
     for heading in ("written", "begin", "finish", "loop held up", "whole save", "step meanwhile"):
         table.add_column(heading, justify="right")
     for name, saves in (("at once", at_once), ("in background", background)):
@@ -150,7 +152,9 @@ def main(argv: list[str]) -> int:
     versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
     console = Console(width=120)
     console.print(table)
-    console.print(f"in the background the loop is held up {ratio:.1%} as long; a step without a save: {median(alone)} s")
+    console.print(
+        f"in the background the loop is held up {ratio:.1%} as long; a step without a save: {median(alone)} s"
+    )
     console.print(f"{hardware()}; {versions}")
     return 0
 

@@ -17,11 +17,12 @@ from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer import MegatronOptimizer
 
 from stare_megatron.config import TrainerConfig
 from stare_megatron.errors import UserError
 from stare_megatron.trainer import parallel, writing
+from stare_megatron.trainer.ungathered import live_storages, local_state, parts
 from stare_megatron.trainer.writing import Writing
 
 # `fully_reshardable`: optimizer state is stored per parameter, so any layout can load it.
@@ -53,12 +54,14 @@ def begin_save(
     dist.barrier()
     if not optimizer_steps:
         _make_moments(optimizer)
-    state = _sharded_state(chunks, optimizer, is_loading=False) | {
-        "step": step,
-        "optimizer_steps": optimizer_steps,
-        "random": _random_state(trainer),
-    }
-    return writing.begin(folder, state, CONTENT | {"layout": _layout(trainer)}, snapshot=snapshot)
+    with local_state(optimizer):
+        state = _sharded_state(chunks, optimizer, is_loading=False) | {
+            "step": step,
+            "optimizer_steps": optimizer_steps,
+            "random": _random_state(trainer),
+        }
+    live = live_storages(optimizer, (p for chunk in chunks for p in chunk.module.parameters())) if snapshot else set()
+    return writing.begin(folder, state, CONTENT | {"layout": _layout(trainer)}, live)
 
 
 def save(
@@ -123,7 +126,7 @@ def _make_moments(optimizer: MegatronOptimizer) -> None:
 
     By a step without gradient, learning rate or decay, which is undone in the count of steps.
     """
-    for part in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
+    for part in parts(optimizer):
         inner: Any = part.optimizer
         if any(inner.state.values()):
             continue

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
@@ -74,8 +75,16 @@ class Writing:
         return entries
 
 
-def begin(folder: Path, state: dict[str, Any], content: dict[str, Any], *, snapshot: bool) -> Writing:
-    """Start to write `state`, a sharded state dict. A collective. `snapshot`: of a copy in host memory."""
+# A copy's memory, kept for the next: memory that is new to the process costs several times the copying.
+_copies: dict[tuple[str, int], torch.Tensor] = {}
+
+
+def begin(folder: Path, state: dict[str, Any], content: dict[str, Any], live: set[int]) -> Writing:
+    """Start to write `state`, a sharded state dict. A collective.
+
+    `live`: addresses of the storages that may change before the writing has ended; what is in one of them is copied.
+    The writing before must have been finished.
+    """
     results: queue.SimpleQueue[Any] = queue.SimpleQueue()
     filesystem_async._results_queue = results  # instead of the manager's; the writer takes it when it plans
     save: Any = dist_checkpointing.save
@@ -86,19 +95,26 @@ def begin(folder: Path, state: dict[str, Any], content: dict[str, Any], *, snaps
     if request.async_fn is None:  # nothing for this rank to write
         return Writing(folder, request, results, pool, ())
     transforms = request.async_fn.args[0]
-    live = request.async_fn_args[1]
-    staged = request.preload_fn()  # a copy already, where the state is not in host memory
-    if snapshot:
-        staged = [_copied(bucket, old) for bucket, old in zip(staged, live, strict=True)]
+    # Where the state is not in host memory this is a copy already.
+    staged = [_private(bucket, live) for bucket in request.preload_fn()]
     parts = [pool.submit(_write, transforms, number, bucket) for number, bucket in enumerate(staged)]
     return Writing(folder, request, results, pool, parts)
 
 
-def _copied(bucket: Any, live: Any) -> Any:
-    """The bucket with tensors that share no memory with the `live` ones."""
+def _private(bucket: Any, live: set[int]) -> Any:
+    """The bucket with tensors in memory that nobody changes."""
     path, key, (data, tensors) = bucket
-    kept = [old for _, old in live[2][1]]
-    return path, key, (data, [(i, t.clone() if t is old else t) for (i, t), old in zip(tensors, kept, strict=True)])
+    kept = []
+    for number, (item, tensor) in enumerate(tensors):
+        kept.append((item, _copy((key, number), tensor) if tensor.untyped_storage().data_ptr() in live else tensor))
+    return path, key, (data, kept)
+
+
+def _copy(place: tuple[str, int], tensor: torch.Tensor) -> torch.Tensor:
+    old = _copies.get(place)
+    if old is None or old.shape != tensor.shape or old.dtype != tensor.dtype:
+        old = _copies[place] = torch.empty_like(tensor)
+    return old.copy_(tensor)
 
 
 def _write(transforms: list[Any], number: int, bucket: Any) -> tuple[list[Any], str, manifest.Entry]:
