@@ -32,7 +32,7 @@ from stare_megatron.run_folder import hardware, package_versions, parameter_coun
 from stare_megatron.trainer.rank import TrainerRank
 from stare_megatron.types import Control
 
-_ROUNDS = 5  # of each kind; the first is left out
+_ROUNDS = 4  # of each kind; the first is left out
 
 
 @dataclass
