@@ -16,6 +16,7 @@ from stare_megatron.algo.controller import ControllerState
 from stare_megatron.checkpoint import LoopState, Saver, Settings, store
 from stare_megatron.data.prompts import StreamState
 from stare_megatron.errors import RunError, UserError
+from stare_megatron.metrics import wandb_id
 from stare_megatron.stats import GateDuty, Observed
 
 KEEP = config.CheckpointConfig(asynchronous=False)
@@ -332,3 +333,22 @@ def test_a_key_that_came_later_counts_with_its_default(made):
     checkpoint.check_settings(folder, settings(), [])
     with pytest.raises(UserError, match=r"rollout\.top_p was 1\.0, is 0\.5"):
         checkpoint.check_settings(folder, settings(rollout__top_p=0.5), [])
+
+
+def test_values_of_the_best_metric_come_from_steps_and_evaluations(tmp_path):
+    from stare_megatron import build
+
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 0.5}\n{"step": 2, "reward/mean": "NaN"}\n')
+    assert build._values(tmp_path, "eval/avg") == {}
+    (tmp_path / "eval.jsonl").write_text('{"step": 2, "eval/avg": 0.25}\n')
+    assert build._values(tmp_path, "eval/avg") == {2: 0.25}
+    assert build._values(tmp_path, "reward/mean")[1] == 0.5
+
+
+def test_a_wandb_run_is_remembered_and_never_replaced(tmp_path):
+    assert wandb_id.read(tmp_path) == ""
+    wandb_id.keep(tmp_path, "")
+    assert not (tmp_path / "wandb").exists()
+    wandb_id.keep(tmp_path, "ab12")
+    wandb_id.keep(tmp_path, "other")
+    assert wandb_id.read(tmp_path) == "ab12"
