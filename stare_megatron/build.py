@@ -29,7 +29,7 @@ from stare_megatron.data.tokenizer import decoder, load_tokenizer
 from stare_megatron.errors import UserError
 from stare_megatron.evaluate import Evaluations, Evaluator
 from stare_megatron.host import host_memory
-from stare_megatron.metrics import eval_results
+from stare_megatron.metrics import catalogue, eval_records, eval_results, jsonl, wandb_id
 from stare_megatron.metrics.plot import plot
 from stare_megatron.metrics.sample_records import write_sample_records
 from stare_megatron.metrics.samples import FOLDER, pick, write_samples
@@ -37,7 +37,7 @@ from stare_megatron.metrics.sinks import Sinks, open_sinks
 from stare_megatron.metrics.summary import render, summarize
 from stare_megatron.rollout.collect import Collected, Collector
 from stare_megatron.rollout.runner import check_env, make_runner
-from stare_megatron.stats import EntropyReading, StepStats
+from stare_megatron.stats import UNOBSERVED, EntropyReading, GateDuty, StepStats
 from stare_megatron.sync.check import compare, first_difference, require_agreement
 from stare_megatron.types import Control, ScoreSummary, UpdateStats
 
@@ -81,6 +81,7 @@ class StareRun:
         evaluations: Evaluations[runtime.Ref],
         sinks: Sinks,
         stop: StopSignal,
+        saver: checkpoint.Saver,
         resume_from: Path | None,
     ) -> None:
         self.steps = config.run.steps
@@ -93,6 +94,7 @@ class StareRun:
         self._evaluations = evaluations
         self._sinks = sinks
         self._stop = stop
+        self._saver = saver
         self._resume_from = resume_from
         self._algorithm = ALGORITHMS[config.algorithm.method]
         self._state = controller.initial(config.algorithm)
@@ -101,8 +103,8 @@ class StareRun:
         self._seconds: dict[str, float] = {}
         self._trained = 0
         self._keep_tokens = False
-        self._before = report.UNOBSERVED
-        self._duty = report.gate_duty(config.folder)
+        self._before = UNOBSERVED
+        self._duty = GateDuty(0, 0)
         self._labels = source_labels(stream.prompts)
         self._began = self._step_began = time.monotonic()
 
@@ -114,6 +116,9 @@ class StareRun:
         self._trainers.restore(self._resume_from / "trainer")
         self._state = state.controller
         self._trained = state.trained_tokens
+        self._before = state.before
+        # Checkpoints from before it was kept: from the record, which is cut to their step.
+        self._duty = state.duty if state.duty.steps else report.gate_duty(self._config.folder)
         return state.step
 
     @contextlib.contextmanager
@@ -184,6 +189,9 @@ class StareRun:
         updates: Sequence[UpdateStats],
         probe: float,
     ) -> None:
+        if self._saver.pending:
+            with self.phase("save"):
+                self._saver.poll()
         now = time.monotonic()
         costs = report.StepCosts(
             seconds=self._seconds,
@@ -233,11 +241,24 @@ class StareRun:
         return step == self.steps or bool(every and step % every == 0)
 
     def save(self, step: int) -> None:
-        state = checkpoint.LoopState(step, self._trained, self._stream.state(), self._state)
-        keep = self._config.checkpoint.keep_last
-        checkpoint.save(
-            self._config.folder / "checkpoints", state, lambda folder: self._trainers.save(folder, step), keep
+        self._saver.save(
+            checkpoint.LoopState(
+                step=step,
+                trained_tokens=self._trained,
+                stream=self._stream.state(),
+                controller=self._state,
+                before=self._before,
+                duty=self._duty,
+                wandb_run=wandb_id.read(self._config.folder),
+            )
         )
+
+    def export_due(self, step: int) -> bool:
+        every = self._config.checkpoint.export_every
+        return bool(every and step % every == 0)
+
+    def export(self, step: int) -> None:
+        self._trainers.export_hf(self._config.folder / run_folder.EXPORTS / f"step_{step:06d}")
 
     def stopping(self) -> bool:
         return self._stop.asked
@@ -253,6 +274,8 @@ def train(config: Config, *, quiet: bool, command: list[str]) -> int:
     notes = list(preflight.check(config))
     sandbox = preflight.check_sandbox(config)
     notes += [f"sandbox: {sandbox}"] if sandbox else []
+    settings = checkpoint.settings_of(config)
+    resume_from = _checked_checkpoint(config, settings, console, notes)
     tokenizer = load_tokenizer(config.model.path)
     check_env(config.env, tokenizer)
     prompts = load_prompts(config.data, tokenizer)
@@ -263,22 +286,25 @@ def train(config: Config, *, quiet: bool, command: list[str]) -> int:
         )
     benchmarks = load_benchmarks(config, tokenizer)
     stream = PromptStream(prompts, seed=config.run.seed, shuffle=config.data.shuffle)
-    resume_from = checkpoint.find(config.folder / "checkpoints", config.run.resume)
     if config.sync.probe_every:
         stream.probe()  # refuses a data set without a prompt to probe with
     restored = 0
+    wandb_run = ""
     if resume_from is not None:
         state = checkpoint.read(resume_from)
         stream.restore(state.stream)
         restored = state.step
+        if resume_from.resolve().is_relative_to(config.folder.resolve()):
+            wandb_run = state.wandb_run
     folder = run_folder.open_run(config, command, sandbox)
+    wandb_id.keep(folder.path, wandb_run)
     for note in notes:
         console.print(f"note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     sinks = open_sinks(config, folder.path, restored, quiet, console)
     stop = StopSignal(console)
     try:
         with contextlib.closing(sinks), stop.installed():
-            code = _train(config, folder, stream, benchmarks, tokenizer, sinks, stop, resume_from, restored)
+            code = _train(config, settings, folder, stream, benchmarks, tokenizer, sinks, stop, resume_from, restored)
     except (UserError, KeyboardInterrupt):
         run_folder.discard(folder)
         raise
@@ -288,8 +314,33 @@ def train(config: Config, *, quiet: bool, command: list[str]) -> int:
     return code
 
 
+def _checked_checkpoint(
+    config: Config, settings: checkpoint.Settings, console: Console, notes: list[str]
+) -> Path | None:
+    """The checkpoint to go on from, found undamaged and of this configuration; adds to `notes`."""
+    if config.checkpoint.best_metric:
+        try:
+            catalogue.entry(config.checkpoint.best_metric)
+        except ValueError as e:
+            raise UserError(f"checkpoint.best_metric = {config.checkpoint.best_metric!r}: {e}") from e
+    found = checkpoint.find(config.folder / run_folder.CHECKPOINTS, config.run.resume)
+    if found is not None:
+        console.print(f"checking {found}", markup=False, highlight=False, soft_wrap=True)
+        note = checkpoint.verify(found, contents=config.checkpoint.verify)
+        notes.extend([note] if note else [])
+        checkpoint.check_settings(found, settings, config.run.resume_allow)
+    return found
+
+
+def _values(folder: Path, metric: str) -> dict[int, float]:
+    """A metric of the run so far, by step."""
+    tables = [t for t in (folder / jsonl.FILE, folder / eval_records.TABLE) if t.exists()]
+    return {int(row["step"]): row[metric] for table in tables for row in jsonl.read(table) if metric in row}
+
+
 def _train(
     config: Config,
+    settings: checkpoint.Settings,
     folder: run_folder.RunFolder,
     stream: PromptStream,
     benchmarks: Sequence[Benchmark],
@@ -320,8 +371,18 @@ def _train(
         trainers.connect(engines, transport)
         evaluator = Evaluator(config, benchmarks, engines, lambda ref: runtime.fetch([ref])[0], decoder(tokenizer))
         evaluations = Evaluations(config, benchmarks, evaluator, folder.path, restored)
-        run = StareRun(config, trainers, engines, stream, tokenizer, evaluations, sinks, stop, resume_from)
+        saver = checkpoint.Saver(
+            folder.checkpoints,
+            config.checkpoint,
+            settings,
+            trainers,
+            estimate=run_folder.checkpoint_bytes(config),
+            values=functools.partial(_values, folder.path, config.checkpoint.best_metric),
+            warn=sinks.note,
+        )
+        run = StareRun(config, trainers, engines, stream, tokenizer, evaluations, sinks, stop, saver, resume_from)
         done = loop.train(run)
+        saver.wait()
         finished = done >= config.run.steps
         if finished and config.checkpoint.export_final:
             sinks.status("exporting the policy")

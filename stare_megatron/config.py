@@ -26,6 +26,7 @@ from stare_megatron.observe import BenchmarkConfig as BenchmarkConfig
 from stare_megatron.observe import EvalConfig as EvalConfig
 from stare_megatron.observe import LoggingConfig as LoggingConfig
 from stare_megatron.sandbox_config import SandboxConfig as SandboxConfig
+from stare_megatron.training import CheckpointConfig as CheckpointConfig
 from stare_megatron.training import OptimizerConfig as OptimizerConfig
 from stare_megatron.training import TrainerConfig as TrainerConfig
 
@@ -44,6 +45,11 @@ class RunConfig(Section):
         "never",
         description="`never`: refuse a run folder that already has a checkpoint; `auto`: continue from its newest one; "
         "or the path of a checkpoint folder.",
+    )
+    resume_allow: list[str] = Field(
+        default_factory=list,
+        description="Keys or tables that may differ from those of the checkpoint although they change what is trained; "
+        "see docs/checkpoints.md.",
     )
 
 
@@ -180,12 +186,6 @@ class SyncConfig(Section):
     probe_threshold: float = Field(
         1e-3, gt=0, description="Largest mean |log-prob difference| on the probe prompt, nats; beyond it the run stops."
     )
-
-
-class CheckpointConfig(Section):
-    every: int = Field(0, ge=0, description="Save every n steps; 0: only at the end and when interrupted.")
-    keep_last: int = Field(2, ge=1, description="Training checkpoints kept.")
-    export_final: bool = Field(True, description="Write the final policy as a Hugging Face checkpoint.")
 
 
 class ClusterConfig(Section):

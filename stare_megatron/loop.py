@@ -69,7 +69,15 @@ class Run(Protocol, Generic[Batch]):
 
     def save_due(self, step: int) -> bool: ...
 
-    def save(self, step: int) -> None: ...
+    def save(self, step: int) -> None:
+        """Save a checkpoint; it may be written while the loop goes on."""
+        ...
+
+    def export_due(self, step: int) -> bool: ...
+
+    def export(self, step: int) -> None:
+        """Write the policy for others to use."""
+        ...
 
     def stopping(self) -> bool:
         """The user asked for an end."""
@@ -103,4 +111,7 @@ def train(run: Run[Batch]) -> int:
         if run.save_due(step) or run.stopping():
             with run.phase("save"):
                 run.save(step)
+        if run.export_due(step):
+            with run.phase("save"):
+                run.export(step)
     return step

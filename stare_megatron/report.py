@@ -11,6 +11,7 @@ from stare_megatron.host import HostMemory
 from stare_megatron.metrics import jsonl
 from stare_megatron.metrics.catalogue import Metric, member, metrics
 from stare_megatron.rollout.collect import Collected, CollectStats, SourceStats
+from stare_megatron.stats import GateDuty, Observed
 from stare_megatron.types import Control, ScoreSummary, UpdateStats
 
 
@@ -29,33 +30,12 @@ class StepCosts:
     trained_total: int
 
 
-@dataclass(frozen=True)
-class Observed:
-    """A step's mean entropy, nats a token, under the policy before its update, and the change its update predicted,
-    nats a token and unit step."""
-
-    entropy: float
-    predicted: float
-
-
-@dataclass(frozen=True)
-class GateDuty:
-    """How many steps the run's record holds, and in how many of them the gate was open."""
-
-    steps: int
-    opened: int
-
-    def after(self, control: Control) -> GateDuty:
-        return GateDuty(self.steps + 1, self.opened + control.gate_on)
-
-
 def gate_duty(run_folder: Path) -> GateDuty:
     """Of the steps logged in a run's folder, cut to where the run goes on."""
     rows = jsonl.read(run_folder / jsonl.FILE)
     return GateDuty(len(rows), sum(row.get("stare/gate", 0.0) == 1.0 for row in rows))
 
 
-UNOBSERVED = Observed(math.nan, math.nan)  # before the first step since the start
 QUADRANTS = ("pos_likely", "pos_unlikely", "neg_likely", "neg_unlikely")  # in the order of types.Dynamics
 
 

@@ -4,6 +4,7 @@ config.toml        the resolved configuration of the newest start (config.1.toml
 run.json           what ran: one record a start (versions, commit, hardware, seed, command line)
 metrics.jsonl      curves.png  tensorboard/  wandb/  samples/
 checkpoints/       to resume from      hf/  the final policy, a Hugging Face checkpoint      logs/  of all processes
+exports/           the policy of earlier steps, as hf/
 """
 
 from __future__ import annotations
@@ -47,6 +48,9 @@ _PACKAGES = (
 _CHECKPOINT_BYTES = 16
 _SLACK_MB = 256
 
+CHECKPOINTS = "checkpoints"
+EXPORTS = "exports"
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -85,7 +89,7 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
 
     @property
     def export(self) -> Path:
@@ -105,6 +109,7 @@ class RunFolder:
             ("wandb", self.wandb),
             ("checkpoints", self.checkpoints),
             ("policy (Hugging Face)", self.export),
+            ("earlier policies", self.path / EXPORTS),
             ("configuration", self.config),
             ("logs", self.logs),
         )
@@ -187,10 +192,14 @@ def check_disk(config: Config) -> None:
 
 def disk_need_mb(config: Config) -> int:
     """Estimate: `keep_last` checkpoints and the one being written, the exported policy, and slack; MB."""
-    params = parameter_count(config.model.path)
-    checkpoints = params * _CHECKPOINT_BYTES * (config.checkpoint.keep_last + 1)
-    export = params * 4 if config.checkpoint.export_final else 0
+    checkpoints = checkpoint_bytes(config) * (config.checkpoint.keep_last + 1)
+    export = parameter_count(config.model.path) * 4 if config.checkpoint.export_final else 0
     return (checkpoints + export) // 2**20 + _SLACK_MB
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """Estimate of one training checkpoint."""
+    return parameter_count(config.model.path) * _CHECKPOINT_BYTES
 
 
 def parameter_count(model: Path) -> int:

@@ -1,10 +1,11 @@
-"""What the trainer ranks tell the driver of a step: before its update, and after."""
+"""What the trainer ranks tell the driver of a step, before its update and after, and what it remembers of it."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from stare_megatron.types import ScoreSummary, UpdateStats
+from stare_megatron.types import Control, ScoreSummary, UpdateStats
 
 
 @dataclass(frozen=True)
@@ -28,3 +29,26 @@ class StepStats:
 
     scores: ScoreSummary
     updates: tuple[UpdateStats, ...]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A step's mean entropy, nats a token, under the policy before its update, and the change its update predicted,
+    nats a token and unit step."""
+
+    entropy: float
+    predicted: float
+
+
+@dataclass(frozen=True)
+class GateDuty:
+    """How many steps the run's record holds, and in how many of them the gate was open."""
+
+    steps: int
+    opened: int
+
+    def after(self, control: Control) -> GateDuty:
+        return GateDuty(self.steps + 1, self.opened + control.gate_on)
+
+
+UNOBSERVED = Observed(math.nan, math.nan)  # before the first step

@@ -1,4 +1,4 @@
-"""Settings of the Megatron-Core ranks: `[trainer]`."""
+"""Settings of the Megatron-Core ranks, and of what they save: `[trainer]` and `[checkpoint]`."""
 
 # A default given to Field by position is invisible to the type checker, which then misses arguments in `Section()`.
 # pyright: reportCallIssue=false
@@ -71,3 +71,25 @@ class TrainerConfig(Section):
         if self.sequence_parallel and self.tensor_parallel == 1:
             raise ValueError("sequence_parallel needs tensor_parallel > 1")
         return self
+
+
+class CheckpointConfig(Section):
+    every: int = Field(0, ge=0, description="Save every n steps; 0: only at the end and when interrupted.")
+    asynchronous: bool = Field(
+        True, description="Copy the state and write it while training goes on; false: wait until it is on disk."
+    )
+    keep_last: int = Field(2, ge=1, description="Newest training checkpoints kept.")
+    keep_every: int = Field(0, ge=0, description="Training checkpoints of steps that are multiples stay; 0: none.")
+    best_metric: str = Field(
+        "",
+        description="Metric of metrics.jsonl or eval.jsonl, e.g. `eval/avg`: the checkpoint with the best value stays; "
+        "empty: none.",
+    )
+    best_mode: Literal["max", "min"] = Field("max", description="Which value of `best_metric` is the best.")
+    verify: bool = Field(
+        True, description="Compare checksums, which reads every byte, before a checkpoint is loaded; false: sizes only."
+    )
+    export_every: int = Field(
+        0, ge=0, description="Write the policy as a Hugging Face checkpoint every n steps, to `exports/`; 0: never."
+    )
+    export_final: bool = Field(True, description="Write the final policy as a Hugging Face checkpoint.")

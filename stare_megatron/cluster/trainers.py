@@ -13,6 +13,7 @@ from stare_megatron.cluster import runtime
 from stare_megatron.cluster.placement import Slot
 from stare_megatron.config import Config
 from stare_megatron.data.packing import plan_updates
+from stare_megatron.manifest import Entry
 from stare_megatron.ports import free_port
 from stare_megatron.stats import EntropyReading, StepStats
 from stare_megatron.token_record import TokenRecord, join
@@ -94,8 +95,14 @@ class TrainerActor:
     def score_tokens(self, token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         return self._trainer.score_tokens(token_ids)
 
-    def save(self, folder: Path, step: int) -> None:
-        self._trainer.save(folder, step)
+    def begin_save(self, folder: Path, step: int) -> None:
+        self._trainer.begin_save(folder, step, snapshot=self._config.checkpoint.asynchronous)
+
+    def save_written(self) -> bool:
+        return self._trainer.save_written()
+
+    def finish_save(self) -> dict[str, Entry]:
+        return self._trainer.finish_save()
 
     def restore(self, folder: Path) -> int:
         return self._trainer.restore(folder)
@@ -180,8 +187,16 @@ class TrainerGroup:
     def checksums(self) -> dict[str, str]:
         return self._all("checksums")[0]
 
-    def save(self, folder: Path, step: int) -> None:
-        self._all("save", folder, step)
+    def begin_save(self, folder: Path, step: int) -> None:
+        """Returns when the ranks may train on, with `checkpoint.asynchronous` before everything is written."""
+        self._all("begin_save", folder, step)
+
+    def save_written(self) -> bool:
+        return all(self._all("save_written"))
+
+    def finish_save(self) -> dict[str, Entry]:
+        """Wait until all is written; entries of all ranks' files, by path relative to the folder."""
+        return {name: entry for entries in self._all("finish_save") for name, entry in entries.items()}
 
     def restore(self, folder: Path) -> int:
         return self._all("restore", folder)[0]

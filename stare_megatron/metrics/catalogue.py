@@ -195,7 +195,12 @@ _ENTRIES = (
     ),
     Entry("time/update", "s", Reduction.SUM, "Weights, forward, backward, optimizer."),
     Entry("time/push", "s", Reduction.SUM, "Weights to the engines, and the probe."),
-    Entry("time/save", "s", Reduction.SUM, "Checkpoint written after the previous step; 0 when none was due."),
+    Entry(
+        "time/save",
+        "s",
+        Reduction.SUM,
+        "Checkpoint and export after the previous step, as far as the loop waited for them.",
+    ),
     Entry("time/eval", "s", Reduction.SUM, "Evaluation after the previous step; 0 when none was due."),
     Entry("time/step", "s", Reduction.SUM, "The whole step, without time/eval."),
     Entry("time/elapsed", "s", Reduction.LAST, "Since this start of the run."),

@@ -61,6 +61,10 @@ class ConsoleSink:
         if self._live is None and text and text not in _PHASES:
             self._print(text)
 
+    def note(self, text: str) -> None:
+        """Something the user should know; it stays on the screen."""
+        self._print(f"note: {text}")
+
     def log(self, step: int, metrics: Sequence[Metric]) -> None:
         row = by_name(metrics)
         self._step = step

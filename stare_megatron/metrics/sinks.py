@@ -40,6 +40,10 @@ class Sinks:
         """Tell the user what is going on now."""
         self._console.status(text)
 
+    def note(self, text: str) -> None:
+        """Tell the user something that stays on the screen."""
+        self._console.note(text)
+
     def log(self, step: int, metrics: Sequence[Metric]) -> None:
         for sink in self._all:
             sink.log(step, metrics)

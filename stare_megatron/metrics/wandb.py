@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,11 @@ from google.protobuf.message import DecodeError
 from wandb.proto import wandb_internal_pb2
 
 from stare_megatron.errors import UserError
+from stare_megatron.metrics import wandb_id
 from stare_megatron.metrics.catalogue import Metric, by_name
 from stare_megatron.metrics.wandb_log import read_log
 
 FOLDER = "wandb"
-_ID_FILE = "run_id"
 
 
 class WandbSink:
@@ -38,17 +37,13 @@ class WandbSink:
         self, folder: Path, mode: Literal["offline", "online"], project: str, name: str, config: dict[str, Any]
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        id_file = folder / _ID_FILE
-        if not id_file.exists():
-            partial = id_file.with_name(_ID_FILE + ".partial")
-            partial.write_text(secrets.token_hex(4))
-            partial.replace(id_file)
+        wandb_id.keep(folder.parent, wandb_id.new())
         settings = wandb.Settings(
             silent=True, console="off", disable_git=True, disable_code=True, x_disable_meta=True, x_disable_stats=True
         )
         try:
             self._run = wandb.init(
-                id=id_file.read_text().strip(),
+                id=wandb_id.read(folder.parent),
                 # wandb calls its folder "wandb" itself.
                 dir=str(folder.parent),
                 mode=mode,

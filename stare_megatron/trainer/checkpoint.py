@@ -21,7 +21,9 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from stare_megatron.config import TrainerConfig
 from stare_megatron.errors import UserError
-from stare_megatron.trainer import parallel
+from stare_megatron.trainer import parallel, writing
+from stare_megatron.trainer.ungathered import live_storages, local_state, parts
+from stare_megatron.trainer.writing import Writing
 
 # `fully_reshardable`: optimizer state is stored per parameter, so any layout can load it.
 CONTENT = {
@@ -30,6 +32,36 @@ CONTENT = {
     "chained_optim_avoid_prefix": True,
     "singleton_local_shards": False,
 }
+
+
+def begin_save(
+    folder: Path,
+    chunks: Sequence[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    trainer: TrainerConfig,
+    *,
+    step: int,
+    optimizer_steps: int,
+    snapshot: bool,
+) -> Writing:
+    """Start to write all shards under `folder`, which is made. A collective.
+
+    `step`: the loop's; `optimizer_steps`: done so far. `snapshot`: write a copy, so that the state may change before
+    the writing has ended; else it may not. The caller makes the folder's appearance atomic.
+    """
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    if not optimizer_steps:
+        _make_moments(optimizer)
+    with local_state(optimizer):
+        state = _sharded_state(chunks, optimizer, is_loading=False) | {
+            "step": step,
+            "optimizer_steps": optimizer_steps,
+            "random": _random_state(trainer),
+        }
+    live = live_storages(optimizer, (p for chunk in chunks for p in chunk.module.parameters())) if snapshot else set()
+    return writing.begin(folder, state, CONTENT | {"layout": _layout(trainer)}, live)
 
 
 def save(
@@ -41,21 +73,8 @@ def save(
     step: int,
     optimizer_steps: int,
 ) -> None:
-    """Write all shards under `folder`, which is made. A collective; returns when every rank is done.
-
-    `step`: the loop's; `optimizer_steps`: done so far. The caller makes the folder's appearance atomic.
-    """
-    if dist.get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    state = _sharded_state(chunks, optimizer, is_loading=False) | {
-        "step": step,
-        "optimizer_steps": optimizer_steps,
-        "random": _random_state(trainer),
-    }
-    content = CONTENT | {"layout": _layout(trainer)}
-    dist_checkpointing.save(state, str(folder), content_metadata=content)
-    dist.barrier()
+    """`begin_save`, and wait until every rank is done. A collective."""
+    begin_save(folder, chunks, optimizer, trainer, step=step, optimizer_steps=optimizer_steps, snapshot=False).finish()
 
 
 def restore(
@@ -100,6 +119,28 @@ def _sharded_state(
     together = models["model0"] if len(chunks) == 1 else models
     optimizer_state = optimizer.sharded_state_dict(together, is_loading=is_loading, metadata=metadata)
     return models | {"optimizer": optimizer_state}
+
+
+def _make_moments(optimizer: MegatronOptimizer) -> None:
+    """Give an optimizer that has done no step the moments it begins with, zeros; saving asks for them.
+
+    By a step without gradient, learning rate or decay, which is undone in the count of steps.
+    """
+    for part in parts(optimizer):
+        inner: Any = part.optimizer
+        if any(inner.state.values()):
+            continue
+        kept = [(group["lr"], group["weight_decay"]) for group in inner.param_groups]
+        for group in inner.param_groups:
+            group["lr"] = group["weight_decay"] = 0.0
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        inner.step()
+        inner.zero_grad()
+        for group, (lr, decay) in zip(inner.param_groups, kept, strict=True):
+            group["lr"], group["weight_decay"] = lr, decay
+            if "step" in group:
+                group["step"] = 0
 
 
 def _layout(trainer: TrainerConfig) -> list[int]:

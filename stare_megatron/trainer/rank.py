@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from stare_megatron import device
+from stare_megatron import device, manifest
 from stare_megatron.algo.registry import ALGORITHMS
 from stare_megatron.algo.shards import shards
 from stare_megatron.config import Config
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from stare_megatron.trainer.runner import Loaded
     from stare_megatron.trainer.scoring import SampledBatch, Scored, ScoredBatch
     from stare_megatron.trainer.step import Pass
+    from stare_megatron.trainer.writing import Writing
 
 # Modules that import megatron at their top are imported inside methods, after `parallel.initialize` has patched it.
 
@@ -110,6 +111,7 @@ class TrainerRank:
         self._loaded: list[Loaded] = []
         self._known: ScoredBatch | SampledBatch | None = None
         self._trained: list[tuple[Loaded, Pass]] = []
+        self._writing: Writing | None = None
 
     def position(self) -> Position:
         return Position(
@@ -274,18 +276,40 @@ class TrainerRank:
 
         return export(self._chunks, self._dtype)
 
-    def save(self, folder: Path, step: int) -> None:
-        """Write this rank's shards under `folder`; `step`: of the loop."""
+    def begin_save(self, folder: Path, step: int, *, snapshot: bool = False) -> None:
+        """Start to write this rank's shards under `folder`; `step`: of the loop. `snapshot`: of a copy, so that
+        training may go on before `finish_save`."""
         from stare_megatron.trainer import checkpoint
 
-        checkpoint.save(
+        self._writing = checkpoint.begin_save(
             folder,
             self._chunks,
             self._optimizer,
             self._config.trainer,
             step=step,
             optimizer_steps=self._optimizer_steps,
+            snapshot=snapshot,
         )
+
+    def save_written(self) -> bool:
+        """Whether `finish_save` need not wait for this rank."""
+        return self._writing is None or self._writing.written()
+
+    def finish_save(self) -> dict[str, manifest.Entry]:
+        """Wait for all ranks' shards and seal the checkpoint; entries of this rank's files, by their names.
+
+        Raises:
+            RunError: a file could not be written.
+        """
+        if self._writing is None:
+            raise RuntimeError("begin_save() comes before finish_save()")
+        writing, self._writing = self._writing, None
+        return writing.finish()
+
+    def save(self, folder: Path, step: int) -> None:
+        """`begin_save`, and wait until every rank is done."""
+        self.begin_save(folder, step)
+        self.finish_save()
 
     def restore(self, folder: Path) -> int:
         """Load what `save` wrote, at any layout; returns the loop's step.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ from stare_megatron.tasks.tiny_model import default_settings
 
 ROOT = Path(__file__).parents[2]
 STEPS = 24
+EVERY_SAMPLE: dict[str, object] = {"logging.samples_every": 1, "logging.samples": 4096}
 COMMAND = [sys.executable, "-m", "stare_megatron", "train", str(ROOT / "examples/demo_cpu/run.toml"), "--quiet"]
 
 
@@ -53,7 +55,7 @@ def held_out(material: Path) -> dict[str, object]:
 def trained(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of STEPS steps, evaluated every fourth."""
     runs = tmp_path_factory.mktemp("trained")
-    command = arguments(material, runs, **{"run.steps": STEPS}, **held_out(material))
+    command = arguments(material, runs, **{"run.steps": STEPS}, **held_out(material), **EVERY_SAMPLE)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=570)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return runs / "e2e"
@@ -161,13 +163,19 @@ def test_interrupt_saves_and_resume_goes_on(material: Path, trained: Path, tmp_p
     mine, theirs = ([learned(row) for row in jsonl.read(f / "metrics.jsonl")[:saved]] for f in (run, trained))
     assert mine == theirs
 
-    layout = {
+    layout: dict[str, object] = {
         "run.steps": saved + 2,
         "run.resume": "auto",
         "trainer.tensor_parallel": 1,
         "trainer.pipeline_parallel": 2,
         "trainer.scoring": "rollout",
     }
+    refused = subprocess.run(
+        arguments(material, tmp_path, **settings | layout), cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert refused.returncode == 2
+    assert 'trainer.scoring was "trainer", is "rollout"' in refused.stderr
+    layout["run.resume_allow"] = '["trainer.scoring"]'
     settings |= held_out(material) | {"eval.every": 1} | layout
     again = subprocess.run(
         arguments(material, tmp_path, **settings), cwd=ROOT, capture_output=True, text=True, timeout=400
@@ -185,6 +193,63 @@ def test_interrupt_saves_and_resume_goes_on(material: Path, trained: Path, tmp_p
         assert row["policy/entropy_estimate"] == pytest.approx(row["policy/surprisal"], abs=1e-3)
         assert 0 < abs(row["policy/entropy_estimate_error"]) < 0.2
         assert row["stare/gate"] == (row["policy/entropy_estimate"] < row["policy/target_entropy"])
+
+
+def killed_and_resumed(material: Path, trained: Path, runs: Path, phase: str, step: int, steps: int) -> None:
+    """A run of `steps` steps, killed by SIGKILL in a phase, goes on as the uninterrupted one, bit for bit."""
+    settings: dict[str, object] = {"run.steps": STEPS, "run.resume": "auto", "checkpoint.every": 2} | EVERY_SAMPLE
+    script = str(ROOT / "tests/e2e/killed_run.py")
+    # The whole group: a run started in a shell, and its job killed.
+    process = subprocess.Popen(
+        [sys.executable, script, phase, str(step), *arguments(material, runs, **settings)[3:]],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+    )
+    children: dict[int, psutil.Process] = {}
+    while process.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            children |= {p.pid: p for p in psutil.Process(process.pid).children(recursive=True)}
+        time.sleep(0.2)
+    assert process.returncode == -signal.SIGKILL, process.communicate()[0][-3000:]
+    run = runs / "e2e"
+    newest = (run / "checkpoints/latest").read_text().strip()
+    assert int(newest.removeprefix("step_")) <= step
+
+    # At once: what is left of the dead run does not disturb the new one.
+    again = subprocess.run(
+        arguments(material, runs, **settings | {"run.steps": steps}),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
+    assert f"restoring {run / 'checkpoints' / newest}" in again.stdout
+    _, alive = psutil.wait_procs(list(children.values()), timeout=20)
+    assert not alive, [p.name() for p in alive]
+
+    mine, theirs = ([learned(row) for row in jsonl.read(f / "metrics.jsonl")[:steps]] for f in (run, trained))
+    assert len(mine) == steps
+    assert mine == theirs
+    for number in range(1, steps + 1):
+        mine, theirs = ((f / f"samples/step_{number:06d}.txt").read_text() for f in (run, trained))
+        assert mine.count("===") >= 256
+        assert mine == theirs
+
+
+def test_killed_before_a_checkpoint_has_its_name(material: Path, trained: Path, tmp_path: Path) -> None:
+    killed_and_resumed(material, trained, tmp_path, "save", 4, steps=6)
+    assert sorted(p.name for p in (tmp_path / "e2e/checkpoints").iterdir()) == ["latest", "step_000004", "step_000006"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["rollout", "score", "update", "push"])
+def test_killed_in_a_phase(material: Path, trained: Path, tmp_path: Path, phase: str) -> None:
+    killed_and_resumed(material, trained, tmp_path, phase, 4, steps=6)
 
 
 @pytest.mark.slow

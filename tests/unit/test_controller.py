@@ -12,10 +12,11 @@ from stare_megatron import checkpoint
 from stare_megatron.algo import controller
 from stare_megatron.algo.controller import ControllerState
 from stare_megatron.algo.registry import ALGORITHMS
-from stare_megatron.checkpoint import LoopState
+from stare_megatron.checkpoint import LoopState, store
 from stare_megatron.config import AlgorithmConfig, parse
 from stare_megatron.data.prompts import StreamState
 from stare_megatron.errors import UserError
+from stare_megatron.stats import GateDuty, Observed
 
 TREE = {
     "run": {"steps": 5},
@@ -113,8 +114,8 @@ def test_a_resumed_controller_goes_on_as_if_it_had_never_stopped(tmp_path, dropp
     settings = config(**PI | moving | {"ki": 0.0 if dropped else 2.0})
     entropies = (0.26, 0.24, 0.21, 0.15, 0.12)
     state, first = observed(settings, entropies[:3])
-    saved = LoopState(step=3, trained_tokens=9, stream=StreamState(0, 6, 1, "x"), controller=state)
-    folder = checkpoint.save(tmp_path, saved, lambda p: p.mkdir(), keep_last=1)
+    saved = LoopState(3, 9, StreamState(0, 6, 1, "x"), state, Observed(0.2, -0.1), GateDuty(3, 1), wandb_run="ab")
+    folder = store.begin(tmp_path, saved, checkpoint.Settings({}, {}))
     loop = json.loads((folder / "loop.json").read_text())
     for key in dropped:  # a checkpoint from before these fields were
         del loop["controller"][key]

@@ -13,6 +13,7 @@ from stare_megatron.algo.stare import ScoredCandidates
 from stare_megatron.dynamics import Dynamics
 from stare_megatron.metrics.catalogue import metrics
 from stare_megatron.mismatch import Mismatch
+from stare_megatron.stats import UNOBSERVED
 from stare_megatron.trainer.logprobs import token_scores
 from stare_megatron.trainer.partials import VocabShard
 from stare_megatron.types import ScoreSummary, UpdateStats
@@ -136,7 +137,7 @@ def test_metrics_of_a_step_and_of_the_step_before():
     first = ScoreSummary(40, 0.50, 0.5, 0.5, Mismatch(0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0))
     second = dataclasses.replace(first, entropy=0.42)
     updates = [_update(1), _update(3)]
-    start = report.dynamics_metrics(first, updates, report.UNOBSERVED)
+    start = report.dynamics_metrics(first, updates, UNOBSERVED)
     assert math.isnan(start["dynamics/measured_change"])
     assert math.isnan(start["dynamics/predicted_change_before"])
     got = report.dynamics_metrics(second, updates, report.observed(first, updates))

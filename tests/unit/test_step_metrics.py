@@ -5,8 +5,9 @@ import os
 import pytest
 
 from stare_megatron.host import host_memory
-from stare_megatron.report import GateDuty, gate_duty, source_metrics
+from stare_megatron.report import gate_duty, source_metrics
 from stare_megatron.rollout.collect import SourceStats
+from stare_megatron.stats import GateDuty
 from stare_megatron.types import Control
 
 

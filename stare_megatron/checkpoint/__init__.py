@@ -1,0 +1,27 @@
+"""Training checkpoints: one folder a step with the trainer's shards and the loop's state, and an atomic `latest`.
+
+    checkpoints/step_000040/trainer/...     Megatron-Core distributed checkpoint, written by the ranks
+    checkpoints/step_000040/loop.json       everything else a resumed run needs
+    checkpoints/step_000040/settings.json   the configuration, and checksums of the model's configuration and tokenizer
+    checkpoints/step_000040/manifest.json   sizes and checksums of all of these
+    checkpoints/latest                      the name of the newest whole folder
+
+A folder is written under a temporary name and renamed when complete, so a folder with its final name is whole.
+"""
+
+from stare_megatron.checkpoint.saver import RankWriters, Saver
+from stare_megatron.checkpoint.settings import Settings, check_settings, settings_of
+from stare_megatron.checkpoint.state import LoopState, read
+from stare_megatron.checkpoint.store import find, verify
+
+__all__ = [
+    "LoopState",
+    "RankWriters",
+    "Saver",
+    "Settings",
+    "check_settings",
+    "find",
+    "read",
+    "settings_of",
+    "verify",
+]

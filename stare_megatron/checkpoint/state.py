@@ -1,0 +1,75 @@
+"""The loop's part of a training checkpoint, `loop.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+from stare_megatron.algo.controller import ControllerState
+from stare_megatron.data.prompts import StreamState
+from stare_megatron.errors import UserError
+from stare_megatron.stats import UNOBSERVED, GateDuty, Observed
+
+FILE = "loop.json"
+PARTIAL = ".partial"
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopState:
+    """What the loop must know to go on as if it had never stopped.
+
+    `step`: also the version of the weights the engines get, and what seeds of samples are derived from: there is no
+    other random state outside the ranks, and no group is left over between steps. `trained_tokens`: action tokens of
+    all steps; `before`: what the next step's change is measured against; `duty`: of the gate so far; `wandb_run`: id of
+    the wandb run, or "".
+    """
+
+    step: int
+    trained_tokens: int
+    stream: StreamState
+    controller: ControllerState
+    before: Observed
+    duty: GateDuty
+    wandb_run: str
+
+
+def read(folder: Path) -> LoopState:
+    """The loop's state in a checkpoint folder.
+
+    Raises:
+        UserError: `loop.json` is missing, malformed, or of another version.
+    """
+    file = folder / FILE
+    try:
+        tree = json.loads(file.read_text())
+        step = int(tree["step"])
+        return LoopState(
+            step=step,
+            trained_tokens=int(tree["trained_tokens"]),
+            stream=StreamState(**tree["stream"]),
+            # Checkpoints from before the controller counted its steps: it observes once a step.
+            controller=ControllerState(**{"steps": step} | tree["controller"]),
+            # From here on absent in earlier checkpoints: metrics that look back begin anew.
+            before=Observed(**tree["before"]) if "before" in tree else UNOBSERVED,
+            duty=GateDuty(**tree["duty"]) if "duty" in tree else GateDuty(0, 0),
+            wandb_run=str(tree.get("wandb_run", "")),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{file}: not the loop state of a checkpoint: {type(e).__name__}: {e}") from e
+
+
+def write(folder: Path, state: LoopState) -> None:
+    """Write `loop.json`."""
+    write_atomic(folder / FILE, json.dumps(dataclasses.asdict(state), indent=2))
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a file's content so that a reader sees the old or the new one, never a part."""
+    partial = path.with_name(path.name + PARTIAL)
+    with partial.open("w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(partial, path)

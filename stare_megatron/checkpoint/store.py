@@ -1,0 +1,155 @@
+"""The folder `checkpoints/` of a run: what is in it, how a new one gets there, which ones stay."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from stare_megatron import manifest
+from stare_megatron.checkpoint import settings as stored
+from stare_megatron.checkpoint import state as loop
+from stare_megatron.checkpoint.settings import Settings
+from stare_megatron.checkpoint.state import PARTIAL, LoopState
+from stare_megatron.config import CheckpointConfig
+from stare_megatron.errors import UserError
+
+TRAINER = "trainer"
+LATEST = "latest"
+_STALE = ".stale" + PARTIAL
+
+
+def folder_name(step: int) -> str:
+    return f"step_{step:06d}"
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
+def begin(root: Path, state: LoopState, settings: Settings) -> Path:
+    """Make the unfinished folder of a step, with everything but the ranks' part, which goes to its `trainer/`."""
+    partial = root / (folder_name(state.step) + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    loop.write(partial, state)
+    stored.write(partial, settings)
+    return partial
+
+
+def finish(root: Path, step: int, known: Mapping[str, manifest.Entry]) -> Path:
+    """Seal what `begin` made with a manifest, give it its name, and let `latest` say so; returns the folder.
+
+    `known`: entries of files that were hashed by who wrote them, by path relative to the folder.
+
+    Raises:
+        OSError: a file cannot be read, or not written.
+    """
+    final = root / folder_name(step)
+    partial = final.with_name(final.name + PARTIAL)
+    manifest.write(partial, known)
+    stale = final.with_name(final.name + _STALE)
+    shutil.rmtree(stale, ignore_errors=True)
+    if final.exists():
+        os.rename(final, stale)
+    os.rename(partial, final)
+    _sync_folder(root)
+    loop.write_atomic(root / LATEST, final.name + "\n")
+    _sync_folder(root)
+    shutil.rmtree(stale, ignore_errors=True)
+    return final
+
+
+def complete(root: Path) -> list[Path]:
+    """Whole checkpoint folders, oldest first."""
+    found = (p for p in root.glob("step_*") if p.suffix != PARTIAL and (p / loop.FILE).is_file())
+    return sorted(found, key=step_of)
+
+
+def size(folder: Path) -> int:
+    """Bytes of a whole checkpoint."""
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+def prune(root: Path, keep: CheckpointConfig, values: Mapping[int, float]) -> None:
+    """Remove the checkpoints that nothing keeps. `values`: of the metric that tells the best, by step."""
+    for folder in stale(complete(root), keep, values):
+        # A folder that is half removed must not look whole.
+        doomed = folder.with_name(folder.name + _STALE)
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(folder, doomed)
+        shutil.rmtree(doomed)
+
+
+def stale(folders: list[Path], keep: CheckpointConfig, values: Mapping[int, float]) -> list[Path]:
+    """Those of `folders` (oldest first) that neither `keep_last` nor `keep_every` nor the best value keeps.
+
+    Of equal values the newest counts; NaN is no value.
+    """
+    kept = {step_of(f) for f in folders[-keep.keep_last :]}
+    steps = [step_of(f) for f in folders]
+    if keep.keep_every:
+        kept |= {s for s in steps if s % keep.keep_every == 0}
+    if keep.best_metric:
+        sign = 1 if keep.best_mode == "max" else -1
+        rated = [(sign * values[s], s) for s in steps if s in values and values[s] == values[s]]
+        if rated:
+            kept.add(max(rated)[1])
+    return [f for f in folders if step_of(f) not in kept]
+
+
+def find(root: Path, resume: str) -> Path | None:
+    """The checkpoint folder `run.resume` means, or None to start anew.
+
+    Raises:
+        UserError: `never` with checkpoints present, or a folder that is no complete checkpoint.
+    """
+    whole = complete(root)
+    if resume == "never":
+        if whole:
+            raise UserError(
+                f"{root}: the run already has a checkpoint ({whole[-1].name}); continue it with run.resume=auto, or "
+                "choose another run.name"
+            )
+        return None
+    if resume == "auto":
+        return whole[-1] if whole else None
+    folder = Path(resume)
+    if not (folder / loop.FILE).is_file() or not (folder / TRAINER).is_dir():
+        raise UserError(f"run.resume = {resume!r}: not a checkpoint folder (it must hold loop.json and trainer/)")
+    if folder.suffix == PARTIAL:
+        raise UserError(f"run.resume = {resume!r}: was not written to its end; resume from another checkpoint")
+    return folder
+
+
+def verify(folder: Path, *, contents: bool, progress: Callable[[int], object] = int) -> str:
+    """Compare a checkpoint with its manifest; `contents`: checksums too. Returns a note where there is none, else "".
+
+    Raises:
+        UserError: a file is missing, or not what was written; also a manifest that is missing or leaves one out.
+    """
+    try:
+        entries = manifest.read(folder)
+        if entries is None:
+            if not (folder / stored.FILE).exists():
+                return f"{folder}: from before checkpoints had a manifest: loaded without a check of its files"
+            raise UserError(f"{folder}: {manifest.NAME} is missing, so the files cannot be checked")
+        for name in sorted({loop.FILE, stored.FILE, f"{TRAINER}/.metadata", f"{TRAINER}/common.pt"} - entries.keys()):
+            raise UserError(f"{folder / manifest.NAME}: does not list {name}")
+        manifest.verify(folder, contents=contents, progress=progress)
+    except UserError as e:
+        others = [p.name for p in complete(folder.parent) if p.name != folder.name]
+        cure = f"run.resume={folder.parent / others[-1]}" if others else "start anew under another run.name"
+        fault = str(e).partition("; copy")[0]
+        raise UserError(f"{fault}; restore the checkpoint from a copy, or {cure}") from e
+    return ""
+
+
+def _sync_folder(folder: Path) -> None:
+    """Names of a folder are on disk only after this."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,138 @@
+"""Write a rank's shards of a distributed checkpoint in threads of its own process, and hash them.
+
+Upstream plans what goes where and seals the whole (`.metadata`, `metadata.json`); its own writers fork, and report to a
+manager process of 267 MB a rank that takes seconds to start. Threads do without: the time goes into the file system,
+which does not hold Python's lock.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import inspect
+import queue
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from torch.distributed.checkpoint.api import CheckpointException
+
+from stare_megatron import manifest
+from stare_megatron.errors import RunError
+
+_THREADS = 2
+
+
+class Writing:
+    """A save under way on this rank."""
+
+    def __init__(
+        self,
+        folder: Path,
+        request: Any,
+        results: queue.SimpleQueue[Any],
+        pool: concurrent.futures.ThreadPoolExecutor,
+        parts: Sequence[concurrent.futures.Future[tuple[list[Any], str, manifest.Entry]]],
+    ) -> None:
+        self._folder = folder
+        self._request = request
+        self._results = results
+        self._pool = pool
+        self._parts = parts
+
+    def written(self) -> bool:
+        """Whether this rank's files are on disk; False for a moment longer when one failed."""
+        return all(part.done() for part in self._parts)
+
+    def finish(self) -> dict[str, manifest.Entry]:
+        """Wait for the files of all ranks and seal the checkpoint. A collective.
+
+        Returns this rank's files, by path relative to the folder.
+
+        Raises:
+            RunError: a file of some rank could not be written.
+        """
+        entries: dict[str, manifest.Entry] = {}
+        outcome: Any = {}
+        for number, part in enumerate(self._parts):
+            try:
+                done, name, entry = part.result()
+            except (OSError, RuntimeError) as e:
+                outcome = e  # upstream tells every rank of it
+                break
+            outcome[number] = done
+            entries[name] = entry
+        self._pool.shutdown()
+        if self._parts:
+            self._results.put(outcome)
+        try:
+            for step in self._request.finalize_fns:
+                step()
+        except CheckpointException as e:
+            raise RunError(f"{self._folder}: the checkpoint could not be written: {outcome or e}") from e
+        return entries
+
+
+# A copy's memory, kept for the next: memory that is new to the process costs several times the copying.
+_copies: dict[tuple[str, int], torch.Tensor] = {}
+
+
+def begin(folder: Path, state: dict[str, Any], content: dict[str, Any], live: set[int]) -> Writing:
+    """Start to write `state`, a sharded state dict. A collective.
+
+    `live`: addresses of the storages that may change before the writing has ended; what is in one of them is copied.
+    The writing before must have been finished.
+    """
+    results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    filesystem_async._results_queue = results  # instead of the manager's; the writer takes it when it plans
+    save: Any = dist_checkpointing.save
+    # From 0.19 on there is another implementation to choose from.
+    strategy = {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(save).parameters else {}
+    request: Any = save(state, str(folder), async_sharded_save=True, content_metadata=content, **strategy)
+    pool = concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="checkpoint")
+    if request.async_fn is None:  # nothing for this rank to write
+        return Writing(folder, request, results, pool, ())
+    transforms = request.async_fn.args[0]
+    # Where the state is not in host memory this is a copy already.
+    staged = [_private(bucket, live) for bucket in request.preload_fn()]
+    parts = [pool.submit(_write, transforms, number, bucket) for number, bucket in enumerate(staged)]
+    return Writing(folder, request, results, pool, parts)
+
+
+def _private(bucket: Any, live: set[int]) -> Any:
+    """The bucket with tensors in memory that nobody changes."""
+    path, key, (data, tensors) = bucket
+    kept = []
+    for number, (item, tensor) in enumerate(tensors):
+        kept.append((item, _copy((key, number), tensor) if tensor.untyped_storage().data_ptr() in live else tensor))
+    return path, key, (data, kept)
+
+
+def _copy(place: tuple[str, int], tensor: torch.Tensor) -> torch.Tensor:
+    old = _copies.get(place)
+    if old is None or old.shape != tensor.shape or old.dtype != tensor.dtype:
+        old = _copies[place] = torch.empty_like(tensor)
+    return old.copy_(tensor)
+
+
+def _write(transforms: list[Any], number: int, bucket: Any) -> tuple[list[Any], str, manifest.Entry]:
+    """One file: upstream's records of what is where in it, its name, its entry."""
+    results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    counter: queue.Queue[int] = queue.Queue()
+    counter.put(number)
+    # Positional but for what upstream itself names.
+    filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+        transforms,
+        local_proc_idx=number,
+        write_bucket=bucket,
+        results_queue=results,
+        count_queue=counter,
+        use_fsync=True,
+    )
+    _, outcome = results.get_nowait()
+    if isinstance(outcome, Exception):
+        raise RuntimeError(str(outcome)) from outcome
+    path = Path(bucket[0])
+    return outcome, path.name, manifest.checksum(path)

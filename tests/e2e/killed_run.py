@@ -1,0 +1,59 @@
+"""Run stare-megatron, and kill the whole process group without a warning in a phase of a step.
+
+    python killed_run.py PHASE STEP train CONFIG key=value ...
+
+STEP: steps done when the phase begins; for `save` the step whose checkpoint is complete but does not have its name yet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+# Into the phase, so that ranks and engines are at work; the shortest one takes some 0.1 s.
+_DELAY_S = 0.05
+
+
+def kill() -> None:
+    os.killpg(0, signal.SIGKILL)
+
+
+def arm(phase: str, step: int) -> None:
+    """Make the loop of this process end so."""
+    from stare_megatron import build
+    from stare_megatron.checkpoint import store
+
+    if phase == "save":
+        finish = store.finish
+
+        def finish_or_die(root: Any, number: int, known: Any) -> Any:
+            if number == step:
+                kill()
+            return finish(root, number, known)
+
+        store.finish = finish_or_die
+        return
+    enter, begun = build.StareRun.phase, [0]
+
+    @contextlib.contextmanager
+    def enter_and_die(run: build.StareRun, name: str) -> Iterator[None]:
+        # The first push comes before the first step.
+        begun[0] += name == phase
+        if name == phase and begun[0] == step + 1 + (phase == "push"):
+            threading.Timer(_DELAY_S, kill).start()
+        with enter(run, name):
+            yield
+
+    build.StareRun.phase = enter_and_die
+
+
+if __name__ == "__main__":
+    from stare_megatron.__main__ import main
+
+    arm(sys.argv[1], int(sys.argv[2]))
+    sys.exit(main(sys.argv[3:]))

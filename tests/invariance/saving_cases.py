@@ -1,0 +1,185 @@
+"""What the saving tests run on ranks: a rank's state saved at one layout, at another, in the background, or killed."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from launch import Rank, free_port
+from step_cases import Overrides, Ports, load, make_config, make_groups, start
+
+from stare_megatron import checkpoint, manifest
+from stare_megatron.algo.controller import ControllerState
+from stare_megatron.config import CheckpointConfig, Config
+from stare_megatron.data.prompts import StreamState
+from stare_megatron.stats import GateDuty, Observed
+from stare_megatron.trainer.rank import TrainerRank
+from stare_megatron.types import Control, UpdateStats
+
+STATE = checkpoint.LoopState(
+    0, 0, StreamState(0, 0, 0, ""), ControllerState(1.0, 1.0), Observed(0.0, 0.0), GateDuty(0, 0), ""
+)
+
+
+def step(trainer: TrainerRank, config: Config, seed: int) -> UpdateStats:
+    load(trainer, config, make_groups(seed=seed))
+    entropy = trainer.score().entropy
+    (stats,) = trainer.update(Control(True, 1.5, 0.5, entropy, 9.0)).updates
+    return stats
+
+
+def reshard(
+    rank: Rank, *, checkpoint: Path, layout: Overrides, source: Path | None, out: Path
+) -> tuple[UpdateStats, list[str]]:
+    """Restored from `source`, or one step done; saved to `out`. The statistics of the next step, and this rank's
+    files."""
+    config = make_config(checkpoint, layout)
+    trainer = start(rank, config)
+    if source is None:
+        step(trainer, config, 1)
+    else:
+        assert trainer.restore(source) == 7
+    trainer.begin_save(out, 7)
+    entries = trainer.finish_save()
+    found = step(trainer, config, 2)
+    trainer.close()
+    return found, sorted(entries)
+
+
+def unstarted(rank: Rank, *, checkpoint: Path, layout: Overrides, out: Path) -> list[UpdateStats]:
+    """Two steps by a trainer that was saved before the first, and by one restored from there."""
+    ports, config = Ports(rank), make_config(checkpoint, layout)
+    trainer = start(ports.next(), config)
+    trainer.save(out, 0)
+    found = [step(trainer, config, 1), step(trainer, config, 2)]
+    trainer.close()
+    trainer = start(ports.next(), config)
+    assert trainer.restore(out) == 0
+    found += [step(trainer, config, 1), step(trainer, config, 2)]
+    trainer.close()
+    return found
+
+
+def in_background(rank: Rank, *, checkpoint: Path, layout: Overrides, folder: Path) -> list[bool]:
+    """Saves the same state twice: to `at_once`, and to `later`, of which no byte is written before another step has
+    changed everything. What `save_written` said before and after."""
+    config = make_config(checkpoint, layout)
+    trainer = start(rank, config)
+    from stare_megatron.trainer import writing
+
+    step(trainer, config, 1)
+    trainer.save(folder / "at_once", 7)
+    write, allowed = writing._write, threading.Event()
+
+    def write_later(*args: Any) -> Any:
+        allowed.wait()
+        return write(*args)
+
+    writing._write = write_later
+    trainer.begin_save(folder / "later", 7, snapshot=True)
+    step(trainer, config, 2)
+    said = [trainer.save_written()]
+    allowed.set()
+    while not trainer.save_written():
+        time.sleep(0.01)
+    trainer.finish_save()
+    said.append(trainer.save_written())
+    trainer.close()
+    return said
+
+
+def unwritable(rank: Rank, *, checkpoint: Path, layout: Overrides, folder: Path) -> str:
+    """What every rank says when rank 1 cannot write its file."""
+    from stare_megatron.errors import RunError
+
+    config = make_config(checkpoint, layout)
+    trainer = start(rank, config)
+    from stare_megatron.trainer import writing
+
+    if rank.rank == 1:
+        writing.manifest = _Full()  # type: ignore[assignment]
+    said = ""
+    try:
+        trainer.save(folder, 1)
+    except RunError as e:
+        said = str(e)
+    trainer.close()
+    return said
+
+
+class _Full:
+    def checksum(self, path: Path) -> manifest.Entry:
+        raise OSError(28, "No space left on device", str(path))
+
+
+class _One:
+    """A single rank as `checkpoint.Saver` wants all of them."""
+
+    def __init__(self, trainer: TrainerRank) -> None:
+        self._trainer = trainer
+
+    def begin_save(self, folder: Path, step: int) -> None:
+        self._trainer.begin_save(folder, step, snapshot=True)
+
+    def save_written(self) -> bool:
+        return self._trainer.save_written()
+
+    def finish_save(self) -> dict[str, manifest.Entry]:
+        return self._trainer.finish_save()
+
+
+def killed(rank: Rank, *, checkpoint: Path, root: Path, kills: int, seed: int) -> list[tuple[int, bool]]:
+    """A process saves step after step until it is killed at a random moment; the next one loads the newest checkpoint
+    and goes on. Of each: the step it loaded, and whether a save was under way at its end."""
+    import stare_megatron_patches
+
+    # What takes longest is imported once, in the parent of all.
+    stare_megatron_patches.apply("megatron-core")
+    for name in ("checkpoint", "model", "optimizer", "runner", "step", "bridge.weights"):
+        importlib.import_module(f"stare_megatron.trainer.{name}")
+    rng = random.Random(seed)
+    found = []
+    for number in range(kills + 1):
+        reading, writing = os.pipe()
+        child = os.fork()
+        if not child:
+            try:
+                _save_forever(Rank(0, 1, 0, "127.0.0.1", free_port()), checkpoint, root, number, writing)
+            finally:
+                os._exit(1)
+        os.close(writing)
+        with os.fdopen(reading) as lines:
+            loaded = lines.readline()
+            assert loaded, f"process {number} ended before it had loaded a checkpoint"
+            # As long as a few saves take.
+            time.sleep(rng.uniform(0.0, 0.5))
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        found.append((int(loaded), any(root.glob("*.partial"))))
+    return found
+
+
+def _save_forever(rank: Rank, model: Path, root: Path, number: int, report: int) -> None:
+    config = make_config(model, {})
+    trainer = start(rank, config)
+    newest, done = checkpoint.find(root, "auto"), 0
+    if newest is not None:
+        checkpoint.verify(newest, contents=True)
+        done = trainer.restore(newest / "trainer")
+        assert done == checkpoint.read(newest).step
+    keep = CheckpointConfig(asynchronous=bool(number % 2), keep_last=1 + number % 3)
+    saver = checkpoint.Saver(
+        root, keep, checkpoint.Settings({}, {}), _One(trainer), estimate=0, values=dict, warn=lambda text: None
+    )
+    step(trainer, config, 1)
+    os.write(report, f"{done}\n".encode())
+    while True:
+        done += 1
+        saver.save(dataclasses.replace(STATE, step=done))

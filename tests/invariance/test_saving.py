@@ -1,0 +1,96 @@
+"""Saving on ranks: nothing is lost between layouts, in the background, before the first step, or by a kill."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launch import launch
+from step_cases import make_checkpoint
+
+from stare_megatron import checkpoint
+from stare_megatron.convert.inspection import McoreTensors, differences
+from stare_megatron.convert.torch_dist import TorchDist
+
+
+def layout(ranks: int, **settings: Any) -> dict[str, Any]:
+    return {"trainer": {"micro_batch_tokens": 64, "optimizer": {"lr": 1e-3}, "world_size": ranks} | settings}
+
+
+TP2_DP2 = layout(4, tensor_parallel=2)
+PP2 = layout(2, pipeline_parallel=2)
+TP2 = layout(2, tensor_parallel=2)
+DP2 = layout(2)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model") / "qwen2")
+
+
+def same(one: Path, other: Path) -> bool:
+    """Whether two distributed checkpoints hold the same tensors, the optimizer's included, bit for bit."""
+    a, b = (McoreTensors(TorchDist(folder), optimizer=True) for folder in (one, other))
+    moments = [name for name in a.infos if "exp_avg" in name]
+    assert moments
+    return list(differences(a, b)) == []
+
+
+def test_there_and_back_at_another_layout(model, tmp_path):
+    """TP2 x PP1 x DP2 to TP1 x PP2 x DP1 and back: weights and optimizer state bit for bit, and the same next step."""
+
+    def at(ranks: int, shape: dict[str, Any], source: Path | None, out: Path) -> Any:
+        arguments = {"checkpoint": model, "layout": shape, "source": source, "out": out}
+        found = launch("saving_cases:reshard", ranks, arguments, timeout=300)
+        files = [name for _, names in found for name in names]
+        assert sorted(files) == sorted(p.name for p in out.glob("*.distcp"))
+        return found[0][0]
+
+    there, other, back = (tmp_path / name for name in ("there", "other", "back"))
+    first = at(4, TP2_DP2, None, there)
+    second = at(2, PP2, there, other)
+    third = at(4, TP2_DP2, other, back)
+    assert same(there, other)
+    assert same(there, back)
+    for stats in (second, third):
+        assert stats.loss == pytest.approx(first.loss, abs=1e-6)
+        assert stats.grad_norm == pytest.approx(first.grad_norm, rel=1e-5)
+    assert third == first
+
+
+@pytest.mark.parametrize("shape", [TP2, DP2], ids=["TP2", "DP2"])
+def test_saved_before_the_first_step(model, tmp_path, shape):
+    arguments = {"checkpoint": model, "layout": shape, "out": tmp_path / "saved"}
+    for found in launch("saving_cases:unstarted", 2, arguments, timeout=300):
+        assert found[:2] == found[2:]
+
+
+@pytest.mark.parametrize("shape", [TP2, DP2], ids=["TP2", "DP2"])
+def test_a_save_in_the_background_is_of_the_state_when_it_began(model, tmp_path, shape):
+    arguments = {"checkpoint": model, "layout": shape, "folder": tmp_path}
+    said = launch("saving_cases:in_background", 2, arguments, timeout=300)
+    assert said == [[False, True]] * 2
+    assert same(tmp_path / "at_once", tmp_path / "later")
+
+
+def test_every_rank_hears_of_a_file_that_cannot_be_written(model, tmp_path):
+    arguments = {"checkpoint": model, "layout": TP2, "folder": tmp_path / "saved"}
+    said = launch("saving_cases:unwritable", 2, arguments, timeout=300)
+    assert all("the checkpoint could not be written" in text for text in said), said
+    assert "No space left on device" in said[1]
+
+
+def test_a_killed_save_leaves_the_last_checkpoint_loadable(model, tmp_path):
+    """20 kills at random moments: each process finds a checkpoint that loads, never older than the one before did."""
+    root = tmp_path / "checkpoints"
+    arguments = {"checkpoint": model, "root": root, "kills": 20, "seed": 5}
+    (found,) = launch("saving_cases:killed", 1, arguments, timeout=400)
+    loaded = [step for step, _ in found]
+    assert len(loaded) == 21
+    assert loaded == sorted(loaded)
+    assert loaded[-1] > 0
+    assert sum(under_way for _, under_way in found) >= 10, "the kills came between saves: they tested little"
+    newest = checkpoint.find(root, "auto")
+    assert newest is not None
+    assert checkpoint.verify(newest, contents=True) == ""

@@ -1,0 +1,163 @@
+"""How long a training checkpoint holds up the loop, written in the background and not, in one run on the same machine.
+
+torchrun --standalone --nproc-per-node 2 tools/bench_checkpoint.py run.toml trainer.tensor_parallel=2
+
+The configuration gives model, layout and batch, as for tools/bench_trainer.py; folders are made under `run.dir` and
+removed. Between saves the ranks take training steps, so that the state changes under a save in the background.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from bench_trainer import random_groups
+from rich.console import Console
+from rich.table import Table
+
+from stare_megatron import config as configuration
+from stare_megatron import device, manifest
+from stare_megatron.config import Config
+from stare_megatron.data.packing import plan_updates
+from stare_megatron.errors import UserError
+from stare_megatron.run_folder import hardware, package_versions, parameter_count
+from stare_megatron.trainer.rank import TrainerRank
+from stare_megatron.types import Control
+
+_ROUNDS = 4  # of each kind; the first is left out
+
+
+@dataclass
+class Seconds:
+    """Of one save. `begin` and `finish` hold the loop up; `open`: from the first to the last byte; `steps`: training
+    steps taken meanwhile."""
+
+    begin: float
+    finish: float
+    open: float
+    steps: list[float]
+
+    @property
+    def stall(self) -> float:
+        return self.begin + self.finish
+
+
+def step(trainer: TrainerRank, config: Config) -> float:
+    """Seconds of one training step."""
+    began = time.perf_counter()
+    t = config.trainer
+    groups = random_groups(config, 0)
+    plans = plan_updates(
+        [group.summary() for group in groups],
+        data_parallel=t.data_parallel,
+        updates_per_batch=t.updates_per_batch,
+        micro_batch_tokens=t.micro_batch_tokens,
+        min_micro_batch_multiple=t.pipeline_parallel if t.virtual_pipeline > 1 else 1,
+    )
+    trainer.load([(groups, plan[trainer.position().data_parallel_rank]) for plan in plans])
+    trainer.update(Control(False, 1.0, 1.0, trainer.score().entropy, 0.0))
+    return time.perf_counter() - began
+
+
+def written(trainer: TrainerRank) -> bool:
+    """On every rank."""
+    flag = torch.tensor([int(trainer.save_written())], device=device.torch_device(int(os.environ["LOCAL_RANK"])))
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return bool(flag.item())
+
+
+def save(trainer: TrainerRank, config: Config, folder: Path, *, background: bool) -> Seconds:
+    dist.barrier()
+    began = time.perf_counter()
+    trainer.begin_save(folder, 1, snapshot=background)
+    begun = time.perf_counter()
+    steps: list[float] = []
+    while background and not written(trainer):
+        steps.append(step(trainer, config))
+    ready = time.perf_counter()
+    entries = trainer.finish_save()
+    if dist.get_rank() == 0:
+        manifest.write(folder, entries if dist.get_world_size() == 1 else None)
+    dist.barrier()
+    done = time.perf_counter()
+    return Seconds(begun - began, done - ready, done - began, steps)
+
+
+def measure(config: Config) -> tuple[list[Seconds], list[Seconds], list[float], int]:
+    """Saves at once, saves in the background, steps without a save, bytes of a checkpoint."""
+    rank = int(os.environ["RANK"])
+    trainer = TrainerRank(
+        config,
+        rank=rank,
+        world_size=config.trainer.world_size,
+        local_rank=int(os.environ["LOCAL_RANK"]),
+        master_addr=os.environ["MASTER_ADDR"],
+        master_port=int(os.environ["MASTER_PORT"]),
+    )
+    names = [tempfile.mkdtemp(prefix="bench-checkpoint-", dir=config.run.dir) if rank == 0 else ""]
+    dist.broadcast_object_list(names, src=0)
+    root = Path(names[0])
+    at_once, background, alone, size = [], [], [step(trainer, config)], 0
+    for number in range(_ROUNDS):
+        for found, kind in ((at_once, False), (background, True)):
+            folder = root / f"{number}-{kind}"
+            found.append(save(trainer, config, folder, background=kind))
+            alone.append(step(trainer, config))
+            if rank == 0:
+                size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+                shutil.rmtree(folder)
+    dist.barrier()
+    if rank == 0:
+        shutil.rmtree(root)
+    trainer.close()
+    return at_once[1:], background[1:], alone[1:], size
+
+
+def main(argv: list[str]) -> int:
+    if "RANK" not in os.environ:
+        print("bench_checkpoint: start it with torchrun (see its first lines)", file=sys.stderr)
+        return 2
+    os.environ.update(device.trainer_environment())
+    try:
+        config = configuration.load(Path(argv[0]), [*argv[1:], f"trainer.world_size={os.environ['WORLD_SIZE']}"])
+        config.run.dir.mkdir(parents=True, exist_ok=True)
+        parameters = parameter_count(config.model.path)
+    except UserError as e:
+        print(f"bench_checkpoint: {e}", file=sys.stderr)
+        return 2
+    at_once, background, alone, size = measure(config)
+    if int(os.environ["RANK"]):
+        return 0
+
+    def median(values: list[float]) -> str:
+        return f"{np.median(values):.3f}" if values else "-"
+
+    table = Table(
+        title=f"{parameters / 1e6:,.0f} M parameters, {size / 1e6:,.0f} MB, medians of {_ROUNDS - 1}, seconds"
+    )
+    for heading in ("written", "begin", "finish", "loop held up", "whole save", "step meanwhile"):
+        table.add_column(heading, justify="right")
+    for name, saves in (("at once", at_once), ("in background", background)):
+        columns = ([getattr(s, field) for s in saves] for field in ("begin", "finish", "stall", "open"))
+        table.add_row(name, *map(median, columns), median([x for s in saves for x in s.steps]))
+    ratio = np.median([s.stall for s in background]) / np.median([s.stall for s in at_once])
+    versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
+    console = Console(width=120)
+    console.print(table)
+    console.print(
+        f"in the background the loop is held up {ratio:.1%} as long; a step without a save: {median(alone)} s"
+    )
+    console.print(f"{hardware()}; {versions}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
