@@ -49,7 +49,7 @@ def join(parts: Sequence[TokenRecord]) -> TokenRecord:
         raise ValueError("two parts of a token record know the same token")
 
     def total(name: str) -> npt.NDArray[np.float32]:
-        return np.sum([np.where(part.known, part.__dict__[name], 0) for part in parts], axis=0, dtype=np.float32)
+        return np.asarray(sum(np.where(part.known, part.__dict__[name], 0) for part in parts), np.float32)
 
     return TokenRecord(
         known=np.any([part.known for part in parts], axis=0),
