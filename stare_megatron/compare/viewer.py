@@ -30,7 +30,7 @@ def trajectories(
     for name, step, sample in _newest_first(samples):
         item = _item(sample)
         size = len(json.dumps(item))
-        if used + size > limit:
+        if left_out or used + size > limit:
             left_out += 1
             continue
         used += size
