@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import IO
 import xxhash
 
 from stare_megatron.errors import UserError
+from stare_megatron.files import write_atomic
 
 NAME = "manifest.json"
 ALGORITHM = "xxh3_128"
@@ -91,12 +91,7 @@ def write(folder: Path, known: Mapping[str, Entry] | None = None, threads: int =
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         entries |= zip(rest, pool.map(checksum, [folder / name for name in rest]), strict=True)
     tree = {"algorithm": ALGORITHM, "files": {name: asdict(entries[name]) for name in sorted(entries)}}
-    partial = folder / (NAME + ".partial")
-    with partial.open("w") as f:
-        json.dump(tree, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(partial, folder / NAME)
+    write_atomic(folder / NAME, json.dumps(tree, indent=1))
     return entries
 
 

@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from stare_megatron import device
 from stare_megatron.config import Config
 from stare_megatron.errors import UserError
+from stare_megatron.files import write_atomic
 
 _PACKAGES = (
     "stare_megatron",
@@ -285,9 +286,7 @@ def _create(folder: RunFolder, config: Config, record: StartRecord) -> None:
 def _continue(folder: RunFolder, config: Config, record: StartRecord) -> None:
     starts = _starts(folder)
     os.replace(folder.config, folder.path / f"config.{len(starts)}.toml")
-    partial = folder.config.with_name("config.toml.partial")
-    partial.write_text(to_toml(config))
-    os.replace(partial, folder.config)
+    write_atomic(folder.config, to_toml(config))
     _write_record(folder.record, [*starts, dataclasses.asdict(record)])
 
 
@@ -316,6 +315,4 @@ def _starts(folder: RunFolder) -> list[dict[str, Any]]:
 
 
 def _write_record(path: Path, starts: list[dict[str, Any]]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps({"starts": starts}, indent=2) + "\n")
-    os.replace(partial, path)
+    write_atomic(path, json.dumps({"starts": starts}, indent=2) + "\n")

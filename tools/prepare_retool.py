@@ -18,6 +18,7 @@ from stare_megatron.data.prepare.read import read
 from stare_megatron.data.prepare.retool import conversation
 from stare_megatron.data.prepare.types import Malformed, MalformedField
 from stare_megatron.errors import UserError
+from stare_megatron.files import write_atomic
 
 
 def main(argv: list[str]) -> int:
@@ -36,9 +37,7 @@ def main(argv: list[str]) -> int:
         if not lines:
             raise UserError("no rows")
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        partial = args.out.with_name(args.out.name + ".partial")
-        partial.write_text("".join(lines))
-        partial.replace(args.out)
+        write_atomic(args.out, "".join(lines))
     except (UserError, OSError) as e:
         print(f"prepare_retool: {e}", file=sys.stderr)
         return 2

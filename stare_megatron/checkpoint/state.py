@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 from stare_megatron.algo.controller import ControllerState
 from stare_megatron.data.prompts import StreamState
 from stare_megatron.errors import UserError
+from stare_megatron.files import write_atomic
 from stare_megatron.stats import UNOBSERVED, GateDuty, Observed
 
 FILE = "loop.json"
-PARTIAL = ".partial"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +62,3 @@ def read(folder: Path) -> LoopState:
 def write(folder: Path, state: LoopState) -> None:
     """Write `loop.json`."""
     write_atomic(folder / FILE, json.dumps(dataclasses.asdict(state), indent=2))
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Replace a file's content so that a reader sees the old or the new one, never a part."""
-    partial = path.with_name(path.name + PARTIAL)
-    with partial.open("w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(partial, path)

@@ -11,9 +11,10 @@ from stare_megatron import manifest
 from stare_megatron.checkpoint import settings as stored
 from stare_megatron.checkpoint import state as loop
 from stare_megatron.checkpoint.settings import Settings
-from stare_megatron.checkpoint.state import PARTIAL, LoopState
+from stare_megatron.checkpoint.state import LoopState
 from stare_megatron.config import CheckpointConfig
 from stare_megatron.errors import UserError
+from stare_megatron.files import PARTIAL, write_atomic
 
 TRAINER = "trainer"
 LATEST = "latest"
@@ -55,7 +56,7 @@ def finish(root: Path, step: int, known: Mapping[str, manifest.Entry]) -> Path:
         os.rename(final, stale)
     os.rename(partial, final)
     _sync_folder(root)
-    loop.write_atomic(root / LATEST, final.name + "\n")
+    write_atomic(root / LATEST, final.name + "\n")
     _sync_folder(root)
     shutil.rmtree(stale, ignore_errors=True)
     return final

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from stare_megatron.compare.load import load_all
 from stare_megatron.compare.panels import missing
 from stare_megatron.compare.samples import read_samples
 from stare_megatron.errors import UserError
+from stare_megatron.files import write_atomic
 
 REPORT = "report.html"
 PNGS = "png"
@@ -139,7 +139,5 @@ def _check(options: Options) -> None:
 
 
 def _write(file: Path, text: str) -> Path:
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, file)
+    write_atomic(file, text)
     return file

@@ -18,6 +18,7 @@ import torch
 from stare_megatron import manifest
 from stare_megatron.convert.mapping import HfAsMcore, McoreAsHf
 from stare_megatron.convert.torch_dist import Box, Stored, TorchDist, save_object
+from stare_megatron.files import write_atomic
 from stare_megatron.trainer.bridge.hf_folder import SafetensorsWriter, Spec
 from stare_megatron.trainer.bridge.shape import ModelShape
 
@@ -110,9 +111,7 @@ def write_file(job: Job, file: McoreFile | HfFile) -> Written:
     """
     done = _write_mcore(job, file) if isinstance(file, McoreFile) else _write_hf(job, file)
     record = job.out / RECORDS / f"{file.name}.json"
-    partial = record.with_name(record.name + ".partial")
-    partial.write_text(json.dumps(dataclasses.asdict(done)))
-    os.replace(partial, record)
+    write_atomic(record, json.dumps(dataclasses.asdict(done)))
     return Written(done, _base, peak_bytes())
 
 

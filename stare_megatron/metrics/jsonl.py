@@ -5,13 +5,13 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from stare_megatron.errors import UserError
+from stare_megatron.files import write_atomic
 from stare_megatron.metrics.catalogue import Metric, by_name
 
 FILE = "metrics.jsonl"
@@ -124,9 +124,4 @@ def cut(path: Path, restored_step: int) -> None:
     kept = [row["step"] <= restored_step for row in read(path)]
     lines = path.read_text().splitlines(keepends=True)
     text = "".join(line for line, keep in zip(lines, kept, strict=False) if keep)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(partial, path)
+    write_atomic(path, text)

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stare_megatron.metrics.samples import Picked
+from stare_megatron.files import write_atomic
+from stare_megatron.metrics.samples import Decode, Picked
 from stare_megatron.token_record import TokenRecord
 from stare_megatron.types import SpanKind
-
-Decode = Callable[[list[int]], str]
 
 # Tokens decoded again before the new ones: some tokenizers write a token differently at the beginning of a text.
 _CONTEXT = 4
@@ -58,9 +56,7 @@ def write_sample_records(
     folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(_line(step, p, records.get(p.place), decode), ensure_ascii=False) + "\n" for p in picked]
     file = folder / f"step_{step:06d}.jsonl"
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text("".join(lines), encoding="utf-8")
-    os.replace(partial, file)
+    write_atomic(file, "".join(lines))
     return file
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from stare_megatron.files import write_atomic
 from stare_megatron.types import Group, Score, SpanKind, Trajectory
 
 FOLDER = "samples"
@@ -48,9 +48,7 @@ def write_samples(folder: Path, step: int, picked: Sequence[Picked], total: int,
     for p in picked:
         text += "\n" + _format(p.group, p.trajectory, p.score, decode)
     file = folder / f"step_{step:06d}.txt"
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, file)
+    write_atomic(file, text)
     return file
 
 

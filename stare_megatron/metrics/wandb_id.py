@@ -5,6 +5,8 @@ from __future__ import annotations
 import secrets
 from pathlib import Path
 
+from stare_megatron.files import write_atomic
+
 _FILE = Path("wandb") / "run_id"
 
 
@@ -20,9 +22,7 @@ def keep(run: Path, wandb_run: str) -> None:
     if not wandb_run or file.exists():
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(wandb_run)
-    partial.replace(file)
+    write_atomic(file, wandb_run)
 
 
 def new() -> str:

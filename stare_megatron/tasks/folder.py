@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stare_megatron.errors import UserError
+from stare_megatron.files import write_atomic
 from stare_megatron.tasks.base import TaskPrompt
 
 _RECORD = "made.json"
@@ -62,9 +63,7 @@ def write_prompts(path: Path, source: str, prompts: list[TaskPrompt], *, append:
     rows = [{"id": p.id, "source": source, "prompt": p.text, "answer": p.answer} for p in prompts]
     kept = path.read_text() if append and path.exists() else ""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(kept + "".join(json.dumps(row) + "\n" for row in rows))
-    partial.replace(path)
+    write_atomic(path, kept + "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _intact(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from stare_megatron.data.prepare.read import read
 from stare_megatron.data.prepare.settings import Settings
 from stare_megatron.data.prepare.types import Malformed, RawRow, Recipe
 from stare_megatron.errors import UserError
+from stare_megatron.files import write_atomic
 
 if TYPE_CHECKING:
     from stare_megatron.data.prepare.pipeline import Counts, Removed
@@ -56,11 +56,11 @@ def write(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         companion(out, "manifest.json").unlink(missing_ok=True)
-        _replace(out, _lines(rows))
+        write_atomic(out, _lines(rows))
         _replace_or_remove(companion(out, "removed.jsonl"), [dataclasses.asdict(r) for r in removed])
         _replace_or_remove(companion(out, "malformed.jsonl"), [dataclasses.asdict(m) for m in malformed])
         manifest["output"] = _described(out)
-        _replace(companion(out, "manifest.json"), json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+        write_atomic(companion(out, "manifest.json"), json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     except OSError as e:
         raise UserError(f"{out}: cannot be written: {e.strerror or e}") from e
 
@@ -102,18 +102,9 @@ def _lines(rows: Iterable[dict[str, Any]]) -> str:
 def _replace_or_remove(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """No rows, no file: an old one must not be taken for this run's."""
     if rows:
-        _replace(path, _lines(rows))
+        write_atomic(path, _lines(rows))
     else:
         path.unlink(missing_ok=True)
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def _described(path: Path) -> dict[str, Any]:
