@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,6 @@ from itertools import groupby
 from typing import Any
 
 import jinja2
-import numpy as np
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
@@ -24,6 +22,7 @@ from stare_megatron.compare.load import Run, Setting, State
 from stare_megatron.compare.measures import Row
 from stare_megatron.compare.panels import PREDICTED, SECTIONS, Kind, Panel, panels, phases
 from stare_megatron.compare.samples import SampledStep
+from stare_megatron.compare.series import encode
 from stare_megatron.compare.stats import TOLERANCE, Spread
 from stare_megatron.compare.viewer import trajectories
 
@@ -295,23 +294,6 @@ def _run(run: Run, reference: float | None, drawn: Sequence[Panel]) -> dict[str,
         "target": None if target is None else encode(target),
         "steered": derived.steered(run),
     }
-
-
-def encode(values: np.ndarray) -> dict[str, Any]:
-    """A float64 series, exactly: `{"c": value, "n": count}` if constant (None: NaN), else base64 of the smallest type
-    that holds every value, `{"d": "i1" | "i2" | "i4" | "f4" | "f8", "b": text}`, little-endian."""
-    if np.isnan(values).all():
-        return {"c": None, "n": len(values)}
-    if np.isfinite(values[0]) and (values == values[0]).all():
-        return {"c": float(values[0]), "n": len(values)}
-    for kind in ("i1", "i2", "i4", "f4"):
-        with np.errstate(invalid="ignore", over="ignore"):
-            narrow = values.astype(f"<{kind}")
-            if np.array_equal(narrow.astype("<f8"), values, equal_nan=kind == "f4"):
-                break
-    else:
-        kind, narrow = "f8", values.astype("<f8")
-    return {"d": kind, "b": base64.b64encode(narrow.tobytes()).decode()}
 
 
 def _setting(value: Setting) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from stare_megatron.compare.samples import Sample, SampledSpan, SampledStep
+from stare_megatron.compare.series import encode
 
 # Characters of all embedded trajectories. Plotly's code alone is 4.7 million.
 LIMIT = 8_000_000
@@ -72,16 +72,10 @@ def _item(sample: Sample) -> dict[str, Any]:
 
 
 def _span(span: SampledSpan) -> dict[str, Any]:
-    packed = {name: _packed(values) for name, values in span.columns.items()}
-    ids = {"d": "i4", "b": _base64(np.array(span.token_ids, "<i4"))}
-    return {"kind": span.kind, "pieces": list(span.pieces), "ids": ids, **packed}
+    columns = {name: encode(_float32(values)) for name, values in span.columns.items()}
+    return {"kind": span.kind, "pieces": list(span.pieces), "ids": encode(np.array(span.token_ids, "<f8")), **columns}
 
 
-def _packed(values: Sequence[float | None]) -> dict[str, Any]:
-    """As `html.encode`, of numbers that were float32 when they were written: exact."""
-    array = np.array([np.nan if v is None else v for v in values], "<f4")
-    return {"d": "f4", "b": _base64(array)}
-
-
-def _base64(array: np.ndarray) -> str:
-    return base64.b64encode(array.tobytes()).decode()
+def _float32(values: Sequence[float | None]) -> np.ndarray:
+    """Numbers that were float32 when they were written, which their few digits mean exactly."""
+    return np.array([np.nan if v is None else v for v in values], "<f4").astype("<f8")

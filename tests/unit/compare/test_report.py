@@ -11,10 +11,11 @@ from stare_megatron.__main__ import main
 from stare_megatron.compare import derived, measures
 from stare_megatron.compare.align import Align
 from stare_megatron.compare.group import group
-from stare_megatron.compare.html import encode, number, render
+from stare_megatron.compare.html import number, render
 from stare_megatron.compare.load import load_all
 from stare_megatron.compare.report import Options, gather
 from stare_megatron.compare.samples import read_samples
+from stare_megatron.compare.series import encode
 from stare_megatron.compare.stats import band
 from stare_megatron.compare.viewer import trajectories
 from stare_megatron.errors import UserError
