@@ -103,3 +103,14 @@ class Encoder:
 def newline_before(text: str) -> str:
     """What brings what follows `text` to a line of its own."""
     return "" if text.endswith("\n") else "\n"
+
+
+def answer_within(
+    encoder: Encoder, text: str, results: Sequence[Sequence[int]], begin: str, end: str, *, ended: bool
+) -> list[int] | None:
+    """`Parser.render` of forms that answer a call within the policy's own response: each result from `begin` to `end`,
+    on lines of its own after `text`. Nothing can follow an end of sequence there."""
+    if ended:
+        return None
+    head, tail = encoder.form(newline_before(text) + begin), encoder.form(end)
+    return [token for result in results for token in (*head, *result, *tail)]

@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from stare_megatron.envs.parsers.base import Encoder, Malformed, Parsed, Request, newline_before
+from stare_megatron.envs.parsers.base import Encoder, Malformed, Parsed, Request, answer_within
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,8 +44,4 @@ class Fenced:
         return Parsed((Request(TOOL, code) if code.strip() else Malformed(TOOL, "the block is empty"),), trailing)
 
     def render(self, text: str, results: Sequence[Sequence[int]], *, ended: bool) -> list[int] | None:
-        if ended:
-            return None
-        head = self._encoder.form(f"{newline_before(text)}```output\n")
-        tail = self._encoder.form(FENCE)
-        return [token for result in results for token in (*head, *result, *tail)]
+        return answer_within(self._encoder, text, results, "```output\n", FENCE, ended=ended)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from stare_megatron.envs.parsers.base import Encoder, Malformed, Parsed, Request, newline_before
+from stare_megatron.envs.parsers.base import Encoder, Malformed, Parsed, Request, answer_within
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,8 +45,4 @@ class ReTool:
         return Parsed((call,), trailing)
 
     def render(self, text: str, results: Sequence[Sequence[int]], *, ended: bool) -> list[int] | None:
-        if ended:
-            return None
-        head = self._encoder.form(f"{newline_before(text)}<interpreter>\n")
-        tail = self._encoder.form("\n</interpreter>\n")
-        return [token for result in results for token in (*head, *result, *tail)]
+        return answer_within(self._encoder, text, results, "<interpreter>\n", "\n</interpreter>\n", ended=ended)
