@@ -113,6 +113,22 @@ class Task(Protocol):
         ...
 
 
+class ArithmeticTask:
+    """What tasks over small numbers have in common: their words, written with spaces, and no tool."""
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        return ARITHMETIC_WORDS
+
+    @property
+    def spaced(self) -> bool:
+        return True
+
+    @property
+    def tool(self) -> Tool | None:
+        return None
+
+
 def split_of(key: str, held_out_one_in: int) -> Split:
     """The split of an instance, by a stable hash of `key`: one in `held_out_one_in` is held out, half of those each for
     `eval` and `test`."""

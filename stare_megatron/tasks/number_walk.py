@@ -12,7 +12,7 @@ import random
 from dataclasses import dataclass
 
 from stare_megatron.errors import UserError
-from stare_megatron.tasks.base import ARITHMETIC_WORDS, Split, TaskPrompt, Tool, WarmUp, split_of
+from stare_megatron.tasks.base import ArithmeticTask, Split, TaskPrompt, WarmUp, split_of
 from stare_megatron.types import Score
 
 _HELD_OUT_ONE_IN = 5
@@ -20,25 +20,13 @@ _MOVES = (("+", 7), ("-", 4), ("*", 2))
 
 
 @dataclass(frozen=True)
-class NumberWalk:
+class NumberWalk(ArithmeticTask):
     """The task between numbers from 0 to `largest`, in at most `moves` moves and at least `shortest`."""
 
     name: str = "number_walk"
     moves: int = 6
     shortest: int = 3
     largest: int = 99
-
-    @property
-    def words(self) -> tuple[str, ...]:
-        return ARITHMETIC_WORDS
-
-    @property
-    def spaced(self) -> bool:
-        return True
-
-    @property
-    def tool(self) -> Tool | None:
-        return None
 
     @property
     def max_prompt_tokens(self) -> int:

@@ -14,31 +14,19 @@ from collections import Counter
 from dataclasses import dataclass
 
 from stare_megatron.errors import UserError
-from stare_megatron.tasks.base import ARITHMETIC_WORDS, Split, TaskPrompt, Tool, WarmUp, split_of
+from stare_megatron.tasks.base import ArithmeticTask, Split, TaskPrompt, WarmUp, split_of
 from stare_megatron.types import Score
 
 _HELD_OUT_ONE_IN = 5
 
 
 @dataclass(frozen=True)
-class OrderFreeSum:
+class OrderFreeSum(ArithmeticTask):
     """The task over `terms` numbers from 1 to `largest`. The sum must be in the vocabulary (below 100)."""
 
     name: str = "order_free_sum"
     terms: int = 4
     largest: int = 12
-
-    @property
-    def words(self) -> tuple[str, ...]:
-        return ARITHMETIC_WORDS
-
-    @property
-    def spaced(self) -> bool:
-        return True
-
-    @property
-    def tool(self) -> Tool | None:
-        return None
 
     @property
     def max_prompt_tokens(self) -> int:
