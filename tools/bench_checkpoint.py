@@ -19,14 +19,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from bench_trainer import random_groups
+from bench_trainer import load, make_rank
 from rich.console import Console
 from rich.table import Table
 
 from stare_megatron import config as configuration
 from stare_megatron import device, manifest
 from stare_megatron.config import Config
-from stare_megatron.data.packing import plan_updates
 from stare_megatron.errors import UserError
 from stare_megatron.run_folder import hardware, package_versions, parameter_count
 from stare_megatron.trainer.rank import TrainerRank
@@ -53,16 +52,7 @@ class Seconds:
 def step(trainer: TrainerRank, config: Config) -> float:
     """Seconds of one training step."""
     began = time.perf_counter()
-    t = config.trainer
-    groups = random_groups(config, 0)
-    plans = plan_updates(
-        [group.summary() for group in groups],
-        data_parallel=t.data_parallel,
-        updates_per_batch=t.updates_per_batch,
-        micro_batch_tokens=t.micro_batch_tokens,
-        min_micro_batch_multiple=t.pipeline_parallel if t.virtual_pipeline > 1 else 1,
-    )
-    trainer.load([(groups, plan[trainer.position().data_parallel_rank]) for plan in plans])
+    load(trainer, config, 0)
     trainer.update(Control(False, 1.0, 1.0, trainer.score().entropy, 0.0))
     return time.perf_counter() - began
 
@@ -94,14 +84,7 @@ def save(trainer: TrainerRank, config: Config, folder: Path, *, background: bool
 def measure(config: Config) -> tuple[list[Seconds], list[Seconds], list[float], int]:
     """Saves at once, saves in the background, steps without a save, bytes of a checkpoint."""
     rank = int(os.environ["RANK"])
-    trainer = TrainerRank(
-        config,
-        rank=rank,
-        world_size=config.trainer.world_size,
-        local_rank=int(os.environ["LOCAL_RANK"]),
-        master_addr=os.environ["MASTER_ADDR"],
-        master_port=int(os.environ["MASTER_PORT"]),
-    )
+    trainer = make_rank(config)
     names = [tempfile.mkdtemp(prefix="bench-checkpoint-", dir=config.run.dir) if rank == 0 else ""]
     dist.broadcast_object_list(names, src=0)
     root = Path(names[0])

@@ -24,6 +24,7 @@ from stare_megatron.data.packing import plan_updates
 from stare_megatron.data.tokenizer import read_vocab_size
 from stare_megatron.errors import UserError
 from stare_megatron.run_folder import hardware, package_versions
+from stare_megatron.trainer.rank import TrainerRank
 from stare_megatron.types import Control, Group, Prompt, Score, Span, SpanKind, Status, Trajectory
 
 _ROUNDS = 4  # the first one warms up and is left out
@@ -51,37 +52,45 @@ def random_groups(config: Config, seed: int) -> list[Group]:
     return groups
 
 
-def measure(config: Config, rank: int) -> tuple[int, list[float], list[float], int]:
-    """Tokens a round, seconds of each scoring and update pass, peak bytes of this rank."""
-    from stare_megatron.trainer.rank import TrainerRank
-
-    trainer = TrainerRank(
+def make_rank(config: Config) -> TrainerRank:
+    """The trainer rank that torchrun started this process for."""
+    return TrainerRank(
         config,
-        rank=rank,
+        rank=int(os.environ["RANK"]),
         world_size=config.trainer.world_size,
         local_rank=int(os.environ["LOCAL_RANK"]),
         master_addr=os.environ["MASTER_ADDR"],
         master_port=int(os.environ["MASTER_PORT"]),
     )
+
+
+def load(trainer: TrainerRank, config: Config, number: int) -> int:
+    """Give the rank its share of a random batch, the same for the same `number`; tokens in the whole batch."""
     t = config.trainer
+    groups = random_groups(config, number)
+    plans = plan_updates(
+        [group.summary() for group in groups],
+        data_parallel=t.data_parallel,
+        updates_per_batch=t.updates_per_batch,
+        micro_batch_tokens=t.micro_batch_tokens,
+        min_micro_batch_multiple=t.pipeline_parallel if t.virtual_pipeline > 1 else 1,
+    )
+    trainer.load([(groups, plan[trainer.position().data_parallel_rank]) for plan in plans])
+    return sum(trajectory.num_tokens for group in groups for trajectory in group.trajectories)
+
+
+def measure(config: Config) -> tuple[int, list[float], list[float], int]:
+    """Tokens a round, seconds of each scoring and update pass, peak bytes of this rank."""
+    trainer = make_rank(config)
     score_s, update_s, tokens = [], [], 0
     for number in range(_ROUNDS):
-        groups = random_groups(config, number)
-        plans = plan_updates(
-            [group.summary() for group in groups],
-            data_parallel=t.data_parallel,
-            updates_per_batch=t.updates_per_batch,
-            micro_batch_tokens=t.micro_batch_tokens,
-            min_micro_batch_multiple=t.pipeline_parallel if t.virtual_pipeline > 1 else 1,
-        )
-        trainer.load([(groups, plan[trainer.position().data_parallel_rank]) for plan in plans])
+        tokens = load(trainer, config, number)
         began = time.perf_counter()
         entropy = trainer.score().entropy
         scored = time.perf_counter()
         trainer.update(Control(True, 1.1, 0.9, entropy, entropy + 1.0))
         score_s.append(scored - began)
         update_s.append(time.perf_counter() - scored)
-        tokens = sum(trajectory.num_tokens for group in groups for trajectory in group.trajectories)
     peak = trainer.peak_memory_bytes()
     trainer.close()
     return tokens, score_s[1:], update_s[1:], peak
@@ -98,7 +107,7 @@ def main(argv: list[str]) -> int:
     except UserError as e:
         print(f"bench_trainer: {e}", file=sys.stderr)
         return 2
-    tokens, score_s, update_s, peak = measure(config, rank)
+    tokens, score_s, update_s, peak = measure(config)
     if rank == 0:
         t = config.trainer
         table = Table(title=f"{config.model.path}, {tokens:,} tokens a round, median of {_ROUNDS - 1}")
