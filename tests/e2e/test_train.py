@@ -86,6 +86,24 @@ def test_stare_trains(material: Path, trained: Path) -> None:
         assert (run / name).exists(), name
 
 
+def test_samples_hold_what_engine_and_trainer_knew(trained: Path) -> None:
+    """Of every trained trajectory: both log-probs of each action token, and a selection on the advantage's side that is
+    there in steps with an open gate only."""
+    for row in jsonl.read(trained / "metrics.jsonl"):
+        samples = prompts_of(trained / f"samples/step_{int(row['step']):06d}.jsonl")
+        assert len(samples) >= 256
+        known = [s for s in samples if s["advantage"] is not None]
+        assert len(known) == 256
+        chosen = 0
+        for sample in known:
+            actions = [span for span in sample["spans"] if span["kind"] == "action"]
+            for span in actions:
+                assert span["raw_logprobs"] == pytest.approx(span["rollout_logprobs"], abs=1e-3)
+                assert all(sign * sample["advantage"] >= 0 for sign in span["selection"])
+                chosen += sum(map(abs, span["selection"]))
+        assert (chosen > 0) == bool(row["stare/gate"])
+
+
 def learned(row: jsonl.Row) -> dict[str, str]:
     """What a step found and did, without what it cost; as text, since NaN is not equal to itself."""
     return {name: repr(x) for name, x in row.items() if not name.startswith(("time/", "memory/", "throughput/"))}
