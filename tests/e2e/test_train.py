@@ -87,21 +87,23 @@ def test_stare_trains(material: Path, trained: Path) -> None:
 
 
 def test_samples_hold_what_engine_and_trainer_knew(trained: Path) -> None:
-    """Of every trained trajectory: both log-probs of each action token, and a selection on the advantage's side that is
-    there in steps with an open gate only."""
+    """Of every trained trajectory: both log-probs of each action token, and a selection on the advantage's side whose
+    size and weight are the step's."""
     for row in jsonl.read(trained / "metrics.jsonl"):
         samples = prompts_of(trained / f"samples/step_{int(row['step']):06d}.jsonl")
-        assert len(samples) >= 256
-        known = [s for s in samples if s["advantage"] is not None]
-        assert len(known) == 256
-        chosen = 0
-        for sample in known:
-            actions = [span for span in sample["spans"] if span["kind"] == "action"]
-            for span in actions:
+        assert len(samples) == 256
+        selection: list[int] = []
+        for sample in samples:
+            for span in sample["spans"]:
+                if span["kind"] != "action":
+                    continue
                 assert span["raw_logprobs"] == pytest.approx(span["rollout_logprobs"], abs=1e-3)
                 assert all(sign * sample["advantage"] >= 0 for sign in span["selection"])
-                chosen += sum(map(abs, span["selection"]))
-        assert (chosen > 0) == bool(row["stare/gate"])
+                chosen = [w for w, sign in zip(span["weights"], span["selection"], strict=True) if sign > 0]
+                assert chosen == pytest.approx([row["stare/weight_pos"]] * len(chosen))
+                selection += span["selection"]
+        assert selection.count(1) == row["stare/selected_pos"]
+        assert selection.count(-1) == row["stare/selected_neg"]
 
 
 def learned(row: jsonl.Row) -> dict[str, str]:
