@@ -83,6 +83,9 @@ def evaluate(config: Config, *, model: Path | None, out: Path | None) -> int:
     notes = preflight.check_eval(config, trainers=policy.checkpoint is not None)
     if sandbox := preflight.check_sandbox(config):
         notes = (*notes, f"sandbox: {sandbox}")
+    if policy.checkpoint is not None:
+        note = checkpoint.verify(policy.checkpoint, contents=config.checkpoint.verify)
+        notes = (*notes, note) if note else notes
     for note in notes:
         console.print(f"note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     tokenizer = load_tokenizer(config.model.path)

@@ -184,18 +184,29 @@ def check_disk(config: Config) -> None:
     place = next(p for p in (config.folder.absolute(), *config.folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(place).free // 2**20
     if free < need:
+        saves, exports = _most_on_disk(config)
         raise UserError(
             f"run.dir = {str(config.run.dir)!r}: {free:,} MB free on its disk, the run needs {need:,} MB "
-            f"({config.checkpoint.keep_last} checkpoints and the policy); free some, choose another run.dir, lower "
-            "checkpoint.keep_last, or set run.min_free_mb"
+            f"({saves} checkpoints and {exports} exported policies at a time); free some, choose another run.dir, "
+            "let checkpoint keep less, or set run.min_free_mb"
         )
 
 
 def disk_need_mb(config: Config) -> int:
-    """Estimate: `keep_last` checkpoints and the one being written, the exported policy, and slack; MB."""
-    checkpoints = checkpoint_bytes(config) * (config.checkpoint.keep_last + 1)
-    export = parameter_count(config.model.path) * 4 if config.checkpoint.export_final else 0
-    return (checkpoints + export) // 2**20 + _SLACK_MB
+    """Estimate of what the run's checkpoints and exports, and some slack, take at a time; MB."""
+    saves, exports = _most_on_disk(config)
+    policy = parameter_count(config.model.path) * (2 if config.model.dtype == "bfloat16" else 4)
+    return (checkpoint_bytes(config) * saves + policy * exports) // 2**20 + _SLACK_MB
+
+
+def _most_on_disk(config: Config) -> tuple[int, int]:
+    """Training checkpoints, the one being written included, and exported policies."""
+    keep, steps = config.checkpoint, config.run.steps
+    saved = {steps} | (set(range(keep.every, steps, keep.every)) if keep.every else set())
+    stay = sum(step % keep.keep_every == 0 for step in saved) if keep.keep_every else 0
+    kept = keep.keep_last + stay + bool(keep.best_metric)
+    exports = (steps // keep.export_every if keep.export_every else 0) + keep.export_final
+    return min(len(saved), kept) + 1, exports
 
 
 def checkpoint_bytes(config: Config) -> int:

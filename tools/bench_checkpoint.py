@@ -15,6 +15,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,17 +37,18 @@ _ROUNDS = 4  # of each kind; the first is left out
 
 @dataclass
 class Seconds:
-    """Of one save. `begin` and `finish` hold the loop up; `open`: from the first to the last byte; `steps`: training
-    steps taken meanwhile."""
+    """Of one save. `begin`, `copy` (an update waits for the copy of the state) and `finish` hold the loop up; `open`:
+    from the first to the last byte; `steps`: training steps taken meanwhile, without that wait."""
 
     begin: float
+    copy: float
     finish: float
     open: float
     steps: list[float]
 
     @property
     def stall(self) -> float:
-        return self.begin + self.finish
+        return self.begin + self.copy + self.finish
 
 
 def step(trainer: TrainerRank, config: Config) -> float:
@@ -64,21 +66,48 @@ def written(trainer: TrainerRank) -> bool:
     return bool(flag.item())
 
 
+class CopyWaits:
+    """While this lasts, counts the seconds that updates wait for a copy."""
+
+    def __init__(self) -> None:
+        from stare_megatron.trainer.writing import Writing  # its imports come after the patches
+
+        self.seconds = 0.0
+        self._class, self._wait = Writing, Writing.copied
+
+    def __enter__(self) -> CopyWaits:
+        def copied(writing: Any) -> None:
+            began = time.perf_counter()
+            self._wait(writing)
+            self.seconds += time.perf_counter() - began
+
+        self._class.copied = copied
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._class.copied = self._wait
+
+
 def save(trainer: TrainerRank, config: Config, folder: Path, *, background: bool) -> Seconds:
     dist.barrier()
     began = time.perf_counter()
     trainer.begin_save(folder, 1, snapshot=background)
     begun = time.perf_counter()
     steps: list[float] = []
+    waited = 0.0
     while background and not written(trainer):
-        steps.append(step(trainer, config))
+        with CopyWaits() as waits:
+            took = step(trainer, config)
+        waited += waits.seconds
+        steps.append(took - waits.seconds)
     ready = time.perf_counter()
-    entries = trainer.finish_save()
+    entries: list[dict[str, manifest.Entry]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(entries, trainer.finish_save())
     if dist.get_rank() == 0:
-        manifest.write(folder, entries if dist.get_world_size() == 1 else None)
+        manifest.write(folder, {name: entry for of_rank in entries for name, entry in of_rank.items()})
     dist.barrier()
     done = time.perf_counter()
-    return Seconds(begun - began, done - ready, done - began, steps)
+    return Seconds(begun - began, waited, done - ready, done - began, steps)
 
 
 def measure(config: Config) -> tuple[list[Seconds], list[Seconds], list[float], int]:
@@ -126,10 +155,10 @@ def main(argv: list[str]) -> int:
     table = Table(
         title=f"{parameters / 1e6:,.0f} M parameters, {size / 1e6:,.0f} MB, medians of {_ROUNDS - 1}, seconds"
     )
-    for heading in ("written", "begin", "finish", "loop held up", "whole save", "step meanwhile"):
+    for heading in ("written", "begin", "copy", "finish", "loop held up", "whole save", "step meanwhile"):
         table.add_column(heading, justify="right")
     for name, saves in (("at once", at_once), ("in background", background)):
-        columns = ([getattr(s, field) for s in saves] for field in ("begin", "finish", "stall", "open"))
+        columns = ([getattr(s, field) for s in saves] for field in ("begin", "copy", "finish", "stall", "open"))
         table.add_row(name, *map(median, columns), median([x for s in saves for x in s.steps]))
     ratio = np.median([s.stall for s in background]) / np.median([s.stall for s in at_once])
     versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())

@@ -21,9 +21,9 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from stare_megatron.config import TrainerConfig
 from stare_megatron.errors import UserError
-from stare_megatron.trainer import parallel, writing
+from stare_megatron.trainer import parallel
 from stare_megatron.trainer.ungathered import live_storages, local_state, parts
-from stare_megatron.trainer.writing import Writing
+from stare_megatron.trainer.writing import Writer, Writing
 
 # `fully_reshardable`: optimizer state is stored per parameter, so any layout can load it.
 CONTENT = {
@@ -39,6 +39,7 @@ def begin_save(
     chunks: Sequence[DistributedDataParallel],
     optimizer: MegatronOptimizer,
     trainer: TrainerConfig,
+    writer: Writer,
     *,
     step: int,
     optimizer_steps: int,
@@ -46,8 +47,9 @@ def begin_save(
 ) -> Writing:
     """Start to write all shards under `folder`, which is made. A collective.
 
-    `step`: the loop's; `optimizer_steps`: done so far. `snapshot`: write a copy, so that the state may change before
-    the writing has ended; else it may not. The caller makes the folder's appearance atomic.
+    `step`: the loop's; `optimizer_steps`: done so far. `snapshot`: write a copy, so that the state may change
+    after `Writing.copied`; else it may not before the writing has ended. The caller makes the folder's appearance
+    atomic.
     """
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +63,7 @@ def begin_save(
             "random": _random_state(trainer),
         }
     live = live_storages(optimizer, (p for chunk in chunks for p in chunk.module.parameters())) if snapshot else set()
-    return writing.begin(folder, state, CONTENT | {"layout": _layout(trainer)}, live)
+    return writer.begin(folder, state, CONTENT | {"layout": _layout(trainer)}, live)
 
 
 def save(
@@ -74,7 +76,8 @@ def save(
     optimizer_steps: int,
 ) -> None:
     """`begin_save`, and wait until every rank is done. A collective."""
-    begin_save(folder, chunks, optimizer, trainer, step=step, optimizer_steps=optimizer_steps, snapshot=False).finish()
+    steps = {"step": step, "optimizer_steps": optimizer_steps}
+    begin_save(folder, chunks, optimizer, trainer, Writer(), **steps, snapshot=False).finish()
 
 
 def restore(

@@ -84,6 +84,7 @@ class TrainerRank:
         from stare_megatron.trainer.partials import vocab_shard
         from stare_megatron.trainer.runner import Runner
         from stare_megatron.trainer.sequence import Layout
+        from stare_megatron.trainer.writing import Writer
 
         trainer = config.trainer
         begin = Path(config.model.weights) if config.model.weights else None
@@ -111,6 +112,7 @@ class TrainerRank:
         self._loaded: list[Loaded] = []
         self._known: ScoredBatch | SampledBatch | None = None
         self._trained: list[tuple[Loaded, Pass]] = []
+        self._writer = Writer()
         self._writing: Writing | None = None
 
     def position(self) -> Position:
@@ -232,6 +234,8 @@ class TrainerRank:
         trainer = self._config.trainer
         total = self._config.run.steps * trainer.updates_per_batch
         lr = learning_rate(trainer.optimizer, self._optimizer_steps, total)
+        if self._writing is not None:
+            self._writing.copied()
         grad_norm = step(self._optimizer, trainer.optimizer, lr)
         if not math.isfinite(grad_norm):
             raise RunError(f"optimizer step {number}: the gradient norm is {grad_norm} at a loss of {loss:.6g}")
@@ -286,6 +290,7 @@ class TrainerRank:
             self._chunks,
             self._optimizer,
             self._config.trainer,
+            self._writer,
             step=step,
             optimizer_steps=self._optimizer_steps,
             snapshot=snapshot,

@@ -17,12 +17,15 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
 from stare_megatron import manifest
 from stare_megatron.errors import RunError
 
 _THREADS = 2
+
+_File = tuple[list[Any], str, manifest.Entry]  # upstream's records of what is where in it, its name, its entry
 
 
 class Writing:
@@ -34,17 +37,23 @@ class Writing:
         request: Any,
         results: queue.SimpleQueue[Any],
         pool: concurrent.futures.ThreadPoolExecutor,
-        parts: Sequence[concurrent.futures.Future[tuple[list[Any], str, manifest.Entry]]],
+        copies: Sequence[concurrent.futures.Future[Any]],
+        files: Sequence[concurrent.futures.Future[_File]],
     ) -> None:
         self._folder = folder
         self._request = request
         self._results = results
         self._pool = pool
-        self._parts = parts
+        self._copies = copies
+        self._files = files
+
+    def copied(self) -> None:
+        """Wait until the state may change."""
+        concurrent.futures.wait(self._copies)
 
     def written(self) -> bool:
         """Whether this rank's files are on disk; False for a moment longer when one failed."""
-        return all(part.done() for part in self._parts)
+        return all(file.done() for file in self._files)
 
     def finish(self) -> dict[str, manifest.Entry]:
         """Wait for the files of all ranks and seal the checkpoint. A collective.
@@ -56,16 +65,16 @@ class Writing:
         """
         entries: dict[str, manifest.Entry] = {}
         outcome: Any = {}
-        for number, part in enumerate(self._parts):
+        for number, file in enumerate(self._files):
             try:
-                done, name, entry = part.result()
+                done, name, entry = file.result()
             except (OSError, RuntimeError) as e:
                 outcome = e  # upstream tells every rank of it
                 break
             outcome[number] = done
             entries[name] = entry
         self._pool.shutdown()
-        if self._parts:
+        if self._files:
             self._results.put(outcome)
         try:
             for step in self._request.finalize_fns:
@@ -75,50 +84,67 @@ class Writing:
         return entries
 
 
-# A copy's memory, kept for the next: memory that is new to the process costs several times the copying.
-_copies: dict[tuple[str, int], torch.Tensor] = {}
+class Writer:
+    """Writes the state of one model and optimizer, again and again; the structure of the state must stay as it is."""
+
+    def __init__(self) -> None:
+        # Reuses its plan from the third save on, when the second has made the same as the first.
+        self._strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=_THREADS, cached_metadata=True)
+        self._checked = False
+        # A copy's memory, kept for the next: memory that is new to the process costs several times the copying.
+        self._copies: dict[tuple[str, int], torch.Tensor] = {}
+
+    def begin(self, folder: Path, state: dict[str, Any], content: dict[str, Any], live: set[int]) -> Writing:
+        """Start to write `state`, a sharded state dict. A collective.
+
+        `live`: addresses of the storages that may change before the writing has ended, but not before
+        `Writing.copied`; what is in one of them is copied. The writing before must have been finished.
+        """
+        results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        filesystem_async._results_queue = results  # instead of the manager's; the writer takes it when it plans
+        save: Any = dist_checkpointing.save
+        # From 0.19 on there is another implementation to choose from.
+        options = {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(save).parameters else {}
+        request: Any = save(
+            state,
+            str(folder),
+            self._strategy,
+            validate_access_integrity=not self._checked,
+            async_sharded_save=True,
+            content_metadata=content,
+            **options,
+        )
+        self._checked = True
+        pool = concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="checkpoint")
+        if request.async_fn is None:  # nothing for this rank to write
+            return Writing(folder, request, results, pool, (), ())
+        transforms = request.async_fn.args[0]
+        # Where the state is not in host memory this is a copy already.
+        copies = [pool.submit(self._private, bucket, live) for bucket in request.preload_fn()]
+        files = [pool.submit(_write_copy, transforms, number, copy) for number, copy in enumerate(copies)]
+        return Writing(folder, request, results, pool, copies, files)
+
+    def _private(self, bucket: Any, live: set[int]) -> Any:
+        """The bucket with tensors in memory that nobody changes."""
+        path, key, (data, tensors) = bucket
+        kept = []
+        for number, (item, tensor) in enumerate(tensors):
+            changes = tensor.untyped_storage().data_ptr() in live
+            kept.append((item, self._copy((key, number), tensor) if changes else tensor))
+        return path, key, (data, kept)
+
+    def _copy(self, place: tuple[str, int], tensor: torch.Tensor) -> torch.Tensor:
+        old = self._copies.get(place)
+        if old is None or old.shape != tensor.shape or old.dtype != tensor.dtype:
+            old = self._copies[place] = torch.empty_like(tensor)
+        return old.copy_(tensor)
 
 
-def begin(folder: Path, state: dict[str, Any], content: dict[str, Any], live: set[int]) -> Writing:
-    """Start to write `state`, a sharded state dict. A collective.
-
-    `live`: addresses of the storages that may change before the writing has ended; what is in one of them is copied.
-    The writing before must have been finished.
-    """
-    results: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    filesystem_async._results_queue = results  # instead of the manager's; the writer takes it when it plans
-    save: Any = dist_checkpointing.save
-    # From 0.19 on there is another implementation to choose from.
-    strategy = {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(save).parameters else {}
-    request: Any = save(state, str(folder), async_sharded_save=True, content_metadata=content, **strategy)
-    pool = concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="checkpoint")
-    if request.async_fn is None:  # nothing for this rank to write
-        return Writing(folder, request, results, pool, ())
-    transforms = request.async_fn.args[0]
-    # Where the state is not in host memory this is a copy already.
-    staged = [_private(bucket, live) for bucket in request.preload_fn()]
-    parts = [pool.submit(_write, transforms, number, bucket) for number, bucket in enumerate(staged)]
-    return Writing(folder, request, results, pool, parts)
+def _write_copy(transforms: list[Any], number: int, copy: concurrent.futures.Future[Any]) -> _File:
+    return _write(transforms, number, copy.result())
 
 
-def _private(bucket: Any, live: set[int]) -> Any:
-    """The bucket with tensors in memory that nobody changes."""
-    path, key, (data, tensors) = bucket
-    kept = []
-    for number, (item, tensor) in enumerate(tensors):
-        kept.append((item, _copy((key, number), tensor) if tensor.untyped_storage().data_ptr() in live else tensor))
-    return path, key, (data, kept)
-
-
-def _copy(place: tuple[str, int], tensor: torch.Tensor) -> torch.Tensor:
-    old = _copies.get(place)
-    if old is None or old.shape != tensor.shape or old.dtype != tensor.dtype:
-        old = _copies[place] = torch.empty_like(tensor)
-    return old.copy_(tensor)
-
-
-def _write(transforms: list[Any], number: int, bucket: Any) -> tuple[list[Any], str, manifest.Entry]:
-    """One file: upstream's records of what is where in it, its name, its entry."""
+def _write(transforms: list[Any], number: int, bucket: Any) -> _File:
     results: queue.SimpleQueue[Any] = queue.SimpleQueue()
     counter: queue.Queue[int] = queue.Queue()
     counter.put(number)

@@ -67,32 +67,38 @@ def unstarted(rank: Rank, *, checkpoint: Path, layout: Overrides, out: Path) -> 
     return found
 
 
-def in_background(rank: Rank, *, checkpoint: Path, layout: Overrides, folder: Path) -> list[bool]:
-    """Saves the same state twice: to `at_once`, and to `later`, of which no byte is written before another step has
-    changed everything. What `save_written` said before and after."""
+def in_background(rank: Rank, *, checkpoint: Path, layout: Overrides, folder: Path) -> tuple[list[bool], bool]:
+    """Saves the same state twice, in three rounds: to `at_once-*`, and to `later-*`, of which no byte is written
+    before another step has changed everything. What `save_written` said before and after; whether the last save made
+    use of the plan of those before."""
     config = make_config(checkpoint, layout)
     trainer = start(rank, config)
     from stare_megatron.trainer import writing
 
-    step(trainer, config, 1)
-    trainer.save(folder / "at_once", 7)
     write, allowed = writing._write, threading.Event()
 
     def write_later(*args: Any) -> Any:
         allowed.wait()
         return write(*args)
 
-    writing._write = write_later
-    trainer.begin_save(folder / "later", 7, snapshot=True)
-    step(trainer, config, 2)
-    said = [trainer.save_written()]
-    allowed.set()
-    while not trainer.save_written():
-        time.sleep(0.01)
-    trainer.finish_save()
-    said.append(trainer.save_written())
+    said: list[bool] = []
+    for number in range(3):
+        step(trainer, config, 1)
+        trainer.save(folder / f"at_once-{number}", 7)
+        allowed.clear()
+        writing._write = write_later
+        trainer.begin_save(folder / f"later-{number}", 7, snapshot=True)
+        step(trainer, config, 2)
+        said.append(trainer.save_written())
+        allowed.set()
+        while not trainer.save_written():
+            time.sleep(0.01)
+        trainer.finish_save()
+        said.append(trainer.save_written())
+        writing._write = write
+    reused = trainer._writer._strategy.validated_cache_reuse
     trainer.close()
-    return said
+    return said, reused
 
 
 def unwritable(rank: Rank, *, checkpoint: Path, layout: Overrides, folder: Path) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from stare_megatron import checkpoint, config, manifest
+from stare_megatron import build_eval, checkpoint, config, manifest
 from stare_megatron.algo.controller import ControllerState
 from stare_megatron.checkpoint import LoopState, Saver, Settings, store
 from stare_megatron.data.prompts import StreamState
@@ -72,6 +72,17 @@ def saved(root: Path, *steps: int, **keep: Any) -> Path:
     for step in steps:
         writes.save(state(step))
     return root / store.folder_name(steps[-1])
+
+
+def tree(folder: Path) -> dict[str, Any]:
+    """The tables of a run's configuration."""
+    return {
+        "run": {"name": "unit", "dir": str(folder / "runs"), "steps": 3},
+        "model": {"path": str(folder / "model")},
+        "data": {"train": ["a.jsonl"]},
+        "reward": {"name": "math"},
+        "algorithm": {"method": "stare"},
+    }
 
 
 def names(root: Path) -> list[str]:
@@ -137,6 +148,15 @@ def test_without_checksums_sizes_are_compared(tmp_path):
     shard.write_bytes(bytes(199))
     with pytest.raises(UserError, match="truncated"):
         checkpoint.verify(folder, contents=False)
+
+
+def test_a_damaged_checkpoint_is_not_evaluated(tmp_path, monkeypatch):
+    monkeypatch.setattr(build_eval.preflight, "check_eval", lambda *_, **__: [])
+    folder = saved(tmp_path / "checkpoints", 3)
+    file, damage, said = DAMAGE["flipped byte"]
+    damage(folder / file)
+    with pytest.raises(UserError, match=said):
+        build_eval.evaluate(config.parse(tree(tmp_path), "test"), model=folder, out=tmp_path / "out")
 
 
 def test_a_checkpoint_from_before_manifests_is_let_through_with_a_note(tmp_path):
@@ -225,16 +245,9 @@ def made(tmp_path):
     model.mkdir()
     (model / "config.json").write_text("{}")
     (model / "tokenizer.json").write_text("words")
-    tree: dict[str, Any] = {
-        "run": {"name": "unit", "dir": str(tmp_path / "runs"), "steps": 3},
-        "model": {"path": str(model)},
-        "data": {"train": ["a.jsonl"]},
-        "reward": {"name": "math"},
-        "algorithm": {"method": "stare"},
-    }
 
     def settings(**changes: Any) -> Settings:
-        new = json.loads(json.dumps(tree))
+        new = tree(tmp_path)
         for key, value in changes.items():
             *path, last = key.split("__")
             node = new

@@ -152,8 +152,19 @@ def test_full_disk_is_found_first(make, tmp_path, monkeypatch):
 
 def test_disk_need_grows_with_the_model_and_the_checkpoints_kept(make, monkeypatch):
     monkeypatch.setattr(run_folder, "parameter_count", lambda _: 100 * 2**20)
-    # (2 kept + 1 being written) x 16 bytes, and 4 bytes exported, a parameter.
-    assert run_folder.disk_need_mb(make()) == 100 * (3 * 16 + 4) + 256
+    config = make(steps=100)
+
+    def need(**checkpoint: object) -> int:
+        changed = config.checkpoint.model_copy(update=checkpoint)
+        return run_folder.disk_need_mb(config.model_copy(update={"checkpoint": changed})) - 256
+
+    # Bytes a parameter: 16 in a checkpoint, 2 in an exported policy of bfloat16.
+    assert need() == 100 * (2 * 16 + 2)  # that of the end, and room for the next
+    assert need(every=10) == 100 * (3 * 16 + 2)
+    assert need(every=10, keep_last=50) == 100 * (11 * 16 + 2)
+    assert need(every=10, keep_every=50) == 100 * (5 * 16 + 2)  # steps 50 and 100 stay
+    assert need(every=10, best_metric="eval/avg") == 100 * (4 * 16 + 2)
+    assert need(every=10, export_every=20, export_final=False) == 100 * (3 * 16 + 5 * 2)
 
 
 def test_parameters_are_counted_from_headers(model):
