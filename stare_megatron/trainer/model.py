@@ -16,7 +16,7 @@ from stare_megatron import device as devices
 from stare_megatron.config import TrainerConfig
 from stare_megatron.errors import UserError
 from stare_megatron.trainer import initial_weights, parallel, rope, spec
-from stare_megatron.trainer.bridge import weights
+from stare_megatron.trainer.bridge import rotary, weights
 from stare_megatron.trainer.bridge.families import read_hf_config
 from stare_megatron.trainer.bridge.shape import ModelShape
 from stare_megatron.trainer.head import PolicyModel
@@ -100,6 +100,9 @@ def policy_config(shape: ModelShape, dtype: torch.dtype, trainer: TrainerConfig)
             "moe_router_load_balancing_type": "none",
             "moe_router_dtype": "fp32",
         }
+    if isinstance(shape.rope_scaling, rotary.Yarn):
+        # All dimensions of queries and keys are rotated, so the scale of both is one of their products.
+        settings["softmax_scale"] = shape.rope_scaling.attention**2 / shape.head_dim**0.5
     if trainer.virtual_pipeline > 1:
         # With two stages, batched messages to "previous" and "next" are between the same pair and get mixed up.
         settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
@@ -178,5 +181,6 @@ def _chunk(config: PolicyConfig, stage: int, window: int) -> PolicyModel:
         vp_stage=vp_stage,
     )
     if shape.rope_scaling is not None:
-        chunk.rotary_pos_emb.inv_freq = rope.llama3(chunk.rotary_pos_emb.inv_freq, shape.rope_scaling)
+        plain = chunk.rotary_pos_emb.inv_freq
+        chunk.rotary_pos_emb.inv_freq = rope.scaled(plain, shape.rope_theta, shape.rope_scaling)
     return chunk

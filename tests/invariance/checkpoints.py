@@ -45,6 +45,22 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_tied": ("Qwen3Config", {"head_dim": 32, "tie_word_embeddings": True}),
     "qwen3_moe_tied": ("Qwen3MoeConfig", FAMILIES["qwen3_moe"][1] | {"tie_word_embeddings": True}),
 }
+# Stretched contexts beside Llama 3's. Their weights have the names of the family's.
+STRETCHED: dict[str, tuple[str, dict[str, Any]]] = {
+    "linear": ("LlamaConfig", {"head_dim": 32, "rope_parameters": {"rope_type": "linear", "factor": 3.0}}),
+    "yarn": (
+        "Qwen2Config",
+        {
+            "hidden_size": 128,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+        },
+    ),
+}
 
 
 def make(name: str, folder: Path) -> Path:
@@ -52,7 +68,7 @@ def make(name: str, folder: Path) -> Path:
     import torch
     import transformers
 
-    kind, fields = (FAMILIES | VARIANTS)[name]
+    kind, fields = (FAMILIES | VARIANTS | STRETCHED)[name]
     config = getattr(transformers, kind)(**(_COMMON | fields))
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -20,7 +20,7 @@ def run(here: Rank, *, paths: dict[str, str]) -> dict[str, Any]:
     found: dict[str, Any] = {f"logits {name}": logits(Path(path)) for name, path in paths.items()}
     found["unpacked"] = packed_or_not(Path(paths["qwen3"]))
     found["attention"] = attention()
-    found["llama3"] = llama3_frequencies()
+    found["frequencies"] = {name: frequencies(table) for name, table in TABLES.items()}
     found["generator"] = seeded_initialisation_leaves_no_trace(Path(paths["qwen3"]))
     found["refused"] = refused()
     parallel.shutdown()
@@ -128,28 +128,48 @@ def attention() -> tuple[float, float, bool, int]:
     )
 
 
-def llama3_frequencies() -> float:
-    """Largest relative difference from transformers' frequencies, with constants that are not Llama 3.1's."""
+TABLES: dict[str, dict[str, Any]] = {
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 6.0,
+        "low_freq_factor": 2.0,
+        "high_freq_factor": 5.0,
+        "original_max_position_embeddings": 700,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 6.0, "original_max_position_embeddings": 700},
+    "yarn, bounds not rounded": {
+        "rope_type": "yarn",
+        "factor": 6.0,
+        "beta_fast": 20.0,
+        "beta_slow": 3.0,
+        "truncate": False,
+        "attention_factor": 1.3,
+        "original_max_position_embeddings": 700,
+    },
+    "linear": {"rope_type": "linear", "factor": 6.0},
+}
+
+
+def frequencies(table: dict[str, Any]) -> tuple[float, float]:
+    """Largest relative difference from transformers' frequencies, with constants that are nobody's, and that of the
+    scale of queries and keys."""
     import torch
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     from stare_megatron.trainer import rope
-    from stare_megatron.trainer.bridge.shape import RopeScaling
+    from stare_megatron.trainer.bridge.rotary import Yarn
+    from stare_megatron.trainer.bridge.shape import Fields
 
-    table = {
-        "rope_type": "llama3",
-        "rope_theta": 10000.0,
-        "factor": 6.0,
-        "low_freq_factor": 2.0,
-        "high_freq_factor": 5.0,
-        "original_max_position_embeddings": 700,
-    }
-    config = LlamaConfig(hidden_size=64, num_attention_heads=1, head_dim=64, rope_parameters=table)
-    theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    plain = 1.0 / (10000.0 ** (torch.arange(0, 64, 2).float() / 64))
-    ours = rope.llama3(plain, RopeScaling(6.0, 2.0, 5.0, 700))
-    return ((ours - theirs) / theirs).abs().max().item()
+    parameters = table | {"rope_theta": 5000.0}
+    config = LlamaConfig(hidden_size=64, num_attention_heads=1, head_dim=64, rope_parameters=dict(parameters))
+    theirs, attention = ROPE_INIT_FUNCTIONS[table["rope_type"]](config, torch.device("cpu"))
+    theta, scaling = Fields(Path("config.json"), {"rope_parameters": parameters}).rope()
+    assert scaling is not None
+    plain = 1.0 / (theta ** (torch.arange(0, 64, 2).float() / 64))
+    ours = rope.scaled(plain, theta, scaling)
+    scale = scaling.attention if isinstance(scaling, Yarn) else 1.0
+    return ((ours - theirs) / theirs).abs().max().item(), abs(scale - attention)
 
 
 def seeded_initialisation_leaves_no_trace(path: Path) -> bool:

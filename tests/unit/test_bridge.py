@@ -18,7 +18,8 @@ from stare_megatron.errors import UserError
 from stare_megatron.trainer import parallel
 from stare_megatron.trainer.bridge.entries import full_shapes
 from stare_megatron.trainer.bridge.families import FAMILIES, read_hf_config
-from stare_megatron.trainer.bridge.shape import Layout, ModelShape, RopeScaling
+from stare_megatron.trainer.bridge.rotary import Linear, Llama3, Yarn
+from stare_megatron.trainer.bridge.shape import Layout, ModelShape
 from stare_megatron.trainer.bridge.shards import Checkpoint, merge, read_shard
 
 LLAMA: dict[str, Any] = {
@@ -51,6 +52,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 
 
 def read(folder: Path, fields: Any) -> ModelShape:
@@ -64,8 +66,21 @@ def test_both_spellings_of_rope(tmp_path: Path) -> None:
     new = read(tmp_path, LLAMA | {"rope_parameters": LLAMA3 | {"rope_theta": 500000.0}})
     assert old == new
     assert old.rope_theta == 500000.0
-    assert old.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 8192)
+    assert old.rope_scaling == Llama3(8.0, 1.0, 4.0, 8192)
     assert read(tmp_path, LLAMA).rope_scaling is None
+
+
+def test_rope_scalings_and_the_longest_sequence(tmp_path: Path) -> None:
+    yarn = read(tmp_path, LLAMA | {"rope_scaling": YARN})
+    assert yarn.rope_scaling == Yarn(4.0, 32768, 32.0, 1.0, True, pytest.approx(1.1386294))
+    assert yarn.max_positions == 131072
+    given = YARN | {"attention_factor": 1.5, "beta_fast": 16, "beta_slow": 2, "truncate": False}
+    assert read(tmp_path, LLAMA | {"rope_scaling": given}).rope_scaling == Yarn(4.0, 32768, 16.0, 2.0, False, 1.5)
+    linear = read(tmp_path, LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.0}})
+    assert linear.rope_scaling == Linear(2.0)
+    plain = read(tmp_path, LLAMA).max_positions
+    assert linear.max_positions == 2 * plain
+    assert read(tmp_path, LLAMA | {"rope_scaling": LLAMA3}).max_positions == plain
 
 
 def test_families_differ_where_they_should(tmp_path: Path) -> None:
@@ -87,8 +102,10 @@ def test_families_differ_where_they_should(tmp_path: Path) -> None:
     [
         (LLAMA | {"architectures": ["GemmaForCausalLM"], "model_type": "gemma"}, "GemmaForCausalLM is not supported"),
         (LLAMA | {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
-        (LLAMA | {"rope_scaling": LLAMA3 | {"rope_type": "yarn"}}, "rope_type = 'yarn'"),
-        (LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type = 'linear'"),
+        (LLAMA | {"rope_scaling": LLAMA3 | {"rope_type": "longrope"}}, "rope_type = 'longrope'"),
+        (LLAMA | {"rope_scaling": LLAMA3 | {"rope_type": "yarn"}}, "low_freq_factor = 1.0"),
+        (LLAMA | {"rope_scaling": YARN | {"mscale": 2.0}}, "rope field mscale = 2.0"),
+        (LLAMA | {"rope_scaling": YARN | {"factor": 0.5}}, "should be at least 1"),
         (LLAMA | {"rope_scaling": LLAMA3 | {"attention_factor": 2.0}}, "rope field attention_factor = 2.0"),
         (QWEN2 | {"use_sliding_window": True, "sliding_window": 4096}, "use_sliding_window"),
         (QWEN2 | {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
@@ -146,12 +163,12 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         LLAMA
         | {"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1, "rope_theta": 500000.0}
         | {"rope_scaling": LLAMA3, "eos_token_id": 128001},
-        {"rope_scaling": RopeScaling(8.0, 1.0, 4.0, 8192), "qkv_bias": False},
+        {"rope_scaling": Llama3(8.0, 1.0, 4.0, 8192), "qkv_bias": False},
     ),
     "Llama-3.2-1B-Instruct": (
         LLAMA
         | {"rope_scaling": LLAMA3 | {"factor": 32.0}, "tie_word_embeddings": True, "eos_token_id": [128001, 128008]},
-        {"rope_scaling": RopeScaling(32.0, 1.0, 4.0, 8192), "tied": True},
+        {"rope_scaling": Llama3(32.0, 1.0, 4.0, 8192), "tied": True},
     ),
     "SmolLM2-135M-Instruct": (
         LLAMA

@@ -9,16 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from stare_megatron.errors import UserError
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3's rotary scaling (`rope_type = "llama3"`)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_positions: int
+from stare_megatron.trainer.bridge import rotary
+from stare_megatron.trainer.bridge.rotary import RopeScaling
 
 
 @dataclass(frozen=True)
@@ -185,20 +177,44 @@ class Fields:
         )
         kinds = inner.take("rope_type", str, None), inner.take("type", str, None)
         kind = self._agreeing(*kinds, "rope_type") or "default"
-        scaling = None
-        if kind == "llama3":
-            scaling = RopeScaling(
-                factor=inner.take("factor", float),
-                low_freq_factor=inner.take("low_freq_factor", float),
-                high_freq_factor=inner.take("high_freq_factor", float),
-                original_max_positions=inner.take("original_max_position_embeddings", int),
-            )
-        elif kind != "default":
-            raise UserError(f"{self.path}: rope_type = {kind!r} is not supported (only 'default' or 'llama3')")
+        scaling = inner._rope_scaling(kind)
         for fields in (inner, self):
             fields.only("partial_rotary_factor", 1.0)
         inner.finish("rope ")
         return theta or 10000.0, scaling
+
+    def _rope_scaling(self, kind: str) -> RopeScaling | None:
+        match kind:
+            case "default":
+                return None
+            case "linear":
+                return rotary.Linear(self._factor())
+            case "llama3":
+                return rotary.Llama3(
+                    factor=self._factor(),
+                    low_freq_factor=self.take("low_freq_factor", float),
+                    high_freq_factor=self.take("high_freq_factor", float),
+                    original_max_positions=self.take("original_max_position_embeddings", int),
+                )
+            case "yarn":
+                factor = self._factor()
+                return rotary.Yarn(
+                    factor=factor,
+                    original_max_positions=self.take("original_max_position_embeddings", int),
+                    beta_fast=self.take("beta_fast", float, 32.0),
+                    beta_slow=self.take("beta_slow", float, 1.0),
+                    truncate=self.take("truncate", bool, True),
+                    attention=self.take("attention_factor", float, rotary.yarn_attention(factor)),
+                )
+        raise UserError(
+            f"{self.path}: rope_type = {kind!r} is not supported (only 'default', 'linear', 'llama3' or 'yarn')"
+        )
+
+    def _factor(self) -> float:
+        factor = self.take("factor", float)
+        if factor < 1:
+            raise UserError(f"{self.path}: factor = {factor} of the rotary embedding should be at least 1")
+        return factor
 
     def _agreeing(self, one: Any, other: Any, name: str) -> Any:
         """The value of a field that may be written in two places."""
@@ -264,6 +280,16 @@ def dense_layer(shape: ModelShape) -> tuple[Tensor, ...]:
     return dense_attention(shape) + dense_mlp(shape)
 
 
+def _max_positions(written: int, scaling: RopeScaling | None) -> int:
+    """The longest sequence, as vLLM computes it (model.py, `_get_and_verify_max_len`)."""
+    match scaling:
+        case rotary.Linear():
+            return int(written * scaling.factor)
+        case rotary.Yarn():
+            return int(scaling.original_max_positions * scaling.factor)
+    return written
+
+
 def read_dense(
     f: Fields,
     family: str,
@@ -300,7 +326,7 @@ def read_dense(
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
         norm_eps=f.take("rms_norm_eps", float, 1e-6),
-        max_positions=f.take("max_position_embeddings", int),
+        max_positions=_max_positions(f.take("max_position_embeddings", int), scaling),
         rope_theta=theta,
         rope_scaling=scaling,
         experts=None,
