@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jinja2 import TemplateError
 
 from stare_megatron.config import DataConfig
+from stare_megatron.data import parquet
 from stare_megatron.data.tokenizer import first_line
 from stare_megatron.errors import UserError
 from stare_megatron.types import Prompt
@@ -212,7 +212,7 @@ def _read(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if path.suffix in (".jsonl", ".json"):
         return _read_jsonl(path)
     if path.suffix == ".parquet":
-        return _read_parquet(path)
+        return parquet.read(path)
     raise UserError(f"{path}: prompt files end in .jsonl or .parquet")
 
 
@@ -236,18 +236,6 @@ def _object(path: Path, number: int, line: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise UserError(f"{path}:{number}: want one JSON object a line, got {row!r:.60}")
     return row
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        number = 0
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(_CHUNK):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-    except (pa.ArrowException, OSError) as e:
-        raise UserError(f"{path}: not a readable parquet file: {first_line(e)}") from e
 
 
 @dataclass(frozen=True)

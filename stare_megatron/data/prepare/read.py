@@ -7,13 +7,10 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from stare_megatron.data import parquet
 from stare_megatron.data.prepare.types import Malformed, RawRow
 from stare_megatron.errors import UserError
 
-_CHUNK = 1024  # parquet rows decoded at a time
 _SHOWN = 200  # characters of a malformed row that are kept
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 
@@ -28,7 +25,7 @@ def read(path: Path) -> Iterator[RawRow | Malformed]:
         raise UserError(f"{path}: want a file that ends in {', '.join(SUFFIXES)}")
     try:
         if path.suffix == ".parquet":
-            yield from _parquet(path)
+            yield from (RawRow(f"{path}:row {number}", row) for number, row in parquet.read(path))
         elif path.suffix == ".csv":
             yield from _csv(path)
         elif _first_character(path) == "[":
@@ -89,18 +86,6 @@ def _row(place: str, value: object) -> RawRow | Malformed:
     if not isinstance(value, dict):
         return Malformed(place, "", f"want an object, got {value!r:.60}", json.dumps(value)[:_SHOWN])
     return RawRow(place, value)
-
-
-def _parquet(path: Path) -> Iterator[RawRow]:
-    try:
-        number = 0
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(_CHUNK):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield RawRow(f"{path}:row {number}", row)
-    except pa.ArrowException as e:
-        raise UserError(f"{path}: not a readable parquet file: {str(e).splitlines()[0]}") from e
 
 
 def _csv(path: Path) -> Iterator[RawRow | Malformed]:
