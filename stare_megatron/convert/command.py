@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from rich.console import Console
+from rich.filesize import decimal
 
 from stare_megatron import manifest
 from stare_megatron.convert import inspection, run
@@ -56,8 +57,7 @@ def _report(outcome: Outcome, processes: int) -> list[tuple[str, str]]:
     return [
         (
             "written",
-            f"{outcome.written_bytes / 1e9:,.2f} GB in {outcome.seconds:,.1f} s, {speed:,.0f} MB/s, "
-            f"{processes} process(es)",
+            f"{decimal(outcome.written_bytes)} in {outcome.seconds:,.1f} s, {speed:,.0f} MB/s, {processes} process(es)",
         ),
         (
             "peak memory",

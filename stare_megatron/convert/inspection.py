@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 import xxhash
+from rich.filesize import decimal
 
 from stare_megatron import manifest
 from stare_megatron.convert.mapping import McoreAsHf, check_fits
@@ -185,11 +186,11 @@ def facts(source: Source) -> list[tuple[str, str]]:
         files = dist.files
         state = sum(info.bytes for key, info in dist.tensors.items() if key.startswith(OPTIMIZER))
         if state:
-            lines.append(("optimizer", f"{state / 1e9:,.2f} GB of state"))
+            lines.append(("optimizer", f"{decimal(state)} of state"))
     else:
         files = Checkpoint(source.weights).files
     size = sum((source.weights / name).stat().st_size for name in files)
-    lines.append(("files", f"{len(files)}, {size / 1e9:,.2f} GB"))
+    lines.append(("files", f"{len(files)}, {decimal(size)}"))
     if source.hf is not None:
         lines += _model(source.hf)
     listed = manifest.read(source.root)

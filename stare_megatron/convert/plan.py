@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.filesize import decimal
 
 from stare_megatron.convert.mapping import check_fits, mcore_objects, mcore_tensors, pieces
 from stare_megatron.convert.source import Kind, Source, check_tokenizer, require_hf
@@ -68,7 +69,7 @@ class Plan:
         cut = f", cut for TP {layout.tensor_parallel}" if self.to is Kind.MCORE else ""
         return [
             ("from", f"{self.source.weights} ({self.source.kind.value}, {self.source.what})"),
-            ("to", f"{self.to.value}, {self.bytes / 1e9:,.2f} GB in {len(self.files)} file(s){cut}"),
+            ("to", f"{self.to.value}, {decimal(self.bytes)} in {len(self.files)} file(s){cut}"),
             ("model", f"{FAMILIES[self.shape.family].architecture}, {self.shape.layers} layers, "
              f"{self.parameters / 1e6:,.1f} M parameters, {self.tensors:,} tensors"),
             ("dtype", f"{names} -> {str(self.dtype).removeprefix('torch.')}"),
@@ -142,7 +143,7 @@ def check_disk(plan: Plan, out: Path, present: int) -> None:
     place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     free, need = shutil.disk_usage(place).free, plan.bytes - present + (64 << 20)
     if free < need:
-        raise UserError(f"{out}: {free / 1e9:,.1f} GB free on its disk, the checkpoint needs {need / 1e9:,.1f} GB")
+        raise UserError(f"{out}: {decimal(free)} free on its disk, the checkpoint needs {decimal(need)}")
 
 
 def padded_vocab(vocab: int, tensor_parallel: int) -> int:

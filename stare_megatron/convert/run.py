@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from stare_megatron import manifest
@@ -105,7 +106,7 @@ def check_source(source: Source, console: Console, threads: int) -> None:
     with bar(console) as shown:
         task = shown.add_task("checking", total=total)
         manifest.verify(source.root, threads=threads, progress=lambda n: shown.advance(task, n))
-    say(console, "check", f"{len(entries)} files, {total / 1e9:,.2f} GB, as the manifest says")
+    say(console, "check", f"{len(entries)} files, {decimal(total)}, as the manifest says")
 
 
 def _check_target(out: Path, source: Source) -> None:
