@@ -164,8 +164,13 @@ def engine_environment() -> dict[str, str]:
 def engine_args(colocated: bool) -> dict[str, Any]:
     """vLLM EngineArgs that follow from the device; `[inference.vllm]` overrides them."""
     if current() is Device.CPU:
-        # vLLM writes the whole KV cache at start, so its size is resident memory.
-        return {"enforce_eager": True, "kv_cache_memory_bytes": 256 << 20}
+        return {
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": 256 << 20,  # vLLM writes the whole KV cache at start: its size is resident memory
+            # vLLM takes back the draw of a sample it throws away, which it does after part of a prompt, by the
+            # generator's offset; CPU generators have none, and the engine dies.
+            "enable_chunked_prefill": False,
+        }
     return {"enable_sleep_mode": colocated}
 
 

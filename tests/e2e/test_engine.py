@@ -69,6 +69,27 @@ def test_seeds_make_samples_reproducible_and_different(engine: EngineProcess) ->
     assert len(set(first)) == 8
 
 
+def test_more_prompts_than_a_batch_takes(model, tmp_path: Path) -> None:
+    """vLLM used to sample after a part of a prompt, and to die of taking that back from a CPU's generator."""
+    narrow = InferenceConfig(vllm={"max_num_batched_tokens": WINDOW, "max_num_seqs": 32})
+    process = EngineProcess("engine 0", save(model, tmp_path), "float32", narrow, WINDOW, 0, "gloo")
+    prompts = np.random.default_rng(1).integers(3, 112, (16, 50))
+
+    def sampled(together: bool) -> list[list[int]]:
+        futures = []
+        for seed, prompt in enumerate(prompts):
+            futures.append(process.submit("sample", prompt.tolist(), sampling(max_tokens=8, seed=seed)))
+            if not together:
+                futures[-1].result(60)
+        return [f.result(60).token_ids.tolist() for f in futures]
+
+    try:
+        process.call("start")
+        assert sampled(together=True) == sampled(together=False)
+    finally:
+        process.stop()
+
+
 def test_end_conditions(engine: EngineProcess) -> None:
     futures = [engine.submit("sample", PROMPT, sampling(max_tokens=100, seed=seed)) for seed in range(48)]
     completions = [f.result(60) for f in futures]
