@@ -24,9 +24,9 @@ from stare_megatron.cluster.sandboxes import Sandboxes
 from stare_megatron.cluster.trainers import TrainerGroup
 from stare_megatron.config import Config
 from stare_megatron.data.benchmarks import Benchmark, load_benchmarks, source_labels
-from stare_megatron.data.prompts import PromptStream, load_prompts
+from stare_megatron.data.prompts import PromptStream, StreamState, load_prompts
 from stare_megatron.data.tokenizer import decoder, load_tokenizer
-from stare_megatron.errors import UserError
+from stare_megatron.errors import RunError, UserError
 from stare_megatron.evaluate import Evaluations, Evaluator
 from stare_megatron.host import host_memory
 from stare_megatron.metrics import catalogue, eval_records, eval_results, jsonl, wandb_id
@@ -133,7 +133,8 @@ class StareRun:
 
     def collect(self, step: int) -> Collected:
         self._keep_tokens = self._samples_due(step + 1)  # as the step will be called once it is done
-        return self._collector.collect(step)
+        with self._rescue(step):
+            return self._collector.collect(step)
 
     def load(self, batch: Collected) -> None:
         self._trainers.load(batch.groups)
@@ -233,7 +234,8 @@ class StareRun:
         return self._evaluations.due(step) and not self.stopping()
 
     def evaluate(self, step: int) -> None:
-        done = self._evaluations.evaluate(step)
+        with self._rescue(step):
+            done = self._evaluations.evaluate(step)
         self._sinks.log_evaluation(step, done.metrics, eval_results.text(done.results))
 
     def save_due(self, step: int) -> bool:
@@ -241,17 +243,34 @@ class StareRun:
         return step == self.steps or bool(every and step % every == 0)
 
     def save(self, step: int) -> None:
-        self._saver.save(
-            checkpoint.LoopState(
-                step=step,
-                trained_tokens=self._trained,
-                stream=self._stream.state(),
-                controller=self._state,
-                before=self._before,
-                duty=self._duty,
-                wandb_run=wandb_id.read(self._config.folder),
-            )
+        self._saver.save(self._loop_state(step, self._stream.state()))
+
+    def _loop_state(self, step: int, stream: StreamState) -> checkpoint.LoopState:
+        return checkpoint.LoopState(
+            step=step,
+            trained_tokens=self._trained,
+            stream=stream,
+            controller=self._state,
+            before=self._before,
+            duty=self._duty,
+            wandb_run=wandb_id.read(self._config.folder),
         )
+
+    @contextlib.contextmanager
+    def _rescue(self, step: int) -> Iterator[None]:
+        """Where sampling after `step` fails, the ranks have not: save what they have learned since the last save."""
+        place = self._stream.state()
+        try:
+            yield
+        except RunError:
+            if step and not self._saver.has(step):
+                try:
+                    self._saver.save(self._loop_state(step, place))
+                    self._saver.wait()
+                    self._sinks.note(f"step {step} is saved: started again, the run goes on from there")
+                except RunError as e:
+                    self._sinks.note(f"step {step} could not be saved: {e}")
+            raise
 
     def export_due(self, step: int) -> bool:
         every = self._config.checkpoint.export_every

@@ -88,6 +88,10 @@ class Saver:
         """Whether a save is being written."""
         return self._pending is not None
 
+    def has(self, step: int) -> bool:
+        """Whether the checkpoint of a step is there, or being written."""
+        return self._pending == step or any(store.step_of(folder) == step for folder in store.complete(self._root))
+
     def poll(self) -> None:
         """Finish a save that is written; does not wait for one."""
         if self._pending is not None and self._writers.save_written():

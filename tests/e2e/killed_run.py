@@ -3,6 +3,7 @@
     python killed_run.py PHASE STEP train CONFIG key=value ...
 
 STEP: steps done when the phase begins; for `save` the step whose checkpoint is complete but does not have its name yet.
+`engine` instead of a phase: kill vLLM's process alone, in the rollout.
 """
 
 from __future__ import annotations
@@ -15,12 +16,20 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
+
 # Into the phase, so that ranks and engines are at work; the shortest one takes some 0.1 s.
 _DELAY_S = 0.05
 
 
 def kill() -> None:
     os.killpg(0, signal.SIGKILL)
+
+
+def kill_engine() -> None:
+    for process in psutil.Process().children(recursive=True):
+        if process.name().startswith("VLLM"):
+            process.kill()
 
 
 def arm(phase: str, step: int) -> None:
@@ -38,6 +47,9 @@ def arm(phase: str, step: int) -> None:
 
         store.finish = finish_or_die
         return
+    die = kill
+    if phase == "engine":
+        phase, die = "rollout", kill_engine
     enter, begun = build.StareRun.phase, [0]
 
     @contextlib.contextmanager
@@ -45,7 +57,7 @@ def arm(phase: str, step: int) -> None:
         # The first push comes before the first step.
         begun[0] += name == phase
         if name == phase and begun[0] == step + 1 + (phase == "push"):
-            threading.Timer(_DELAY_S, kill).start()
+            threading.Timer(_DELAY_S, die).start()
         with enter(run, name):
             yield
 

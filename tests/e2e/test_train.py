@@ -216,7 +216,8 @@ def test_interrupt_saves_and_resume_goes_on(material: Path, trained: Path, tmp_p
 
 
 def killed_and_resumed(material: Path, trained: Path, runs: Path, phase: str, step: int, steps: int) -> None:
-    """A run of `steps` steps, killed by SIGKILL in a phase, goes on as the uninterrupted one, bit for bit."""
+    """A run of `steps` steps, killed by SIGKILL in a phase, goes on as the uninterrupted one, bit for bit; with
+    `engine` only the engine is killed, and the run stops."""
     settings: dict[str, object] = {"run.steps": STEPS, "run.resume": "auto", "checkpoint.every": 2} | EVERY_SAMPLE
     script = str(ROOT / "tests/e2e/killed_run.py")
     # The whole group: a run started in a shell, and its job killed.
@@ -234,9 +235,13 @@ def killed_and_resumed(material: Path, trained: Path, runs: Path, phase: str, st
         with contextlib.suppress(psutil.NoSuchProcess):
             children |= {p.pid: p for p in psutil.Process(process.pid).children(recursive=True)}
         time.sleep(0.2)
-    assert process.returncode == -signal.SIGKILL, process.communicate()[0][-3000:]
+    said = process.communicate()[0]
+    assert process.returncode == (1 if phase == "engine" else -signal.SIGKILL), said[-3000:]
     run = runs / "e2e"
     newest = (run / "checkpoints/latest").read_text().strip()
+    if phase == "engine":
+        assert f"step {step} is saved" in said
+        assert newest == f"step_{step:06d}"
     assert int(newest.removeprefix("step_")) <= step
 
     # At once: what is left of the dead run does not disturb the new one.
@@ -270,6 +275,11 @@ def test_killed_before_a_checkpoint_has_its_name(material: Path, trained: Path, 
 @pytest.mark.parametrize("phase", ["rollout", "score", "update", "push"])
 def test_killed_in_a_phase(material: Path, trained: Path, tmp_path: Path, phase: str) -> None:
     killed_and_resumed(material, trained, tmp_path, phase, 4, steps=6)
+
+
+@pytest.mark.slow
+def test_a_dead_engine_costs_no_step(material: Path, trained: Path, tmp_path: Path) -> None:
+    killed_and_resumed(material, trained, tmp_path, "engine", 3, steps=5)
 
 
 @pytest.mark.slow

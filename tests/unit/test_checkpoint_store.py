@@ -187,6 +187,15 @@ def test_latest_and_auto_ignore_an_unfinished_folder(tmp_path):
     assert (tmp_path / "latest").read_text() == "step_000004\n"
 
 
+def test_what_is_saved_is_known_before_it_is_written(tmp_path):
+    writes = saver(tmp_path, KEEP.model_copy(update={"asynchronous": True}), Ranks(slow=True))
+    assert not writes.has(3)
+    writes.save(state(3))
+    assert (writes.has(3), writes.has(2)) == (True, False)
+    writes.wait()
+    assert (writes.has(3), writes.has(2)) == (True, False)
+
+
 def test_the_next_save_waits_for_the_one_before(tmp_path):
     writes = saver(tmp_path, config.CheckpointConfig(), Ranks(slow=True))
     writes.save(state(1))
