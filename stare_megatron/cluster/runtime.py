@@ -78,6 +78,10 @@ def get(ref: ray.ObjectRef, name: str) -> Any:
         raise
     except ray.exceptions.RayActorError as e:
         raise RunError(f"{name}: its process died: {_first_line(e)}; its log is in the run folder's logs/") from e
+    except ray.exceptions.OutOfMemoryError as e:
+        raise RunError(
+            f"{name}: Ray ended its process: {_first_line(e)}; run less beside it, or spread the run over more nodes"
+        ) from e
 
 
 def fetch(refs: Sequence[ray.ObjectRef]) -> list[Any]:
