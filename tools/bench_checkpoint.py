@@ -8,14 +8,16 @@ removed. Between saves the ranks take training steps, so that the state changes 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -66,26 +68,20 @@ def written(trainer: TrainerRank) -> bool:
     return bool(flag.item())
 
 
-class CopyWaits:
-    """While this lasts, counts the seconds that updates wait for a copy."""
+@contextlib.contextmanager
+def copy_waits() -> Iterator[list[float]]:
+    """The seconds of each wait of an update for a copy, while this lasts."""
+    from stare_megatron.trainer.writing import Writing  # its imports come after the patches
 
-    def __init__(self) -> None:
-        from stare_megatron.trainer.writing import Writing  # its imports come after the patches
+    wait, seconds = Writing.copied, []
 
-        self.seconds = 0.0
-        self._class, self._wait = Writing, Writing.copied
+    def copied(writing: Writing) -> None:
+        began = time.perf_counter()
+        wait(writing)
+        seconds.append(time.perf_counter() - began)
 
-    def __enter__(self) -> CopyWaits:
-        def copied(writing: Any) -> None:
-            began = time.perf_counter()
-            self._wait(writing)
-            self.seconds += time.perf_counter() - began
-
-        self._class.copied = copied
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._class.copied = self._wait
+    with mock.patch.object(Writing, "copied", copied):
+        yield seconds
 
 
 def save(trainer: TrainerRank, config: Config, folder: Path, *, background: bool) -> Seconds:
@@ -96,10 +92,10 @@ def save(trainer: TrainerRank, config: Config, folder: Path, *, background: bool
     steps: list[float] = []
     waited = 0.0
     while background and not written(trainer):
-        with CopyWaits() as waits:
+        with copy_waits() as waits:
             took = step(trainer, config)
-        waited += waits.seconds
-        steps.append(took - waits.seconds)
+        waited += sum(waits)
+        steps.append(took - sum(waits))
     ready = time.perf_counter()
     entries: list[dict[str, manifest.Entry]] = [{}] * dist.get_world_size()
     dist.all_gather_object(entries, trainer.finish_save())
