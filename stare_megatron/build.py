@@ -247,13 +247,7 @@ class StareRun:
 
     def _loop_state(self, step: int, stream: StreamState) -> checkpoint.LoopState:
         return checkpoint.LoopState(
-            step=step,
-            trained_tokens=self._trained,
-            stream=stream,
-            controller=self._state,
-            before=self._before,
-            duty=self._duty,
-            wandb_run=wandb_id.read(self._config.folder),
+            step, self._trained, stream, self._state, self._before, self._duty, wandb_id.read(self._config.folder)
         )
 
     @contextlib.contextmanager
@@ -263,13 +257,7 @@ class StareRun:
         try:
             yield
         except RunError:
-            if step and not self._saver.has(step):
-                try:
-                    self._saver.save(self._loop_state(step, place))
-                    self._saver.wait()
-                    self._sinks.note(f"step {step} is saved: started again, the run goes on from there")
-                except RunError as e:
-                    self._sinks.note(f"step {step} could not be saved: {e}")
+            self._saver.rescue(self._loop_state(step, place))
             raise
 
     def export_due(self, step: int) -> bool:

@@ -88,9 +88,17 @@ class Saver:
         """Whether a save is being written."""
         return self._pending is not None
 
-    def has(self, step: int) -> bool:
-        """Whether the checkpoint of a step is there, or being written."""
-        return self._pending == step or any(store.step_of(folder) == step for folder in store.complete(self._root))
+    def rescue(self, state: LoopState) -> None:
+        """Save and wait, unless the step is saved already; failing is only told, for the run has another error."""
+        saved = {store.step_of(folder) for folder in store.complete(self._root)}
+        if state.step in {0, self._pending} | saved:
+            return
+        try:
+            self.save(state)
+            self.wait()
+            self._warn(f"step {state.step} is saved: started again, the run goes on from there")
+        except RunError as e:
+            self._warn(f"step {state.step} could not be saved: {e}")
 
     def poll(self) -> None:
         """Finish a save that is written; does not wait for one."""

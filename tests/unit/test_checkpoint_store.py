@@ -187,13 +187,16 @@ def test_latest_and_auto_ignore_an_unfinished_folder(tmp_path):
     assert (tmp_path / "latest").read_text() == "step_000004\n"
 
 
-def test_what_is_saved_is_known_before_it_is_written(tmp_path):
-    writes = saver(tmp_path, KEEP.model_copy(update={"asynchronous": True}), Ranks(slow=True))
-    assert not writes.has(3)
-    writes.save(state(3))
-    assert (writes.has(3), writes.has(2)) == (True, False)
-    writes.wait()
-    assert (writes.has(3), writes.has(2)) == (True, False)
+def test_a_step_is_rescued_once(tmp_path, monkeypatch):
+    said: list[str] = []
+    writes = saver(tmp_path, warn=said.append)
+    for step in (0, 3, 3):
+        writes.rescue(state(step))
+    assert said == ["step 3 is saved: started again, the run goes on from there"]
+    assert names(tmp_path) == ["latest", "step_000003"]
+    monkeypatch.setattr(store, "begin", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    writes.rescue(state(4))
+    assert "step 4 could not be saved: " in said[1]
 
 
 def test_the_next_save_waits_for_the_one_before(tmp_path):
