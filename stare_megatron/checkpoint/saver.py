@@ -63,17 +63,17 @@ class Saver:
         self._warn = warn
         self._pending: int | None = None
 
-    def save(self, state: LoopState) -> None:
+    def save(self, state: LoopState) -> bool:
         """Save, after the save before has ended. With `checkpoint.asynchronous` the writing goes on afterwards.
 
-        A save that the disk has no room for is left out with a warning, if there is an older checkpoint.
+        A save that the disk has no room for is left out with a warning, if there is an older checkpoint; then False.
 
         Raises:
             RunError: no room and no older checkpoint, or a file cannot be written.
         """
         self.wait()
         if not self._room(state.step):
-            return
+            return False
         try:
             partial = store.begin(self._root, state, self._settings)
         except OSError as e:
@@ -82,6 +82,7 @@ class Saver:
         self._pending = state.step
         if not self._config.asynchronous:
             self.wait()
+        return True
 
     @property
     def pending(self) -> bool:
@@ -89,14 +90,14 @@ class Saver:
         return self._pending is not None
 
     def rescue(self, state: LoopState) -> None:
-        """Save and wait, unless the step is saved already; failing is only told, for the run has another error."""
-        saved = {store.step_of(folder) for folder in store.complete(self._root)}
-        if state.step in {0, self._pending} | saved:
-            return
+        """Finish a save under way, and save the state unless it is saved already; does not return before all is on
+        disk. A failure is only told, for the run has another error."""
         try:
-            self.save(state)
             self.wait()
-            self._warn(f"step {state.step} is saved: started again, the run goes on from there")
+            saved = {store.step_of(folder) for folder in store.complete(self._root)}
+            if state.step not in saved | {0} and self.save(state):
+                self.wait()
+                self._warn(f"step {state.step} is saved: started again, the run goes on from there")
         except RunError as e:
             self._warn(f"step {state.step} could not be saved: {e}")
 

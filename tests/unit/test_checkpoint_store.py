@@ -199,6 +199,27 @@ def test_a_step_is_rescued_once(tmp_path, monkeypatch):
     assert "step 4 could not be saved: " in said[1]
 
 
+def test_a_rescue_ends_the_save_under_way(tmp_path):
+    said: list[str] = []
+    writes = saver(tmp_path, KEEP.model_copy(update={"asynchronous": True}), Ranks(slow=True), warn=said.append)
+    writes.save(state(3))
+    assert checkpoint.find(tmp_path, "auto") is None
+    writes.rescue(state(3))
+    assert names(tmp_path) == ["latest", "step_000003"]
+    assert said == []
+
+
+def test_a_rescue_without_room_claims_no_save(tmp_path, monkeypatch):
+    said: list[str] = []
+    writes = saver(tmp_path, warn=said.append)
+    writes.save(state(3))
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 10))
+    writes.rescue(state(4))
+    (line,) = said
+    assert "no room to save step 4" in line
+
+
 def test_the_next_save_waits_for_the_one_before(tmp_path):
     writes = saver(tmp_path, config.CheckpointConfig(), Ranks(slow=True))
     writes.save(state(1))
