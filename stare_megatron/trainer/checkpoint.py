@@ -66,24 +66,10 @@ def begin_save(
     return writer.begin(folder, state, CONTENT | {"layout": _layout(trainer)}, live)
 
 
-def save(
-    folder: Path,
-    chunks: Sequence[DistributedDataParallel],
-    optimizer: MegatronOptimizer,
-    trainer: TrainerConfig,
-    *,
-    step: int,
-    optimizer_steps: int,
-) -> None:
-    """`begin_save`, and wait until every rank is done. A collective."""
-    steps = {"step": step, "optimizer_steps": optimizer_steps}
-    begin_save(folder, chunks, optimizer, trainer, Writer(), **steps, snapshot=False).finish()
-
-
 def restore(
     folder: Path, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer, trainer: TrainerConfig
 ) -> tuple[int, int]:
-    """Load what `save` wrote, at this or another layout. A collective. Returns (step, optimizer steps done).
+    """Load what `begin_save` wrote, at this or another layout. A collective. Returns (step, optimizer steps done).
 
     Raises:
         UserError: no such checkpoint, or one of another model.

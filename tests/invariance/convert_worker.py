@@ -39,7 +39,7 @@ def _load_and_save(case: dict[str, Any], trainer: Any) -> list[str]:
     import torch
     from megatron.core import dist_checkpointing
 
-    from stare_megatron.trainer import checkpoint, optimizer
+    from stare_megatron.trainer import checkpoint, optimizer, writing
     from stare_megatron.trainer.model import build_model
 
     out = Path(case["out"])
@@ -61,7 +61,8 @@ def _load_and_save(case: dict[str, Any], trainer: Any) -> list[str]:
             for parameter in chunk.parameters():
                 parameter.main_grad.fill_(0.01)
         optimizer.step(adam, trainer.optimizer, 1e-3)
-        checkpoint.save(out, chunks, adam, trainer, step=1, optimizer_steps=1)
+        writer = writing.Writer()
+        checkpoint.begin_save(out, chunks, adam, trainer, writer, step=1, optimizer_steps=1, snapshot=False).finish()
         return different
     if torch.distributed.get_rank() == 0:
         out.mkdir(parents=True)
