@@ -23,17 +23,28 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--shots", type=int, default=4, help="solved questions before the open one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--without", type=Path, action="append", default=[], metavar="FILE", help="leave out all questions of this file"
+    )
     parser.add_argument("--append", action="store_true", help="keep what the file holds")
     args = parser.parse_args(argv)
     try:
         settings = dict(_setting(item) for item in args.set)
-        made = reasoning.prompts(args.dataset, settings, args.count, args.shots, args.seed)
+        without = {question for path in args.without for question in _questions(path)}
+        made = reasoning.prompts(args.dataset, settings, args.count, args.shots, args.seed, without)
         write_prompts(args.out, args.dataset, made, append=args.append)
     except (UserError, OSError) as e:
         print(f"make_reasoning_prompts: {e}", file=sys.stderr)
         return 2
     print(f"{args.out}: {len(made)} prompts of {args.dataset}")
     return 0
+
+
+def _questions(path: Path) -> set[str]:
+    try:
+        return {q for line in path.read_text().splitlines() for q in reasoning.questions(json.loads(line)["prompt"])}
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path}: not written by this tool: {e!r}") from e
 
 
 def _setting(item: str) -> tuple[str, object]:

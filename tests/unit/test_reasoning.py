@@ -21,6 +21,20 @@ def test_prompts_are_few_shot_and_repeat():
             assert eval(question.partition("problem: ")[2].removesuffix(" =")) == int(answer)
 
 
+def test_questions_of_another_file_are_left_out():
+    held_out = {q for p in reasoning.prompts("chain_sum", SMALL, 10, 3, seed=2) for q in reasoning.questions(p.text)}
+    assert len(held_out) > 30
+    made = reasoning.prompts("chain_sum", SMALL, 20, 3, seed=1, without=held_out)
+    assert len(made) == 20
+    assert not held_out & {q for p in made for q in reasoning.questions(p.text)}
+    assert any(held_out & reasoning.questions(p.text) for p in reasoning.prompts("chain_sum", SMALL, 20, 3, seed=1))
+    everything = {
+        q for p in reasoning.prompts("chain_sum", SMALL, 2000, 0, seed=3) for q in reasoning.questions(p.text)
+    }
+    with pytest.raises(UserError, match="of 2000 questions are none of those left out"):
+        reasoning.prompts("chain_sum", SMALL, 2000, 0, seed=4, without=everything)
+
+
 def test_the_scorer_decides():
     prompt = reasoning.prompts("chain_sum", SMALL, 1, 0, seed=1)[0]
     right = json.loads(prompt.answer)["entry"]["answer"]
