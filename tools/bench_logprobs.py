@@ -330,6 +330,8 @@ def main() -> None:
             f"{cost.error:.1e}",
         )
     console.print(table)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from stare_megatron.trainer import logprobs_triton as kernels
 from stare_megatron.trainer.partials import components
 
 _BYTES = {"bf16": 2, "fp32": 4}
-THREADS = {"forward": 128, "backward": 256}
+THREADS = {"forward": 32 * kernels.FORWARD_WARPS, "backward": 32 * kernels.BACKWARD_WARPS}
 _ALIGNED = [["tt.divisibility", 16]]
 _POINTERS = {
     "target": "*i64",
@@ -94,7 +94,8 @@ def compiled(name: str, dtype: str, options: str, constants: dict[str, int | boo
     registers, spilled = _usage(binary.asm["cubin"])
     tile = constants["LANES"] * constants["WIDTH"] if name == "forward" else constants["BLOCK"]
     elements = tile // THREADS[name]
-    once = 4 * (2 if "raw" in options else 1) if name == "forward" else 0  # the lanes' meeting
+    lanes = kernels.LANES // THREADS[name]
+    once = lanes * (2 if "raw" in options else 1) if name == "forward" else 0  # the lanes' meeting
     return Compiled(
         name=name,
         dtype=dtype,

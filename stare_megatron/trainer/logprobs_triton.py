@@ -23,6 +23,8 @@ from stare_megatron.trainer.partials import Merged, VocabShard
 LANES = 512
 LOAD_BYTES = 16  # the widest load
 BACKWARD_BLOCK = 4096  # columns a program of the backward works on
+FORWARD_WARPS = 8
+BACKWARD_WARPS = 8
 PROGRAMS_PER_PROCESSOR = 32  # below, columns are split: about four times what runs at once
 
 _PER_ROW = ["target", "m", "log_s", "entropy", "grad_logprob", "grad_entropy"]
@@ -178,7 +180,7 @@ def partials(
             RAW=raw,
             LANES=LANES,
             WIDTH=width,
-            num_warps=4,
+            num_warps=FORWARD_WARPS,
             enable_fp_fusion=True,
         )
     return partial_IKT[0] if splits == 1 else algebra.combine(partial_IKT, tau).float()
@@ -215,6 +217,6 @@ def backward_in_place(
         1.0 / tau,
         ENTROPY=grad_entropy_T is not None,
         BLOCK=BACKWARD_BLOCK,
-        num_warps=8,
+        num_warps=BACKWARD_WARPS,
         enable_fp_fusion=True,
     )

@@ -17,6 +17,7 @@ from stare_megatron.algo.shards import Shards
 from stare_megatron.config import AlgorithmConfig
 from stare_megatron.trainer.head import Head
 from stare_megatron.trainer.sequence import MicroBatch
+from stare_megatron.trainer.spec import providers
 from stare_megatron.types import TokenBatch
 
 
@@ -118,10 +119,13 @@ class Runner:
 
 def _packed(row: MicroBatch) -> PackedSeqParams:
     """As attention wants it. Padding counts as tokens of its sequence: it comes last, so causality hides it."""
+    # Our attention and upstream's unfused rotary embedding read the bounds on the host, several times a layer: on a GPU
+    # each time would wait for all the work before it.
+    bounds = row.cu_seqlens_M1.to(row.token_ids_1P.device) if providers().transformer_engine else row.cu_seqlens_M1
     return PackedSeqParams(
         qkv_format="thd",
-        cu_seqlens_q=row.cu_seqlens_M1,
-        cu_seqlens_kv=row.cu_seqlens_M1,
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
         max_seqlen_q=row.max_seqlen,
         max_seqlen_kv=row.max_seqlen,
     )

@@ -26,13 +26,13 @@ PADDING_TOKEN = 0
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """One packed row, P tokens on this context-parallel rank; all tensors on the rank's device.
+    """One packed row, P tokens on this context-parallel rank; all tensors but `cu_seqlens_M1` on the rank's device.
 
     `token_ids_1P`, `position_ids_1P` int64 [1, P]. `target_P` int64: the token that position p is asked to predict,
     NO_TARGET where it carries no loss. `source_P` int64: index of that target in the `TokenBatch`, -1 likewise.
     `head_R` int64: positions that go through the output layer, those with a target; position 0 if there is none, so
     that no rank's graph or collective is empty. `target_R`, `source_R`: the two above at those positions.
-    `cu_seqlens_M1` int32 [M + 1]: bounds of the M sequences, with padding, over all context-parallel ranks;
+    `cu_seqlens_M1` int32 [M + 1], on the CPU: bounds of the M sequences, with padding, over all context-parallel ranks;
     `max_seqlen`: the longest of them.
     """
 
@@ -87,7 +87,7 @@ def token_batch(
 
     def column(name: str, dtype: torch.dtype) -> torch.Tensor:
         parts = columns[name]
-        return torch.from_numpy(np.concatenate(parts)).to(place, dtype) if parts else torch.empty(0, dtype=dtype)
+        return torch.from_numpy(np.concatenate(parts) if parts else np.empty(0)).to(place, dtype)
 
     length_N = torch.tensor(lengths, dtype=torch.int64)
     cu_N1 = torch.cat([torch.zeros(1, dtype=torch.int64), length_N.cumsum(0)])
@@ -155,7 +155,7 @@ def _assemble(
         positions.append(torch.arange(length, device=place)[keep])
         targets.append(target_P[keep])
         sources.append(source_P[keep])
-    cu_seqlens_M1 = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=place)
+    cu_seqlens_M1 = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     target_P, source_P = torch.cat(targets), torch.cat(sources)
     head_R = (target_P != NO_TARGET).nonzero()[:, 0]
     if not head_R.shape[0]:

@@ -181,7 +181,7 @@ def gradient(trainer: TrainerRank) -> dict[str, Any]:
     try:
         for p in parameters:
             p.data = p.main_grad
-        return {name: tensor.clone() for name, tensor in export(trainer._chunks, torch.float32)}
+        return {name: tensor.to("cpu", copy=True) for name, tensor in export(trainer._chunks, torch.float32)}
     finally:
         for p, value in zip(parameters, values, strict=True):
             p.data = value

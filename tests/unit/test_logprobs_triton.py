@@ -45,7 +45,7 @@ def test_under_the_interpreter():
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_compiled_for_gpus(tmp_path, capability):
     """By Triton's own compiler and assembler: 128-bit loads and stores of the logits, nothing spilled, registers for
-    at least four programs of the forward a multiprocessor, 1 1/8 exponentials an element for log-prob and entropy."""
+    at least four programs a multiprocessor, 1 1/8 exponentials an element for log-prob and entropy."""
     out = _run(
         "tools/inspect_kernels.py", "--json", str(capability), TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0"
     )
@@ -55,7 +55,7 @@ def test_compiled_for_gpus(tmp_path, capability):
         assert kernel["spilled"] == 0, kernel
         assert kernel["wide_loads"] * 16 == kernel["bytes"], kernel
         assert kernel["wide_stores"] * 16 == (2 * kernel["bytes"] if kernel["name"] == "backward" else 0), kernel
-        assert kernel["registers"] <= 128, kernel
+        assert kernel["registers"] <= 64, kernel
         if kernel["dtype"] == "bf16" and not kernel["options"]:
             assert kernel["exponentials"] == (1.125 if kernel["name"] == "forward" else 1.0), kernel
 
