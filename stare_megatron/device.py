@@ -118,11 +118,6 @@ def _properties(place: torch.device) -> Any:
     return torch.cuda.get_device_properties(place)
 
 
-def multiprocessors(x: torch.Tensor) -> int:
-    """Streaming multiprocessors of the GPU that holds `x`; 1 on a CPU."""
-    return _properties(x.device).multi_processor_count if x.is_cuda else 1
-
-
 def trainer_environment() -> dict[str, str]:
     """Environment variables of a trainer rank's process. (Rank 0 imports vLLM's transfer classes.)"""
     common = {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"), "VLLM_NO_USAGE_STATS": "1"}

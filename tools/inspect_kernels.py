@@ -40,7 +40,7 @@ _POINTERS = {
 }
 _FLOATS = {"scale", "inverse_tau"}
 # As JIT compilation finds them at a vocabulary of 151,936: multiples of 16.
-_MULTIPLES = {"logits", "row_stride", "split_columns", "columns", "valid"}
+_MULTIPLES = {"logits", "row_stride", "columns", "valid"}
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 The columns of a row must lie side by side. Nothing here makes the host wait: the kernels skip rows without a target.
 
-Forward, one program works on one row, or on one of several runs of its columns where rows are too few to fill the GPU;
-runs merge like tensor-parallel ranks. Each of its lanes keeps partials of every LANES-th group of WIDTH columns (one
+Forward, one program works on one row. Each of its lanes keeps partials of every LANES-th group of WIDTH columns (one
 wide load) and rescales them once a group, so an element costs little more than its own exponential; lanes meet once, at
 the end. Exponentials are of base 2, the hardware's; the scale log2(e) / tau is applied after the maximum is subtracted.
+
+Sizes were measured on an H100 (docs/gpu.md). Rows too few to fill the GPU are not split over several programs: merging
+what those know takes longer than a program takes for a row of 151,936 columns.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ import torch
 import triton
 import triton.language as tl
 
-from stare_megatron import device
 from stare_megatron.trainer import partials as algebra
 from stare_megatron.trainer.partials import Merged, VocabShard
 
@@ -25,7 +26,6 @@ LOAD_BYTES = 16  # the widest load
 BACKWARD_BLOCK = 4096  # columns a program of the backward works on
 FORWARD_WARPS = 8
 BACKWARD_WARPS = 8
-PROGRAMS_PER_PROCESSOR = 32  # below, columns are split: about four times what runs at once
 
 _PER_ROW = ["target", "m", "log_s", "entropy", "grad_logprob", "grad_entropy"]
 _NO_TARGET = tl.constexpr(algebra.NO_TARGET)
@@ -37,30 +37,25 @@ _INF = tl.constexpr(math.inf)
 
 
 # Compiled once, whatever the number of rows and where the slices of a chunked head begin.
-@triton.jit(do_not_specialize=["num_rows", "splits", "start"], do_not_specialize_on_alignment=["target", "out"])
+@triton.jit(do_not_specialize=["num_rows", "start"], do_not_specialize_on_alignment=["target", "out"])
 def partials_kernel(
     logits,  # [T, V_local]
     target,  # int64 [T]
-    out,  # fp32 [splits, K, T]
+    out,  # fp32 [K, T]
     row_stride,
     num_rows,
-    splits,
-    split_columns,
     start,
     valid,
     scale,  # log2(e) / tau
-    K: tl.constexpr,
+    K: tl.constexpr,  # rows of `out`
     SENSITIVITY: tl.constexpr,
     RAW: tl.constexpr,
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    row = (tl.program_id(0) // splits).to(tl.int64)
-    split = tl.program_id(0) % splits
+    row = tl.program_id(0).to(tl.int64)
     wanted = tl.load(target + row)
-    begin = split * split_columns
-    end = tl.minimum(begin + split_columns, valid)
-    end = tl.where(wanted == _NO_TARGET, begin, end)
+    end = tl.where(wanted == _NO_TARGET, 0, valid)
     of_row = logits + row * row_stride
 
     columns = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
@@ -70,7 +65,7 @@ def partials_kernel(
     q = tl.full([LANES], 0.0, tl.float32)
     r = tl.full([LANES], 0.0, tl.float32)
     w = tl.full([LANES], 0.0, tl.float32)
-    for first in range(begin, end, LANES * WIDTH):
+    for first in range(0, end, LANES * WIDTH):
         place = first + columns
         x = tl.load(of_row + place, mask=place < end, other=-_INF).to(tl.float32)
         top = tl.maximum(m, tl.max(x, axis=1))
@@ -97,8 +92,8 @@ def partials_kernel(
     offset = tl.maximum((m - shift) * scale, _FLOOR_2)
     a = tl.exp2(offset)
     local = wanted - start
-    z = tl.load(of_row + local, mask=(local >= begin) & (local < end), other=-_INF).to(tl.float32)
-    result = out + split.to(tl.int64) * K * num_rows + row
+    z = tl.load(of_row + local, mask=(local >= 0) & (local < end), other=-_INF).to(tl.float32)
+    result = out + row
     tl.store(result, top)
     tl.store(result + num_rows, tl.sum(a * s, axis=0))
     tl.store(result + 2 * num_rows, tl.sum(a * tl.fma(offset, s, u), axis=0) * _LN_2)
@@ -156,22 +151,14 @@ def partials(
     """As `logprobs_torch.partials`."""
     rows = len(target_T)
     kinds = algebra.components(sensitivity=sensitivity, raw=raw)
-    width = LOAD_BYTES // logits_TV.element_size()
-    tile = LANES * width
-    tiles = max(1, triton.cdiv(shard.valid, tile))
-    splits = min(tiles, triton.cdiv(PROGRAMS_PER_PROCESSOR * device.multiprocessors(logits_TV), max(rows, 1)))
-    split_tiles = triton.cdiv(tiles, splits)
-    splits = triton.cdiv(tiles, split_tiles)
-    partial_IKT = torch.empty((splits, kinds, rows), dtype=torch.float32, device=logits_TV.device)
+    partial_KT = torch.empty((kinds, rows), dtype=torch.float32, device=logits_TV.device)
     if rows:
-        partials_kernel[(rows * splits,)](
+        partials_kernel[(rows,)](
             logits_TV,
             target_T,
-            partial_IKT,
+            partial_KT,
             logits_TV.stride(0),
             rows,
-            splits,
-            split_tiles * tile,
             shard.start,
             shard.valid,
             math.log2(math.e) / tau,
@@ -179,11 +166,11 @@ def partials(
             SENSITIVITY=sensitivity,
             RAW=raw,
             LANES=LANES,
-            WIDTH=width,
+            WIDTH=LOAD_BYTES // logits_TV.element_size(),
             num_warps=FORWARD_WARPS,
             enable_fp_fusion=True,
         )
-    return partial_IKT[0] if splits == 1 else algebra.combine(partial_IKT, tau).float()
+    return partial_KT
 
 
 def backward_in_place(

@@ -74,16 +74,17 @@ def initialize(
     import torch
     from megatron.core import parallel_state, tensor_parallel
 
-    torch_device = device.torch_device(local_rank)
+    device.torch_device(local_rank)
     timeout = datetime.timedelta(seconds=timeout_s)
     try:
+        # Without `device_id`: told of it, NCCL makes a communicator for each of Megatron-Core's groups at once, most of
+        # which nobody uses: seconds of every start, and gigabytes of GPU memory (docs/gpu.md).
         torch.distributed.init_process_group(
             backend=device.distributed_backend(),
             init_method=f"tcp://{master_addr}:{master_port}",
             rank=rank,
             world_size=world_size,
             timeout=timeout,
-            device_id=torch_device if torch_device.index is not None else None,
         )
     except torch.distributed.DistNetworkError as e:
         raise UserError(f"rank {rank}: no rendezvous at {master_addr}:{master_port}: {e}") from e

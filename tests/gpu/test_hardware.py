@@ -46,7 +46,7 @@ def _exact(logits, target, tau):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("offset", "tau"), [(0.0, 1.0), (300.0, 0.6), (-300.0, 1.7), (1e4, 1.0), (-1e4, 0.7)])
 def test_scores(rows, dtype, offset, tau):
-    """From one program a row to rows split over many."""
+    """From less than a program a processor to several waves of them."""
     logits, target = _batch(rows, dtype, offset)
     assert logprobs.kernels(logits) is not logprobs_torch
     got = token_scores(logits, target, WHOLE, temperature=tau)

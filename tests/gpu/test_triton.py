@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stare_megatron import device
 from stare_megatron.trainer import logprobs, logprobs_torch, partials
 from stare_megatron.trainer.logprobs import head_log_probs, head_token_scores, log_probs, token_scores
 from stare_megatron.trainer.partials import NO_TARGET, VocabShard
@@ -33,29 +32,8 @@ def triton_path(monkeypatch):
 
     monkeypatch.setattr(logprobs_triton, "LANES", 32)
     monkeypatch.setattr(logprobs_triton, "BACKWARD_BLOCK", 128)
-    monkeypatch.setattr(logprobs_triton, "PROGRAMS_PER_PROCESSOR", 1)
-    monkeypatch.setattr(device, "multiprocessors", lambda x: 1)  # no split, unless a test asks for it
     assert logprobs.kernels(torch.zeros(1, 1, device=PLACE)) is logprobs_triton
     return logprobs_triton
-
-
-@pytest.fixture
-def split(monkeypatch):
-    """Make every row's columns `n` programs' work; gives the number of merges there were."""
-
-    def into(n: int) -> list[int]:
-        monkeypatch.setattr(device, "multiprocessors", lambda x: n * x.shape[0])
-        seen: list[int] = []
-        combine = partials.combine
-
-        def spy(all_IKT, tau):
-            seen.append(all_IKT.shape[0])
-            return combine(all_IKT, tau)
-
-        monkeypatch.setattr(partials, "combine", spy)
-        return seen
-
-    return into
 
 
 def _logits(rows: int = T, columns: int = V, seed: int = 0) -> torch.Tensor:
@@ -170,19 +148,6 @@ def test_a_nan_logit_is_not_hidden():
     logits[2, 7] = torch.nan
     for value in _values(token_scores(logits, _targets(), WHOLE, temperature=0.7)):
         assert value.isnan().nonzero().tolist() == [[2]]
-
-
-@pytest.mark.parametrize("n", [2, 100])
-def test_split_columns_merge_to_the_same(split, n):
-    logits, target = _logits(), _targets()
-    logits[1, 128:] = -torch.inf  # nothing in later programs
-    want = token_scores(logits, target, WHOLE, temperature=0.7)
-    seen = split(n)
-    got = token_scores(logits, target, WHOLE, temperature=0.7)
-    assert seen == [min(n, 4)]
-    for one, other, exact in zip(_values(got), _values(want), _exact(logits, target, 0.7), strict=True):
-        _close(one, exact)
-        _close(one, other, atol=1e-6)
 
 
 def _gradients(logits, target, tau, entropy_gradient, shard=WHOLE):
@@ -334,11 +299,10 @@ class NoWait(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_host_never_waits(split):
+def test_the_host_never_waits():
     target = _targets()
     target[3] = NO_TARGET
     leaf = _logits().requires_grad_()
-    split(2)
     with NoWait():
         token_scores(leaf.detach(), target, WHOLE, temperature=0.7)
         logprob, entropy = log_probs(leaf * 1.0, target, WHOLE, temperature=0.7, entropy_gradient=True)

@@ -67,4 +67,3 @@ def test_the_pytorch_path_serves_cpus(monkeypatch):
     assert device.triton_serves(torch.zeros(1))
     monkeypatch.setenv("STARE_TRITON", "0")
     assert not device.triton_serves(torch.zeros(1))
-    assert device.multiprocessors(torch.zeros(1)) == 1
