@@ -1,0 +1,157 @@
+"""What a whole run does when its tools die: a node of the pool that is lost and replaced, and an actor that hangs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from ray.cluster_utils import Cluster
+
+from stare_megatron.metrics import jsonl
+from stare_megatron.tasks.make import make
+from stare_megatron.tasks.tiny_model import default_settings
+from tests.contracts.source import ROOT
+
+STEPS = 24
+ROOM_FOR_ONE = {"tool_node": 0.001}  # what one sandbox actor takes of `sandbox.node_resource`
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@contextmanager
+def cluster() -> Iterator[Cluster]:
+    """Raylets of this machine as nodes: the head has the processors, no other node may run ranks or engines."""
+    made = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 4, "object_store_memory": 256 << 20, "include_dashboard": False},
+    )
+    try:
+        yield made
+    finally:
+        made.shutdown()
+
+
+def add_tool_node(made: Cluster) -> Any:
+    return made.add_node(num_cpus=0, resources=ROOM_FOR_ONE, object_store_memory=128 << 20)
+
+
+class Run:
+    """A training run as a process, watched through its metrics."""
+
+    def __init__(self, material: Path, folder: Path, address: str) -> None:
+        keys = {
+            "run.dir": folder,
+            "run.name": "tool",
+            "run.steps": STEPS,
+            "model.path": material / "model",
+            "data.train": json.dumps([str(material / "train.jsonl")]),
+            "eval.benchmarks": "[]",
+            "rollout.prompts_per_step": 16,
+            "rollout.prompts_per_generation": 20,
+            "checkpoint.export_final": "false",
+            "cluster.address": address,
+            "sandbox.actors": 2,
+            "sandbox.actor_cpus": 0,
+            "sandbox.node_resource": "tool_node",
+            "sandbox.health_seconds": 5,
+            "sandbox.queue_seconds": 5,
+            "sandbox.wall_seconds": 5,
+        }
+        command = [sys.executable, "-m", "stare_megatron", "train", "examples/tool_use_cpu/run.toml", "--quiet"]
+        self._folder = folder / "tool"
+        self._process = subprocess.Popen(
+            [*command, *(f"{key}={value}" for key, value in keys.items())],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def rows(self) -> list[dict[str, Any]]:
+        path = self._folder / "metrics.jsonl"
+        return jsonl.read(path) if path.exists() else []
+
+    def log(self) -> str:
+        return "".join(path.read_text() for path in self._folder.glob("logs/engine*.log"))
+
+    def wait_for(self, what: Callable[[], bool], seconds: float = 300.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not what():
+            assert self._process.poll() is None, self._said()
+            assert time.monotonic() < deadline, self.log()[-3000:]
+            time.sleep(0.05)
+
+    def wait_for_step(self, step: int) -> None:
+        self.wait_for(lambda: len(self.rows()) >= step)
+
+    def finish(self) -> None:
+        assert self._process.wait(300) == 0, self._said()
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _said(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.read()[-3000:]
+
+
+def sandbox_processes() -> dict[int, int]:
+    """Process of each sandbox actor, by that of its node's raylet."""
+    found = {}
+    for process in psutil.process_iter(["cmdline", "ppid"]):
+        if any("ray::SandboxActor" in part for part in process.info["cmdline"] or ()):
+            found[process.info["ppid"]] = process.pid
+    return found
+
+
+def test_tools_that_die_cost_their_own_episodes(tmp_path):
+    """A node of the pool is lost in step 4 or 5 and replaced in step 8 or 9, and an actor hangs in step 14 or 15: the
+    run goes on to its end, no step waits longer than the limits say, and once all is well again no episode fails."""
+    material = tmp_path / "material"
+    make(default_settings("tool_arithmetic", layers=2, seed=3), material, 512, 16)
+    with cluster() as nodes:
+        first, second = add_tool_node(nodes), add_tool_node(nodes)
+        with closing(Run(material, tmp_path, nodes.address)) as run:
+            run.wait_for_step(3)
+            raylet = first.all_processes["raylet"][0].process.pid
+            hangs = next(pid for node, pid in sandbox_processes().items() if node != raylet)
+            time.sleep(0.3)
+            nodes.remove_node(first, allow_graceful=False)
+            run.wait_for(lambda: "does not answer: it gets no calls" in run.log())
+            run.wait_for_step(7)
+            third = add_tool_node(nodes)
+            run.wait_for(lambda: run.log().count("answers again") == 1)
+            run.wait_for_step(13)
+            time.sleep(0.3)
+            os.kill(hangs, signal.SIGSTOP)
+            run.wait_for(lambda: run.log().count("answers again") == 2)
+            assert "it is replaced" in run.log()
+            assert not psutil.pid_exists(hangs)
+            seen = len(run.rows())
+            run.finish()
+            rows = run.rows()
+            for node in (second, third):
+                nodes.remove_node(node)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    failed = [int(row["response/failed"]) for row in rows]
+    seconds = [round(row["time/rollout"], 1) for row in rows]
+    print("failed:", failed, "\nseconds of the rollout:", seconds)
+    sampled = 20 * 8
+    assert all(n < sampled for n in failed)
+    assert failed[:3] == [0, 0, 0]
+    # A call's limit: two waits for a turn, its wall-clock time, the way there and back.
+    usual = sorted(seconds)[len(seconds) // 2]
+    assert max(seconds) < 3 * usual + 3 * (2 * 5 + 5 + 10)
+    assert len(rows) > seen
+    assert set(failed[seen + 1 :]) <= {0}
