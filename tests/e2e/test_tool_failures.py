@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -16,10 +14,9 @@ from typing import Any
 import psutil
 import pytest
 from ray.cluster_utils import Cluster
+from tool_run import command
 
 from stare_megatron.metrics import jsonl
-from stare_megatron.tasks.make import make
-from stare_megatron.tasks.tiny_model import default_settings
 from tests.contracts.source import ROOT
 
 STEPS = 24
@@ -48,29 +45,20 @@ def add_tool_node(made: Cluster) -> Any:
 class Run:
     """A training run as a process, watched through its metrics."""
 
-    def __init__(self, material: Path, folder: Path, address: str) -> None:
-        keys = {
-            "run.dir": folder,
-            "run.name": "tool",
-            "run.steps": STEPS,
-            "model.path": material / "model",
-            "data.train": json.dumps([str(material / "train.jsonl")]),
-            "eval.benchmarks": "[]",
-            "rollout.prompts_per_step": 16,
-            "rollout.prompts_per_generation": 20,
-            "checkpoint.export_final": "false",
-            "cluster.address": address,
-            "sandbox.actors": 2,
-            "sandbox.actor_cpus": 0,
-            "sandbox.node_resource": "tool_node",
-            "sandbox.health_seconds": 5,
-            "sandbox.queue_seconds": 5,
-            "sandbox.wall_seconds": 5,
-        }
-        command = [sys.executable, "-m", "stare_megatron", "train", "examples/tool_use_cpu/run.toml", "--quiet"]
+    def __init__(self, folder: Path, address: str) -> None:
         self._folder = folder / "tool"
         self._process = subprocess.Popen(
-            [*command, *(f"{key}={value}" for key, value in keys.items())],
+            command(
+                folder,
+                steps=STEPS,
+                cluster__address=address,
+                sandbox__actors=2,
+                sandbox__actor_cpus=0,
+                sandbox__node_resource="tool_node",
+                sandbox__health_seconds=5,
+                sandbox__queue_seconds=5,
+                sandbox__wall_seconds=5,
+            ),
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -118,11 +106,9 @@ def sandbox_processes() -> dict[int, int]:
 def test_tools_that_die_cost_their_own_episodes(tmp_path):
     """A node of the pool is lost in step 4 or 5 and replaced in step 8 or 9, and an actor hangs in step 14 or 15: the
     run goes on to its end, no step waits longer than the limits say, and once all is well again no episode fails."""
-    material = tmp_path / "material"
-    make(default_settings("tool_arithmetic", layers=2, seed=3), material, 512, 16)
     with cluster() as nodes:
         first, second = add_tool_node(nodes), add_tool_node(nodes)
-        with closing(Run(material, tmp_path, nodes.address)) as run:
+        with closing(Run(tmp_path, nodes.address)) as run:
             run.wait_for_step(3)
             raylet = first.all_processes["raylet"][0].process.pid
             hangs = next(pid for node, pid in sandbox_processes().items() if node != raylet)

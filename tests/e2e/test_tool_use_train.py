@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
+
+from tool_run import command
 
 from stare_megatron.metrics import jsonl
-from stare_megatron.tasks.make import make
-from stare_megatron.tasks.tiny_model import default_settings
 from tests.contracts.source import ROOT
 
 STEPS = 6
@@ -17,22 +16,8 @@ STEPS = 6
 def test_a_policy_trains_with_the_tool(tmp_path):
     """Calls are made and answered, right answers come of them, engine and trainer agree over observations, and the
     run says at which level code was run."""
-    material = tmp_path / "material"
-    make(default_settings("tool_arithmetic", layers=2, seed=3), material, 512, 16)
-    keys = {
-        "run.dir": tmp_path,
-        "run.name": "tool",
-        "run.steps": STEPS,
-        "model.path": material / "model",
-        "data.train": json.dumps([str(material / "train.jsonl")]),
-        "eval.benchmarks": "[]",
-        "rollout.prompts_per_step": 16,
-        "rollout.prompts_per_generation": 20,
-        "checkpoint.export_final": "false",
-    }
-    command = [sys.executable, "-m", "stare_megatron", "train", "examples/tool_use_cpu/run.toml", "--quiet"]
     done = subprocess.run(
-        [*command, *(f"{key}={value}" for key, value in keys.items())],
+        command(tmp_path, steps=STEPS),
         cwd=ROOT,
         capture_output=True,
         text=True,
