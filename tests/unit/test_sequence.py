@@ -140,6 +140,14 @@ def test_a_share_without_sequences_makes_dummy_rows():
         assert all(row.token_ids_1P.shape[1] % layout.sequence_parallel == 0 for row in rows)
 
 
+@pytest.mark.parametrize("share", [UpdateShare((), 8, 3, 2), share_of(1, 2)], ids=["none", "some"])
+def test_tokens_are_on_the_ranks_device(share):
+    """Without sequences too: a model on a GPU takes no tensor of a CPU."""
+    batch = token_batch([group()], share, ALGORITHMS["grpo"], AlgorithmConfig(), torch.device("meta"))
+    tensors = {name: x for name, x in vars(batch).items() if isinstance(x, torch.Tensor)}
+    assert {name for name, x in tensors.items() if x.is_meta} == {name for name in tensors if name.endswith("_T")}
+
+
 def test_padding_is_the_least_that_serves():
     assert padded_lengths([5, 3], ALONE) == [5, 3]
     assert padded_lengths([5, 3], Layout(4, 1, 0)) == [5, 3]
