@@ -1,4 +1,4 @@
-"""What a whole run does when its tools die: a node of the pool that is lost and replaced, and an actor that hangs."""
+"""What a whole run does when its tools die: a node of the pool that is lost, and an actor that hangs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from stare_megatron.metrics import jsonl
 from tests.contracts.source import ROOT
 
 STEPS = 24
-ROOM_FOR_ONE = {"tool_node": 0.001}  # what one sandbox actor takes of `sandbox.node_resource`
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -39,7 +38,12 @@ def cluster() -> Iterator[Cluster]:
 
 
 def add_tool_node(made: Cluster) -> Any:
-    return made.add_node(num_cpus=0, resources=ROOM_FOR_ONE, object_store_memory=128 << 20)
+    return made.add_node(num_cpus=0, resources={"tool_node": 1}, object_store_memory=128 << 20)
+
+
+def raylet(node: Any) -> int:
+    """Its process."""
+    return node.all_processes["raylet"][0].process.pid
 
 
 class Run:
@@ -56,7 +60,7 @@ class Run:
                 sandbox__actor_cpus=0,
                 sandbox__node_resource="tool_node",
                 sandbox__health_seconds=5,
-                sandbox__queue_seconds=5,
+                sandbox__queue_seconds=30,
                 sandbox__wall_seconds=5,
             ),
             cwd=ROOT,
@@ -104,31 +108,25 @@ def sandbox_processes() -> dict[int, int]:
 
 
 def test_tools_that_die_cost_their_own_episodes(tmp_path):
-    """A node of the pool is lost in step 4 or 5 and replaced in step 8 or 9, and an actor hangs in step 14 or 15: the
-    run goes on to its end, no step waits longer than the limits say, and once all is well again no episode fails."""
+    """One of the pool's two nodes is lost in step 4 or 5, and an actor on the other hangs in step 10 or later: the run
+    goes on to its end, no step waits longer than the limits say, and once all is well again no episode fails."""
     with cluster() as nodes:
-        first, second = add_tool_node(nodes), add_tool_node(nodes)
+        lost, stays = add_tool_node(nodes), add_tool_node(nodes)
         with closing(Run(tmp_path, nodes.address)) as run:
             run.wait_for_step(3)
-            raylet = first.all_processes["raylet"][0].process.pid
-            hangs = next(pid for node, pid in sandbox_processes().items() if node != raylet)
-            time.sleep(0.3)
-            nodes.remove_node(first, allow_graceful=False)
-            run.wait_for(lambda: "does not answer: it gets no calls" in run.log())
-            run.wait_for_step(7)
-            third = add_tool_node(nodes)
+            by_node = sandbox_processes()
+            assert len(by_node) == 2, "one actor on each node of the pool"
+            hangs = by_node[raylet(stays)]
+            nodes.remove_node(lost, allow_graceful=False)
             run.wait_for(lambda: run.log().count("answers again") == 1)
-            run.wait_for_step(13)
-            time.sleep(0.3)
+            run.wait_for_step(max(9, len(run.rows()) + 1))
             os.kill(hangs, signal.SIGSTOP)
             run.wait_for(lambda: run.log().count("answers again") == 2)
             assert "it is replaced" in run.log()
             assert not psutil.pid_exists(hangs)
-            seen = len(run.rows())
+            well = len(run.rows()) + 1
             run.finish()
             rows = run.rows()
-            for node in (second, third):
-                nodes.remove_node(node)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     failed = [int(row["response/failed"]) for row in rows]
     seconds = [round(row["time/rollout"], 1) for row in rows]
@@ -138,6 +136,6 @@ def test_tools_that_die_cost_their_own_episodes(tmp_path):
     assert failed[:3] == [0, 0, 0]
     # A call's limit: two waits for a turn, its wall-clock time, the way there and back.
     usual = sorted(seconds)[len(seconds) // 2]
-    assert max(seconds) < 3 * usual + 3 * (2 * 5 + 5 + 10)
-    assert len(rows) > seen
-    assert set(failed[seen + 1 :]) <= {0}
+    assert max(seconds) < 3 * usual + (2 * 30 + 5 + 10)
+    assert len(rows) > well
+    assert set(failed[well:]) == {0}
