@@ -74,7 +74,7 @@ def initialize(
     import torch
     from megatron.core import parallel_state, tensor_parallel
 
-    device.torch_device(local_rank)
+    device.torch_device(local_rank)  # NCCL works on the current device
     timeout = datetime.timedelta(seconds=timeout_s)
     try:
         # Without `device_id`: told of it, NCCL makes a communicator for each of Megatron-Core's groups at once, most of
