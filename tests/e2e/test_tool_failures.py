@@ -51,18 +51,17 @@ class Run:
 
     def __init__(self, folder: Path, address: str) -> None:
         self._folder = folder / "tool"
+        settings: dict[str, object] = {
+            "cluster.address": address,
+            "sandbox.actors": 2,
+            "sandbox.actor_cpus": 0,
+            "sandbox.node_resource": "tool_node",
+            "sandbox.health_seconds": 5,
+            "sandbox.queue_seconds": 30,
+            "sandbox.wall_seconds": 5,
+        }
         self._process = subprocess.Popen(
-            command(
-                folder,
-                steps=STEPS,
-                cluster__address=address,
-                sandbox__actors=2,
-                sandbox__actor_cpus=0,
-                sandbox__node_resource="tool_node",
-                sandbox__health_seconds=5,
-                sandbox__queue_seconds=30,
-                sandbox__wall_seconds=5,
-            ),
+            command(folder, steps=STEPS, **settings),
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -12,10 +12,10 @@ from stare_megatron.tasks.tiny_model import default_settings
 
 def command(folder: Path, *, steps: int, **more: object) -> list[str]:
     """Makes what the run needs under `folder`; the run's own folder is `folder`/tool. `more`: keys of its
-    configuration, `__` for the dot."""
+    configuration."""
     material = folder / "material"
     make(default_settings("tool_arithmetic", layers=2, seed=3), material, 512, 16)
-    keys = {
+    keys: dict[str, object] = {
         "run.dir": folder,
         "run.name": "tool",
         "run.steps": steps,
@@ -25,6 +25,6 @@ def command(folder: Path, *, steps: int, **more: object) -> list[str]:
         "rollout.prompts_per_step": 16,
         "rollout.prompts_per_generation": 20,
         "checkpoint.export_final": "false",
-    } | {key.replace("__", "."): value for key, value in more.items()}
+    } | more
     start = [sys.executable, "-m", "stare_megatron", "train", "examples/tool_use_cpu/run.toml", "--quiet"]
     return [*start, *(f"{key}={value}" for key, value in keys.items())]
