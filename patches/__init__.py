@@ -77,7 +77,7 @@ def apply(package: str) -> None:
     Raises:
         PatchError: the package was imported before, or its version is outside of what a patch was written for.
     """
-    from stare_megatron import device
+    from stare_megatron.host import device
     from stare_megatron_patches.import_hook import PatchingFinder
 
     if any(isinstance(f, PatchingFinder) and f.package == package for f in sys.meta_path):

@@ -21,11 +21,11 @@ def _train(args: argparse.Namespace, rest: list[str]) -> int:
     overrides = [*args.overrides, *rest]
     resolved = config.load(args.config, overrides)
     if args.print_config:
-        from stare_megatron.run_folder import to_toml
+        from stare_megatron.run.folder import to_toml
 
         print(to_toml(resolved), end="")
         return 0
-    from stare_megatron import build
+    from stare_megatron.run import train as build
 
     command = ["stare-megatron", "train", str(args.config), *overrides]
     return build.train(resolved, quiet=args.quiet, command=command)
@@ -35,7 +35,7 @@ def _eval(args: argparse.Namespace, rest: list[str]) -> int:
     from stare_megatron import config
 
     resolved = config.load(args.config, [*args.overrides, *rest])
-    from stare_megatron import build_eval
+    from stare_megatron.run import eval as build_eval
 
     return build_eval.evaluate(resolved, model=args.model, out=args.out)
 

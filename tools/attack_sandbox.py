@@ -34,11 +34,11 @@ from pathlib import Path
 
 import psutil
 
+from stare_megatron.config.sandbox import SandboxConfig
 from stare_megatron.errors import RunError, UserError
 from stare_megatron.sandbox.level import Level
 from stare_megatron.sandbox.pool import Sandbox
 from stare_megatron.sandbox.result import Result, Status
-from stare_megatron.sandbox_config import SandboxConfig
 
 LIMITS = SandboxConfig(
     workers=1,

@@ -27,10 +27,10 @@ from rich.console import Console
 from rich.table import Table
 
 from stare_megatron import config as configuration
-from stare_megatron import device, manifest
 from stare_megatron.config import Config
 from stare_megatron.errors import UserError
-from stare_megatron.run_folder import hardware, package_versions, parameter_count
+from stare_megatron.host import device, manifest
+from stare_megatron.run.folder import hardware, package_versions, parameter_count
 from stare_megatron.trainer.rank import TrainerRank
 from stare_megatron.types import Control
 

@@ -34,8 +34,8 @@ from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from stare_megatron import device
-from stare_megatron.run_folder import hardware
+from stare_megatron.host import device
+from stare_megatron.run.folder import hardware
 from stare_megatron.trainer import logprobs_torch
 from stare_megatron.trainer.logprobs import kernels, log_probs, token_scores
 from stare_megatron.trainer.partials import VocabShard

@@ -22,11 +22,11 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from stare_megatron.run_folder import hardware
+from stare_megatron.config.sandbox import SandboxConfig
+from stare_megatron.run.folder import hardware
 from stare_megatron.sandbox.level import Level
 from stare_megatron.sandbox.pool import Sandbox
 from stare_megatron.sandbox.result import Status
-from stare_megatron.sandbox_config import SandboxConfig
 
 PROGRAMS = {
     "trivial": "print(1 + 1)",

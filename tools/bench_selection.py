@@ -23,7 +23,7 @@ from torch.multiprocessing.spawn import spawn
 
 from stare_megatron.algo.selection import NEGATIVE, POSITIVE, hash32, order_key, select_top, top_count
 from stare_megatron.algo.shards import GroupShards, Shards
-from stare_megatron.run_folder import hardware
+from stare_megatron.run.folder import hardware
 
 Choose = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, Shards], torch.Tensor]
 

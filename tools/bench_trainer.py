@@ -18,12 +18,12 @@ from rich.console import Console
 from rich.table import Table
 
 from stare_megatron import config as configuration
-from stare_megatron import device
 from stare_megatron.config import Config
 from stare_megatron.data.packing import plan_updates
 from stare_megatron.data.tokenizer import read_vocab_size
 from stare_megatron.errors import UserError
-from stare_megatron.run_folder import hardware, package_versions
+from stare_megatron.host import device
+from stare_megatron.run.folder import hardware, package_versions
 from stare_megatron.trainer.rank import TrainerRank
 from stare_megatron.types import Control, Group, Prompt, Score, Span, SpanKind, Status, Trajectory
 

@@ -28,7 +28,7 @@ from stare_megatron.algo.registry import ALGORITHMS
 from stare_megatron.algo.shards import OneShard
 from stare_megatron.algo.stare import Candidates
 from stare_megatron.config import AlgorithmConfig, StareConfig
-from stare_megatron.methods import METHODS
+from stare_megatron.config.methods import METHODS
 from stare_megatron.types import Control
 
 TOLERANCE = 1e-9

@@ -16,9 +16,10 @@ import sys
 from pathlib import Path
 
 from stare_megatron.data.prepare.hub import Source, download
-from stare_megatron.data.prepare.pipeline import Counts, prepare
+from stare_megatron.data.prepare.pipeline import prepare
 from stare_megatron.data.prepare.recipes import RECIPES
 from stare_megatron.data.prepare.settings import INSTRUCTION, Settings
+from stare_megatron.data.prepare.types import Counts
 from stare_megatron.errors import UserError
 
 

@@ -18,7 +18,7 @@ from stare_megatron.data.prepare.read import read
 from stare_megatron.data.prepare.retool import conversation
 from stare_megatron.data.prepare.types import Malformed, MalformedField
 from stare_megatron.errors import UserError
-from stare_megatron.files import write_atomic
+from stare_megatron.host.files import write_atomic
 
 
 def main(argv: list[str]) -> int:

@@ -17,7 +17,7 @@ from stare_megatron.algo.reduce import fixed_point_sum, from_fixed_point
 from stare_megatron.algo.selection import select_top, subset_codes
 from stare_megatron.algo.shards import Shards
 from stare_megatron.algo.stare import ScoredCandidates, criticality
-from stare_megatron.dynamics import Dynamics
+from stare_megatron.types import Dynamics
 
 UNLIKELY = -2e-6  # nats; S of fp32 logits is known to this much. At or above it a token counts as likely
 _HALLEY_STEPS = 8

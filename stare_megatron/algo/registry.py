@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 
 from stare_megatron.algo.algorithm import Algorithm
-from stare_megatron.methods import METHODS
+from stare_megatron.config.methods import METHODS
 
 __all__ = ["ALGORITHMS", "Algorithm"]
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from stare_megatron import manifest
 from stare_megatron.checkpoint import store
 from stare_megatron.checkpoint.settings import Settings
 from stare_megatron.checkpoint.state import LoopState
 from stare_megatron.config import CheckpointConfig
 from stare_megatron.errors import RunError
+from stare_megatron.host import manifest
 
 # The next checkpoint may be somewhat larger, and metrics and logs go to the same disk.
 _MARGIN = 1.05

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stare_megatron import manifest
 from stare_megatron.config import Config, all_keys, section_of
 from stare_megatron.errors import UserError
-from stare_megatron.files import write_atomic
+from stare_megatron.host import manifest
+from stare_megatron.host.files import write_atomic
 
 FILE = "settings.json"
 

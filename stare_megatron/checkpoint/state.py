@@ -9,8 +9,8 @@ from pathlib import Path
 from stare_megatron.algo.controller import ControllerState
 from stare_megatron.data.prompts import StreamState
 from stare_megatron.errors import UserError
-from stare_megatron.files import write_atomic
-from stare_megatron.stats import UNOBSERVED, GateDuty, Observed
+from stare_megatron.host.files import write_atomic
+from stare_megatron.types import UNOBSERVED, GateDuty, Observed
 
 FILE = "loop.json"
 

@@ -7,14 +7,14 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from stare_megatron import manifest
 from stare_megatron.checkpoint import settings as stored
 from stare_megatron.checkpoint import state as loop
 from stare_megatron.checkpoint.settings import Settings
 from stare_megatron.checkpoint.state import LoopState
 from stare_megatron.config import CheckpointConfig
 from stare_megatron.errors import UserError
-from stare_megatron.files import PARTIAL, write_atomic
+from stare_megatron.host import manifest
+from stare_megatron.host.files import PARTIAL, write_atomic
 
 TRAINER = "trainer"
 LATEST = "latest"

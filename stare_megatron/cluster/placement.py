@@ -13,9 +13,9 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from stare_megatron import device
 from stare_megatron.config import Config
 from stare_megatron.errors import UserError
+from stare_megatron.host import device
 
 
 @dataclass(frozen=True)

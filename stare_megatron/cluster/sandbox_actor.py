@@ -11,10 +11,10 @@ from pathlib import Path
 import ray
 
 from stare_megatron.cluster import runtime
+from stare_megatron.config.sandbox import SandboxConfig
 from stare_megatron.sandbox.pool import Health, Sandbox
 from stare_megatron.sandbox.result import Result, lost
 from stare_megatron.sandbox.session import LocalSession
-from stare_megatron.sandbox_config import SandboxConfig
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ import ray.exceptions
 
 from stare_megatron.cluster import runtime
 from stare_megatron.cluster.sandbox_actor import Call, SandboxActor, Where
+from stare_megatron.config.sandbox import SandboxConfig
 from stare_megatron.errors import RunError, UserError
 from stare_megatron.sandbox.remote import RemoteSandbox
 from stare_megatron.sandbox.result import Result, lost
 from stare_megatron.sandbox.session import Session
-from stare_megatron.sandbox_config import SandboxConfig
 
 log = logging.getLogger(__name__)
 

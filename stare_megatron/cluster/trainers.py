@@ -13,11 +13,10 @@ from stare_megatron.cluster import runtime
 from stare_megatron.cluster.placement import Slot
 from stare_megatron.config import Config
 from stare_megatron.data.packing import plan_updates
-from stare_megatron.manifest import Entry
-from stare_megatron.ports import free_port
-from stare_megatron.stats import EntropyReading, StepStats
-from stare_megatron.token_record import TokenRecord, join
-from stare_megatron.types import Control, Group, GroupSummary, UpdateShare
+from stare_megatron.host.manifest import Entry
+from stare_megatron.host.ports import free_port
+from stare_megatron.types import Control, EntropyReading, Group, GroupSummary, StepStats, UpdateShare
+from stare_megatron.types.token_record import TokenRecord, join
 
 if TYPE_CHECKING:
     import numpy as np

@@ -15,7 +15,7 @@ import numpy as np
 
 from stare_megatron.errors import UserError
 from stare_megatron.metrics import eval_records, jsonl
-from stare_megatron.run_folder import RunFolder
+from stare_megatron.run.folder import RunFolder
 
 PACKED = jsonl.FILE + ".gz"
 Setting = str | int | float | bool | None

@@ -17,7 +17,7 @@ from stare_megatron.compare.load import load_all
 from stare_megatron.compare.panels import missing
 from stare_megatron.compare.samples import read_samples
 from stare_megatron.errors import UserError
-from stare_megatron.files import write_atomic
+from stare_megatron.host.files import write_atomic
 
 REPORT = "report.html"
 PNGS = "png"

@@ -7,13 +7,13 @@ import argparse
 from rich.console import Console
 from rich.filesize import decimal
 
-from stare_megatron import manifest
 from stare_megatron.convert import inspection, run
 from stare_megatron.convert.plan import ParallelLayout
 from stare_megatron.convert.run import Options, Outcome, bar, check_source, say
 from stare_megatron.convert.source import Kind, Source, resolve
 from stare_megatron.convert.verify import LOGITS_TOLERANCE, compare_logits, compare_tensors, logits_fit, sides
 from stare_megatron.errors import RunError
+from stare_megatron.host import manifest
 
 _KINDS = {"hf": Kind.HF, "mcore": Kind.MCORE}  # of --to
 _MIB = 2**20

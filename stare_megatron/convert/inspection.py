@@ -11,15 +11,15 @@ import torch
 import xxhash
 from rich.filesize import decimal
 
-from stare_megatron import manifest
 from stare_megatron.convert.mapping import McoreAsHf, check_fits
 from stare_megatron.convert.source import Kind, Source
 from stare_megatron.convert.tasks import blocks
 from stare_megatron.convert.torch_dist import Box, TorchDist
-from stare_megatron.trainer.bridge.entries import hf_names
-from stare_megatron.trainer.bridge.families import FAMILIES, read_hf_config
-from stare_megatron.trainer.bridge.shape import ModelShape
-from stare_megatron.trainer.bridge.shards import Checkpoint, TensorInfo
+from stare_megatron.host import manifest
+from stare_megatron.models.entries import hf_names
+from stare_megatron.models.families import FAMILIES, read_hf_config
+from stare_megatron.models.shape import ModelShape
+from stare_megatron.models.shards import Checkpoint, TensorInfo
 
 OPTIMIZER = "optimizer."
 # What content_metadata's layout counts, in its order (trainer/checkpoint.py).

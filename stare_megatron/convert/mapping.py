@@ -9,9 +9,9 @@ import torch
 
 from stare_megatron.convert.torch_dist import Box, Global, TorchDist, cut
 from stare_megatron.errors import UserError
-from stare_megatron.trainer.bridge.entries import Entry, entries, segments
-from stare_megatron.trainer.bridge.shape import Layout, ModelShape
-from stare_megatron.trainer.bridge.shards import Checkpoint
+from stare_megatron.models.entries import Entry, entries, segments
+from stare_megatron.models.shape import Layout, ModelShape
+from stare_megatron.models.shards import Checkpoint
 
 # Maps of files are dropped after so many bytes read through them: they count as resident memory.
 _RELEASE_BYTES = 128 << 20

@@ -17,11 +17,12 @@ from stare_megatron.convert.source import Kind, Source, check_tokenizer, require
 from stare_megatron.convert.tasks import BLOCK_BYTES, HfFile, McoreFile
 from stare_megatron.convert.torch_dist import Box, TorchDist
 from stare_megatron.errors import UserError
-from stare_megatron.trainer.bridge import hf_folder
-from stare_megatron.trainer.bridge.entries import hf_names
-from stare_megatron.trainer.bridge.families import FAMILIES, read_hf_config
-from stare_megatron.trainer.bridge.shape import ModelShape
-from stare_megatron.trainer.bridge.shards import Checkpoint
+from stare_megatron.models import hf_folder
+from stare_megatron.models.entries import hf_names
+from stare_megatron.models.families import FAMILIES, read_hf_config
+from stare_megatron.models.layout import padded_vocab
+from stare_megatron.models.shape import ModelShape
+from stare_megatron.models.shards import Checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FORMAT = 1  # raise it when an interrupted conversion of before must not be gone on with
@@ -144,12 +145,6 @@ def check_disk(plan: Plan, out: Path, present: int) -> None:
     free, need = shutil.disk_usage(place).free, plan.bytes - present + (64 << 20)
     if free < need:
         raise UserError(f"{out}: {decimal(free)} free on its disk, the checkpoint needs {decimal(need)}")
-
-
-def padded_vocab(vocab: int, tensor_parallel: int) -> int:
-    """Rows of the embedding, as the trainer pads it: `trainer.model.padded_vocab`."""
-    multiple = _VOCAB_MULTIPLE if _VOCAB_MULTIPLE % tensor_parallel == 0 else _VOCAB_MULTIPLE * tensor_parallel
-    return -(-vocab // multiple) * multiple
 
 
 def _hf_dtypes(source: Source, shape: ModelShape) -> tuple[torch.dtype, ...]:

@@ -18,14 +18,14 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from stare_megatron import manifest
 from stare_megatron.convert import tasks
 from stare_megatron.convert.mapping import mcore_tensors
 from stare_megatron.convert.plan import ParallelLayout, Plan, check_disk, make_plan
 from stare_megatron.convert.source import COMPANIONS, Kind, Source, resolve
 from stare_megatron.convert.torch_dist import COMMON, write_index
 from stare_megatron.errors import RunError, UserError
-from stare_megatron.trainer.bridge import hf_folder
+from stare_megatron.host import manifest
+from stare_megatron.models import hf_folder
 
 _PARTIAL, _PLAN = ".partial", "plan.json"
 _POLL_S = 0.1

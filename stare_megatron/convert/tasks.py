@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from stare_megatron import manifest
 from stare_megatron.convert.mapping import HfAsMcore, McoreAsHf
 from stare_megatron.convert.torch_dist import Box, Stored, TorchDist, save_object
-from stare_megatron.files import write_atomic
-from stare_megatron.trainer.bridge.hf_folder import SafetensorsWriter, Spec
-from stare_megatron.trainer.bridge.shape import ModelShape
+from stare_megatron.host import manifest
+from stare_megatron.host.files import write_atomic
+from stare_megatron.models.hf_folder import SafetensorsWriter, Spec
+from stare_megatron.models.shape import ModelShape
 
 # Bytes of a block: what is in memory of one tensor at a time, twice or three times over.
 BLOCK_BYTES = 128 << 20

@@ -17,9 +17,9 @@ from stare_megatron.convert.source import resolve
 from stare_megatron.convert.tasks import blocks
 from stare_megatron.convert.torch_dist import TorchDist
 from stare_megatron.errors import RunError
-from stare_megatron.trainer.bridge.entries import hf_names
-from stare_megatron.trainer.bridge.shape import ModelShape
-from stare_megatron.trainer.bridge.shards import Checkpoint
+from stare_megatron.models.entries import hf_names
+from stare_megatron.models.shape import ModelShape
+from stare_megatron.models.shards import Checkpoint
 
 # Largest difference of logits that counts as the same function, in units of the largest logit (at least 1): float32
 # arithmetic in another order.
@@ -93,8 +93,8 @@ def compare_logits(hf: Path, mcore: Path) -> Logits:
 def _logits(hf: Path, mcore: Path) -> Logits:
     from transformers import AutoModelForCausalLM
 
-    from stare_megatron.ports import free_port
-    from stare_megatron.trainer.bridge.families import read_hf_config
+    from stare_megatron.host.ports import free_port
+    from stare_megatron.models.families import read_hf_config
     from stare_megatron.trainer.logits import megatron_logits
 
     vocab = read_hf_config(hf).vocab

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from stare_megatron.env_config import EnvConfig
+from stare_megatron.config.env import EnvConfig
 from stare_megatron.envs.base import End, EnvError
 from stare_megatron.envs.parsers import make_parser
 from stare_megatron.envs.parsers.base import Encoder, Malformed, Parsed, Request

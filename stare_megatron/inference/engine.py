@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from stare_megatron import device
 from stare_megatron.config import InferenceConfig
+from stare_megatron.config.engine_args import check_engine_args
 from stare_megatron.errors import RunError
-from stare_megatron.inference.options import check_engine_args
+from stare_megatron.host import device
 from stare_megatron.inference.processes import Brood
 from stare_megatron.types import Completion, Sampling, Status
 

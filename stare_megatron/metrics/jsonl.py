@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stare_megatron.errors import UserError
-from stare_megatron.files import write_atomic
+from stare_megatron.host.files import write_atomic
 from stare_megatron.metrics.catalogue import Metric, by_name
 
 FILE = "metrics.jsonl"

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stare_megatron.files import write_atomic
+from stare_megatron.host.files import write_atomic
 from stare_megatron.metrics.samples import Decode, Picked
-from stare_megatron.token_record import TokenRecord
 from stare_megatron.types import SpanKind
+from stare_megatron.types.token_record import TokenRecord
 
 # Tokens decoded again before the new ones: some tokenizers write a token differently at the beginning of a text.
 _CONTEXT = 4

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stare_megatron.files import write_atomic
+from stare_megatron.host.files import write_atomic
 from stare_megatron.types import Group, Score, SpanKind, Trajectory
 
 FOLDER = "samples"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from pathlib import Path
 
-from stare_megatron.files import write_atomic
+from stare_megatron.host.files import write_atomic
 
 _FILE = Path("wandb") / "run_id"
 

@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from stare_megatron.config import Config
+from stare_megatron.config.env import EnvConfig
 from stare_megatron.data.tokenizer import load_tokenizer
-from stare_megatron.env_config import EnvConfig
 from stare_megatron.envs.base import MakeEnv
 from stare_megatron.envs.parsers import make_parser
 from stare_megatron.envs.single_turn import SingleTurn

@@ -7,11 +7,11 @@ import math
 from collections.abc import AsyncIterator
 from typing import Protocol
 
+from stare_megatron.config.sandbox import SandboxConfig
 from stare_megatron.sandbox.pool import Sandbox
 from stare_megatron.sandbox.remote import RemoteSandbox
 from stare_megatron.sandbox.result import Result
 from stare_megatron.sandbox.session import Session
-from stare_megatron.sandbox_config import SandboxConfig
 
 
 class Box(Protocol):

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 
+from stare_megatron.config.sandbox import SandboxConfig
 from stare_megatron.errors import RunError
 from stare_megatron.sandbox.cell import Cell, CellLimits
 from stare_megatron.sandbox.detect import detect, plan_for, why_not
@@ -19,7 +20,6 @@ from stare_megatron.sandbox.plan import Limits
 from stare_megatron.sandbox.result import Result, lost
 from stare_megatron.sandbox.session import LocalSession
 from stare_megatron.sandbox.worker import Child, Worker, WorkerError
-from stare_megatron.sandbox_config import SandboxConfig
 
 log = logging.getLogger(__name__)
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import httpx
 
+from stare_megatron.config.sandbox import SandboxConfig
 from stare_megatron.errors import UserError
 from stare_megatron.sandbox.result import Result, Status, lost
 from stare_megatron.sandbox.session import Session
-from stare_megatron.sandbox_config import SandboxConfig
 
 _MARGIN_SECONDS = 10.0  # for the server's own work and the way there and back
 _RETRY_SECONDS = 0.5  # before the first further attempt; doubles

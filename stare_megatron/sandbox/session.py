@@ -6,14 +6,12 @@ import asyncio
 import dataclasses
 import math
 import time
-from typing import TYPE_CHECKING, Protocol
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
 
-from stare_megatron.sandbox.cell import Cell
+from stare_megatron.sandbox.cell import Cell, CellLimits
 from stare_megatron.sandbox.result import Result, Status, lost
 from stare_megatron.sandbox.worker import Child, WorkerError
-
-if TYPE_CHECKING:
-    from stare_megatron.sandbox.pool import Sandbox
 
 _LIFE_CPU_SECONDS = 3600  # the kernel's limit on a state's whole life; each cell has its own
 _ANSWERED = (Status.OK, Status.ERROR, Status.MEMORY, Status.EXITED)
@@ -27,10 +25,28 @@ class Session(Protocol):
         ...
 
 
+class Children(Protocol):
+    """What a session needs of the sandbox that made it."""
+
+    cell_limits: CellLimits
+
+    def turn(self) -> AbstractAsyncContextManager[None]:
+        """A place among the calls that run at once."""
+        ...
+
+    async def fork(self, cpu_seconds: int) -> Child:
+        """A fresh child, `cpu_seconds` its kernel limit over its life.
+
+        Raises:
+            WorkerError: none could be had.
+        """
+        ...
+
+
 class LocalSession:
     """Made by `Sandbox.session`. Cells run one after another; each has the limits of a call of its own."""
 
-    def __init__(self, box: Sandbox, idle_seconds: float) -> None:
+    def __init__(self, box: Children, idle_seconds: float) -> None:
         self._box = box
         self._idle_seconds = idle_seconds
         self._child: Child | None = None

@@ -34,8 +34,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from stare_megatron import config
 from stare_megatron.config import Config
+from stare_megatron.config.methods import Section
 from stare_megatron.errors import UserError
-from stare_megatron.methods import Section
 
 
 class VariantSpec(Section):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from stare_megatron.ports import free_port
+from stare_megatron.host.ports import free_port
 from stare_megatron.sync.fanout import EngineFanOut
 from stare_megatron.sync.source import WeightStream, weight_source
 

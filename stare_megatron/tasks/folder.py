@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stare_megatron.errors import UserError
-from stare_megatron.files import write_atomic
+from stare_megatron.host.files import write_atomic
 from stare_megatron.tasks.base import TaskPrompt
 
 _RECORD = "made.json"

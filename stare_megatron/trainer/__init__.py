@@ -1,5 +1,8 @@
 """Trainer ranks on Megatron-Core: the only package that imports megatron. No ray.
 
-Import nothing of megatron before `parallel.initialize`, which applies the patches; the modules that import it at their
-top (`model`, `optimizer`, ...) are imported after that call.
+Importing it patches Megatron-Core, before any module of it can be imported.
 """
+
+import stare_megatron_patches
+
+stare_megatron_patches.apply("megatron-core")

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from stare_megatron import manifest
 from stare_megatron.errors import RunError
-from stare_megatron.trainer.bridge.hf_folder import (
+from stare_megatron.host import manifest
+from stare_megatron.models.hf_folder import (
     SafetensorsWriter,
     Spec,
     copy_companions,

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.utils import get_model_config
 
 from stare_megatron.config import TrainerConfig
 from stare_megatron.trainer import parallel
+from stare_megatron.trainer.model import build_model
 
 
 def megatron_logits(
@@ -26,10 +29,6 @@ def megatron_logits(
     parallel.initialize(
         trainer, rank=0, world_size=1, local_rank=0, master_addr="127.0.0.1", master_port=port, seed=0, timeout_s=60
     )
-    from megatron.core.packed_seq_params import PackedSeqParams
-
-    from stare_megatron.trainer.model import build_model
-
     lengths = [len(ids) for ids in sequences]
     device = torch.device("cpu")
     model = build_model(model_path, torch.float32, trainer, device, max(lengths), weights)[0]
@@ -48,8 +47,6 @@ def megatron_logits(
                 max_seqlen_kv=max(lengths),
             ),
         )
-    from megatron.core.utils import get_model_config
-
     vocab = get_model_config(model).shape.vocab
     parallel.shutdown()
     return logits[0, :, :vocab]

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from stare_megatron import device
+from stare_megatron.host import device
 from stare_megatron.trainer import logprobs_torch
 from stare_megatron.trainer.partials import (
     Merged,

@@ -12,15 +12,16 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from stare_megatron import device as devices
 from stare_megatron.config import TrainerConfig
+from stare_megatron.config.upstream import check_megatron
 from stare_megatron.errors import UserError
-from stare_megatron.trainer import initial_weights, parallel, rope, spec
-from stare_megatron.trainer.bridge import rotary, weights
-from stare_megatron.trainer.bridge.families import read_hf_config
-from stare_megatron.trainer.bridge.shape import ModelShape
+from stare_megatron.host import device as devices
+from stare_megatron.models import rotary
+from stare_megatron.models.families import read_hf_config
+from stare_megatron.models.layout import expert_tensor_parallel, padded_vocab
+from stare_megatron.models.shape import ModelShape
+from stare_megatron.trainer import bridge, initial_weights, parallel, rope, spec
 from stare_megatron.trainer.head import PolicyModel
-from stare_megatron.upstream import check_megatron
 
 
 @dataclass
@@ -76,7 +77,7 @@ def policy_config(shape: ModelShape, dtype: torch.dtype, trainer: TrainerConfig)
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline(trainer),
         "context_parallel_size": trainer.context_parallel,
         "expert_model_parallel_size": trainer.expert_parallel,
-        "expert_tensor_parallel_size": parallel.expert_tensor_parallel(trainer),
+        "expert_tensor_parallel_size": expert_tensor_parallel(trainer),
         "sequence_parallel": trainer.sequence_parallel,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
@@ -116,12 +117,6 @@ def policy_config(shape: ModelShape, dtype: torch.dtype, trainer: TrainerConfig)
         raise UserError(f"Megatron-Core refuses the settings of [trainer]: {e}") from e
 
 
-def padded_vocab(vocab: int, tensor_parallel: int) -> int:
-    """Rows of the embedding: the next multiple of 128, or of 128 x TP where TP does not divide 128."""
-    multiple = 128 if 128 % tensor_parallel == 0 else 128 * tensor_parallel
-    return -(-vocab // multiple) * multiple
-
-
 def build_model(
     model_path: Path,
     dtype: torch.dtype,
@@ -150,9 +145,9 @@ def build_model(
         for parameter in chunk.parameters():
             parameter.data = parameter.data.to(dtype)
         chunk.to(device)
-    weights.mark_split(chunks)
+    bridge.mark_split(chunks)
     if distributed is None:
-        weights.load_weights(chunks, model_path)
+        bridge.load_weights(chunks, model_path)
     else:
         initial_weights.load(distributed, chunks)
     ddp_config = DistributedDataParallelConfig(

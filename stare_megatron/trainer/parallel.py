@@ -1,51 +1,17 @@
-"""Process groups of a trainer rank: torch.distributed, Megatron-Core's parallel_state, seeds.
-
-The one place of a trainer process where patches are applied; megatron is imported after that.
-"""
+"""Process groups of a trainer rank: torch.distributed, Megatron-Core's parallel_state, seeds."""
 
 from __future__ import annotations
 
 import datetime
-from typing import TYPE_CHECKING
 
-import stare_megatron_patches
-from stare_megatron import device
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from torch.distributed import ProcessGroup
+
 from stare_megatron.config import TrainerConfig
 from stare_megatron.errors import UserError
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-PACKAGE = "megatron-core"
-
-
-def check_layout(config: TrainerConfig) -> None:
-    """What `TrainerConfig` cannot know without Megatron-Core's rules.
-
-    Raises:
-        UserError: no such layout.
-    """
-    ranks = config.world_size // config.pipeline_parallel
-    expert_tensor = expert_tensor_parallel(config)
-    if ranks % (config.expert_parallel * expert_tensor):
-        raise UserError(
-            f"trainer.expert_parallel = {config.expert_parallel} x expert tensor parallel {expert_tensor} does not "
-            f"divide the {ranks} ranks of a pipeline stage; lower one, or set trainer.megatron."
-            f"expert_tensor_parallel_size = 1"
-        )
-    if config.expert_parallel > 1 and expert_tensor > 1 and device.current() is device.Device.CPU:
-        # The token dispatcher then gathers tensors of different lengths, which gloo does not.
-        raise UserError(
-            f"trainer.expert_parallel = {config.expert_parallel} with experts split over {expert_tensor} "
-            f"tensor-parallel ranks does not run on CPUs; set trainer.megatron.expert_tensor_parallel_size = 1"
-        )
-    if config.expert_parallel > 1 and config.tensor_parallel > 1 and not config.sequence_parallel:
-        raise UserError("trainer.expert_parallel > 1 with tensor_parallel > 1 needs trainer.sequence_parallel = true")
-
-
-def expert_tensor_parallel(config: TrainerConfig) -> int:
-    """Ranks that split one expert: `trainer.megatron.expert_tensor_parallel_size`, upstream's default is TP."""
-    return int(config.megatron.get("expert_tensor_parallel_size") or config.tensor_parallel)
+from stare_megatron.host import device
+from stare_megatron.models.layout import check_layout, expert_tensor_parallel
 
 
 def initialize(
@@ -59,7 +25,7 @@ def initialize(
     seed: int,
     timeout_s: float,
 ) -> None:
-    """Apply patches, join the process group, build Megatron-Core's groups, seed every generator. A collective.
+    """Join the process group, build Megatron-Core's groups, seed every generator. A collective.
 
     `timeout_s`: how long a collective may wait for a rank, seconds.
 
@@ -69,11 +35,6 @@ def initialize(
     if world_size != config.world_size:
         raise UserError(f"started with {world_size} ranks, but trainer.world_size = {config.world_size}")
     check_layout(config)
-    stare_megatron_patches.apply(PACKAGE)
-
-    import torch
-    from megatron.core import parallel_state, tensor_parallel
-
     device.torch_device(local_rank)  # NCCL works on the current device
     timeout = datetime.timedelta(seconds=timeout_s)
     try:
@@ -109,91 +70,53 @@ def virtual_pipeline(config: TrainerConfig) -> int | None:
 
 def shutdown() -> None:
     """Leave all groups. Safe to call twice."""
-    import torch
-
     if torch.distributed.is_initialized():
-        from megatron.core import parallel_state
-
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
 
 
 def tp_group() -> ProcessGroup:
     """Ranks that split each layer."""
-    from megatron.core import parallel_state
-
     return parallel_state.get_tensor_model_parallel_group()
 
 
 def pp_group() -> ProcessGroup:
     """Ranks that split the layers into stages."""
-    from megatron.core import parallel_state
-
     return parallel_state.get_pipeline_model_parallel_group()
 
 
 def cp_group() -> ProcessGroup:
     """Ranks that split each sequence."""
-    from megatron.core import parallel_state
-
     return parallel_state.get_context_parallel_group()
-
-
-def dp_group() -> ProcessGroup:
-    """Ranks that hold the same parameters and different sequences."""
-    from megatron.core import parallel_state
-
-    return parallel_state.get_data_parallel_group()
 
 
 def dp_cp_group() -> ProcessGroup:
     """Ranks that hold the same parameters and different tokens."""
-    from megatron.core import parallel_state
-
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
 def tensor_parallel_rank() -> int:
-    from megatron.core import parallel_state
-
     return parallel_state.get_tensor_model_parallel_rank()
 
 
 def pipeline_parallel_rank() -> int:
-    from megatron.core import parallel_state
-
     return parallel_state.get_pipeline_model_parallel_rank()
 
 
 def context_parallel_rank() -> int:
-    from megatron.core import parallel_state
-
     return parallel_state.get_context_parallel_rank()
 
 
 def data_parallel_rank() -> int:
     """Which share of the batch this rank trains on; the same for all its TP, PP and CP peers."""
-    from megatron.core import parallel_state
-
     return parallel_state.get_data_parallel_rank()
-
-
-def is_first_stage() -> bool:
-    """This rank holds the embedding."""
-    from megatron.core import parallel_state
-
-    return parallel_state.is_pipeline_first_stage(ignore_virtual=True)
 
 
 def is_last_stage() -> bool:
     """This rank holds the output layer, and so the logits and the loss."""
-    from megatron.core import parallel_state
-
     return parallel_state.is_pipeline_last_stage(ignore_virtual=True)
 
 
 def last_stage_rank() -> int:
     """Global rank of the last stage of this rank's pipeline: the source when a result of it is broadcast."""
-    from megatron.core import parallel_state
-
     return parallel_state.get_pipeline_model_parallel_last_rank()

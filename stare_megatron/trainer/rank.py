@@ -9,31 +9,34 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from megatron.core.utils import get_model_config
 
-from stare_megatron import device, manifest
 from stare_megatron.algo.registry import ALGORITHMS
 from stare_megatron.algo.shards import shards
+from stare_megatron.algo.stare import Candidates, Weights
 from stare_megatron.config import Config
 from stare_megatron.errors import RunError
-from stare_megatron.stats import EntropyReading, StepStats
-from stare_megatron.token_record import TokenRecord
-from stare_megatron.trainer import parallel
+from stare_megatron.host import device, manifest
+from stare_megatron.models.layout import padded_vocab
+from stare_megatron.trainer import checkpoint, parallel
+from stare_megatron.trainer.bridge import export, metadata
+from stare_megatron.trainer.export import export_hf
+from stare_megatron.trainer.head import Head
+from stare_megatron.trainer.model import build_model
+from stare_megatron.trainer.optimizer import build_optimizer, step, zero_grad
+from stare_megatron.trainer.partials import vocab_shard
+from stare_megatron.trainer.runner import Loaded, Runner, loaded
 from stare_megatron.trainer.schedule import learning_rate
-from stare_megatron.types import Control, Group, UpdateShare, UpdateStats
-
-if TYPE_CHECKING:
-    from stare_megatron.algo.stare import Candidates, Weights
-    from stare_megatron.trainer.runner import Loaded
-    from stare_megatron.trainer.scoring import SampledBatch, Scored, ScoredBatch
-    from stare_megatron.trainer.step import Pass
-    from stare_megatron.trainer.writing import Writing
-
-# Modules that import megatron at their top are imported inside methods, after `parallel.initialize` has patched it.
+from stare_megatron.trainer.scoring import SampledBatch, Scored, ScoredBatch, read_rollout, score, summarize
+from stare_megatron.trainer.sequence import Layout, MicroBatch, dummy, micro_batches, probe, token_batch
+from stare_megatron.trainer.step import Pass, entropy_dynamics, exact_sets, forward_backward, token_records, weigh
+from stare_megatron.trainer.writing import Writer, Writing
+from stare_megatron.types import Control, EntropyReading, Group, StepStats, UpdateShare, UpdateStats
+from stare_megatron.types.token_record import TokenRecord
 
 COLLECTIVE_TIMEOUT_S = 1800.0  # ranks enter a collective together; the slowest may be a long micro-batch behind
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -76,15 +79,6 @@ class TrainerRank:
             seed=config.run.seed,
             timeout_s=COLLECTIVE_TIMEOUT_S,
         )
-        from megatron.core.utils import get_model_config
-
-        from stare_megatron.trainer.head import Head
-        from stare_megatron.trainer.model import build_model, padded_vocab
-        from stare_megatron.trainer.optimizer import build_optimizer
-        from stare_megatron.trainer.partials import vocab_shard
-        from stare_megatron.trainer.runner import Runner
-        from stare_megatron.trainer.sequence import Layout
-        from stare_megatron.trainer.writing import Writer
 
         trainer = config.trainer
         begin = Path(config.model.weights) if config.model.weights else None
@@ -126,8 +120,6 @@ class TrainerRank:
 
     def load(self, groups_per_update: list[tuple[list[Group], UpdateShare]]) -> None:
         """Take this rank's share of an update batch: for each optimizer step the groups its share names, by index."""
-        from stare_megatron.trainer.runner import loaded
-        from stare_megatron.trainer.sequence import micro_batches, token_batch
 
         algorithm = self._config.algorithm
         self._loaded, self._known, self._trained = [], None, []
@@ -143,7 +135,6 @@ class TrainerRank:
         Raises:
             RunError: a log-prob or entropy is not finite.
         """
-        from stare_megatron.trainer.scoring import SampledBatch, ScoredBatch, read_rollout, score, summarize
 
         if not self._loaded:
             raise RuntimeError("load() comes before score()")
@@ -167,8 +158,6 @@ class TrainerRank:
                 norm the weights are spoilt: only a checkpoint helps. Without a scoring pass also: a log-prob or entropy
                 is not finite; no weight was changed then.
         """
-        from stare_megatron.trainer.scoring import SampledBatch, summarize
-        from stare_megatron.trainer.step import exact_sets
 
         known = self._known
         if known is None:
@@ -198,7 +187,6 @@ class TrainerRank:
         token ids, by them; `token_record.join` makes one of the parts of context-parallel ranks. What `update` kept is
         dropped. No collective: empty but on the last pipeline stage's first tensor-parallel ranks, which have it.
         """
-        from stare_megatron.trainer.step import token_records
 
         trained, self._trained = self._trained, []
         position = self.position()
@@ -208,7 +196,6 @@ class TrainerRank:
 
     def _weigh(self, data: Sequence[Loaded], tokens: Candidates, control: Control) -> Sequence[Weights | None]:
         """Token weights of each optimizer step; None where each micro-batch is weighed by itself."""
-        from stare_megatron.trainer.step import weigh
 
         config = self._config.algorithm
         if config.stare.scope == "microbatch" and config.method == "stare":
@@ -216,16 +203,12 @@ class TrainerRank:
         return weigh(self._runner, data, tokens, control, self._algorithm, config)
 
     def _forward_backward(self, data: Loaded, scored: Scored | None, weights: Weights | None, control: Control) -> Pass:
-        from stare_megatron.trainer.optimizer import zero_grad
-        from stare_megatron.trainer.step import forward_backward
 
         zero_grad(self._chunks, self._optimizer)
         config, temperature = self._config.algorithm, self._config.rollout.temperature
         return forward_backward(self._runner, data, scored, weights, control, self._algorithm, config, temperature)
 
     def _optimizer_step(self, data: Loaded, seen: Pass, exact_T: torch.Tensor) -> UpdateStats:
-        from stare_megatron.trainer.optimizer import step
-        from stare_megatron.trainer.step import entropy_dynamics
 
         number, loss = self._optimizer_steps + 1, seen.stats.loss
         expected = entropy_dynamics(self._runner, data, seen.scored, seen.applied, exact_T)
@@ -249,7 +232,6 @@ class TrainerRank:
 
     def score_tokens(self, token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """Log-probs of tokens 1.. of one sequence at temperature 1, float32 [n - 1]; equal on every rank."""
-        from stare_megatron.trainer.sequence import MicroBatch, dummy, probe
 
         place = self._runner.place
         ids_T = torch.from_numpy(token_ids).to(place, torch.int64)
@@ -270,20 +252,17 @@ class TrainerRank:
 
     def weight_metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         """Hugging Face name, dtype and full shape of everything `weights` yields, in its order."""
-        from stare_megatron.trainer.bridge.weights import metadata
 
         return metadata(self._shape, self._dtype)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter, whole, by Hugging Face name, in `model.dtype`; all ranks must run through it together."""
-        from stare_megatron.trainer.bridge.weights import export
 
         return export(self._chunks, self._dtype)
 
     def begin_save(self, folder: Path, step: int, *, snapshot: bool = False) -> None:
         """Start to write this rank's shards under `folder`; `step`: of the loop. `snapshot`: of a copy, so that
         training may go on before `finish_save`."""
-        from stare_megatron.trainer import checkpoint
 
         self._writing = checkpoint.begin_save(
             folder,
@@ -322,7 +301,6 @@ class TrainerRank:
         Raises:
             UserError: no such checkpoint, or one of another model.
         """
-        from stare_megatron.trainer import checkpoint
 
         step, self._optimizer_steps = checkpoint.restore(folder, self._chunks, self._optimizer, self._config.trainer)
         return step
@@ -333,7 +311,6 @@ class TrainerRank:
         Raises:
             RunError: it cannot be written.
         """
-        from stare_megatron.trainer.export import export_hf
 
         export_hf(folder, self._config.model.path, self.weight_metadata(), self.weights())
 

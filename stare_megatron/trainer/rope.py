@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from stare_megatron.trainer.bridge.rotary import Linear, Llama3, RopeScaling, Yarn
+from stare_megatron.models.rotary import Linear, Llama3, RopeScaling, Yarn
 
 
 def scaled(inv_freq: torch.Tensor, theta: float, scaling: RopeScaling) -> torch.Tensor:

@@ -19,11 +19,9 @@ from stare_megatron.algo.shards import Shards
 from stare_megatron.algo.stare import Candidates, ScoredCandidates
 from stare_megatron.algo.surrogate import importance_ratio, kl_estimate
 from stare_megatron.errors import RunError
-from stare_megatron.mismatch import Mismatch
-from stare_megatron.stats import EntropyReading
 from stare_megatron.trainer.runner import Loaded, Runner
 from stare_megatron.trainer.sequence import MicroBatch
-from stare_megatron.types import Scores, ScoreSummary
+from stare_megatron.types import EntropyReading, Mismatch, Scores, ScoreSummary
 
 # Bounds of one token's term of a mean, so that a sum in fixed point cannot overflow.
 MAX_KL_TERM = 2.0**15  # nats

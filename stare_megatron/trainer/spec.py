@@ -16,7 +16,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from stare_megatron import device
+from stare_megatron.host import device
 from stare_megatron.trainer.attention import SdpaAttention
 from stare_megatron.trainer.norms import RMSNorm
 

@@ -20,13 +20,12 @@ from stare_megatron.algo.registry import Algorithm
 from stare_megatron.algo.stare import Candidates, ScoredCandidates, Weights
 from stare_megatron.algo.surrogate import kl_estimate
 from stare_megatron.config import AlgorithmConfig
-from stare_megatron.dynamics import Dynamics
-from stare_megatron.token_record import TokenRecord
 from stare_megatron.trainer.runner import Loaded, Runner
 from stare_megatron.trainer.scoring import Scored, candidates
 from stare_megatron.trainer.sequence import MicroBatch
 from stare_megatron.trainer.tally import LossStats, Tally
-from stare_megatron.types import Control, Scores, TokenBatch
+from stare_megatron.types import Control, Dynamics, Scores, TokenBatch
+from stare_megatron.types.token_record import TokenRecord
 
 
 def weigh(

@@ -20,8 +20,8 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
-from stare_megatron import manifest
 from stare_megatron.errors import RunError
+from stare_megatron.host import manifest
 
 _THREADS = 2
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from stare_megatron import device
+from stare_megatron.host import device
 from stare_megatron.inference.engine import Engine
 
 

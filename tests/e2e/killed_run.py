@@ -34,8 +34,8 @@ def kill_engine() -> None:
 
 def arm(phase: str, step: int) -> None:
     """Make the loop of this process end so."""
-    from stare_megatron import build
     from stare_megatron.checkpoint import store
+    from stare_megatron.run import train as build
 
     if phase == "save":
         finish = store.finish

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stare_megatron.ports import free_port as free_port
+from stare_megatron.host.ports import free_port as free_port
 
 ROOT = Path(__file__).parents[2]
 

@@ -157,9 +157,9 @@ def frequencies(table: dict[str, Any]) -> tuple[float, float]:
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+    from stare_megatron.models.rotary import Yarn
+    from stare_megatron.models.shape import Fields
     from stare_megatron.trainer import rope
-    from stare_megatron.trainer.bridge.rotary import Yarn
-    from stare_megatron.trainer.bridge.shape import Fields
 
     parameters = table | {"rope_theta": 5000.0}
     config = LlamaConfig(hidden_size=64, num_attention_heads=1, head_dim=64, rope_parameters=dict(parameters))
@@ -183,8 +183,8 @@ def seeded_initialisation_leaves_no_trace(path: Path) -> bool:
 
 def refused() -> dict[str, str]:
     """What is said to options of [trainer.megatron] that cannot be."""
+    from stare_megatron.config.upstream import check_megatron
     from stare_megatron.errors import UserError
-    from stare_megatron.upstream import check_megatron
 
     said = {}
     for name in ("moe_router_dtyp", "tensor_model_parallel_size", "num_layers", "moe_aux_loss_coeff"):

@@ -63,24 +63,24 @@ def _train(path: Path, trainer: Any, dtype_name: str) -> Outcome:
     import torch
     from safetensors.torch import load_file
 
+    from stare_megatron.trainer import bridge
     from stare_megatron.trainer import optimizer as optimizers
-    from stare_megatron.trainer.bridge import weights
     from stare_megatron.trainer.model import build_model
 
     dtype = getattr(torch, dtype_name)
     chunks = build_model(path, dtype, trainer, torch.device("cpu"), 128)
     optimizer = optimizers.build_optimizer(chunks, trainer)
     original = load_file(path / "model.safetensors")
-    exported = dict(weights.export(chunks, dtype))
+    exported = dict(bridge.export(chunks, dtype))
     exact = set(exported) == set(original) and all(torch.equal(exported[k], original[k].to(dtype)) for k in original)
-    announced = weights.metadata(chunks[0].config.shape, dtype)
+    announced = bridge.metadata(chunks[0].config.shape, dtype)
     exact = exact and announced == [(k, v.dtype, tuple(v.shape)) for k, v in exported.items()]
     losses, norms = [], []
     for _ in range(2):
         optimizers.zero_grad(chunks, optimizer)
         losses.append(_forward_backward(chunks, trainer))
         norms.append(optimizers.step(optimizer, trainer.optimizer, trainer.optimizer.lr))
-    after = {k: v.clone() for k, v in weights.export(chunks, torch.float32)}
+    after = {k: v.clone() for k, v in bridge.export(chunks, torch.float32)}
     rank = torch.distributed.get_rank()
     return Outcome(losses, norms, list(exported), exact, after if rank == 0 else {})
 

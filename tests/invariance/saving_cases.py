@@ -15,13 +15,13 @@ from typing import Any
 from launch import Rank, free_port
 from step_cases import Overrides, Ports, load, make_config, make_groups, start
 
-from stare_megatron import checkpoint, manifest
+from stare_megatron import checkpoint
 from stare_megatron.algo.controller import ControllerState
 from stare_megatron.config import CheckpointConfig, Config
 from stare_megatron.data.prompts import StreamState
-from stare_megatron.stats import GateDuty, Observed
+from stare_megatron.host import manifest
 from stare_megatron.trainer.rank import TrainerRank
-from stare_megatron.types import Control, UpdateStats
+from stare_megatron.types import Control, GateDuty, Observed, UpdateStats
 
 STATE = checkpoint.LoopState(
     0, 0, StreamState(0, 0, 0, ""), ControllerState(1.0, 1.0), Observed(0.0, 0.0), GateDuty(0, 0), ""
@@ -148,7 +148,7 @@ def killed(rank: Rank, *, checkpoint: Path, root: Path, kills: int, seed: int) -
 
     # What takes longest is imported once, in the parent of all.
     stare_megatron_patches.apply("megatron-core")
-    for name in ("checkpoint", "model", "optimizer", "runner", "step", "bridge.weights"):
+    for name in ("checkpoint", "model", "optimizer", "runner", "step", "bridge"):
         importlib.import_module(f"stare_megatron.trainer.{name}")
     rng = random.Random(seed)
     found = []

@@ -167,7 +167,7 @@ def gradient(trainer: TrainerRank) -> dict[str, Any]:
     from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 
     from stare_megatron.trainer import parallel
-    from stare_megatron.trainer.bridge.weights import export
+    from stare_megatron.trainer.bridge import export
 
     group = parallel.dp_cp_group()
     size = dist.get_world_size(group)

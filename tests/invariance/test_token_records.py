@@ -8,8 +8,8 @@ from launch import launch
 from step_cases import first_tokens, make_checkpoint, make_groups
 
 from stare_megatron.algo.advantages import group_relative
-from stare_megatron.token_record import TokenRecord, join
 from stare_megatron.types import Status
+from stare_megatron.types.token_record import TokenRecord, join
 
 
 def layout(ranks: int, **keys: Any) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from typing import Any
 from launch import Rank
 from step_cases import Overrides, Ports, first_tokens, load, make_config, make_groups, selected_ids, start
 
-from stare_megatron.token_record import TokenRecord
 from stare_megatron.types import Control
+from stare_megatron.types.token_record import TokenRecord
 
 
 def records(rank: Rank, *, checkpoint: Path, cases: dict[str, Overrides]) -> dict[str, dict[str, Any]]:

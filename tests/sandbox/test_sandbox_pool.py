@@ -12,13 +12,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from stare_megatron.config.sandbox import SandboxConfig
 from stare_megatron.errors import RunError, UserError
 from stare_megatron.sandbox import detect as detection
 from stare_megatron.sandbox.box import open_sandbox
 from stare_megatron.sandbox.level import Level
 from stare_megatron.sandbox.pool import Sandbox
 from stare_megatron.sandbox.result import Result, Status
-from stare_megatron.sandbox_config import SandboxConfig
 
 CONFIG = SandboxConfig(require="limits", workers=2, wall_seconds=60, cpu_seconds=20, preload=["numpy"])
 
@@ -217,7 +217,7 @@ def test_nothing_is_left_when_the_driver_is_killed():
     code = (
         "import asyncio\n"
         "from stare_megatron.sandbox.pool import Sandbox\n"
-        "from stare_megatron.sandbox_config import SandboxConfig\n"
+        "from stare_megatron.config.sandbox import SandboxConfig\n"
         "async def main():\n"
         "    async with Sandbox(SandboxConfig(require='limits', workers=1, preload=[])) as box:\n"
         "        async with box.session() as s:\n"

@@ -8,11 +8,11 @@ import json
 import httpx
 import pytest
 
+from stare_megatron.config.sandbox import SandboxConfig
 from stare_megatron.errors import UserError
 from stare_megatron.sandbox import remote
 from stare_megatron.sandbox.remote import RemoteSandbox
 from stare_megatron.sandbox.result import Status
-from stare_megatron.sandbox_config import SandboxConfig
 
 CONFIG = SandboxConfig(url="http://server:8080", wall_seconds=3, memory_mb=100, output_bytes=100, retries=2)
 RAN = {"status": "Finished", "execution_time": 0.25, "return_code": 0, "stdout": "well\n", "stderr": ""}

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from stare_megatron.trainer.bridge.entries import hf_names
-from stare_megatron.trainer.bridge.families import read_hf_config
+from stare_megatron.models.entries import hf_names
+from stare_megatron.models.families import read_hf_config
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

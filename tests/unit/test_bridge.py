@@ -12,15 +12,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from stare_megatron import device
 from stare_megatron.config import TrainerConfig
 from stare_megatron.errors import UserError
-from stare_megatron.trainer import parallel
-from stare_megatron.trainer.bridge.entries import full_shapes
-from stare_megatron.trainer.bridge.families import FAMILIES, read_hf_config
-from stare_megatron.trainer.bridge.rotary import Linear, Llama3, Yarn
-from stare_megatron.trainer.bridge.shape import Layout, ModelShape
-from stare_megatron.trainer.bridge.shards import Checkpoint, merge, read_shard
+from stare_megatron.host import device
+from stare_megatron.models.entries import full_shapes
+from stare_megatron.models.families import FAMILIES, read_hf_config
+from stare_megatron.models.layout import check_layout
+from stare_megatron.models.rotary import Linear, Llama3, Yarn
+from stare_megatron.models.shape import Layout, ModelShape
+from stare_megatron.models.shards import Checkpoint, merge, read_shard
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -325,12 +325,12 @@ def test_weights_that_do_not_fit_the_configuration(tmp_path: Path) -> None:
 def test_impossible_layouts(monkeypatch: pytest.MonkeyPatch, layout: dict[str, Any], says: str) -> None:
     monkeypatch.setattr(device, "current", lambda: device.Device.CPU)
     with pytest.raises(UserError, match=says):
-        parallel.check_layout(TrainerConfig(**layout))
+        check_layout(TrainerConfig(**layout))
 
 
 def test_a_driver_can_check_cheaply() -> None:
     code = (
-        "import sys, stare_megatron.trainer.bridge.families, stare_megatron.trainer.parallel;"
+        "import sys, stare_megatron.models.families, stare_megatron.models.layout;"
         "sys.exit(any(m in sys.modules for m in ('torch', 'megatron', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0

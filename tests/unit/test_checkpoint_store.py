@@ -11,28 +11,23 @@ from typing import Any
 
 import pytest
 
-from stare_megatron import build_eval, checkpoint, config, manifest
+from stare_megatron import checkpoint, config
 from stare_megatron.algo.controller import ControllerState
 from stare_megatron.checkpoint import LoopState, Saver, Settings, store
 from stare_megatron.data.prompts import StreamState
 from stare_megatron.errors import RunError, UserError
+from stare_megatron.host import manifest
 from stare_megatron.metrics import wandb_id
-from stare_megatron.stats import GateDuty, Observed
+from stare_megatron.run import eval as build_eval
+from stare_megatron.types import GateDuty, Observed
 
 KEEP = config.CheckpointConfig(asynchronous=False)
 SETTINGS = Settings({}, {})
 
 
 def state(step: int) -> LoopState:
-    return LoopState(
-        step,
-        10 * step,
-        StreamState(0, step, 1, "x"),
-        ControllerState(1.0, 1.0),
-        Observed(0.5, 0.0),
-        GateDuty(step, 0),
-        "id",
-    )
+    stream, before, duty = StreamState(0, step, 1, "x"), Observed(0.5, 0.0), GateDuty(step, 0)
+    return LoopState(step, 10 * step, stream, ControllerState(1.0, 1.0), before, duty, "id")
 
 
 class Ranks:
@@ -382,7 +377,7 @@ def test_a_key_that_came_later_counts_with_its_default(made):
 
 
 def test_values_of_the_best_metric_come_from_steps_and_evaluations(tmp_path):
-    from stare_megatron import build
+    from stare_megatron.run import train as build
 
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 0.5}\n{"step": 2, "reward/mean": "NaN"}\n')
     assert build._values(tmp_path, "eval/avg") == {}

@@ -16,7 +16,7 @@ from stare_megatron.checkpoint import LoopState, store
 from stare_megatron.config import AlgorithmConfig, parse
 from stare_megatron.data.prompts import StreamState
 from stare_megatron.errors import UserError
-from stare_megatron.stats import GateDuty, Observed
+from stare_megatron.types import GateDuty, Observed
 
 TREE = {
     "run": {"steps": 5},

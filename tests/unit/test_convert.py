@@ -14,7 +14,6 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from stare_megatron import manifest
 from stare_megatron.__main__ import main
 from stare_megatron.convert import inspection, run, tasks
 from stare_megatron.convert.plan import ParallelLayout
@@ -22,6 +21,7 @@ from stare_megatron.convert.run import Options, convert
 from stare_megatron.convert.source import Kind, check_tokenizer, resolve
 from stare_megatron.convert.torch_dist import Box, TorchDist, cut
 from stare_megatron.errors import UserError
+from stare_megatron.host import manifest
 
 QUIET = Console(quiet=True)
 

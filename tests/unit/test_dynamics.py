@@ -6,17 +6,14 @@ import math
 import pytest
 import torch
 
-from stare_megatron import report
 from stare_megatron.algo.dynamics import Applied, critical_surprisal, exact_set, from_totals, lambert_w0, measure
 from stare_megatron.algo.shards import OneShard
 from stare_megatron.algo.stare import ScoredCandidates
-from stare_megatron.dynamics import Dynamics
 from stare_megatron.metrics.catalogue import metrics
-from stare_megatron.mismatch import Mismatch
-from stare_megatron.stats import UNOBSERVED
+from stare_megatron.run import step_metrics as report
 from stare_megatron.trainer.logprobs import token_scores
 from stare_megatron.trainer.partials import VocabShard
-from stare_megatron.types import ScoreSummary, UpdateStats
+from stare_megatron.types import UNOBSERVED, Dynamics, Mismatch, ScoreSummary, UpdateStats
 
 V, T = 50, 600
 

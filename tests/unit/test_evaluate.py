@@ -7,18 +7,19 @@ import math
 import numpy as np
 import pytest
 
-from stare_megatron import preflight, tasks
+from stare_megatron import tasks
 from stare_megatron.config import parse
 from stare_megatron.data.benchmarks import MAX_SOURCES, OTHER, load_benchmarks, source_labels
 from stare_megatron.data.prompts import load_prompts
 from stare_megatron.envs.single_turn import SingleTurn
 from stare_megatron.errors import UserError
-from stare_megatron.evaluate import Evaluations, Evaluator, prompt_seed
 from stare_megatron.metrics import jsonl
 from stare_megatron.metrics.catalogue import by_name
 from stare_megatron.rewards.base import RewardError
 from stare_megatron.rollout.episode import run_group
 from stare_megatron.rollout.sampler import SampleError
+from stare_megatron.run import preflight
+from stare_megatron.run.evaluation import Evaluations, Evaluator, prompt_seed
 from stare_megatron.tasks.tiny_model import make_tokenizer
 from stare_megatron.types import Completion, Score, Status
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stare_megatron import device
+from stare_megatron.host import device
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from stare_megatron import manifest
 from stare_megatron.errors import UserError
+from stare_megatron.host import manifest
 
 
 @pytest.fixture

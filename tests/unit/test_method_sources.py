@@ -17,7 +17,7 @@ from stare_megatron.algo.registry import ALGORITHMS
 from stare_megatron.algo.shards import OneShard
 from stare_megatron.algo.stare import ScoredCandidates
 from stare_megatron.config import AlgorithmConfig, load
-from stare_megatron.methods import METHODS, NO_DUAL_CLIP
+from stare_megatron.config.methods import METHODS, NO_DUAL_CLIP
 from stare_megatron.types import Control
 
 ROOT = Path(__file__).parents[2]

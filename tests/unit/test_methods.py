@@ -18,8 +18,8 @@ from stare_megatron.algo.registry import ALGORITHMS
 from stare_megatron.algo.shards import OneShard
 from stare_megatron.algo.stare import ScoredCandidates
 from stare_megatron.config import AlgorithmConfig, CorrectionConfig, parse
+from stare_megatron.config.methods import METHODS
 from stare_megatron.errors import UserError
-from stare_megatron.methods import METHODS
 from stare_megatron.types import Control
 from tests.unit.test_algo_selection import on_ranks
 

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from stare_megatron import config, device, preflight
+from stare_megatron import config
 from stare_megatron.errors import UserError
+from stare_megatron.host import device
+from stare_megatron.run import preflight
 
 SHAPE = {
     "architectures": ["Qwen2ForCausalLM"],

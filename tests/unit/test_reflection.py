@@ -1,6 +1,6 @@
 import pytest
 
-from stare_megatron.observe import REFLECTION_WORDS
+from stare_megatron.config.logging import REFLECTION_WORDS
 from stare_megatron.rollout.reflection import word_counter
 
 

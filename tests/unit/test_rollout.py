@@ -14,12 +14,12 @@ from stare_megatron.data.prompts import PromptStream, load_prompts
 from stare_megatron.envs.base import End, EnvError
 from stare_megatron.envs.single_turn import SingleTurn
 from stare_megatron.errors import UserError
-from stare_megatron.report import sampling_metrics
 from stare_megatron.rewards.base import RewardError
 from stare_megatron.rollout.collect import Collector, ToolStats
 from stare_megatron.rollout.episode import run_episode, run_group
 from stare_megatron.rollout.sampler import SampleError
 from stare_megatron.rollout.seeds import derive_seed
+from stare_megatron.run.step_metrics import sampling_metrics
 from stare_megatron.tasks.tiny_model import make_tokenizer
 from stare_megatron.types import (
     Completion,

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from stare_megatron import config, device, run_folder
+from stare_megatron import config
 from stare_megatron.errors import UserError
+from stare_megatron.host import device
+from stare_megatron.run import folder as run_folder
 
 
 @pytest.fixture

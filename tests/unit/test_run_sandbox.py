@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from stare_megatron import config, preflight
+from stare_megatron import config
 from stare_megatron.cluster import placement
 from stare_megatron.errors import UserError
+from stare_megatron.run import preflight
 from stare_megatron.sandbox.detect import Found
 from stare_megatron.sandbox.level import Level
 

@@ -11,7 +11,7 @@ import pytest
 
 from stare_megatron.config import parse
 from stare_megatron.rollout.runner import check_env, make_runner
-from stare_megatron.run_folder import to_toml
+from stare_megatron.run.folder import to_toml
 from stare_megatron.sandbox.result import Result
 from stare_megatron.sandbox.result import Status as Outcome
 from stare_megatron.types import Completion, GroupRequest, Prompt, Sampling, Status

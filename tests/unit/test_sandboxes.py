@@ -13,9 +13,9 @@ import ray
 
 from stare_megatron import config, tasks
 from stare_megatron.cluster.sandboxes import PoolBox, Sandboxes, make_box
+from stare_megatron.config.sandbox import SandboxConfig
 from stare_megatron.rollout.runner import make_runner
 from stare_megatron.sandbox.result import Result, Status
-from stare_megatron.sandbox_config import SandboxConfig
 from stare_megatron.tasks.tiny_model import default_settings, make_model, make_tokenizer, save
 from stare_megatron.types import Completion, GroupRequest, Prompt, Sampling, SpanKind
 from stare_megatron.types import Status as Ended

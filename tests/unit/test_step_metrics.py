@@ -4,11 +4,10 @@ import os
 
 import pytest
 
-from stare_megatron.host import host_memory
-from stare_megatron.report import gate_duty, source_metrics
+from stare_megatron.host.memory import host_memory
 from stare_megatron.rollout.collect import SourceStats
-from stare_megatron.stats import GateDuty
-from stare_megatron.types import Control
+from stare_megatron.run.step_metrics import gate_duty, source_metrics
+from stare_megatron.types import Control, GateDuty
 
 
 def test_sources_of_one_label_are_weighed_by_their_trajectories():

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from stare_megatron.errors import UserError
-from stare_megatron.run_folder import to_toml
+from stare_megatron.run.folder import to_toml
 from stare_megatron.study import runner, spec
 from stare_megatron.study.display import line, table
 

@@ -15,8 +15,8 @@ from tokenizers.decoders import DecodeStream
 
 from stare_megatron.algo.registry import ALGORITHMS
 from stare_megatron.config import AlgorithmConfig
+from stare_megatron.config.env import EnvConfig
 from stare_megatron.data.packing import plan_updates
-from stare_megatron.env_config import EnvConfig
 from stare_megatron.envs.tool_use import ToolUse
 from stare_megatron.rollout.episode import run_group
 from stare_megatron.sandbox.result import Result

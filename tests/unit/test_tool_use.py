@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from stare_megatron.config import parse
-from stare_megatron.env_config import EnvConfig
+from stare_megatron.config.env import EnvConfig
 from stare_megatron.envs.parsers import make_parser
 from stare_megatron.envs.parsers.base import Encoder, Malformed, Parsed, Request
 from stare_megatron.envs.tool_use import ToolUse

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from stare_megatron import config, preflight, tasks
-from stare_megatron.env_config import EnvConfig
+from stare_megatron import config, tasks
+from stare_megatron.config.env import EnvConfig
 from stare_megatron.envs.tool_use import ToolUse
+from stare_megatron.models.families import read_hf_config
+from stare_megatron.run import preflight
 from stare_megatron.sandbox.result import Result, Status
 from stare_megatron.tasks.base import TaskPrompt
 from stare_megatron.tasks.tiny_model import make_tokenizer
-from stare_megatron.trainer.bridge.families import read_hf_config
 from tests.contracts.source import ROOT
 
 QWEN_7B = {

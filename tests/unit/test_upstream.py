@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from stare_megatron import upstream
+from stare_megatron.config import upstream
 from stare_megatron.errors import UserError
 
 
@@ -49,7 +49,7 @@ def test_reserved_key_names_the_right_one(key, cure):
 
 def test_nothing_heavy_is_imported():
     code = (
-        "import sys; from stare_megatron import upstream; upstream.check_megatron({'softmax_scale': 1.0})\n"
+        "import sys; from stare_megatron.config import upstream; upstream.check_megatron({'softmax_scale': 1.0})\n"
         "print([m for m in ('torch', 'megatron', 'vllm') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

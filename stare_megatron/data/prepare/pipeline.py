@@ -18,37 +18,10 @@ from stare_megatron.data.prepare import extract, overlap, store
 from stare_megatron.data.prepare.hub import Source
 from stare_megatron.data.prepare.overlap import Contamination, Reference
 from stare_megatron.data.prepare.settings import Settings
-from stare_megatron.data.prepare.types import Malformed, Problem, Recipe
+from stare_megatron.data.prepare.types import Counts, Malformed, Problem, Recipe, Removed
 from stare_megatron.errors import UserError
 
 _SHOWN = 20  # malformed rows reported one by one
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Rows per step: `rows` = `malformed` + `repeated` + `conflicting` + `same` + `overlapping` + `written`.
-
-    `repeated`: a problem again, with the same answer. `conflicting`: one of a problem's rows whose answers differ.
-    `same`, `overlapping`: equal to, or with a large share of, a problem of `--against`.
-    """
-
-    rows: int
-    malformed: int
-    repeated: int
-    conflicting: int
-    same: int
-    overlapping: int
-    written: int
-
-
-@dataclass(frozen=True)
-class Removed:
-    """A problem that was left out, as `OUT.removed.jsonl` lists it; `id` names it as if it had been kept."""
-
-    id: str
-    place: str
-    reason: str
-    problem: str
 
 
 @dataclass(frozen=True)

@@ -9,19 +9,16 @@ import json
 import platform
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import stare_megatron
 from stare_megatron.data.prepare.hub import Source
 from stare_megatron.data.prepare.overlap import Reference
 from stare_megatron.data.prepare.read import read
 from stare_megatron.data.prepare.settings import Settings
-from stare_megatron.data.prepare.types import Malformed, RawRow, Recipe
+from stare_megatron.data.prepare.types import Counts, Malformed, RawRow, Recipe, Removed
 from stare_megatron.errors import UserError
-from stare_megatron.files import write_atomic
-
-if TYPE_CHECKING:
-    from stare_megatron.data.prepare.pipeline import Counts, Removed
+from stare_megatron.host.files import write_atomic
 
 
 def write(

@@ -81,3 +81,30 @@ class Recipe:
     role: Literal["train", "eval"]
     layouts: tuple[Layout, ...]
     check: Callable[[str], str]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Rows per step: `rows` = `malformed` + `repeated` + `conflicting` + `same` + `overlapping` + `written`.
+
+    `repeated`: a problem again, with the same answer. `conflicting`: one of a problem's rows whose answers differ.
+    `same`, `overlapping`: equal to, or with a large share of, a problem of `--against`.
+    """
+
+    rows: int
+    malformed: int
+    repeated: int
+    conflicting: int
+    same: int
+    overlapping: int
+    written: int
+
+
+@dataclass(frozen=True)
+class Removed:
+    """A problem that was left out, as `OUT.removed.jsonl` lists it; `id` names it as if it had been kept."""
+
+    id: str
+    place: str
+    reason: str
+    problem: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
-from stare_megatron.env_config import EnvConfig
+from stare_megatron.config.env import EnvConfig
 from stare_megatron.envs.parsers.base import Parser
 from stare_megatron.envs.parsers.fenced import Fenced
 from stare_megatron.envs.parsers.hermes import Hermes

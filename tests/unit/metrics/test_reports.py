@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from stare_megatron import report
 from stare_megatron.errors import UserError
 from stare_megatron.metrics import plot, summary
 from stare_megatron.metrics.catalogue import metrics
 from stare_megatron.metrics.jsonl import JsonlSink
 from stare_megatron.metrics.samples import pick, write_samples
+from stare_megatron.run import step_metrics as report
 from stare_megatron.types import Group, Prompt, Score, Span, SpanKind, Status, Trajectory
 
 

@@ -10,9 +10,8 @@ from tokenizers import pre_tokenizers
 from stare_megatron.data.tokenizer import decoder
 from stare_megatron.metrics.sample_records import pieces, write_sample_records
 from stare_megatron.metrics.samples import pick
-from stare_megatron.token_record import TokenRecord, join
-from stare_megatron.trajectory import Call, Turn
-from stare_megatron.types import Group, Prompt, Score, Span, SpanKind, Status, Trajectory
+from stare_megatron.types import Call, Group, Prompt, Score, Span, SpanKind, Status, Trajectory, Turn
+from stare_megatron.types.token_record import TokenRecord, join
 from tests import byte_tokenizer
 
 TOKENIZER = byte_tokenizer.make()

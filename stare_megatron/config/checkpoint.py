@@ -1,0 +1,36 @@
+"""Settings of what is saved: `[checkpoint]`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from stare_megatron.config.base import Section
+
+
+class CheckpointConfig(Section):
+    every: int = Field(default=0, ge=0, description="Save every n steps; 0: only at the end and when interrupted.")
+    asynchronous: bool = Field(
+        default=True, description="Copy the state and write it while training goes on; false: wait until it is on disk."
+    )
+    keep_last: int = Field(default=2, ge=1, description="Newest training checkpoints kept.")
+    keep_every: int = Field(
+        default=0, ge=0, description="Training checkpoints of steps that are multiples stay; 0: none."
+    )
+    best_metric: str = Field(
+        default="",
+        description="Metric of metrics.jsonl or eval.jsonl, e.g. `eval/avg`: the checkpoint with the best value stays; "
+        "empty: none.",
+    )
+    best_mode: Literal["max", "min"] = Field(default="max", description="Which value of `best_metric` is the best.")
+    verify: bool = Field(
+        default=True,
+        description="Compare checksums, which reads every byte, before a checkpoint is loaded; false: sizes only.",
+    )
+    export_every: int = Field(
+        default=0,
+        ge=0,
+        description="Write the policy as a Hugging Face checkpoint every n steps, to `exports/`; 0: never.",
+    )
+    export_final: bool = Field(default=True, description="Write the final policy as a Hugging Face checkpoint.")

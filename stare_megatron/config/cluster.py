@@ -1,0 +1,18 @@
+"""Settings of Ray: `[cluster]`."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from stare_megatron.config.base import Section
+
+
+class ClusterConfig(Section):
+    address: str = Field(
+        default="local", description="`local` starts Ray on this machine; `auto` or HOST:PORT joins a cluster."
+    )
+    port: int = Field(
+        default=0, ge=0, le=65535, description="TCP port where trainer ranks meet, on rank 0's node; 0: a free one."
+    )
+    object_store_mb: int = Field(default=512, ge=80, description="Object store of a local Ray, MB.")
+    start_timeout: float = Field(default=600.0, gt=0, description="Seconds to wait for ranks and engines to be ready.")

@@ -1,0 +1,133 @@
+"""A whole run's configuration, and what its tables must agree on.
+
+Every key is a field with its meaning, unit and default. What needs more (the model's shape, files, the machine) is
+checked in `run/preflight.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from stare_megatron.config import methods
+from stare_megatron.config.algorithm import AlgorithmConfig
+from stare_megatron.config.base import Section
+from stare_megatron.config.checkpoint import CheckpointConfig
+from stare_megatron.config.cluster import ClusterConfig
+from stare_megatron.config.data import DataConfig
+from stare_megatron.config.env import EnvConfig
+from stare_megatron.config.eval import EvalConfig
+from stare_megatron.config.inference import InferenceConfig
+from stare_megatron.config.logging import LoggingConfig
+from stare_megatron.config.model import ModelConfig
+from stare_megatron.config.reward import RewardConfig
+from stare_megatron.config.rollout import RolloutConfig
+from stare_megatron.config.run import RunConfig
+from stare_megatron.config.sandbox import SandboxConfig
+from stare_megatron.config.sync import SyncConfig
+from stare_megatron.config.trainer import TrainerConfig
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig = Field(description="The run itself.")
+    model: ModelConfig = Field(description="The policy.")
+    data: DataConfig = Field(description="Prompts.")
+    reward: RewardConfig = Field(description="The reward.")
+    rollout: RolloutConfig = Field(default_factory=lambda: RolloutConfig(), description="Sampling.")
+    env: EnvConfig = Field(default_factory=lambda: EnvConfig(), description="What the policy acts in.")
+    sandbox: SandboxConfig = Field(
+        default_factory=lambda: SandboxConfig(),
+        description='Where code that the policy writes is run, docs/sandbox.md; for `env.name = "tool_use"`.',
+    )
+    algorithm: AlgorithmConfig = Field(default_factory=lambda: AlgorithmConfig(), description="The objective.")
+    trainer: TrainerConfig = Field(default_factory=lambda: TrainerConfig(), description="Megatron-Core ranks.")
+    inference: InferenceConfig = Field(default_factory=lambda: InferenceConfig(), description="vLLM engines.")
+    sync: SyncConfig = Field(default_factory=lambda: SyncConfig(), description="Weight pushes.")
+    checkpoint: CheckpointConfig = Field(default_factory=lambda: CheckpointConfig(), description="What is saved.")
+    logging: LoggingConfig = Field(default_factory=lambda: LoggingConfig(), description="Where metrics go.")
+    eval: EvalConfig = Field(default_factory=lambda: EvalConfig(), description="Evaluation on held-out prompts.")
+    cluster: ClusterConfig = Field(default_factory=lambda: ClusterConfig(), description="Ray.")
+
+    @property
+    def window(self) -> int:
+        """Longest sequence, tokens."""
+        return self.inference.max_model_len or self.data.max_prompt_tokens + self.rollout.max_response_tokens
+
+    @property
+    def eval_response_tokens(self) -> int:
+        """Longest response of an evaluation, tokens."""
+        return self.eval.max_response_tokens or self.rollout.max_response_tokens
+
+    @property
+    def uses_sandbox(self) -> bool:
+        """Whether code that the policy writes is run."""
+        return self.env.name == "tool_use"
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.run.dir / self.run.name
+
+    @model_validator(mode="after")
+    def _cross(self) -> Config:
+        need = self.data.max_prompt_tokens + self.rollout.max_response_tokens
+        if self.window < need:
+            raise ValueError(
+                f"inference.max_model_len {self.window} is shorter than data.max_prompt_tokens "
+                f"{self.data.max_prompt_tokens} + rollout.max_response_tokens {self.rollout.max_response_tokens} = "
+                f"{need}"
+            )
+        if self.eval.benchmarks and self.window <= self.eval_response_tokens:
+            raise ValueError(
+                f"eval.max_response_tokens {self.eval.max_response_tokens} leaves no room for a prompt in the window "
+                f"of {self.window} tokens; lower it or set inference.max_model_len"
+            )
+        if self.uses_sandbox and self.sandbox.url and self.env.keep_state:
+            raise ValueError(
+                f"env.keep_state = true: the server at sandbox.url = {self.sandbox.url!r} keeps no state across calls; "
+                "set env.keep_state = false, or leave sandbox.url empty"
+            )
+        if self.sandbox.node_resource and self.cluster.address == "local":
+            raise ValueError(
+                f"sandbox.node_resource = {self.sandbox.node_resource!r} names nodes of a cluster, but cluster.address "
+                'is "local"; leave it empty, or join a cluster'
+            )
+        r, t = self.rollout, self.trainer
+        if r.prompts_per_step % t.updates_per_batch:
+            raise ValueError(
+                f"rollout.prompts_per_step {r.prompts_per_step} is not a multiple of trainer.updates_per_batch "
+                f"{t.updates_per_batch}"
+            )
+        sequences = r.prompts_per_step * r.group_size // t.updates_per_batch
+        if sequences < t.data_parallel:
+            raise ValueError(
+                f"rollout.prompts_per_step x rollout.group_size / trainer.updates_per_batch = {sequences} sequences "
+                f"cannot feed {t.data_parallel} data-parallel ranks"
+            )
+        generated = (r.prompts_per_generation or r.prompts_per_step) * (1 + r.max_refills)
+        if r.dynamic_sampling and generated < r.prompts_per_step:
+            raise ValueError(
+                f"rollout.prompts_per_generation {r.prompts_per_generation} x (1 + rollout.max_refills "
+                f"{r.max_refills}) = {generated} prompts cannot fill rollout.prompts_per_step = "
+                f"{r.prompts_per_step}; raise one"
+            )
+        if r.prompts_per_generation and not r.dynamic_sampling:
+            raise ValueError("rollout.prompts_per_generation is for rollout.dynamic_sampling = true")
+        a = self.algorithm
+        fault = methods.correction_fault(a.correction, r.temperature, r.top_p)
+        if t.scoring == "rollout":
+            settings = (a.method, a.stare, t.updates_per_batch, r.temperature, r.top_p)
+            fault = fault or methods.rollout_scoring_fault(*settings)
+        if fault:
+            raise ValueError(fault)
+        if not self.algorithm.response_tokens:
+            length = {"response_tokens": r.max_response_tokens}
+            object.__setattr__(self, "algorithm", self.algorithm.model_copy(update=length))  # frozen from here on
+        stare = self.algorithm.stare
+        if stare.target_schedule != "constant" and not stare.target_steps:
+            settled = {"stare": stare.model_copy(update={"target_steps": self.run.steps})}
+            object.__setattr__(self, "algorithm", self.algorithm.model_copy(update=settled))
+        return self

@@ -1,0 +1,21 @@
+"""Settings of the engines: `[inference]`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from stare_megatron.config.base import Section
+
+
+class InferenceConfig(Section):
+    engines: int = Field(default=1, ge=1, description="vLLM engines.")
+    tensor_parallel: int = Field(default=1, ge=1, description="TP of each engine; one GPU a rank.")
+    placement: Literal["colocated", "separate"] = Field(
+        default="colocated", description="Engines share the trainer's devices and take turns, or have their own."
+    )
+    max_model_len: int = Field(
+        default=0, ge=0, description="Engine window, tokens; 0: longest prompt + longest response."
+    )
+    vllm: dict[str, Any] = Field(default_factory=dict, description="Further vLLM EngineArgs, by their upstream names.")

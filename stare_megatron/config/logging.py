@@ -1,0 +1,45 @@
+"""Settings of metrics and samples: `[logging]`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from stare_megatron.config.base import Section
+
+REFLECTION_WORDS = (
+    "wait",
+    "however",
+    "hmm",
+    "alternatively",
+    "actually",
+    "let me check",
+    "let me verify",
+    "let's check",
+    "let's verify",
+    "double-check",
+    "recheck",
+    "reconsider",
+    "on second thought",
+)
+
+
+class LoggingConfig(Section):
+    tensorboard: bool = Field(default=True, description="Write TensorBoard event files.")
+    wandb: Literal["offline", "online", "disabled"] = Field(default="offline", description="Weights & Biases mode.")
+    wandb_project: str = Field(default="stare_megatron", description="Weights & Biases project.")
+    samples_every: int = Field(
+        default=10, ge=0, description="Write sampled trajectories, as text and as data, every n steps; 0: never."
+    )
+    samples: int = Field(default=4, ge=1, description="Trajectories written each time.")
+    reflection_words: list[str] = Field(
+        default_factory=lambda: list(REFLECTION_WORDS),
+        description="Words and phrases counted in responses, whole and in any case; empty: nothing is counted.",
+    )
+
+    @model_validator(mode="after")
+    def _words(self) -> LoggingConfig:
+        if not all(word.strip() for word in self.reflection_words):
+            raise ValueError("reflection_words holds an empty word; remove it")
+        return self

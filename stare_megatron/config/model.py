@@ -1,0 +1,22 @@
+"""Settings of the policy: `[model]`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from stare_megatron.config.base import Section
+
+
+class ModelConfig(Section):
+    path: Path = Field(description="Hugging Face checkpoint folder: config.json, safetensors, tokenizer.")
+    weights: str = Field(
+        default="",
+        description="Megatron-Core checkpoint folder whose weights the policy begins with instead of those in "
+        "`model.path`: a converted one, or `.../checkpoints/step_N/trainer` of another run; empty: none.",
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="bfloat16", description="Compute dtype of trainer and engines."
+    )

@@ -1,0 +1,37 @@
+"""Settings of sampling: `[rollout]`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from stare_megatron.config.base import Section
+
+
+class RolloutConfig(Section):
+    prompts_per_step: int = Field(default=64, ge=1, description="Groups in an update batch.")
+    group_size: int = Field(default=8, ge=2, description="Samples per prompt.")
+    dynamic_sampling: bool = Field(
+        default=True, description="Drop groups whose rewards are all equal and sample others."
+    )
+    prompts_per_generation: int = Field(
+        default=0,
+        ge=0,
+        description="Prompts sampled per generation batch under dynamic sampling; 0: `prompts_per_step`.",
+    )
+    max_refills: int = Field(
+        default=10,
+        ge=0,
+        description="Further generation batches allowed for one update batch; then zero-variance groups fill it.",
+    )
+    max_response_tokens: int = Field(default=3072, ge=1, description="Longest response, tokens.")
+    temperature: float = Field(
+        default=1.0, gt=0, description="Sampling temperature; the trainer scores at the same one."
+    )
+    top_p: float = Field(default=1.0, gt=0, le=1, description="Nucleus sampling threshold.")
+    stop: list[str] = Field(default_factory=list, description="Strings that end a response (kept in it).")
+    overlong: Literal["train", "mask"] = Field(
+        default="train",
+        description="Trajectories that the token, turn or call budget ended: learned from, or left out of the loss.",
+    )

@@ -1,0 +1,18 @@
+"""Settings of weight pushes: `[sync]`."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from stare_megatron.config.base import Section
+
+
+class SyncConfig(Section):
+    probe_every: int = Field(
+        default=1, ge=0, description="Compare engine and trainer log-probs after every n-th push; 0: never."
+    )
+    probe_threshold: float = Field(
+        default=1e-3,
+        gt=0,
+        description="Largest mean |log-prob difference| on the probe prompt, nats; beyond it the run stops.",
+    )

@@ -1,0 +1,78 @@
+"""Settings of the Megatron-Core ranks: `[trainer]`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from stare_megatron.config.base import Section
+
+
+class OptimizerConfig(Section):
+    lr: float = Field(default=1e-6, gt=0, description="Peak learning rate.")
+    warmup_steps: int = Field(default=0, ge=0, description="Linear warm-up, optimizer steps.")
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        default="constant", description="Decay after the warm-up."
+    )
+    min_lr: float = Field(default=0.0, ge=0, description="Learning rate at the end of a decay.")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW weight decay.")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="Adam beta 1.")
+    beta2: float = Field(default=0.95, ge=0, lt=1, description="Adam beta 2.")
+    eps: float = Field(default=1e-8, gt=0, description="Adam epsilon.")
+    clip_grad: float = Field(default=1.0, gt=0, description="Gradient norm above which gradients are scaled down.")
+
+
+class TrainerConfig(Section):
+    world_size: int = Field(default=1, ge=1, description="Trainer ranks over all nodes; one GPU each.")
+    tensor_parallel: int = Field(default=1, ge=1, description="TP: ranks that split each layer.")
+    pipeline_parallel: int = Field(default=1, ge=1, description="PP: ranks that split the layers.")
+    virtual_pipeline: int = Field(
+        default=1, ge=1, description="Model chunks per pipeline rank (interleaved 1F1B when > 1)."
+    )
+    context_parallel: int = Field(default=1, ge=1, description="CP: ranks that split each sequence.")
+    expert_parallel: int = Field(default=1, ge=1, description="EP: ranks that split the experts (MoE).")
+    sequence_parallel: bool = Field(default=False, description="Split norms and dropout over the TP ranks, by tokens.")
+    distributed_optimizer: bool = Field(default=True, description="Split optimizer state over the data-parallel ranks.")
+    micro_batch_tokens: int = Field(
+        default=8192,
+        ge=1,
+        description="Token budget of a packed micro-batch; a longer sequence gets a micro-batch of its own.",
+    )
+    logits_chunk_tokens: int = Field(
+        default=0,
+        ge=0,
+        description="Rows of logits that exist at a time; they are made again in the backward pass. Bounds memory for "
+        "long sequences. 0: off, all rows of a micro-batch are kept.",
+    )
+    updates_per_batch: int = Field(
+        default=1, ge=1, description="Optimizer steps per update batch (mini-batches of groups)."
+    )
+    scoring: Literal["trainer", "rollout"] = Field(
+        default="trainer",
+        description="Log-probs and entropy before an update: of a forward pass, or, for one update a batch, of the "
+        "engines, without a pass; see docs/scoring.md.",
+    )
+    recompute: Literal["none", "selective", "full"] = Field(default="none", description="Activation recomputation.")
+    optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(), description="Optimizer settings.")
+    megatron: dict[str, Any] = Field(
+        default_factory=dict, description="Further Megatron-Core TransformerConfig fields, by their upstream names."
+    )
+
+    @property
+    def data_parallel(self) -> int:
+        return self.world_size // (self.tensor_parallel * self.pipeline_parallel * self.context_parallel)
+
+    @model_validator(mode="after")
+    def _layout(self) -> TrainerConfig:
+        ranks = self.tensor_parallel * self.pipeline_parallel * self.context_parallel
+        if self.world_size % ranks:
+            raise ValueError(
+                f"world_size {self.world_size} is not a multiple of tensor_parallel {self.tensor_parallel} x "
+                f"pipeline_parallel {self.pipeline_parallel} x context_parallel {self.context_parallel} = {ranks}"
+            )
+        if self.virtual_pipeline > 1 and self.pipeline_parallel == 1:
+            raise ValueError("virtual_pipeline > 1 needs pipeline_parallel > 1")
+        if self.sequence_parallel and self.tensor_parallel == 1:
+            raise ValueError("sequence_parallel needs tensor_parallel > 1")
+        return self

@@ -1,0 +1,1 @@
+"""The machine under a process: devices, ports, memory, files and their checksums."""

@@ -1,0 +1,121 @@
+"""Every parameter of a whole model, and the rows that Hugging Face's and Megatron-Core's tensors share. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from stare_megatron.models.families import FAMILIES
+from stare_megatron.models.shape import Layout, ModelShape, Tensor
+
+_EMBEDDING = Tensor(Layout.VOCAB, ("model.embed_tokens.weight",), "embedding.word_embeddings.weight")
+_FINAL_NORM = Tensor(Layout.REPLICATED, ("model.norm.weight",), "decoder.final_layernorm.weight")
+_HEAD = Tensor(Layout.VOCAB, ("lm_head.weight",), "output_layer.weight")
+# The last pipeline stage's copy of tied embeddings.
+_TIED_HEAD = Tensor(Layout.VOCAB, _EMBEDDING.names, _HEAD.local)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter of the whole model: `layer` (from 0) or None outside of the layers."""
+
+    layer: int | None
+    tensor: Tensor
+
+    def names(self, expert: int = 0) -> list[str]:
+        """Its Hugging Face tensors."""
+        prefix = "" if self.layer is None else f"model.layers.{self.layer}."
+        return [prefix + name.format(e=expert) for name in self.tensor.names]
+
+    @property
+    def of_experts(self) -> bool:
+        return self.tensor.layout in (Layout.EXPERT_GATED, Layout.EXPERT_ROW)
+
+    @property
+    def saved(self) -> str:
+        """Key in a distributed checkpoint, where all layers are one tensor with a leading axis of layers."""
+        return self.tensor.saved_name if self.layer is None else f"decoder.layers.{self.tensor.saved_name}"
+
+    def experts(self, shape: ModelShape) -> int:
+        """Number of experts; 1 for what is not of experts."""
+        return shape.experts.number if self.of_experts and shape.experts else 1
+
+    def wants(self, shape: ModelShape) -> list[tuple[int, ...]]:
+        """Full shapes of its Hugging Face tensors (of one expert)."""
+        return full_shapes(self.tensor.layout, shape, self.tensor.local)
+
+
+def entries(shape: ModelShape) -> list[Entry]:
+    """Every parameter in the order of export: embedding, layers, final norm, head."""
+    layer = FAMILIES[shape.family].layer(shape)
+    inner = [Entry(i, tensor) for i in range(shape.layers) for tensor in layer]
+    return [Entry(None, _EMBEDDING), *inner, Entry(None, _FINAL_NORM)] + [Entry(None, _HEAD)] * (not shape.tied)
+
+
+def local_entries(shape: ModelShape) -> list[Entry]:
+    """Every parameter a rank may hold: with the last stage's copy of tied embeddings."""
+    return entries(shape) + [Entry(None, _TIED_HEAD)] * shape.tied
+
+
+def hf_names(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Name and full shape of every Hugging Face tensor of the model, in the order of export."""
+    return {
+        name: want
+        for entry in entries(shape)
+        for expert in range(entry.experts(shape))
+        for name, want in zip(entry.names(expert), entry.wants(shape), strict=True)
+    }
+
+
+def full_shapes(layout: Layout, shape: ModelShape, last: str) -> list[tuple[int, ...]]:
+    """Full shapes of the Hugging Face tensors of one parameter (of one expert); `last`: its Megatron-Core name."""
+    hidden, q, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_groups * shape.head_dim
+    if layout is Layout.VOCAB:
+        return [(shape.vocab, hidden)]
+    if layout is Layout.QKV:
+        return [(n, hidden) if last.endswith("weight") else (n,) for n in (q, kv, kv)]
+    if layout is Layout.GATED:
+        return [(shape.ffn, hidden)] * 2
+    if layout is Layout.ROW:
+        return [(hidden, q if "linear_proj" in last else shape.ffn)]
+    if layout in (Layout.EXPERT_GATED, Layout.EXPERT_ROW):
+        assert shape.experts is not None
+        ffn = shape.experts.ffn
+        return [(ffn, hidden)] * 2 if layout is Layout.EXPERT_GATED else [(hidden, ffn)]
+    if "router" in last:
+        assert shape.experts is not None
+        return [(shape.experts.number, hidden)]
+    return [(shape.head_dim,) if "q_layernorm" in last or "k_layernorm" in last else (hidden,)]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """`count` rows that are row `hf` of the parameter's Hugging Face tensor number `part` and row `mcore` of its
+    Megatron-Core tensor."""
+
+    part: int
+    hf: int
+    mcore: int
+    count: int
+
+    def shared(self, first: int, last: int, *, of_mcore: bool) -> tuple[int, int] | None:
+        """Offsets into this segment of those of its rows that lie in [first, last) of the one tensor or the other."""
+        start = self.mcore if of_mcore else self.hf
+        low, high = max(first - start, 0), min(last - start, self.count)
+        return (low, high) if low < high else None
+
+
+def segments(entry: Entry, shape: ModelShape) -> Iterator[Segment]:
+    """How the rows of the whole (unsplit, unpadded) tensors correspond, in the order of Megatron-Core's."""
+    if entry.tensor.layout is Layout.QKV:
+        size, queries = shape.head_dim, shape.heads // shape.kv_groups * shape.head_dim
+        for group in range(shape.kv_groups):
+            start = group * (queries + 2 * size)
+            yield Segment(0, group * queries, start, queries)
+            yield Segment(1, group * size, start + queries, size)
+            yield Segment(2, group * size, start + queries + size, size)
+        return
+    start = 0
+    for part, want in enumerate(entry.wants(shape)):
+        yield Segment(part, 0, start, want[0])
+        start += want[0]

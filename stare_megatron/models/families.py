@@ -1,0 +1,44 @@
+"""The registry of architectures. Pure Python: a driver can check a checkpoint with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from stare_megatron.errors import UserError
+from stare_megatron.models import llama, qwen2, qwen3, qwen3_moe
+from stare_megatron.models.shape import Family, Fields, ModelShape
+
+FAMILIES: dict[str, Family] = {
+    "llama": llama.FAMILY,
+    "qwen2": qwen2.FAMILY,
+    "qwen3": qwen3.FAMILY,
+    "qwen3_moe": qwen3_moe.FAMILY,
+}
+
+
+def read_hf_config(path: Path) -> ModelShape:
+    """The shape of the checkpoint in folder `path`.
+
+    Raises:
+        UserError: no readable config.json, an unsupported architecture, or a field that is not understood.
+    """
+    file = Path(path) / "config.json"
+    try:
+        fields = json.loads(file.read_text())
+    except OSError as e:
+        raise UserError(f"{file}: cannot read the model's configuration: {e.strerror}; set model.path") from e
+    except ValueError as e:
+        raise UserError(f"{file}: not valid JSON: {e}") from e
+    if not isinstance(fields, dict):
+        raise UserError(f"{file}: not a JSON object")
+    family = FAMILIES.get(str(fields.get("model_type")))
+    architectures = fields.get("architectures") or []
+    if family is None or (architectures and family.architecture not in architectures):
+        what = ", ".join(map(str, architectures)) or f"model_type {fields.get('model_type')!r}"
+        known = ", ".join(f.architecture for f in FAMILIES.values())
+        raise UserError(f"{file}: architecture {what} is not supported; supported are {known}")
+    reader = Fields(file, fields)
+    shape = family.read(reader)
+    reader.finish()
+    return shape

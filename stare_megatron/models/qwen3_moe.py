@@ -1,0 +1,58 @@
+"""Qwen3 mixture of experts (transformers `Qwen3MoeForCausalLM`): experts in every layer, no shared expert."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from stare_megatron.models.shape import (
+    Experts,
+    Family,
+    Fields,
+    Layout,
+    ModelShape,
+    Tensor,
+    dense_attention,
+    read_dense,
+)
+
+
+def read(f: Fields) -> ModelShape:
+    f.only("attention_bias", False)
+    f.only("decoder_sparse_step", 1)
+    f.only("mlp_only_layers", [])
+    # transformers 5 writes the second name for the first.
+    number = f.take("num_experts", int, 0) or f.take("num_local_experts", int)
+    experts = Experts(
+        number=number,
+        top_k=f.take("num_experts_per_tok", int),
+        ffn=f.take("moe_intermediate_size", int),
+        normalize=f.take("norm_topk_prob", bool, False),
+    )
+    shape = read_dense(f, "qwen3_moe", qkv_bias=False, qk_norm=True, kv_groups=4)
+    f.no_window(shape.layers)
+    return dataclasses.replace(shape, experts=experts)
+
+
+def layer(shape: ModelShape) -> tuple[Tensor, ...]:
+    return (
+        *dense_attention(shape),
+        Tensor(Layout.REPLICATED, ("post_attention_layernorm.weight",), "pre_mlp_layernorm.weight"),
+        Tensor(Layout.REPLICATED, ("mlp.gate.weight",), "mlp.router.weight"),
+        Tensor(
+            Layout.EXPERT_GATED,
+            ("mlp.experts.{e}.gate_proj.weight", "mlp.experts.{e}.up_proj.weight"),
+            "mlp.experts.local_experts.{e}.linear_fc1.weight",
+            "mlp.experts.linear_fc1.weight{e}",
+            "mlp.experts.experts.linear_fc1.weight",
+        ),
+        Tensor(
+            Layout.EXPERT_ROW,
+            ("mlp.experts.{e}.down_proj.weight",),
+            "mlp.experts.local_experts.{e}.linear_fc2.weight",
+            "mlp.experts.linear_fc2.weight{e}",
+            "mlp.experts.experts.linear_fc2.weight",
+        ),
+    )
+
+
+FAMILY = Family("qwen3_moe", "Qwen3MoeForCausalLM", read, layer)

@@ -1,0 +1,166 @@
+"""The composition root of `stare-megatron eval`: engines on a policy, every benchmark once, a folder of results."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from stare_megatron import checkpoint
+from stare_megatron.cluster import placement, runtime
+from stare_megatron.cluster.engines import EngineGroup
+from stare_megatron.cluster.sandboxes import Sandboxes
+from stare_megatron.cluster.trainers import TrainerGroup
+from stare_megatron.config import Config
+from stare_megatron.data.benchmarks import Benchmark, load_benchmarks
+from stare_megatron.data.tokenizer import decoder, load_tokenizer
+from stare_megatron.errors import RunError, UserError
+from stare_megatron.host import device
+from stare_megatron.metrics import eval_records, eval_results
+from stare_megatron.rollout.runner import check_env, make_runner
+from stare_megatron.run import folder as run_folder
+from stare_megatron.run import preflight
+from stare_megatron.run.evaluation import Evaluation, Evaluator, fingerprint
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What is evaluated: `model`, a Hugging Face folder, with the weights of `checkpoint` (of `step`) if not None."""
+
+    model: Path
+    checkpoint: Path | None
+    step: int
+
+    @property
+    def name(self) -> str:
+        return str(self.checkpoint or self.model)
+
+
+def find_policy(config: Config, path: Path | None) -> Policy:
+    """The policy at `path`: a Hugging Face folder, a training checkpoint, or a run's folder (the policy it exported,
+    else its newest checkpoint). None: `model.path`.
+
+    Raises:
+        UserError: nothing of the kind there.
+    """
+    if path is None or (path / "config.json").is_file():
+        return Policy(path or config.model.path, None, 0)
+    if (path / "loop.json").is_file():
+        return _trained(config, checkpoint.find(path.parent, str(path)) or path)
+    if (path / "run.json").is_file():
+        run = run_folder.RunFolder(path, fresh=False)
+        if (run.export / "config.json").is_file():
+            return Policy(run.export, None, 0)
+        newest = checkpoint.find(run.checkpoints, "auto")
+        if newest is not None:
+            return _trained(config, newest)
+        raise UserError(f"--model {path}: the run has neither exported a policy nor saved a checkpoint yet")
+    raise UserError(
+        f"--model {path}: neither a Hugging Face folder (config.json), nor a training checkpoint (loop.json), nor a "
+        "run's folder (run.json)"
+    )
+
+
+def _trained(config: Config, folder: Path) -> Policy:
+    return Policy(config.model.path, folder, checkpoint.read(folder).step)
+
+
+def evaluate(config: Config, *, model: Path | None, out: Path | None) -> int:
+    """Check everything, evaluate, print and write what was found; returns the exit code.
+
+    Raises:
+        UserError: before anything is started. RunError: the evaluation had to stop; its logs stay, in OUT.partial.
+    """
+    console = Console()
+    policy = find_policy(config, model)
+    changes: dict[str, object] = {"model": config.model.model_copy(update={"path": policy.model})}
+    if policy.checkpoint is None:  # nobody to share devices with
+        changes["inference"] = config.inference.model_copy(update={"placement": "separate"})
+    config = config.model_copy(update=changes)
+    notes = preflight.check_eval(config, trainers=policy.checkpoint is not None)
+    if sandbox := preflight.check_sandbox(config):
+        notes = (*notes, f"sandbox: {sandbox}")
+    if policy.checkpoint is not None:
+        note = checkpoint.verify(policy.checkpoint, contents=config.checkpoint.verify)
+        notes = (*notes, note) if note else notes
+    for note in notes:
+        console.print(f"note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    tokenizer = load_tokenizer(config.model.path)
+    check_env(config.env, tokenizer)
+    benchmarks = load_benchmarks(config, tokenizer)
+    folder = out or config.folder.with_name(f"{config.folder.name}-eval")
+    partial = _make(folder)
+    try:
+        with _engines(config, policy, partial / "logs", console) as engines:
+            evaluator = Evaluator(config, benchmarks, engines, lambda ref: runtime.fetch([ref])[0], decoder(tokenizer))
+            done = evaluator.evaluate()
+    except (UserError, KeyboardInterrupt):
+        shutil.rmtree(partial)
+        raise
+    except RunError as e:
+        raise RunError(f"{e} (logs: {partial / 'logs'})") from e
+    _write(config, policy, benchmarks, done, partial)
+    os.rename(partial, folder)
+    for line in eval_results.text(done.results):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"results: {folder}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _make(folder: Path) -> Path:
+    """A place to write to until all is there."""
+    if folder.exists():
+        raise UserError(f"{folder}: exists; name another folder with --out, or remove it")
+    partial = folder.with_name(folder.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as e:
+        raise UserError(f"{folder}: cannot be written: {e.strerror}; name another folder with --out") from e
+    return partial
+
+
+@contextlib.contextmanager
+def _engines(config: Config, policy: Policy, logs: Path, console: Console) -> Iterator[EngineGroup]:
+    """Engines that hold the policy, for as long as they are needed."""
+    trainers = policy.checkpoint is not None
+    transport = device.weight_transport(colocated=config.inference.placement == "colocated")
+    with contextlib.ExitStack() as stack:
+        ranks = config.trainer.world_size if trainers else 0
+        console.print("starting Ray and engines")
+        stack.enter_context(runtime.cluster(config.cluster, placement.actors(config, ranks)))
+        places = placement.plan(config, trainers=trainers)
+        stack.callback(places.release)
+        sandboxes = Sandboxes(config.sandbox, logs, wanted=config.uses_sandbox)
+        stack.callback(sandboxes.close)
+        runner = functools.partial(make_runner, config)
+        engines = EngineGroup(config, places.engines, transport, runner, sandboxes.actors, logs)
+        stack.callback(engines.close)
+        sandboxes.ready(config.cluster.start_timeout)
+        if policy.checkpoint is None:
+            engines.ready()
+        else:
+            group = TrainerGroup(config, places.trainers, logs)
+            stack.callback(group.close)
+            group.ready()
+            engines.ready()
+            group.connect(engines, transport)
+            console.print(f"loading {policy.checkpoint}", markup=False, highlight=False, soft_wrap=True)
+            group.push(group.restore(policy.checkpoint / "trainer"))
+        console.print("evaluating")
+        yield engines
+
+
+def _write(config: Config, policy: Policy, benchmarks: tuple[Benchmark, ...], done: Evaluation, folder: Path) -> None:
+    about = {"model": policy.name, "step": policy.step, "fingerprint": fingerprint(config, benchmarks)}
+    responses = folder / "responses"  # apart, so that no benchmark's name can be that of the table
+    responses.mkdir()
+    eval_records.fill(responses, about, done.results, done.rows)
+    eval_records.append(folder, policy.step, done.metrics)
+    (folder / "config.toml").write_text(run_folder.to_toml(config))

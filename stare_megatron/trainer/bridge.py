@@ -1,0 +1,189 @@
+"""Loading a Hugging Face checkpoint into Megatron-Core chunks, and exporting them again under the same names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.utils import get_model_config
+from torch.distributed import ProcessGroup
+
+from stare_megatron.models.entries import Entry, entries, hf_names, local_entries
+from stare_megatron.models.shape import Layout, ModelShape
+from stare_megatron.models.shards import Checkpoint, merge, read_shard
+
+
+def _shape(chunks: Sequence[torch.nn.Module]) -> ModelShape:
+    return get_model_config(chunks[0]).shape
+
+
+class _Local:
+    """The parameters on this rank, by global layer and Megatron-Core name."""
+
+    def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
+        self._by_place: dict[tuple[int | None, str], torch.nn.Parameter] = {}
+        for chunk in chunks:
+            model = chunk
+            while not hasattr(model, "decoder"):
+                model = model.module  # type: ignore[assignment]
+            globals_ = [layer.layer_number - 1 for layer in model.decoder.layers]  # type: ignore[union-attr]
+            for name, parameter in model.named_parameters():
+                parts = name.split(".")
+                if parts[:2] == ["decoder", "layers"]:
+                    self._by_place[globals_[int(parts[2])], ".".join(parts[3:])] = parameter
+                else:
+                    self._by_place[None, name] = parameter
+
+    def find(self, entry: Entry, expert: int = 0) -> torch.nn.Parameter | None:
+        """`expert`: its number on this rank."""
+        for name in (entry.tensor.local, entry.tensor.fused):
+            found = name and self._by_place.get((entry.layer, name.format(e=expert)))
+            if isinstance(found, torch.nn.Parameter):
+                return found
+        return None
+
+    def places(self) -> set[tuple[int | None, str]]:
+        return set(self._by_place)
+
+    def place_of(self, parameter: torch.nn.Parameter) -> tuple[int | None, str]:
+        return next(place for place, p in self._by_place.items() if p is parameter)
+
+
+def _groups(entry: Entry) -> ProcessGroup:
+    """The ranks that split this parameter (each expert, for experts)."""
+    if entry.of_experts:
+        return parallel_state.get_expert_tensor_parallel_group()
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def _local_experts(shape: ModelShape, entry: Entry) -> range:
+    """Numbers of the experts on this rank; one pseudo-expert where there are none."""
+    if not entry.of_experts:
+        return range(1)
+    assert shape.experts is not None
+    ranks, rank = parallel_state.get_expert_model_parallel_world_size(), parallel_state.get_expert_model_parallel_rank()
+    here = shape.experts.number // ranks
+    return range(rank * here, (rank + 1) * here)
+
+
+def mark_split(chunks: Sequence[torch.nn.Module]) -> None:
+    """Mark the parameters that tensor-parallel ranks split, so that the gradient norm counts every slice once.
+
+    Upstream marks them while it draws initial values, which is skipped here. Before the optimizer is made.
+    """
+    shape, local = _shape(chunks), _Local(chunks)
+    for entry in local_entries(shape):
+        if entry.tensor.layout is Layout.REPLICATED:
+            continue
+        dimension = 1 if entry.tensor.layout in (Layout.ROW, Layout.EXPERT_ROW) else 0
+        for here in range(len(_local_experts(shape, entry))):
+            parameter = local.find(entry, here)
+            if parameter is not None:
+                for name in ("tensor_model_parallel", "partition_dim", "partition_stride"):
+                    parameter.__dict__.pop(name, None)
+                set_tensor_model_parallel_attributes(parameter, True, dimension, 1)
+
+
+@torch.no_grad()
+def load_weights(chunks: Sequence[torch.nn.Module], path: Path) -> None:
+    """Fill every parameter of this rank from the checkpoint in folder `path`, reading only this rank's slices.
+
+    `chunks`: wrapped in DistributedDataParallel or not; an optimizer with master weights must be told afterwards.
+
+    Raises:
+        UserError: a tensor is missing, has another shape, or is none of the architecture's.
+        RuntimeError: a parameter that the architecture's table does not know.
+    """
+    shape, local, file = _shape(chunks), _Local(chunks), Checkpoint(path)
+    file.refuse_unknown(hf_names(shape), shape.tied)
+    left = local.places()
+    for entry in local_entries(shape):
+        group = _groups(entry)
+        for here, expert in enumerate(_local_experts(shape, entry)):
+            parameter = local.find(entry, here)
+            if parameter is None:
+                continue
+            wants = entry.wants(shape)
+            value = read_shard(
+                file,
+                entry.tensor.layout,
+                entry.names(expert),
+                wants,
+                shape,
+                group.rank(),
+                group.size(),
+                parameter.shape[0],
+            )
+            parameter.copy_(value)
+            left.discard(local.place_of(parameter))
+    if left:
+        raise RuntimeError(f"parameters without a counterpart in the checkpoint: {sorted(map(str, left))}")
+
+
+def metadata(shape: ModelShape, dtype: torch.dtype) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """Name, dtype and full shape of everything `export` yields, in its order; no communication."""
+    return [(name, dtype, want) for name, want in hf_names(shape).items()]
+
+
+@torch.no_grad()
+def export(chunks: Sequence[torch.nn.Module], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every Hugging Face tensor, whole, in `dtype`, contiguous, on the model's device, without padding rows.
+
+    A collective: all ranks must run through it. Names and order are the same on every rank. One parameter (or one
+    layer's experts) is held at a time.
+    """
+    shape, local = _shape(chunks), _Local(chunks)
+    place = next(chunks[0].parameters()).device
+    for entry, owner in zip(entries(shape), _owners(local, shape), strict=True):
+        wants = entry.wants(shape)
+        mine = owner == parallel_state.get_pipeline_model_parallel_rank()
+        if mine:
+            stacks = _gather(local, entry, shape, dtype)
+        else:
+            number = entry.experts(shape)
+            stacks = [torch.empty((number, *want), dtype=dtype, device=place) for want in wants]
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            pipeline = parallel_state.get_pipeline_model_parallel_group()
+            for stack in stacks:
+                torch.distributed.broadcast(stack, group_src=owner, group=pipeline)
+        for expert in range(len(stacks[0])):
+            for name, stack in zip(entry.names(expert), stacks, strict=True):
+                yield name, stack[expert]
+
+
+def _owners(local: _Local, shape: ModelShape) -> list[int]:
+    """Pipeline rank that holds each entry; the first one, where several do."""
+    here = [local.find(entry) is not None for entry in entries(shape)]
+    group = parallel_state.get_pipeline_model_parallel_group()
+    everywhere: list[list[bool]] = [[]] * group.size()
+    torch.distributed.all_gather_object(everywhere, here, group=group)
+    return [column.index(True) for column in zip(*everywhere, strict=True)]
+
+
+def _gather(local: _Local, entry: Entry, shape: ModelShape, dtype: torch.dtype) -> list[torch.Tensor]:
+    """The whole tensors of a parameter of this stage, each [experts or 1, ...]."""
+    shards = []
+    for expert in range(len(_local_experts(shape, entry))):
+        parameter = local.find(entry, expert)
+        assert parameter is not None
+        shards.append(parameter.detach().to(dtype))
+    group = _groups(entry)
+    if entry.tensor.layout is Layout.REPLICATED or group.size() == 1:
+        stacks = [torch.stack(shards)]
+    else:
+        stacks = _all_gather(torch.stack(shards), group)
+    whole = [merge(entry.tensor.layout, [s[e] for s in stacks], shape) for e in range(len(shards))]
+    tensors = [torch.stack(column).contiguous() for column in zip(*whole, strict=True)]
+    experts = parallel_state.get_expert_model_parallel_group()
+    if entry.of_experts and experts.size() > 1:
+        tensors = [torch.cat(_all_gather(t, experts)) for t in tensors]
+    return tensors
+
+
+def _all_gather(tensor: torch.Tensor, group: ProcessGroup) -> list[torch.Tensor]:
+    parts = [torch.empty_like(tensor) for _ in range(group.size())]
+    torch.distributed.all_gather(parts, tensor, group=group)
+    return parts

@@ -1,0 +1,74 @@
+"""The objects that flow through a step.
+
+    Prompt -> Trajectory(Span...) -> Group -> TokenBatch -> Scores -> Control -> UpdateStats
+
+Each stage is a new frozen type; none has a field that is filled in later.
+"""
+
+from stare_megatron.types.batch import (
+    Assignment,
+    Group,
+    GroupRequest,
+    GroupSummary,
+    Score,
+    Scores,
+    TokenBatch,
+    UpdateShare,
+)
+from stare_megatron.types.control import Control
+from stare_megatron.types.stats import (
+    UNOBSERVED,
+    Dynamics,
+    EntropyReading,
+    GateDuty,
+    Mismatch,
+    Observed,
+    ScoreSummary,
+    StepStats,
+    UpdateStats,
+)
+from stare_megatron.types.token_record import TokenRecord
+from stare_megatron.types.trajectory import (
+    Call,
+    Completion,
+    EpisodeCounts,
+    Prompt,
+    Sampling,
+    Span,
+    SpanKind,
+    Status,
+    Trajectory,
+    Turn,
+)
+
+__all__ = [
+    "UNOBSERVED",
+    "Assignment",
+    "Call",
+    "Completion",
+    "Control",
+    "Dynamics",
+    "EntropyReading",
+    "EpisodeCounts",
+    "GateDuty",
+    "Group",
+    "GroupRequest",
+    "GroupSummary",
+    "Mismatch",
+    "Observed",
+    "Prompt",
+    "Sampling",
+    "Score",
+    "ScoreSummary",
+    "Scores",
+    "Span",
+    "SpanKind",
+    "Status",
+    "StepStats",
+    "TokenBatch",
+    "TokenRecord",
+    "Trajectory",
+    "Turn",
+    "UpdateShare",
+    "UpdateStats",
+]
