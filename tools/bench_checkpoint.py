@@ -97,7 +97,7 @@ def save(trainer: TrainerRank, config: Config, folder: Path, *, background: bool
         waited += sum(waits)
         steps.append(took - sum(waits))
     ready = time.perf_counter()
-    entries: list[dict[str, manifest.Entry]] = [{}] * dist.get_world_size()
+    entries: list[dict[str, manifest.FileEntry]] = [{}] * dist.get_world_size()
     dist.all_gather_object(entries, trainer.finish_save())
     if dist.get_rank() == 0:
         manifest.write(folder, {name: entry for of_rank in entries for name, entry in of_rank.items()})

@@ -21,18 +21,18 @@ from rich.console import Console
 from rich.table import Table
 from torch.multiprocessing.spawn import spawn
 
+from stare_megatron.algo.comm import Comm, GroupComm
 from stare_megatron.algo.selection import NEGATIVE, POSITIVE, hash32, order_key, select_top, top_count
-from stare_megatron.algo.shards import GroupShards, Shards
 from stare_megatron.run.folder import hardware
 
-Choose = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, Shards], torch.Tensor]
+Choose = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, Comm], torch.Tensor]
 
 
 class CountingShards:
     """A process group's shards that count the bytes of what this rank hands over."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self._inner = GroupShards(group)
+        self._inner = GroupComm(group)
         self.payload = self.calls = 0
 
     def _count(self, x: torch.Tensor) -> torch.Tensor:
@@ -51,18 +51,18 @@ class CountingShards:
 
 
 def ours(
-    value_T: torch.Tensor, subset_T: torch.Tensor, id_T: torch.Tensor, fraction: float, shards: Shards
+    value_T: torch.Tensor, subset_T: torch.Tensor, id_T: torch.Tensor, fraction: float, comm: Comm
 ) -> torch.Tensor:
-    return select_top(value_T, subset_T, id_T, fraction, shards).selected_T
+    return select_top(value_T, subset_T, id_T, fraction, comm).selected_T
 
 
 def gather_and_sort(
-    value_T: torch.Tensor, subset_T: torch.Tensor, id_T: torch.Tensor, fraction: float, shards: Shards
+    value_T: torch.Tensor, subset_T: torch.Tensor, id_T: torch.Tensor, fraction: float, comm: Comm
 ) -> torch.Tensor:
     """Everything to every rank, then a sort by (value, hash): as exact as ours."""
     key_T = (order_key(value_T) << 32 | hash32(id_T)) ^ (-(2**63))  # unsigned order as int64
-    every_key = torch.cat(shards.gather(key_T))
-    every_subset = torch.cat(shards.gather(subset_T.to(torch.int8)))
+    every_key = torch.cat(comm.gather(key_T))
+    every_subset = torch.cat(comm.gather(subset_T.to(torch.int8)))
     chosen_T = torch.zeros_like(subset_T, dtype=torch.bool)
     for code in (POSITIVE, NEGATIVE):
         keys = every_key[every_subset == code].sort(descending=True).values
@@ -73,17 +73,17 @@ def gather_and_sort(
 
 
 def mean_of_quantiles(
-    value_T: torch.Tensor, subset_T: torch.Tensor, id_T: torch.Tensor, fraction: float, shards: Shards
+    value_T: torch.Tensor, subset_T: torch.Tensor, id_T: torch.Tensor, fraction: float, comm: Comm
 ) -> torch.Tensor:
     """One threshold for all ranks: the mean of each rank's own quantile. Approximate."""
-    ranks = shards.sum(torch.ones(1))
+    ranks = comm.sum(torch.ones(1))
     own = [_kth(value_T[subset_T == code], fraction) for code in (POSITIVE, NEGATIVE)]
-    threshold_S = shards.sum(torch.stack(own)) / ranks
+    threshold_S = comm.sum(torch.stack(own)) / ranks
     return (subset_T <= NEGATIVE) & (value_T >= threshold_S[subset_T.clamp(max=NEGATIVE)])
 
 
 def per_rank(
-    value_T: torch.Tensor, subset_T: torch.Tensor, id_T: torch.Tensor, fraction: float, shards: Shards
+    value_T: torch.Tensor, subset_T: torch.Tensor, id_T: torch.Tensor, fraction: float, comm: Comm
 ) -> torch.Tensor:
     """Each rank by itself, as implementations without a collective do."""
     chosen_T = torch.zeros_like(subset_T, dtype=torch.bool)
@@ -139,12 +139,12 @@ def work(rank: int, ranks: int, rendezvous: str, number: int, fraction: float, r
         for _ in range(repeats + 1):
             group = dist.group.WORLD
             assert isinstance(group, dist.ProcessGroup)
-            shards = CountingShards(group)
+            comm = CountingShards(group)
             dist.barrier()
             start = time.perf_counter()
-            chosen = choose(value[mine], subset[mine], mine, fraction, shards)
+            chosen = choose(value[mine], subset[mine], mine, fraction, comm)
             times.append(time.perf_counter() - start)
-        results[name] = Result(statistics.median(times[1:]), shards.payload, shards.calls, mine[chosen])
+        results[name] = Result(statistics.median(times[1:]), comm.payload, comm.calls, mine[chosen])
     torch.save(results, f"{folder}/{rank}")
     dist.destroy_process_group()
 

@@ -21,11 +21,11 @@ import torch
 
 from stare_megatron.algo import controller
 from stare_megatron.algo.advantages import group_relative
+from stare_megatron.algo.comm import OneRank
 from stare_megatron.algo.controller import ControllerState
 from stare_megatron.algo.losses.types import LossInputs, Sequences
 from stare_megatron.algo.reduce import Reduction, token_factors
 from stare_megatron.algo.registry import ALGORITHMS
-from stare_megatron.algo.shards import OneShard
 from stare_megatron.algo.stare import Candidates
 from stare_megatron.config import AlgorithmConfig, StareConfig
 from stare_megatron.config.methods import METHODS
@@ -112,7 +112,7 @@ def check_loss(method: str, case: Case) -> list[str]:
         action_M.nonzero()[:, 0],
     )
     control = _control(case, config)
-    weights = algorithm.weigh(tokens, control, config, OneShard())
+    weights = algorithm.weigh(tokens, control, config, OneRank())
     weight_T = weights.weight_T
     sequence_T = torch.arange(mask_BT.shape[0]).repeat_interleave(mask_BT.shape[1])[action_M]
     loss_T = algorithm.loss(
@@ -124,7 +124,7 @@ def check_loss(method: str, case: Case) -> list[str]:
             weight_T=weight_T,
             selected_T=weights.selection.selected_T,
             correction_T=flat("rollout_is_weights") if "rollout_is_weights" in inputs else torch.ones_like(advantage_T),
-            sequences=Sequences(sequence_T, mask_BT.shape[0], OneShard()),
+            sequences=Sequences(sequence_T, mask_BT.shape[0], OneRank()),
             control=control,
         ),
         config,

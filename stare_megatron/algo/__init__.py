@@ -1,1 +1,1 @@
-"""The method: advantages, selection, token weights, losses. Pure torch; collectives only through `Shards`."""
+"""The method: advantages, selection, token weights, losses. Pure torch; collectives only through `Comm`."""

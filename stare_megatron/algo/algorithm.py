@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from stare_megatron.algo import controller, stare
 from stare_megatron.algo.advantages import Outcome, group_relative
+from stare_megatron.algo.comm import Comm
 from stare_megatron.algo.controller import ControllerState
 from stare_megatron.algo.losses.types import LossInputs, TokenLoss
-from stare_megatron.algo.shards import Shards
 from stare_megatron.algo.stare import Candidates, Weights
 from stare_megatron.config import AlgorithmConfig
 from stare_megatron.types import Control
@@ -20,9 +20,9 @@ def relative_reward(outcomes: Sequence[Outcome], config: AlgorithmConfig) -> tup
     return group_relative([o.reward for o in outcomes], normalize_std=config.normalize_std)
 
 
-def equal_weights(tokens: Candidates, control: Control, config: AlgorithmConfig, shards: Shards) -> Weights:
+def equal_weights(tokens: Candidates, control: Control, config: AlgorithmConfig, comm: Comm) -> Weights:
     """Weight 1 everywhere; nothing is chosen."""
-    return stare.weigh_equally(tokens, shards)
+    return stare.weigh_equally(tokens, comm)
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Algorithm:
     `advantage(trajectories of a whole group, config)` -> one advantage a trajectory.
     `controller(config, state, mean entropy)` -> new state and this step's `Control`; `controller.initial` makes the
     first state.
-    `weigh(tokens of the scope, control, config, shards)` -> token weights and chosen tokens; a collective.
+    `weigh(tokens of the scope, control, config, comm)` -> token weights and chosen tokens; a collective.
     `entropy_gradient`: `LossInputs.entropy_T` is differentiable.
     """
 
@@ -43,5 +43,5 @@ class Algorithm:
     controller: Callable[[AlgorithmConfig, ControllerState, float], tuple[ControllerState, Control]] = (
         controller.observe_without_gate
     )
-    weigh: Callable[[Candidates, Control, AlgorithmConfig, Shards], Weights] = equal_weights
+    weigh: Callable[[Candidates, Control, AlgorithmConfig, Comm], Weights] = equal_weights
     entropy_gradient: bool = False

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
+from stare_megatron.algo.comm import Comm
 from stare_megatron.algo.reduce import fixed_point_sum, from_fixed_point
 from stare_megatron.algo.selection import select_top, subset_codes
-from stare_megatron.algo.shards import Shards
 from stare_megatron.algo.stare import ScoredCandidates, criticality
 from stare_megatron.types import Dynamics
 
@@ -31,14 +31,14 @@ class Applied:
     selected_T: torch.Tensor
 
 
-def exact_set(tokens: ScoredCandidates, fraction: float, shards: Shards) -> torch.Tensor:
+def exact_set(tokens: ScoredCandidates, fraction: float, comm: Comm) -> torch.Tensor:
     """bool [T]: what the selector `sensitivity` would choose. A collective."""
     subset_T = subset_codes(tokens.advantage_T, tokens.action_T)
     key_T = criticality(tokens, "sensitivity")
-    return select_top(key_T, subset_T, tokens.global_id_T, fraction, shards).selected_T
+    return select_top(key_T, subset_T, tokens.global_id_T, fraction, comm).selected_T
 
 
-def measure(tokens: ScoredCandidates, applied: Applied, exact_T: torch.Tensor, shards: Shards) -> torch.Tensor:
+def measure(tokens: ScoredCandidates, applied: Applied, exact_T: torch.Tensor, comm: Comm) -> torch.Tensor:
     """Sums over the action tokens of all ranks for `from_totals`, int64 [23]. A collective."""
     own_T = tokens.action_T
     advantage_T, sensitivity_T = tokens.advantage_T[own_T].double(), tokens.sensitivity_T[own_T].double()
@@ -56,7 +56,7 @@ def measure(tokens: ScoredCandidates, applied: Applied, exact_T: torch.Tensor, s
     counts += [(chosen_T & exact_T).sum(), (chosen_T | exact_T).sum()]
     sums = [fixed_point_sum(x) for x in fixed]
     broken = torch.stack([s[1] for s in sums]).sum()
-    return shards.sum(torch.stack([*counts, broken, *(s[0] for s in sums)]))
+    return comm.sum(torch.stack([*counts, broken, *(s[0] for s in sums)]))
 
 
 def from_totals(totals: list[int]) -> Dynamics:
@@ -70,8 +70,8 @@ def from_totals(totals: list[int]) -> Dynamics:
         change=tuple(pairs[1::2]),
         unweighted_change=change,
         critical_surprisal=critical,
-        chosen_both=both,
-        chosen_either=either,
+        intersection=both,
+        union=either,
         non_finite=broken,
     )
 

@@ -15,7 +15,7 @@ from fractions import Fraction
 
 import torch
 
-from stare_megatron.algo.shards import Shards
+from stare_megatron.algo.comm import Comm
 
 POSITIVE, NEGATIVE, NEITHER = 0, 1, 2  # subset codes
 
@@ -75,9 +75,9 @@ def subset_codes(advantage_T: torch.Tensor, action_T: torch.Tensor) -> torch.Ten
 
 
 def select_top(
-    value_T: torch.Tensor, subset_T: torch.Tensor, global_id_T: torch.Tensor, fraction: float, shards: Shards
+    value_T: torch.Tensor, subset_T: torch.Tensor, global_id_T: torch.Tensor, fraction: float, comm: Comm
 ) -> Selection:
-    """The ceil(fraction x n) largest values of each of the two subsets, over all ranks of `shards`.
+    """The ceil(fraction x n) largest values of each of the two subsets, over all ranks of `comm`.
 
     Args:
         value_T: this rank's values (surprisals), any float dtype, compared as fp32.
@@ -85,7 +85,7 @@ def select_top(
         global_id_T: int64 in [0, 2^32), unique over all ranks; breaks ties.
         fraction: P in [0, 1].
     """
-    return select_some(value_T, subset_T, global_id_T, lambda count_S: top_count(fraction, count_S), shards)
+    return select_some(value_T, subset_T, global_id_T, lambda count_S: top_count(fraction, count_S), comm)
 
 
 def select_some(
@@ -93,7 +93,7 @@ def select_some(
     subset_T: torch.Tensor,
     global_id_T: torch.Tensor,
     wanted: Callable[[torch.Tensor], torch.Tensor],
-    shards: Shards,
+    comm: Comm,
 ) -> Selection:
     """As `select_top`, but `wanted(tokens in each subset, int64 [2])` says how many of each, int64 [2], at most all."""
     value_T = value_T.detach().float()
@@ -107,7 +107,7 @@ def select_some(
     open_T = row_T != NEITHER  # agrees with the k-th key so far
     for i, (word, shift, bits) in enumerate((w, *digit) for w in (0, 1) for digit in _DIGITS):
         digit_T = (words[word] >> shift) & ((1 << bits) - 1)
-        in_bin_SB, nan_all = _histograms(digit_T, row_T, open_T, nan, shards)
+        in_bin_SB, nan_all = _histograms(digit_T, row_T, open_T, nan, comm)
         if i == 0:
             count_S, nan = in_bin_SB.sum(1), nan_all
             wanted_S = left_S = wanted(count_S)
@@ -125,12 +125,12 @@ def select_some(
 
 
 def _histograms(
-    digit_T: torch.Tensor, row_T: torch.Tensor, open_T: torch.Tensor, nan: torch.Tensor, shards: Shards
+    digit_T: torch.Tensor, row_T: torch.Tensor, open_T: torch.Tensor, nan: torch.Tensor, comm: Comm
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed over ranks in one all-reduce: open tokens of each subset by digit, int64 [2, 2048]; number of NaNs."""
     size = NEITHER * _BINS
     flat = torch.zeros(size + 1, dtype=torch.int64, device=digit_T.device)
     flat.scatter_add_(0, torch.where(open_T, row_T * _BINS + digit_T, size), torch.ones_like(digit_T))
     flat[size] = nan  # what the closed tokens left there means nothing
-    flat = shards.sum(flat)
+    flat = comm.sum(flat)
     return flat[:size].view(2, _BINS), flat[size].clone()

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 import torch
 
+from stare_megatron.algo.comm import Comm
 from stare_megatron.algo.selection import NEGATIVE, POSITIVE, Selection, select_top, subset_codes
-from stare_megatron.algo.shards import Shards
 from stare_megatron.config import Selector, StareConfig
 from stare_megatron.types import Control
 
@@ -83,11 +83,11 @@ def criticality(tokens: Candidates, selector: Selector) -> torch.Tensor:
     return -scored.sensitivity_T
 
 
-def weigh(tokens: Candidates, control: Control, config: StareConfig, shards: Shards) -> Weights:
+def weigh(tokens: Candidates, control: Control, config: StareConfig, comm: Comm) -> Weights:
     """Token weights of variant O1 or C2. L+ and L- are found, and can be reported, with the gate shut too."""
     subset_T = subset_codes(tokens.advantage_T, tokens.action_T)
     key_T = criticality(tokens, config.selector)
-    chosen = select_top(key_T, subset_T, tokens.global_id_T, config.fraction, shards)
+    chosen = select_top(key_T, subset_T, tokens.global_id_T, config.fraction, comm)
     weight_T = torch.ones_like(tokens.advantage_T)
     if control.gate_on:
         weight_T = torch.where(chosen.selected_T & (subset_T == POSITIVE), control.weight_pos, weight_T)
@@ -96,9 +96,9 @@ def weigh(tokens: Candidates, control: Control, config: StareConfig, shards: Sha
     return Weights(weight_T, subset_T, chosen)
 
 
-def weigh_equally(tokens: Candidates, shards: Shards) -> Weights:
+def weigh_equally(tokens: Candidates, comm: Comm) -> Weights:
     """Weight 1 everywhere and empty L+ and L-, for methods without selection."""
     subset_T = subset_codes(tokens.advantage_T, tokens.action_T)
-    count_S = shards.sum(torch.stack([(subset_T == code).sum() for code in (POSITIVE, NEGATIVE)]))
+    count_S = comm.sum(torch.stack([(subset_T == code).sum() for code in (POSITIVE, NEGATIVE)]))
     nothing = Selection(torch.zeros_like(tokens.action_T), count_S, torch.zeros_like(count_S), count_S.new_zeros(()))
     return Weights(torch.ones_like(tokens.advantage_T), subset_T, nothing)

@@ -29,7 +29,7 @@ class RankWriters(Protocol):
         """Whether every rank's part is written, so that `finish_save` need not wait."""
         ...
 
-    def finish_save(self) -> dict[str, manifest.Entry]:
+    def finish_save(self) -> dict[str, manifest.FileEntry]:
         """Wait for the end of what `begin_save` started; entries of the files, by path relative to its folder."""
         ...
 

@@ -39,7 +39,7 @@ def begin(root: Path, state: LoopState, settings: Settings) -> Path:
     return partial
 
 
-def finish(root: Path, step: int, known: Mapping[str, manifest.Entry]) -> Path:
+def finish(root: Path, step: int, known: Mapping[str, manifest.FileEntry]) -> Path:
     """Seal what `begin` made with a manifest, give it its name, and let `latest` say so; returns the folder.
 
     `known`: entries of files that were hashed by who wrote them, by path relative to the folder.

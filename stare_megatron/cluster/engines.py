@@ -12,9 +12,9 @@ import ray
 
 from stare_megatron.cluster import runtime
 from stare_megatron.cluster.placement import Slot
-from stare_megatron.cluster.sandboxes import make_box
+from stare_megatron.cluster.sandboxes import make_client
 from stare_megatron.config import Config
-from stare_megatron.sandbox.box import Box
+from stare_megatron.sandbox.client import SandboxClient
 from stare_megatron.types import Group, GroupRequest, GroupSummary
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # Built in the composition root: the engine and, where code is run, an open sandbox go in, a function that samples and
 # scores one group comes out.
-MakeRunner = Callable[["Engine", Box | None], Callable[[GroupRequest], Awaitable[tuple[Group, GroupSummary]]]]
+MakeRunner = Callable[["Engine", SandboxClient | None], Callable[[GroupRequest], Awaitable[tuple[Group, GroupSummary]]]]
 
 
 @ray.remote
@@ -65,7 +65,7 @@ class EngineActor:
         await self._engine.start()
         box = None
         if config.uses_sandbox:
-            box = await self._opened.enter_async_context(make_box(config.sandbox, self._sandboxes))
+            box = await self._opened.enter_async_context(make_client(config.sandbox, self._sandboxes))
         self._run = self._make_runner(self._engine, box)
 
     @ray.method(num_returns=2)
@@ -90,8 +90,8 @@ class EngineActor:
     async def checksums(self) -> dict[str, str]:
         return await self._engine.checksums()
 
-    async def forget(self) -> None:
-        await self._engine.forget()
+    async def reset_prefix_cache(self) -> None:
+        await self._engine.reset_prefix_cache()
 
     async def sleep(self) -> None:
         await self._engine.sleep()
@@ -161,9 +161,9 @@ class EngineGroup:
     def checksums(self) -> list[dict[str, str]]:
         return self._all("checksums")
 
-    def forget(self) -> None:
+    def reset_prefix_cache(self) -> None:
         """Empty every engine's prefix cache."""
-        self._all("forget")
+        self._all("reset_prefix_cache")
 
     def sleep(self) -> None:
         self._all("sleep")

@@ -37,7 +37,7 @@ class _Lost(Exception):
 
 
 class Sandboxes:
-    """The driver's handle: starts the actors, waits for them, ends them. `actors` go to the engines, for `make_box`.
+    """The driver's handle: starts the actors, waits for them, ends them. `actors` go to the engines, for `make_client`.
 
     There are none where no code is run (not `wanted`), and with `sandbox.url`, where engines speak to the server.
     """
@@ -72,13 +72,13 @@ class Sandboxes:
             ray.kill(actor)
 
 
-def make_box(config: SandboxConfig, actors: Sequence[Any]) -> PoolBox | RemoteSandbox:
+def make_client(config: SandboxConfig, actors: Sequence[Any]) -> PoolBox | RemoteSandbox:
     """A box for one process, to be entered there: the server of `sandbox.url`, else the pool."""
     return RemoteSandbox(config) if config.url else PoolBox(config, actors)
 
 
 class PoolBox:
-    """A `Box` over actors, for one event loop: a call goes to the least busy actor, the cells of a state to its own.
+    """A `SandboxClient` over actors, for one event loop: a call goes to the least busy one, a state's cells to its own.
 
     Every call ends in bounded time, at most `queue_seconds` twice, its own limit and a margin. What an actor that
     dies or hangs was doing is `Status.LOST`, and so are later cells of its states; Ray starts it anew, and it gets no

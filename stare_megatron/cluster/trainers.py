@@ -13,7 +13,7 @@ from stare_megatron.cluster import runtime
 from stare_megatron.cluster.placement import Slot
 from stare_megatron.config import Config
 from stare_megatron.data.packing import plan_updates
-from stare_megatron.host.manifest import Entry
+from stare_megatron.host.manifest import FileEntry
 from stare_megatron.host.ports import free_port
 from stare_megatron.types import Control, EntropyReading, Group, GroupSummary, StepStats, UpdateShare
 from stare_megatron.types.token_record import TokenRecord, join
@@ -100,7 +100,7 @@ class TrainerActor:
     def save_written(self) -> bool:
         return self._trainer.save_written()
 
-    def finish_save(self) -> dict[str, Entry]:
+    def finish_save(self) -> dict[str, FileEntry]:
         return self._trainer.finish_save()
 
     def restore(self, folder: Path) -> int:
@@ -193,7 +193,7 @@ class TrainerGroup:
     def save_written(self) -> bool:
         return all(self._all("save_written"))
 
-    def finish_save(self) -> dict[str, Entry]:
+    def finish_save(self) -> dict[str, FileEntry]:
         """Wait until all is written; entries of all ranks' files, by path relative to the folder."""
         return {name: entry for entries in self._all("finish_save") for name, entry in entries.items()}
 

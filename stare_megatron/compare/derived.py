@@ -26,10 +26,10 @@ class Info:
 _DERIVED = {
     info.name: info
     for info in (
-        Info("full_solve_share", "share", "groups/full_solve / groups/sampled of the step."),
-        Info("no_solve_share", "share", "groups/no_solve / groups/sampled of the step."),
-        Info("dropped_share", "share", "groups/dropped / groups/sampled of the step."),
-        Info("gate_duty", "share", "Share of the run's steps up to this one at which the gate was open."),
+        Info("all_correct_fraction", "fraction", "groups/all_correct / groups/sampled of the step."),
+        Info("none_correct_fraction", "fraction", "groups/none_correct / groups/sampled of the step."),
+        Info("dropped_fraction", "fraction", "groups/dropped / groups/sampled of the step."),
+        Info("gate_duty", "fraction", "Share of the run's steps up to this one at which the gate was open."),
     )
 }
 # Running over all steps so far already: a moving average on top would say nothing.
@@ -57,8 +57,8 @@ def series(run: Run, name: str) -> Series | None:
     """A logged or derived series, float64 [steps]; None when the run lacks it."""
     if name in run.series:
         return run.series[name]
-    if name in ("full_solve_share", "no_solve_share", "dropped_share"):
-        part, whole = run.series.get(f"groups/{name.removesuffix('_share')}"), run.series.get("groups/sampled")
+    if name in ("all_correct_fraction", "none_correct_fraction", "dropped_fraction"):
+        part, whole = run.series.get(f"groups/{name.removesuffix('_fraction')}"), run.series.get("groups/sampled")
         if part is None or whole is None:
             return None
         return np.divide(part, whole, out=np.full(len(part), np.nan), where=whole > 0)

@@ -131,7 +131,7 @@ def number(value: float, unit: str) -> str:
     """For reading: shares as per cent, else about four digits."""
     if not math.isfinite(value):
         return "NaN" if math.isnan(value) else ("∞" if value > 0 else "-∞")
-    if unit == "share":
+    if unit == "fraction":
         percent = 100 * value
         return f"{percent:.1f} %" if abs(percent) >= 1 else f"{percent:.2g} %"
     if (value == int(value) and abs(value) < 1e15) or abs(value) >= 1000:
@@ -149,15 +149,15 @@ def pair(spread: Spread, unit: str) -> str:
         text, after = number(mean, unit), "" if std is None else " ± 0"
         text, sign = text.removesuffix(" %"), " %" if text.endswith(" %") else ""
         return Markup('{}<span class="std">{}</span>{}').format(text, after, sign)
-    scale = 100 if unit == "share" else 1
+    scale = 100 if unit == "fraction" else 1
     mean, std = mean * scale, std * scale
     decimals = max(0, 1 - math.floor(math.log10(std)))
     if decimals > 5:
         power = math.floor(math.log10(max(abs(mean), std)))
         text = f"({mean / 10**power:.2f} ± {std / 10**power:.2f})e{power}"
-        return Markup("{}{}").format(text, " %" if unit == "share" else "")
+        return Markup("{}{}").format(text, " %" if unit == "fraction" else "")
     shown = f"{mean:,.{decimals}f}", f"{std:,.{decimals}f}"
-    return Markup('{}<span class="std"> ± {}</span>{}').format(*shown, " %" if unit == "share" else "")
+    return Markup('{}<span class="std"> ± {}</span>{}').format(*shown, " %" if unit == "fraction" else "")
 
 
 def _card(index: int, content: Content) -> dict[str, Any]:

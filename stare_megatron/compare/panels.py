@@ -100,8 +100,8 @@ def _fixed() -> list[Panel]:
         _line("Responses", "Response length", "response/length_mean", "length"),
         _line("Responses", "Truncated responses", "response/truncated", "share of responses"),
         _line("Responses", "Reflection words", "response/reflections", "words/response"),
-        _line("Groups", "Fully solved groups", "full_solve_share", "share of sampled groups"),
-        _line("Groups", "Unsolved groups", "no_solve_share", "share of sampled groups"),
+        _line("Groups", "Fully solved groups", "all_correct_fraction", "share of sampled groups"),
+        _line("Groups", "Unsolved groups", "none_correct_fraction", "share of sampled groups"),
         _line("Control", "Gate duty so far", "gate_duty", "share of steps", cumulative=True),
         _line("Control", "Weight of L+", "stare/weight_pos", "W"),
         Panel(
@@ -117,7 +117,7 @@ def _fixed() -> list[Panel]:
         ),
         _line("Entropy dynamics", "Measured entropy change", MEASURED, "change", zero=False),
         *(
-            _line("Entropy dynamics", f"{what}: {name}", f"dynamics/{kind}_{quadrant}", "share")
+            _line("Entropy dynamics", f"{what}: {name}", f"dynamics/{kind}_{quadrant}", "fraction")
             for kind, what in _SHARES.items()
             for quadrant, name in _QUADRANTS.items()
         ),

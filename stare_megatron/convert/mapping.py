@@ -9,30 +9,30 @@ import torch
 
 from stare_megatron.convert.torch_dist import Box, Global, TorchDist, cut
 from stare_megatron.errors import UserError
-from stare_megatron.models.entries import Entry, entries, segments
-from stare_megatron.models.shape import Layout, ModelShape
+from stare_megatron.models.entries import ParameterEntry, entries, segments
+from stare_megatron.models.shape import ModelShape, Split
 from stare_megatron.models.shards import Checkpoint
 
 # Maps of files are dropped after so many bytes read through them: they count as resident memory.
 _RELEASE_BYTES = 128 << 20
-_COLUMNS = (Layout.ROW, Layout.EXPERT_ROW)
+_COLUMNS = (Split.ROW, Split.EXPERT_ROW)
 
 
-def by_key(shape: ModelShape) -> dict[str, Entry]:
+def by_key(shape: ModelShape) -> dict[str, ParameterEntry]:
     """Tensors of a distributed checkpoint, which hold all layers; an entry stands for its parameter in every layer."""
     return {entry.saved: entry for entry in entries(shape) if entry.layer in (None, 0)}
 
 
-def lead(entry: Entry, shape: ModelShape) -> tuple[int, ...]:
+def lead(entry: ParameterEntry, shape: ModelShape) -> tuple[int, ...]:
     """Axes before the parameter's own: layers, experts."""
     layers = () if entry.layer is None else (shape.layers,)
     return (*layers, entry.experts(shape)) if entry.of_experts else layers
 
 
-def whole(entry: Entry, shape: ModelShape, padded_vocab: int) -> tuple[int, ...]:
+def whole(entry: ParameterEntry, shape: ModelShape, padded_vocab: int) -> tuple[int, ...]:
     """Global shape in a distributed checkpoint."""
     wants = entry.wants(shape)
-    rows = padded_vocab if entry.tensor.layout is Layout.VOCAB else sum(want[0] for want in wants)
+    rows = padded_vocab if entry.tensor.layout is Split.VOCAB else sum(want[0] for want in wants)
     return (*lead(entry, shape), rows, *wants[0][1:])
 
 
@@ -49,7 +49,7 @@ def mcore_objects(shape: ModelShape) -> Iterator[str]:
     modules |= {
         entry.saved.removesuffix(".weight"): entry
         for entry in first
-        if entry.tensor.layout is not Layout.REPLICATED and entry.saved.endswith(".weight")
+        if entry.tensor.layout is not Split.REPLICATED and entry.saved.endswith(".weight")
     }
     for module, entry in modules.items():
         for layer in range(shape.layers):
@@ -80,15 +80,15 @@ def pieces(shape: ModelShape, itemsize: int, padded_vocab: int, ranks: int, limi
                     yield entry.saved, slab
 
 
-def _splits(entry: Entry, rows: int, columns: list[int], ranks: int) -> Iterator[tuple[int, int, int, int]]:
+def _splits(entry: ParameterEntry, rows: int, columns: list[int], ranks: int) -> Iterator[tuple[int, int, int, int]]:
     """First row, rows, first column, columns of each part."""
     layout, width = entry.tensor.layout, columns[0] if columns else 1
     if layout in _COLUMNS:
         for rank in range(ranks):
             yield 0, rows, width // ranks * rank, width // ranks
     else:
-        gated = layout in (Layout.GATED, Layout.EXPERT_GATED)
-        parts = 1 if layout is Layout.REPLICATED else 2 * ranks if gated else ranks
+        gated = layout in (Split.GATED, Split.EXPERT_GATED)
+        parts = 1 if layout is Split.REPLICATED else 2 * ranks if gated else ranks
         for part in range(parts):
             yield rows // parts * part, rows // parts, 0, width
 
@@ -173,8 +173,8 @@ def check_fits(dist: TorchDist, shape: ModelShape, config: Path) -> None:
                 f"{dist.folder}: no tensor {key!r}, which the model of {config} has; a checkpoint of another?"
             )
         have = model[key].shape
-        want = whole(entry, shape, have[0] if entry.tensor.layout is Layout.VOCAB else 0)
-        if have != want or (entry.tensor.layout is Layout.VOCAB and have[0] < shape.vocab):
+        want = whole(entry, shape, have[0] if entry.tensor.layout is Split.VOCAB else 0)
+        if have != want or (entry.tensor.layout is Split.VOCAB and have[0] < shape.vocab):
             want = whole(entry, shape, shape.vocab)
             raise UserError(
                 f"{dist.folder}: {key!r} has shape {list(have)}, the model of {config} asks for {list(want)}; a "

@@ -61,7 +61,7 @@ class Done:
     """A file that was written. `stored`: what lies where, for a `*.distcp` file."""
 
     name: str
-    entry: manifest.Entry
+    entry: manifest.FileEntry
     stored: tuple[Stored, ...]
 
 
@@ -168,4 +168,4 @@ def read_record(file: Path) -> Done | None:
                s["file"], s["offset"], s["length"])
         for s in tree["stored"]
     )  # fmt: skip
-    return Done(tree["name"], manifest.Entry(**tree["entry"]), stored)
+    return Done(tree["name"], manifest.FileEntry(**tree["entry"]), stored)

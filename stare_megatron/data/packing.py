@@ -63,7 +63,7 @@ def plan_updates(
 def _kept(summary: GroupSummary, group: int, first_token: int) -> list[_Sequence]:
     kept = []
     for sample, status in enumerate(summary.statuses):
-        if not status.counts or summary.num_action_tokens[sample] == 0:
+        if not status.is_trainable or summary.num_action_tokens[sample] == 0:
             continue
         tokens = summary.num_tokens[sample]
         kept.append(_Sequence(group, sample, tokens, summary.num_action_tokens[sample], first_token))

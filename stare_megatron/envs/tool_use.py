@@ -19,7 +19,7 @@ from stare_megatron.config.env import EnvConfig
 from stare_megatron.envs.base import End, EnvError
 from stare_megatron.envs.parsers import make_parser
 from stare_megatron.envs.parsers.base import Encoder, Malformed, Parsed, Request
-from stare_megatron.sandbox.box import Box
+from stare_megatron.sandbox.client import SandboxClient
 from stare_megatron.sandbox.result import Result, lost
 from stare_megatron.sandbox.result import Status as Outcome
 from stare_megatron.sandbox.session import Session
@@ -46,7 +46,9 @@ _CHARACTERS_PER_TOKEN = 16  # more than text has, so that a long output need not
 class ToolUse:
     """One episode; single use. `box`: an open sandbox, shared by the episodes."""
 
-    def __init__(self, prompt: Prompt, box: Box, tokenizer: PreTrainedTokenizerBase, config: EnvConfig) -> None:
+    def __init__(
+        self, prompt: Prompt, box: SandboxClient, tokenizer: PreTrainedTokenizerBase, config: EnvConfig
+    ) -> None:
         """Raises:
         UserError: the tokenizer's chat template cannot render what `config.parser` needs.
         """

@@ -24,7 +24,7 @@ _BLOCK = 4 << 20
 
 
 @dataclass(frozen=True)
-class Entry:
+class FileEntry:
     """One file: its size in bytes and its checksum, hexadecimal."""
 
     bytes: int
@@ -52,11 +52,11 @@ class HashingWriter:
     def flush(self) -> None:
         self._stream.flush()
 
-    def entry(self) -> Entry:
-        return Entry(self._bytes, self._hash.hexdigest())
+    def entry(self) -> FileEntry:
+        return FileEntry(self._bytes, self._hash.hexdigest())
 
 
-def checksum(file: Path, progress: Callable[[int], object] = int) -> Entry:
+def checksum(file: Path, progress: Callable[[int], object] = int) -> FileEntry:
     """Read a file once. `progress` is told the bytes of each block.
 
     Raises:
@@ -69,7 +69,7 @@ def checksum(file: Path, progress: Callable[[int], object] = int) -> Entry:
             state.update(buffer[:n])
             total += n
             progress(n)
-    return Entry(total, state.hexdigest())
+    return FileEntry(total, state.hexdigest())
 
 
 def files(folder: Path) -> list[str]:
@@ -78,7 +78,7 @@ def files(folder: Path) -> list[str]:
     return sorted(name for p in found if (name := p.relative_to(folder).as_posix()) != NAME)
 
 
-def write(folder: Path, known: Mapping[str, Entry] | None = None, threads: int = 2) -> dict[str, Entry]:
+def write(folder: Path, known: Mapping[str, FileEntry] | None = None, threads: int = 2) -> dict[str, FileEntry]:
     """Write the manifest of every file under `folder`, atomically; an older one is replaced.
 
     `known`: entries of files hashed while they were written, by relative path; the others are read here.
@@ -95,7 +95,7 @@ def write(folder: Path, known: Mapping[str, Entry] | None = None, threads: int =
     return entries
 
 
-def read(folder: Path) -> dict[str, Entry] | None:
+def read(folder: Path) -> dict[str, FileEntry] | None:
     """Entries by relative path; None where the folder has no manifest.
 
     Raises:
@@ -106,7 +106,7 @@ def read(folder: Path) -> dict[str, Entry] | None:
         tree = json.loads(file.read_text())
         if tree["algorithm"] != ALGORITHM:
             raise UserError(f"{file}: algorithm {tree['algorithm']!r} is unknown (only {ALGORITHM}); remove the file")
-        return {name: Entry(int(e["bytes"]), str(e["checksum"])) for name, e in tree["files"].items()}
+        return {name: FileEntry(int(e["bytes"]), str(e["checksum"])) for name, e in tree["files"].items()}
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:

@@ -20,7 +20,7 @@ from stare_megatron.config import InferenceConfig
 from stare_megatron.config.engine_args import check_engine_args
 from stare_megatron.errors import RunError
 from stare_megatron.host import device
-from stare_megatron.inference.processes import Brood
+from stare_megatron.inference.processes import ChildProcesses
 from stare_megatron.types import Completion, Sampling, Status
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Engine:
             **config.vllm,
         }
         self._llm: AsyncLLM | None = None
-        self._brood = Brood()
+        self._brood = ChildProcesses()
         self._ids = itertools.count()
         self._asleep = False
 
@@ -180,7 +180,7 @@ class Engine:
         """Checksum of each parameter the model computes with now, by its Hugging Face name (see `sync.check`)."""
         return (await self._call(self._running().collective_rpc("stare_checksums")))[0]
 
-    async def forget(self) -> None:
+    async def reset_prefix_cache(self) -> None:
         """Empty the prefix cache, so that what was sampled before has no part in what comes; nothing is in flight."""
         await self._call(self._running().reset_prefix_cache())
 

@@ -10,7 +10,7 @@ GRACE = 5.0
 """Seconds between the polite signal and the last one."""
 
 
-class Brood:
+class ChildProcesses:
     """Processes that this one has started, directly or not, since `begin()`."""
 
     def __init__(self) -> None:

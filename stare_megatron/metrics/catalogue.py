@@ -36,21 +36,34 @@ class Entry:
     meaning: str
 
 
+# In the order of `types.Dynamics`.
+QUADRANTS = {
+    "pos_likely": "A > 0, surprisal below the critical one (S > 0).",
+    "pos_unlikely": "A > 0, above it (S < 0).",
+    "neg_likely": "A < 0, below it.",
+    "neg_unlikely": "A < 0, above it.",
+}
+_KINDS = {
+    "tokens": "Share of the tokens with A != 0",
+    "advantage": "Share of the sum of |A|",
+    "change": "Signed share of the predicted change",
+}
+
 _ENTRIES = (
     Entry("reward/mean", "reward", Reduction.MEAN, "All sampled trajectories, also those of dropped groups."),
     Entry("reward/kept_mean", "reward", Reduction.MEAN, "Trajectories of the update batch."),
-    Entry("reward/correct", "share", Reduction.MEAN, "Sampled trajectories whose answer is correct."),
+    Entry("reward/correct", "fraction", Reduction.MEAN, "Sampled trajectories whose answer is correct."),
     Entry("groups/sampled", "groups", Reduction.SUM, "Groups sampled for the step, over all refills."),
-    Entry("groups/full_solve", "groups", Reduction.SUM, "Sampled groups in which every trajectory is correct."),
-    Entry("groups/no_solve", "groups", Reduction.SUM, "Sampled groups in which no trajectory is correct."),
-    Entry("groups/full_solve_ratio", "share", Reduction.MEAN, "groups/full_solve by groups/sampled."),
-    Entry("groups/no_solve_ratio", "share", Reduction.MEAN, "groups/no_solve by groups/sampled."),
+    Entry("groups/all_correct", "groups", Reduction.SUM, "Sampled groups in which every trajectory is correct."),
+    Entry("groups/none_correct", "groups", Reduction.SUM, "Sampled groups in which no trajectory is correct."),
+    Entry("groups/all_correct_ratio", "fraction", Reduction.MEAN, "groups/all_correct by groups/sampled."),
+    Entry("groups/none_correct_ratio", "fraction", Reduction.MEAN, "groups/none_correct by groups/sampled."),
     Entry("groups/dropped", "groups", Reduction.SUM, "Zero-variance groups that dynamic sampling dropped."),
     Entry("groups/zero_variance_kept", "groups", Reduction.SUM, "Zero-variance groups in the update batch."),
     Entry("groups/refills", "count", Reduction.SUM, "Generation batches sampled beyond the first."),
     Entry("response/length_mean", "tokens", Reduction.MEAN, "Action tokens a sampled trajectory."),
     Entry("response/length_max", "tokens", Reduction.MAX, "Action tokens of the longest sampled trajectory."),
-    Entry("response/truncated", "share", Reduction.MEAN, "Sampled trajectories ended by the token or turn budget."),
+    Entry("response/truncated", "fraction", Reduction.MEAN, "Sampled trajectories ended by the token or turn budget."),
     Entry("response/failed", "trajectories", Reduction.SUM, "Sampled trajectories the engine or environment failed."),
     Entry("response/ungraded", "trajectories", Reduction.SUM, "Sampled trajectories without a grade: no loss."),
     Entry(
@@ -58,13 +71,15 @@ _ENTRIES = (
     ),
     Entry("tools/turns", "turns", Reduction.MEAN, "Turns of the policy in a sampled trajectory."),
     Entry("tools/calls", "calls", Reduction.MEAN, "Tool calls of a sampled trajectory."),
-    Entry("tools/call_errors", "share", Reduction.MEAN, "Calls that cannot be read, or whose code did not end well."),
+    Entry(
+        "tools/call_errors", "fraction", Reduction.MEAN, "Calls that cannot be read, or whose code did not end well."
+    ),
     Entry("tools/seconds", "s", Reduction.MEAN, "Time in a sampled trajectory's calls, without waiting for a turn."),
     Entry("tools/seconds_max", "s", Reduction.MAX, "That of the sampled trajectory with the most."),
     Entry(
         "tools/observation_tokens", "tokens", Reduction.MEAN, "Tokens of a sampled trajectory the tool wrote: no loss."
     ),
-    Entry("tools/void", "share", Reduction.MEAN, "Sampled trajectories with a turn without call and final answer."),
+    Entry("tools/void", "fraction", Reduction.MEAN, "Sampled trajectories with a turn without call and final answer."),
     Entry(
         "response/reflections",
         "words/response",
@@ -84,7 +99,7 @@ _ENTRIES = (
     Entry("policy/target_entropy", "nats/token", Reduction.LAST, "H_tgt in force: the gate opens below it."),
     Entry("policy/surprisal", "nats/token", Reduction.TOKEN_MEAN, "-log pi of the sampled tokens."),
     Entry("stare/gate", "0 or 1", Reduction.LAST, "1: the weights apply: entropy is below its target."),
-    Entry("stare/gate_duty", "share", Reduction.MEAN, "Steps of this run's record so far with an open gate."),
+    Entry("stare/gate_duty", "fraction", Reduction.MEAN, "Steps of this run's record so far with an open gate."),
     Entry("stare/weight_pos", "factor", Reduction.LAST, "W: weight of L+ while the gate is open; 1 when it is shut."),
     Entry("stare/weight_neg", "factor", Reduction.LAST, "M: weight of L- while the gate is open; 1 when it is shut."),
     Entry("stare/selected_pos", "tokens", Reduction.UPDATE_SUM, "Tokens in L+."),
@@ -94,7 +109,7 @@ _ENTRIES = (
     Entry("update/loss", "loss", Reduction.UPDATE_MEAN, "The objective; on-policy its value is near 0 by design."),
     Entry("update/grad_norm", "norm", Reduction.UPDATE_MEAN, "L2 norm of the gradient before clipping."),
     Entry("update/lr", "1", Reduction.LAST, "Learning rate."),
-    Entry("update/clip_fraction", "share", Reduction.UPDATE_MEAN, "Action tokens whose ratio was clipped."),
+    Entry("update/clip_fraction", "fraction", Reduction.UPDATE_MEAN, "Action tokens whose ratio was clipped."),
     Entry("update/ratio_max", "ratio", Reduction.UPDATE_MAX, "Largest ratio of current to scoring policy."),
     Entry("update/kl", "nats/token", Reduction.UPDATE_MEAN, "r - 1 - log r of the current against the scoring policy."),
     Entry("mismatch/mean", "nats/token", Reduction.TOKEN_MEAN, "|trainer - engine| log-prob of sampled tokens."),
@@ -103,7 +118,7 @@ _ENTRIES = (
     Entry("mismatch/ratio_max", "ratio", Reduction.MAX, "Largest trainer / engine probability of a token, up to e^20."),
     Entry(
         "mismatch/ess",
-        "share",
+        "fraction",
         Reduction.TOKEN_MEAN,
         "Effective sample size under the token ratios r (at most 128): (sum r)^2 / (n sum r^2).",
     ),
@@ -115,12 +130,12 @@ _ENTRIES = (
     ),
     Entry(
         "mismatch/sequence_ess",
-        "share",
+        "fraction",
         Reduction.MEAN,
         "Effective sample size under the trajectories' ratios (at most 128), as a share of the trajectories.",
     ),
     Entry("correction/mean", "factor", Reduction.UPDATE_MEAN, "Mean rollout-correction factor; 1 without correction."),
-    Entry("correction/bounded", "share", Reduction.UPDATE_MEAN, "Tokens whose factor was truncated or masked."),
+    Entry("correction/bounded", "fraction", Reduction.UPDATE_MEAN, "Tokens whose factor was truncated or masked."),
     Entry("policy/entropy_coefficient", "1", Reduction.LAST, "Factor of an adaptive entropy bonus; else 0."),
     Entry(
         "dynamics/predicted_change", "nats/token/eta", Reduction.TOKEN_MEAN, "-w A S: first-order change of entropy."
@@ -135,50 +150,12 @@ _ENTRIES = (
         "batch; NaN at the first step of a start.",
     ),
     Entry("dynamics/critical_surprisal", "nats/token", Reduction.TOKEN_MEAN, "s*: where S changes sign."),
-    Entry("dynamics/overlap", "share", Reduction.LAST, "Jaccard: the chosen tokens and the exact-sensitivity ones."),
+    Entry("dynamics/overlap", "fraction", Reduction.LAST, "Jaccard: the chosen tokens and the exact-sensitivity ones."),
     Entry("dynamics/non_finite", "terms", Reduction.UPDATE_SUM, "Terms left out of the sums of dynamics/."),
-    Entry(
-        "dynamics/tokens_pos_likely",
-        "share",
-        Reduction.SUM,
-        "Share of the tokens with A != 0: A > 0, surprisal below the critical one (S > 0).",
-    ),
-    Entry(
-        "dynamics/tokens_pos_unlikely",
-        "share",
-        Reduction.SUM,
-        "Share of the tokens with A != 0: A > 0, above it (S < 0).",
-    ),
-    Entry("dynamics/tokens_neg_likely", "share", Reduction.SUM, "Share of the tokens with A != 0: A < 0, below it."),
-    Entry("dynamics/tokens_neg_unlikely", "share", Reduction.SUM, "Share of the tokens with A != 0: A < 0, above it."),
-    Entry(
-        "dynamics/advantage_pos_likely",
-        "share",
-        Reduction.SUM,
-        "Share of the sum of |A|: A > 0, surprisal below the critical one (S > 0).",
-    ),
-    Entry(
-        "dynamics/advantage_pos_unlikely", "share", Reduction.SUM, "Share of the sum of |A|: A > 0, above it (S < 0)."
-    ),
-    Entry("dynamics/advantage_neg_likely", "share", Reduction.SUM, "Share of the sum of |A|: A < 0, below it."),
-    Entry("dynamics/advantage_neg_unlikely", "share", Reduction.SUM, "Share of the sum of |A|: A < 0, above it."),
-    Entry(
-        "dynamics/change_pos_likely",
-        "share",
-        Reduction.SUM,
-        "Signed share of the predicted change: A > 0, surprisal below the critical one (S > 0).",
-    ),
-    Entry(
-        "dynamics/change_pos_unlikely",
-        "share",
-        Reduction.SUM,
-        "Signed share of the predicted change: A > 0, above it (S < 0).",
-    ),
-    Entry(
-        "dynamics/change_neg_likely", "share", Reduction.SUM, "Signed share of the predicted change: A < 0, below it."
-    ),
-    Entry(
-        "dynamics/change_neg_unlikely", "share", Reduction.SUM, "Signed share of the predicted change: A < 0, above it."
+    *(
+        Entry(f"dynamics/{kind}_{quadrant}", "fraction", Reduction.SUM, f"{of}: {which}")
+        for kind, of in _KINDS.items()
+        for quadrant, which in QUADRANTS.items()
     ),
     Entry("sync/probe", "nats/token", Reduction.MEAN, "|trainer - engine| log-prob of the probe after the push."),
     Entry("sync/weight_version", "version", Reduction.LAST, "Policy version in the engines after the push."),
@@ -214,8 +191,8 @@ _ENTRIES = (
         "Memory of the driver and all processes under it, those of a local Ray included: anonymous, and shared once.",
     ),
     Entry("memory/host_available", "MB", Reduction.LAST, "What the driver's machine could still give to processes."),
-    Entry("eval/avg", "share", Reduction.MEAN, "Mean over the benchmarks of avg@k, each with its own k."),
-    Entry("eval/greedy", "share", Reduction.MEAN, "Mean over the benchmarks of the accuracy of greedy decoding."),
+    Entry("eval/avg", "fraction", Reduction.MEAN, "Mean over the benchmarks of avg@k, each with its own k."),
+    Entry("eval/greedy", "fraction", Reduction.MEAN, "Mean over the benchmarks of the accuracy of greedy decoding."),
     Entry("eval/tokens", "tokens", Reduction.SUM, "Action tokens sampled for the evaluation."),
     Entry("eval/seconds", "s", Reduction.LAST, "The evaluation, from the first request to the last response."),
 )
@@ -223,32 +200,32 @@ _ENTRIES = (
 # Names with parts that a run fills in: {source} and {benchmark} are labels, {k} is a positive number.
 _FAMILIES = (
     Entry("source/{source}/reward", "reward", Reduction.MEAN, "Sampled trajectories of one source of the prompts."),
-    Entry("source/{source}/correct", "share", Reduction.MEAN, "Those whose answer is correct."),
+    Entry("source/{source}/correct", "fraction", Reduction.MEAN, "Those whose answer is correct."),
     Entry(
         "eval/{benchmark}/avg@{k}",
-        "share",
+        "fraction",
         Reduction.MEAN,
         "Accuracy of k samples a prompt: correct by graded, averaged over prompts.",
     ),
-    Entry("eval/{benchmark}/avg@{k}/ci_low", "share", Reduction.LAST, "Its confidence interval, lower end."),
-    Entry("eval/{benchmark}/avg@{k}/ci_high", "share", Reduction.LAST, "Its confidence interval, upper end."),
+    Entry("eval/{benchmark}/avg@{k}/ci_low", "fraction", Reduction.LAST, "Its confidence interval, lower end."),
+    Entry("eval/{benchmark}/avg@{k}/ci_high", "fraction", Reduction.LAST, "Its confidence interval, upper end."),
     Entry(
         "eval/{benchmark}/pass@{k}",
-        "share",
+        "fraction",
         Reduction.MEAN,
         "Prompts with a correct one among k samples: the unbiased estimate, averaged over prompts with k graded ones.",
     ),
-    Entry("eval/{benchmark}/pass@{k}/ci_low", "share", Reduction.LAST, "Its confidence interval, lower end."),
-    Entry("eval/{benchmark}/pass@{k}/ci_high", "share", Reduction.LAST, "Its confidence interval, upper end."),
+    Entry("eval/{benchmark}/pass@{k}/ci_low", "fraction", Reduction.LAST, "Its confidence interval, lower end."),
+    Entry("eval/{benchmark}/pass@{k}/ci_high", "fraction", Reduction.LAST, "Its confidence interval, upper end."),
     Entry(
-        "eval/{benchmark}/greedy", "share", Reduction.MEAN, "Prompts that greedy decoding gets right, of the graded."
+        "eval/{benchmark}/greedy", "fraction", Reduction.MEAN, "Prompts that greedy decoding gets right, of the graded."
     ),
-    Entry("eval/{benchmark}/greedy/ci_low", "share", Reduction.LAST, "Its confidence interval, lower end."),
-    Entry("eval/{benchmark}/greedy/ci_high", "share", Reduction.LAST, "Its confidence interval, upper end."),
+    Entry("eval/{benchmark}/greedy/ci_low", "fraction", Reduction.LAST, "Its confidence interval, lower end."),
+    Entry("eval/{benchmark}/greedy/ci_high", "fraction", Reduction.LAST, "Its confidence interval, upper end."),
     Entry("eval/{benchmark}/length_mean", "tokens", Reduction.MEAN, "Action tokens a sample."),
-    Entry("eval/{benchmark}/truncated", "share", Reduction.MEAN, "Samples ended by the token or turn budget."),
+    Entry("eval/{benchmark}/truncated", "fraction", Reduction.MEAN, "Samples ended by the token or turn budget."),
     Entry("eval/{benchmark}/greedy_length_mean", "tokens", Reduction.MEAN, "Action tokens a greedy response."),
-    Entry("eval/{benchmark}/greedy_truncated", "share", Reduction.MEAN, "Greedy responses ended by the budget."),
+    Entry("eval/{benchmark}/greedy_truncated", "fraction", Reduction.MEAN, "Greedy responses ended by the budget."),
     Entry(
         "eval/{benchmark}/distinct_correct",
         "responses/prompt",
@@ -263,9 +240,9 @@ _FAMILIES = (
         "Samples and greedy responses without a grade (failed ones among them); they are in no accuracy.",
     ),
     Entry("eval/{benchmark}/failed", "trajectories", Reduction.SUM, "Those that the engine or environment failed."),
-    Entry("eval/{benchmark}/{source}/avg@{k}", "share", Reduction.MEAN, "avg@k of one source of several."),
-    Entry("eval/{benchmark}/{source}/pass@{k}", "share", Reduction.MEAN, "pass@k of one source of several."),
-    Entry("eval/{benchmark}/{source}/greedy", "share", Reduction.MEAN, "Greedy accuracy of one source of several."),
+    Entry("eval/{benchmark}/{source}/avg@{k}", "fraction", Reduction.MEAN, "avg@k of one source of several."),
+    Entry("eval/{benchmark}/{source}/pass@{k}", "fraction", Reduction.MEAN, "pass@k of one source of several."),
+    Entry("eval/{benchmark}/{source}/greedy", "fraction", Reduction.MEAN, "Greedy accuracy of one source of several."),
 )
 
 CATALOGUE: Mapping[str, Entry] = {entry.name: entry for entry in _ENTRIES}

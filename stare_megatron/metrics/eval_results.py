@@ -157,7 +157,7 @@ def _responses(summaries: Sequence[GroupSummary]) -> Responses:
     return Responses(
         count=len(lengths),
         length_mean=_mean(lengths),
-        truncated=_mean([status.cut for status in statuses]),
+        truncated=_mean([status.is_truncated for status in statuses]),
         reflections=_mean([n for s in summaries for n in s.reflections]),
         ungraded=sum(not graded for s in summaries for graded in s.graded),
         failed=statuses.count(Status.FAILED),

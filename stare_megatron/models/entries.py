@@ -6,17 +6,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from stare_megatron.models.families import FAMILIES
-from stare_megatron.models.shape import Layout, ModelShape, Tensor
+from stare_megatron.models.shape import ModelShape, Split, Tensor
 
-_EMBEDDING = Tensor(Layout.VOCAB, ("model.embed_tokens.weight",), "embedding.word_embeddings.weight")
-_FINAL_NORM = Tensor(Layout.REPLICATED, ("model.norm.weight",), "decoder.final_layernorm.weight")
-_HEAD = Tensor(Layout.VOCAB, ("lm_head.weight",), "output_layer.weight")
+_EMBEDDING = Tensor(Split.VOCAB, ("model.embed_tokens.weight",), "embedding.word_embeddings.weight")
+_FINAL_NORM = Tensor(Split.REPLICATED, ("model.norm.weight",), "decoder.final_layernorm.weight")
+_HEAD = Tensor(Split.VOCAB, ("lm_head.weight",), "output_layer.weight")
 # The last pipeline stage's copy of tied embeddings.
-_TIED_HEAD = Tensor(Layout.VOCAB, _EMBEDDING.names, _HEAD.local)
+_TIED_HEAD = Tensor(Split.VOCAB, _EMBEDDING.names, _HEAD.local)
 
 
 @dataclass(frozen=True)
-class Entry:
+class ParameterEntry:
     """One parameter of the whole model: `layer` (from 0) or None outside of the layers."""
 
     layer: int | None
@@ -29,7 +29,7 @@ class Entry:
 
     @property
     def of_experts(self) -> bool:
-        return self.tensor.layout in (Layout.EXPERT_GATED, Layout.EXPERT_ROW)
+        return self.tensor.layout in (Split.EXPERT_GATED, Split.EXPERT_ROW)
 
     @property
     def saved(self) -> str:
@@ -45,16 +45,17 @@ class Entry:
         return full_shapes(self.tensor.layout, shape, self.tensor.local)
 
 
-def entries(shape: ModelShape) -> list[Entry]:
+def entries(shape: ModelShape) -> list[ParameterEntry]:
     """Every parameter in the order of export: embedding, layers, final norm, head."""
     layer = FAMILIES[shape.family].layer(shape)
-    inner = [Entry(i, tensor) for i in range(shape.layers) for tensor in layer]
-    return [Entry(None, _EMBEDDING), *inner, Entry(None, _FINAL_NORM)] + [Entry(None, _HEAD)] * (not shape.tied)
+    inner = [ParameterEntry(i, tensor) for i in range(shape.layers) for tensor in layer]
+    outer = [ParameterEntry(None, tensor) for tensor in (_EMBEDDING, _FINAL_NORM, _HEAD)]
+    return [outer[0], *inner, *(outer[1:2] if shape.tied else outer[1:])]
 
 
-def local_entries(shape: ModelShape) -> list[Entry]:
+def local_entries(shape: ModelShape) -> list[ParameterEntry]:
     """Every parameter a rank may hold: with the last stage's copy of tied embeddings."""
-    return entries(shape) + [Entry(None, _TIED_HEAD)] * shape.tied
+    return entries(shape) + [ParameterEntry(None, _TIED_HEAD)] * shape.tied
 
 
 def hf_names(shape: ModelShape) -> dict[str, tuple[int, ...]]:
@@ -67,21 +68,21 @@ def hf_names(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     }
 
 
-def full_shapes(layout: Layout, shape: ModelShape, last: str) -> list[tuple[int, ...]]:
+def full_shapes(layout: Split, shape: ModelShape, last: str) -> list[tuple[int, ...]]:
     """Full shapes of the Hugging Face tensors of one parameter (of one expert); `last`: its Megatron-Core name."""
     hidden, q, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_groups * shape.head_dim
-    if layout is Layout.VOCAB:
+    if layout is Split.VOCAB:
         return [(shape.vocab, hidden)]
-    if layout is Layout.QKV:
+    if layout is Split.QKV:
         return [(n, hidden) if last.endswith("weight") else (n,) for n in (q, kv, kv)]
-    if layout is Layout.GATED:
+    if layout is Split.GATED:
         return [(shape.ffn, hidden)] * 2
-    if layout is Layout.ROW:
+    if layout is Split.ROW:
         return [(hidden, q if "linear_proj" in last else shape.ffn)]
-    if layout in (Layout.EXPERT_GATED, Layout.EXPERT_ROW):
+    if layout in (Split.EXPERT_GATED, Split.EXPERT_ROW):
         assert shape.experts is not None
         ffn = shape.experts.ffn
-        return [(ffn, hidden)] * 2 if layout is Layout.EXPERT_GATED else [(hidden, ffn)]
+        return [(ffn, hidden)] * 2 if layout is Split.EXPERT_GATED else [(hidden, ffn)]
     if "router" in last:
         assert shape.experts is not None
         return [(shape.experts.number, hidden)]
@@ -105,9 +106,9 @@ class Segment:
         return (low, high) if low < high else None
 
 
-def segments(entry: Entry, shape: ModelShape) -> Iterator[Segment]:
+def segments(entry: ParameterEntry, shape: ModelShape) -> Iterator[Segment]:
     """How the rows of the whole (unsplit, unpadded) tensors correspond, in the order of Megatron-Core's."""
-    if entry.tensor.layout is Layout.QKV:
+    if entry.tensor.layout is Split.QKV:
         size, queries = shape.head_dim, shape.heads // shape.kv_groups * shape.head_dim
         for group in range(shape.kv_groups):
             start = group * (queries + 2 * size)

@@ -134,6 +134,6 @@ class SafetensorsWriter:
         if kind is None and self._stream.tell() != self._size:
             raise ValueError(f"{self._path}: {self._stream.tell()} bytes written, {self._size} announced")
 
-    def entry(self) -> manifest.Entry:
+    def entry(self) -> manifest.FileEntry:
         """Size and checksum of what was written."""
         return self._stream.entry()

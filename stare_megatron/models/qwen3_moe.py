@@ -8,8 +8,8 @@ from stare_megatron.models.shape import (
     Experts,
     Family,
     Fields,
-    Layout,
     ModelShape,
+    Split,
     Tensor,
     dense_attention,
     read_dense,
@@ -36,17 +36,17 @@ def read(f: Fields) -> ModelShape:
 def layer(shape: ModelShape) -> tuple[Tensor, ...]:
     return (
         *dense_attention(shape),
-        Tensor(Layout.REPLICATED, ("post_attention_layernorm.weight",), "pre_mlp_layernorm.weight"),
-        Tensor(Layout.REPLICATED, ("mlp.gate.weight",), "mlp.router.weight"),
+        Tensor(Split.REPLICATED, ("post_attention_layernorm.weight",), "pre_mlp_layernorm.weight"),
+        Tensor(Split.REPLICATED, ("mlp.gate.weight",), "mlp.router.weight"),
         Tensor(
-            Layout.EXPERT_GATED,
+            Split.EXPERT_GATED,
             ("mlp.experts.{e}.gate_proj.weight", "mlp.experts.{e}.up_proj.weight"),
             "mlp.experts.local_experts.{e}.linear_fc1.weight",
             "mlp.experts.linear_fc1.weight{e}",
             "mlp.experts.experts.linear_fc1.weight",
         ),
         Tensor(
-            Layout.EXPERT_ROW,
+            Split.EXPERT_ROW,
             ("mlp.experts.{e}.down_proj.weight",),
             "mlp.experts.local_experts.{e}.linear_fc2.weight",
             "mlp.experts.linear_fc2.weight{e}",

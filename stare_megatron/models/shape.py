@@ -23,7 +23,7 @@ class Experts:
     normalize: bool
 
 
-class Layout(enum.Enum):
+class Split(enum.Enum):
     """How Megatron-Core splits and stacks a tensor; W is [out, in]."""
 
     REPLICATED = "replicated"
@@ -44,7 +44,7 @@ class Tensor:
     `saved`: its name in a distributed checkpoint (the same under both specs), None where that is `fused` or `local`.
     """
 
-    layout: Layout
+    layout: Split
     names: tuple[str, ...]
     local: str
     fused: str | None = None
@@ -246,7 +246,7 @@ def dense_attention(shape: ModelShape) -> tuple[Tensor, ...]:
     hf, mc = "self_attn", "self_attention"
     tensors = [
         Tensor(
-            Layout.REPLICATED,
+            Split.REPLICATED,
             ("input_layernorm.weight",),
             "input_layernorm.weight",
             f"{mc}.linear_qkv.layer_norm_weight",
@@ -254,10 +254,10 @@ def dense_attention(shape: ModelShape) -> tuple[Tensor, ...]:
     ]
     for part in ("weight", "bias") if shape.qkv_bias else ("weight",):
         names = tuple(f"{hf}.{x}_proj.{part}" for x in "qkv")
-        tensors.append(Tensor(Layout.QKV, names, f"{mc}.linear_qkv.{part}"))
+        tensors.append(Tensor(Split.QKV, names, f"{mc}.linear_qkv.{part}"))
     if shape.qk_norm:
-        tensors += [Tensor(Layout.REPLICATED, (f"{hf}.{x}_norm.weight",), f"{mc}.{x}_layernorm.weight") for x in "qk"]
-    tensors.append(Tensor(Layout.ROW, (f"{hf}.o_proj.weight",), f"{mc}.linear_proj.weight"))
+        tensors += [Tensor(Split.REPLICATED, (f"{hf}.{x}_norm.weight",), f"{mc}.{x}_layernorm.weight") for x in "qk"]
+    tensors.append(Tensor(Split.ROW, (f"{hf}.o_proj.weight",), f"{mc}.linear_proj.weight"))
     return tuple(tensors)
 
 
@@ -265,13 +265,13 @@ def dense_mlp(shape: ModelShape) -> tuple[Tensor, ...]:
     """The gated MLP half of a layer."""
     return (
         Tensor(
-            Layout.REPLICATED,
+            Split.REPLICATED,
             ("post_attention_layernorm.weight",),
             "pre_mlp_layernorm.weight",
             "mlp.linear_fc1.layer_norm_weight",
         ),
-        Tensor(Layout.GATED, ("mlp.gate_proj.weight", "mlp.up_proj.weight"), "mlp.linear_fc1.weight"),
-        Tensor(Layout.ROW, ("mlp.down_proj.weight",), "mlp.linear_fc2.weight"),
+        Tensor(Split.GATED, ("mlp.gate_proj.weight", "mlp.up_proj.weight"), "mlp.linear_fc1.weight"),
+        Tensor(Split.ROW, ("mlp.down_proj.weight",), "mlp.linear_fc2.weight"),
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from stare_megatron.errors import UserError
-from stare_megatron.models.shape import Layout, ModelShape
+from stare_megatron.models.shape import ModelShape, Split
 
 # What safetensors calls the dtypes that weights come in.
 _DTYPES = {
@@ -138,7 +138,7 @@ def _part(size: int, rank: int, of: int) -> slice:
 
 def read_shard(
     file: Checkpoint,
-    layout: Layout,
+    layout: Split,
     names: Sequence[str],
     wants: Sequence[Sequence[int]],
     shape: ModelShape,
@@ -147,29 +147,29 @@ def read_shard(
     rows: int,
 ) -> torch.Tensor:
     """This rank's Megatron-Core tensor, read from its slices only. `rows`: its rows, padding included (VOCAB)."""
-    if layout is Layout.REPLICATED:
+    if layout is Split.REPLICATED:
         return file.read(names[0], wants[0])
-    if layout in (Layout.ROW, Layout.EXPERT_ROW):
+    if layout in (Split.ROW, Split.EXPERT_ROW):
         return file.read(names[0], wants[0], slice(None), _part(wants[0][1], rank, size))
-    if layout is Layout.VOCAB:
+    if layout is Split.VOCAB:
         first, last = min(rank * rows, shape.vocab), min((rank + 1) * rows, shape.vocab)
         real = file.read(names[0], wants[0], slice(first, last))
         return torch.cat([real, real.new_zeros(rows - len(real), shape.hidden)])
     parts = [file.read(n, w, _part(w[0], rank, size)) for n, w in zip(names, wants, strict=True)]
-    if layout is Layout.QKV:
+    if layout is Split.QKV:
         return torch.cat([p.unflatten(0, (shape.kv_groups // size, -1)) for p in parts], dim=1).flatten(0, 1)
     return torch.cat(parts)
 
 
-def merge(layout: Layout, shards: Sequence[torch.Tensor], shape: ModelShape) -> list[torch.Tensor]:
+def merge(layout: Split, shards: Sequence[torch.Tensor], shape: ModelShape) -> list[torch.Tensor]:
     """The full Hugging Face tensors from every rank's shard: the inverse of `read_shard`."""
-    if layout is Layout.REPLICATED:
+    if layout is Split.REPLICATED:
         return [shards[0]]
-    if layout in (Layout.ROW, Layout.EXPERT_ROW):
+    if layout in (Split.ROW, Split.EXPERT_ROW):
         return [torch.cat(list(shards), dim=1)]
-    if layout is Layout.VOCAB:
+    if layout is Split.VOCAB:
         return [torch.cat(list(shards))[: shape.vocab]]
-    if layout is Layout.QKV:
+    if layout is Split.QKV:
         per_group = torch.cat(list(shards)).unflatten(0, (shape.kv_groups, -1))
         queries = shape.heads // shape.kv_groups * shape.head_dim
         return [x.flatten(0, 1) for x in per_group.split([queries, shape.head_dim, shape.head_dim], dim=1)]

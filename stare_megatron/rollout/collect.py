@@ -35,7 +35,7 @@ class SourceStats:
 
     trajectories: int
     reward_mean: float
-    correct_share: float
+    correct_fraction: float
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class CollectStats:
 
     `groups_sampled` in `generation_batches`; `zero_variance`: groups with all rewards equal, of which
     `zero_variance_dropped` are not in the update batch; `surplus_dropped`: informative groups beyond what was asked
-    for; `full_solve`, `no_solve`: groups with every, no trajectory correct; `reward_mean`, `correct_share`,
-    `truncated_share`: over trajectories; `length_mean`, `length_max`, `tokens_sampled`: action tokens; `failed`,
+    for; `all_correct`, `none_correct`: groups with every, no trajectory correct; `reward_mean`, `correct_fraction`,
+    `truncated_fraction`: over trajectories; `length_mean`, `length_max`, `tokens_sampled`: action tokens; `failed`,
     `ungraded` (those that failed among them), `inexact`: trajectories; `reflections_mean`: reflection words a response;
     `by_source`: what was sampled of each source; `tools`: turns and calls.
     """
@@ -72,11 +72,11 @@ class CollectStats:
     zero_variance: int
     zero_variance_dropped: int
     surplus_dropped: int
-    full_solve: int
-    no_solve: int
+    all_correct: int
+    none_correct: int
     reward_mean: float
-    correct_share: float
-    truncated_share: float
+    correct_fraction: float
+    truncated_fraction: float
     failed: int
     ungraded: int
     length_mean: float
@@ -153,11 +153,11 @@ def _stats(summaries: list[GroupSummary], batches: int, dropped: int, surplus: i
         zero_variance=sum(s.zero_variance for s in summaries),
         zero_variance_dropped=dropped,
         surplus_dropped=surplus,
-        full_solve=sum(all(s.correct) for s in summaries),
-        no_solve=sum(not any(s.correct) for s in summaries),
+        all_correct=sum(all(s.correct) for s in summaries),
+        none_correct=sum(not any(s.correct) for s in summaries),
         reward_mean=sum(rewards) / len(rewards),
-        correct_share=sum(correct) / len(correct),
-        truncated_share=sum(status.cut for status in statuses) / len(statuses),
+        correct_fraction=sum(correct) / len(correct),
+        truncated_fraction=sum(status.is_truncated for status in statuses) / len(statuses),
         failed=statuses.count(Status.FAILED),
         ungraded=sum(not graded for s in summaries for graded in s.graded),
         length_mean=sum(lengths) / len(lengths),

@@ -39,7 +39,7 @@ class Masks:
         status = trajectory.status
         if self.overlong and status is Status.TRUNCATED:
             status = Status.OVERLONG
-        elif self.void and status.counts and trajectory.counts().void:
+        elif self.void and status.is_trainable and trajectory.counts().void:
             status = Status.VOID
         return dataclasses.replace(trajectory, status=status)
 

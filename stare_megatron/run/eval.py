@@ -23,7 +23,7 @@ from stare_megatron.data.tokenizer import decoder, load_tokenizer
 from stare_megatron.errors import RunError, UserError
 from stare_megatron.host import device
 from stare_megatron.metrics import eval_records, eval_results
-from stare_megatron.rollout.runner import check_env, make_runner
+from stare_megatron.rollout.groups import check_env, make_runner
 from stare_megatron.run import folder as run_folder
 from stare_megatron.run import preflight
 from stare_megatron.run.evaluation import Evaluation, Evaluator, fingerprint

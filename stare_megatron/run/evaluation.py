@@ -33,7 +33,7 @@ SAMPLED, GREEDY = "sampled", "greedy"
 class Dispatcher(GroupDispatcher[Ref_co], Protocol[Ref_co]):
     """Where requests are served."""
 
-    def forget(self) -> None:
+    def reset_prefix_cache(self) -> None:
         """Drop what the requests served so far left behind."""
         ...
 
@@ -91,7 +91,7 @@ class Evaluator(Generic[Ref]):
             rows[request.order] = eval_records.response_row(self._fetch(ref), setting, limit, self._decode)
             summaries[request.order] = summary
             del ref
-        self._dispatcher.forget()
+        self._dispatcher.reset_prefix_cache()
         results = tuple(r for b in self._benchmarks for r in self._results(b, questions, summaries))
         return Evaluation(
             results=results,

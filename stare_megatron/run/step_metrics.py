@@ -48,14 +48,14 @@ def dynamics_metrics(scores: ScoreSummary, updates: Sequence[UpdateStats], befor
     """The `dynamics/` part of `step_metrics`. `before`: the step before this one."""
     seen = [u.dynamics for u in updates]
     tokens = sum(d.num_tokens for d in seen)
-    either = sum(d.chosen_either for d in seen)
+    either = sum(d.union for d in seen)
     values = {
         "dynamics/predicted_change": observed(scores, updates).predicted,
         "dynamics/predicted_change_unweighted": sum(d.unweighted_change for d in seen) / tokens,
         "dynamics/predicted_change_before": before.predicted,
         "dynamics/measured_change": scores.entropy - before.entropy,
         "dynamics/critical_surprisal": sum(d.critical_surprisal for d in seen) / tokens,
-        "dynamics/overlap": sum(d.chosen_both for d in seen) / either if either else math.nan,
+        "dynamics/overlap": sum(d.intersection for d in seen) / either if either else math.nan,
         "dynamics/non_finite": sum(d.non_finite for d in seen),
     }
     for kind in ("tokens", "advantage", "change"):
@@ -69,17 +69,17 @@ def sampling_metrics(stats: CollectStats) -> dict[str, float]:
     """What was sampled for a step, dropped groups included."""
     return {
         "reward/mean": stats.reward_mean,
-        "reward/correct": stats.correct_share,
+        "reward/correct": stats.correct_fraction,
         "groups/sampled": stats.groups_sampled,
-        "groups/full_solve": stats.full_solve,
-        "groups/no_solve": stats.no_solve,
-        "groups/full_solve_ratio": stats.full_solve / stats.groups_sampled,
-        "groups/no_solve_ratio": stats.no_solve / stats.groups_sampled,
+        "groups/all_correct": stats.all_correct,
+        "groups/none_correct": stats.none_correct,
+        "groups/all_correct_ratio": stats.all_correct / stats.groups_sampled,
+        "groups/none_correct_ratio": stats.none_correct / stats.groups_sampled,
         "groups/dropped": stats.zero_variance_dropped,
         "groups/refills": stats.generation_batches - 1,
         "response/length_mean": stats.length_mean,
         "response/length_max": stats.length_max,
-        "response/truncated": stats.truncated_share,
+        "response/truncated": stats.truncated_fraction,
         "response/failed": stats.failed,
         "response/ungraded": stats.ungraded,
         "response/inexact": stats.inexact,
@@ -101,7 +101,7 @@ def source_metrics(by_source: Mapping[str, SourceStats], labels: Mapping[str, st
         parts = [stats for source, stats in by_source.items() if labels[source] == label]
         count = sum(p.trajectories for p in parts)
         reward = sum(p.reward_mean * p.trajectories for p in parts) / count
-        correct = sum(p.correct_share * p.trajectories for p in parts) / count
+        correct = sum(p.correct_fraction * p.trajectories for p in parts) / count
         values[member("source/{source}/reward", source=label)] = reward
         values[member("source/{source}/correct", source=label)] = correct
     return values

@@ -36,7 +36,7 @@ from stare_megatron.metrics.samples import FOLDER, pick, write_samples
 from stare_megatron.metrics.sinks import Sinks, open_sinks
 from stare_megatron.metrics.summary import render, summarize
 from stare_megatron.rollout.collect import Collected, Collector
-from stare_megatron.rollout.runner import check_env, make_runner
+from stare_megatron.rollout.groups import check_env, make_runner
 from stare_megatron.run import folder as run_folder
 from stare_megatron.run import loop, preflight
 from stare_megatron.run import step_metrics as report

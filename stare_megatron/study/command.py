@@ -10,7 +10,7 @@ from stare_megatron.compare.report import Options, compare
 from stare_megatron.errors import UserError
 from stare_megatron.study import spec
 from stare_megatron.study.display import Display, line
-from stare_megatron.study.runner import Progress, Runner, State, default_jobs, log_file
+from stare_megatron.study.jobs import Progress, Runner, State, default_jobs, log_file
 
 INTERRUPTED = 130
 

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.table import Table
 
 from stare_megatron.metrics.console import clock, sparkline
-from stare_megatron.study.runner import Progress, State
+from stare_megatron.study.jobs import Progress, State
 
 _STYLES = {
     State.WAITING: "dim",

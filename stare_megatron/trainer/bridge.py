@@ -11,8 +11,8 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.utils import get_model_config
 from torch.distributed import ProcessGroup
 
-from stare_megatron.models.entries import Entry, entries, hf_names, local_entries
-from stare_megatron.models.shape import Layout, ModelShape
+from stare_megatron.models.entries import ParameterEntry, entries, hf_names, local_entries
+from stare_megatron.models.shape import ModelShape, Split
 from stare_megatron.models.shards import Checkpoint, merge, read_shard
 
 
@@ -37,7 +37,7 @@ class _Local:
                 else:
                     self._by_place[None, name] = parameter
 
-    def find(self, entry: Entry, expert: int = 0) -> torch.nn.Parameter | None:
+    def find(self, entry: ParameterEntry, expert: int = 0) -> torch.nn.Parameter | None:
         """`expert`: its number on this rank."""
         for name in (entry.tensor.local, entry.tensor.fused):
             found = name and self._by_place.get((entry.layer, name.format(e=expert)))
@@ -52,14 +52,14 @@ class _Local:
         return next(place for place, p in self._by_place.items() if p is parameter)
 
 
-def _groups(entry: Entry) -> ProcessGroup:
+def _groups(entry: ParameterEntry) -> ProcessGroup:
     """The ranks that split this parameter (each expert, for experts)."""
     if entry.of_experts:
         return parallel_state.get_expert_tensor_parallel_group()
     return parallel_state.get_tensor_model_parallel_group()
 
 
-def _local_experts(shape: ModelShape, entry: Entry) -> range:
+def _local_experts(shape: ModelShape, entry: ParameterEntry) -> range:
     """Numbers of the experts on this rank; one pseudo-expert where there are none."""
     if not entry.of_experts:
         return range(1)
@@ -76,9 +76,9 @@ def mark_split(chunks: Sequence[torch.nn.Module]) -> None:
     """
     shape, local = _shape(chunks), _Local(chunks)
     for entry in local_entries(shape):
-        if entry.tensor.layout is Layout.REPLICATED:
+        if entry.tensor.layout is Split.REPLICATED:
             continue
-        dimension = 1 if entry.tensor.layout in (Layout.ROW, Layout.EXPERT_ROW) else 0
+        dimension = 1 if entry.tensor.layout in (Split.ROW, Split.EXPERT_ROW) else 0
         for here in range(len(_local_experts(shape, entry))):
             parameter = local.find(entry, here)
             if parameter is not None:
@@ -163,7 +163,7 @@ def _owners(local: _Local, shape: ModelShape) -> list[int]:
     return [column.index(True) for column in zip(*everywhere, strict=True)]
 
 
-def _gather(local: _Local, entry: Entry, shape: ModelShape, dtype: torch.dtype) -> list[torch.Tensor]:
+def _gather(local: _Local, entry: ParameterEntry, shape: ModelShape, dtype: torch.dtype) -> list[torch.Tensor]:
     """The whole tensors of a parameter of this stage, each [experts or 1, ...]."""
     shards = []
     for expert in range(len(_local_experts(shape, entry))):
@@ -171,7 +171,7 @@ def _gather(local: _Local, entry: Entry, shape: ModelShape, dtype: torch.dtype) 
         assert parameter is not None
         shards.append(parameter.detach().to(dtype))
     group = _groups(entry)
-    if entry.tensor.layout is Layout.REPLICATED or group.size() == 1:
+    if entry.tensor.layout is Split.REPLICATED or group.size() == 1:
         stacks = [torch.stack(shards)]
     else:
         stacks = _all_gather(torch.stack(shards), group)

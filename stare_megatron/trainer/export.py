@@ -50,7 +50,7 @@ def _write(folder: Path, source: Path, specs: Sequence[Spec], tensors: Iterator[
     partial.mkdir(parents=True)
     copy_companions(source, partial, specs[0][1])
     content = files(specs, SHARD_BYTES)
-    sums: dict[str, manifest.Entry] = {}
+    sums: dict[str, manifest.FileEntry] = {}
     for file, group in content.items():
         with SafetensorsWriter(partial / file, group) as writer:
             for spec, (name, tensor) in zip(group, tensors, strict=False):

@@ -15,8 +15,8 @@ import numpy.typing as npt
 import torch
 from megatron.core.utils import get_model_config
 
+from stare_megatron.algo.comm import comm
 from stare_megatron.algo.registry import ALGORITHMS
-from stare_megatron.algo.shards import shards
 from stare_megatron.algo.stare import Candidates, Weights
 from stare_megatron.config import Config
 from stare_megatron.errors import RunError
@@ -27,13 +27,20 @@ from stare_megatron.trainer.bridge import export, metadata
 from stare_megatron.trainer.export import export_hf
 from stare_megatron.trainer.head import Head
 from stare_megatron.trainer.model import build_model
+from stare_megatron.trainer.model_runner import RankBatch, Runner, rank_batch
 from stare_megatron.trainer.optimizer import build_optimizer, step, zero_grad
 from stare_megatron.trainer.partials import vocab_shard
-from stare_megatron.trainer.runner import Loaded, Runner, loaded
 from stare_megatron.trainer.schedule import learning_rate
 from stare_megatron.trainer.scoring import SampledBatch, Scored, ScoredBatch, read_rollout, score, summarize
-from stare_megatron.trainer.sequence import Layout, MicroBatch, dummy, micro_batches, probe, token_batch
-from stare_megatron.trainer.step import Pass, entropy_dynamics, exact_sets, forward_backward, token_records, weigh
+from stare_megatron.trainer.sequence import MicroBatch, SequenceLayout, dummy, micro_batches, probe, token_batch
+from stare_megatron.trainer.step import (
+    ForwardBackwardResult,
+    entropy_dynamics,
+    exact_sets,
+    forward_backward,
+    token_records,
+    weigh,
+)
 from stare_megatron.trainer.writing import Writer, Writing
 from stare_megatron.types import Control, EntropyReading, Group, StepStats, UpdateShare, UpdateStats
 from stare_megatron.types.token_record import TokenRecord
@@ -90,22 +97,22 @@ class TrainerRank:
         self._runner = Runner(
             chunks=self._chunks,
             head=Head(self._chunks[-1].module, vocab, trainer.logits_chunk_tokens),
-            shards=shards(parallel.dp_cp_group()),
-            context_shards=shards(parallel.cp_group()),
+            comm=comm(parallel.dp_cp_group()),
+            context_comm=comm(parallel.cp_group()),
             pipeline=parallel.pp_group(),
             last_stage=parallel.last_stage_rank(),
             is_last_stage=parallel.is_last_stage(),
             place=place,
         )
-        self._layout = Layout(
+        self._layout = SequenceLayout(
             sequence_parallel=trainer.tensor_parallel if trainer.sequence_parallel else 1,
             context_parallel=trainer.context_parallel,
             context_rank=parallel.context_parallel_rank(),
         )
         self._optimizer_steps = 0
-        self._loaded: list[Loaded] = []
+        self._loaded: list[RankBatch] = []
         self._known: ScoredBatch | SampledBatch | None = None
-        self._trained: list[tuple[Loaded, Pass]] = []
+        self._trained: list[tuple[RankBatch, ForwardBackwardResult]] = []
         self._writer = Writer()
         self._writing: Writing | None = None
 
@@ -126,7 +133,7 @@ class TrainerRank:
         for groups, share in groups_per_update:
             batch = token_batch(groups, share, self._algorithm, algorithm, self._runner.place)
             rows = micro_batches(batch, share, self._config.trainer.micro_batch_tokens, self._layout)
-            self._loaded.append(loaded(batch, rows, algorithm))
+            self._loaded.append(rank_batch(batch, rows, algorithm))
 
     def score(self) -> EntropyReading:
         """The mean entropy of the loaded batch under the present weights, equal on every rank: measured by a forward
@@ -194,7 +201,7 @@ class TrainerRank:
             return {}
         return token_records([data for data, _ in trained], [seen for _, seen in trained], first_tokens)
 
-    def _weigh(self, data: Sequence[Loaded], tokens: Candidates, control: Control) -> Sequence[Weights | None]:
+    def _weigh(self, data: Sequence[RankBatch], tokens: Candidates, control: Control) -> Sequence[Weights | None]:
         """Token weights of each optimizer step; None where each micro-batch is weighed by itself."""
 
         config = self._config.algorithm
@@ -202,13 +209,15 @@ class TrainerRank:
             return [None] * len(data)
         return weigh(self._runner, data, tokens, control, self._algorithm, config)
 
-    def _forward_backward(self, data: Loaded, scored: Scored | None, weights: Weights | None, control: Control) -> Pass:
+    def _forward_backward(
+        self, data: RankBatch, scored: Scored | None, weights: Weights | None, control: Control
+    ) -> ForwardBackwardResult:
 
         zero_grad(self._chunks, self._optimizer)
         config, temperature = self._config.algorithm, self._config.rollout.temperature
         return forward_backward(self._runner, data, scored, weights, control, self._algorithm, config, temperature)
 
-    def _optimizer_step(self, data: Loaded, seen: Pass, exact_T: torch.Tensor) -> UpdateStats:
+    def _optimizer_step(self, data: RankBatch, seen: ForwardBackwardResult, exact_T: torch.Tensor) -> UpdateStats:
 
         number, loss = self._optimizer_steps + 1, seen.stats.loss
         expected = entropy_dynamics(self._runner, data, seen.scored, seen.applied, exact_T)
@@ -247,7 +256,7 @@ class TrainerRank:
         fill = trainer.pipeline_parallel - 1 if trainer.virtual_pipeline > 1 else 0
         rows = [probe(ids_T, self._layout)] + [dummy(self._layout, place) for _ in range(fill)]
         self._runner.run(rows, consume, train=False)
-        self._runner.context_shards.sum(logprob_T)
+        self._runner.context_comm.sum(logprob_T)
         return self._runner.from_last_stage(logprob_T)[1:].cpu().numpy()
 
     def weight_metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
@@ -279,7 +288,7 @@ class TrainerRank:
         """Whether `finish_save` need not wait for this rank."""
         return self._writing is None or self._writing.written()
 
-    def finish_save(self) -> dict[str, manifest.Entry]:
+    def finish_save(self) -> dict[str, manifest.FileEntry]:
         """Wait for all ranks' shards and seal the checkpoint; entries of this rank's files, by their names.
 
         Raises:

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import torch
 
+from stare_megatron.algo.comm import Comm
 from stare_megatron.algo.reduce import FIXED_POINT_BITS, fixed_point_sum, from_fixed_point
-from stare_megatron.algo.shards import Shards
 from stare_megatron.algo.stare import Candidates, ScoredCandidates
 from stare_megatron.algo.surrogate import importance_ratio, kl_estimate
 from stare_megatron.errors import RunError
-from stare_megatron.trainer.runner import Loaded, Runner
+from stare_megatron.trainer.model_runner import RankBatch, Runner
 from stare_megatron.trainer.sequence import MicroBatch
 from stare_megatron.types import EntropyReading, Mismatch, Scores, ScoreSummary
 
@@ -41,7 +41,7 @@ class Scored:
 class ScoredBatch:
     """The optimizer steps of an update batch after the scoring pass; `summary`: over all ranks."""
 
-    data: list[Loaded]
+    data: list[RankBatch]
     scored: list[Scored]
     summary: ScoreSummary
 
@@ -54,14 +54,14 @@ class ScoredBatch:
 class SampledBatch:
     """An update batch of a single optimizer step, of which only the engines' log-probs are known."""
 
-    data: Loaded
+    data: RankBatch
 
     def tokens(self) -> Candidates:
         batch = self.data.batch
         return Candidates(-batch.rollout_logprob_T, batch.advantage_T, self.data.owned_T, batch.global_id_T)
 
 
-def candidates(data: Sequence[Loaded], scored: Sequence[Scored]) -> ScoredCandidates:
+def candidates(data: Sequence[RankBatch], scored: Sequence[Scored]) -> ScoredCandidates:
     """The tokens of some optimizer steps on this rank, end to end."""
     return ScoredCandidates(
         surprisal_T=torch.cat([-s.scores.logprob_T for s in scored]),
@@ -73,7 +73,7 @@ def candidates(data: Sequence[Loaded], scored: Sequence[Scored]) -> ScoredCandid
     )
 
 
-def score(runner: Runner, data: Loaded, temperature: float) -> Scored:
+def score(runner: Runner, data: RankBatch, temperature: float) -> Scored:
     """Log-prob, entropy and sensitivity of every owned token under the present weights; no graph."""
     value_T4 = torch.zeros((data.batch.token_ids_T.shape[0], 4), device=runner.place)
 
@@ -98,14 +98,14 @@ def read_rollout(runner: Runner, batch: SampledBatch) -> EntropyReading:
     engine_T = data.batch.rollout_logprob_T[data.owned_T]
     totals = torch.cat([fixed_point_sum(-engine_T), data.owned_T.sum()[None]])
     if runner.is_last_stage:
-        totals = runner.shards.sum(totals)
+        totals = runner.comm.sum(totals)
     surprisal, broken, tokens = runner.from_last_stage(totals).tolist()
     if broken:
         raise RunError(f"rollout: of {tokens} action tokens, {broken} have a non-finite log-prob under the engine")
     return EntropyReading(tokens, from_fixed_point(surprisal) / tokens)
 
 
-def summarize(runner: Runner, data: Sequence[Loaded], scored: Sequence[Scored], *, found_by: str) -> ScoreSummary:
+def summarize(runner: Runner, data: Sequence[RankBatch], scored: Sequence[Scored], *, found_by: str) -> ScoreSummary:
     """Means over all action tokens of the update batch: exact sums, the same bits for every layout. A collective.
 
     `found_by`: the pass that scored them, for the message.
@@ -118,7 +118,7 @@ def summarize(runner: Runner, data: Sequence[Loaded], scored: Sequence[Scored], 
     logprob_T = torch.cat([s.scores.logprob_T[d.owned_T] for d, s in pairs])
     raw_T = torch.cat([s.raw_logprob_T[d.owned_T] for d, s in pairs])
     engine_T = torch.cat([d.batch.rollout_logprob_T[d.owned_T] for d, _ in pairs])
-    sequence_N = torch.cat([_sequence_log_ratios(d, s, runner.context_shards) for d, s in pairs])
+    sequence_N = torch.cat([_sequence_log_ratios(d, s, runner.context_comm) for d, s in pairs])
     gap_T = (raw_T - engine_T).abs()
     kl_T = kl_estimate(raw_T, engine_T).clamp(max=MAX_KL_TERM)
     ratio_T, ratio_N = (x.double().exp().clamp(max=MAX_RATIO_TERM) for x in (raw_T - engine_T, sequence_N))
@@ -131,7 +131,7 @@ def summarize(runner: Runner, data: Sequence[Loaded], scored: Sequence[Scored], 
     if sequence_N.numel():
         worst[2] = importance_ratio(sequence_N, torch.zeros_like(sequence_N)).amax()
     if runner.is_last_stage:
-        totals, worst = runner.shards.sum(totals), runner.shards.max(worst)
+        totals, worst = runner.comm.sum(totals), runner.comm.max(worst)
     *flat, tokens, sequences = runner.from_last_stage(totals).tolist()
     values, broken = [from_fixed_point(v) for v in flat[0::2]], flat[1::2]
     mismatch_max, ratio_max, sequence_ratio_max = runner.from_last_stage(worst).tolist()
@@ -151,7 +151,7 @@ def _effective(total: float, squares: float, count: int) -> float:
     return total**2 / (count * squares) if squares else 0.0
 
 
-def _sequence_log_ratios(data: Loaded, scored: Scored, context: Shards) -> torch.Tensor:
+def _sequence_log_ratios(data: RankBatch, scored: Scored, context: Comm) -> torch.Tensor:
     """Sum of trainer less engine log-probs of each sequence's action tokens, float64 [sequences counted on this rank].
 
     Each sequence is counted by the context-parallel rank that owns its first action token. Sums are in fixed point; a

@@ -48,7 +48,7 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class Layout:
+class SequenceLayout:
     """What decides padding and slicing: sizes of tensor (when sequence-parallel, else 1) and context parallelism."""
 
     sequence_parallel: int
@@ -69,7 +69,7 @@ def token_batch(
     first_ids: list[int] = []
     for assignment in share.assignments:
         group = groups[assignment.group]
-        counted = [i for i, trajectory in enumerate(group.trajectories) if trajectory.status.counts]
+        counted = [i for i, trajectory in enumerate(group.trajectories) if trajectory.status.is_trainable]
         outcomes = [Outcome(group.scores[i].reward, group.trajectories[i].num_action_tokens) for i in counted]
         values = algorithm.advantage(outcomes, config)
         advantages = dict(zip(counted, values, strict=True))
@@ -105,7 +105,7 @@ def token_batch(
     )
 
 
-def micro_batches(batch: TokenBatch, share: UpdateShare, budget: int, layout: Layout) -> list[MicroBatch]:
+def micro_batches(batch: TokenBatch, share: UpdateShare, budget: int, layout: SequenceLayout) -> list[MicroBatch]:
     """Exactly `share.num_micro_batches` packed rows of about `budget` tokens; one without sequences is a dummy."""
     bounds = batch.cu_seqlens_N1.tolist()
     lengths = [b - a for a, b in itertools.pairwise(bounds)]
@@ -116,23 +116,23 @@ def micro_batches(batch: TokenBatch, share: UpdateShare, budget: int, layout: La
     return made
 
 
-def probe(token_ids: torch.Tensor, layout: Layout) -> MicroBatch:
+def probe(token_ids: torch.Tensor, layout: SequenceLayout) -> MicroBatch:
     """One sequence, int64 [n], every token but the first a target; `source_P` indexes `token_ids`."""
     everything = torch.arange(token_ids.shape[0], device=token_ids.device)
     return _assemble([everything], token_ids, torch.ones_like(token_ids, dtype=torch.bool), layout)
 
 
-def _row(batch: TokenBatch, pieces: list[torch.Tensor], layout: Layout) -> MicroBatch:
+def _row(batch: TokenBatch, pieces: list[torch.Tensor], layout: SequenceLayout) -> MicroBatch:
     return _assemble(pieces, batch.token_ids_T, batch.action_T, layout)
 
 
-def dummy(layout: Layout, place: torch.device) -> MicroBatch:
+def dummy(layout: SequenceLayout, place: torch.device) -> MicroBatch:
     """The shortest row that every rank can run; it has no target."""
     return _assemble([], torch.empty(0, dtype=torch.int64, device=place), torch.empty(0, device=place), layout)
 
 
 def _assemble(
-    pieces: list[torch.Tensor], token_ids_T: torch.Tensor, wanted_T: torch.Tensor, layout: Layout
+    pieces: list[torch.Tensor], token_ids_T: torch.Tensor, wanted_T: torch.Tensor, layout: SequenceLayout
 ) -> MicroBatch:
     """`pieces`: token indices of each sequence; the targets are the `wanted_T` tokens."""
     place = token_ids_T.device
@@ -173,7 +173,7 @@ def _assemble(
     )
 
 
-def padded_lengths(lengths: Sequence[int], layout: Layout) -> list[int]:
+def padded_lengths(lengths: Sequence[int], layout: SequenceLayout) -> list[int]:
     """Lengths of the sequences as they are run; a row without sequences is one sequence of padding.
 
     With CP each is a multiple of 2 CP; the last one grows until this rank's row is a multiple of TP under sequence
@@ -187,7 +187,7 @@ def padded_lengths(lengths: Sequence[int], layout: Layout) -> list[int]:
     return padded
 
 
-def _local(length: int, layout: Layout, place: torch.device) -> torch.Tensor:
+def _local(length: int, layout: SequenceLayout, place: torch.device) -> torch.Tensor:
     """Positions of a sequence on this context-parallel rank: chunks r and 2 CP - 1 - r of 2 CP."""
     everything = torch.arange(length, device=place)
     size = layout.context_parallel

@@ -20,7 +20,7 @@ from stare_megatron.algo.registry import Algorithm
 from stare_megatron.algo.stare import Candidates, ScoredCandidates, Weights
 from stare_megatron.algo.surrogate import kl_estimate
 from stare_megatron.config import AlgorithmConfig
-from stare_megatron.trainer.runner import Loaded, Runner
+from stare_megatron.trainer.model_runner import RankBatch, Runner
 from stare_megatron.trainer.scoring import Scored, candidates
 from stare_megatron.trainer.sequence import MicroBatch
 from stare_megatron.trainer.tally import LossStats, Tally
@@ -30,7 +30,7 @@ from stare_megatron.types.token_record import TokenRecord
 
 def weigh(
     runner: Runner,
-    data: Sequence[Loaded],
+    data: Sequence[RankBatch],
     tokens: Candidates,
     control: Control,
     algorithm: Algorithm,
@@ -43,7 +43,7 @@ def weigh(
     moment.)
     """
     sizes = [d.batch.token_ids_T.shape[0] for d in data]
-    whole = algorithm.weigh(tokens, control, config, runner.shards)
+    whole = algorithm.weigh(tokens, control, config, runner.comm)
     return [
         Weights(weight_T, subset_T, selection)
         for weight_T, subset_T, selection in zip(
@@ -53,26 +53,26 @@ def weigh(
 
 
 def exact_sets(
-    runner: Runner, data: Sequence[Loaded], scored: Sequence[Scored], config: AlgorithmConfig
+    runner: Runner, data: Sequence[RankBatch], scored: Sequence[Scored], config: AlgorithmConfig
 ) -> list[torch.Tensor]:
     """What selection by exact sensitivity would choose of the whole update batch, bool [T] of each optimizer step. A
     collective of the last pipeline stage."""
-    whole_T = dynamics.exact_set(candidates(data, scored), config.stare.fraction, runner.shards)
+    whole_T = dynamics.exact_set(candidates(data, scored), config.stare.fraction, runner.comm)
     return list(whole_T.split([d.batch.token_ids_T.shape[0] for d in data]))
 
 
 def entropy_dynamics(
-    runner: Runner, data: Loaded, scored: Scored, applied: dynamics.Applied, exact_T: torch.Tensor
+    runner: Runner, data: RankBatch, scored: Scored, applied: dynamics.Applied, exact_T: torch.Tensor
 ) -> Dynamics:
     """What an optimizer step is expected to do to the entropy; equal on every rank. A collective."""
     tokens = candidates([data], [scored])
     return dynamics.from_totals(
-        runner.from_last_stage(dynamics.measure(tokens, applied, exact_T, runner.shards)).tolist()
+        runner.from_last_stage(dynamics.measure(tokens, applied, exact_T, runner.comm)).tolist()
     )
 
 
 @dataclass(frozen=True, eq=False)
-class Pass:
+class ForwardBackwardResult:
     """What a forward-backward pass saw: its loss over all ranks, the weights it used, and the `Scored` that its ratios
     are taken from: the scoring pass's or, where there was none, its own."""
 
@@ -82,7 +82,7 @@ class Pass:
 
 
 def token_records(
-    data: Sequence[Loaded], passes: Sequence[Pass], first_tokens: Collection[int]
+    data: Sequence[RankBatch], passes: Sequence[ForwardBackwardResult], first_tokens: Collection[int]
 ) -> dict[int, TokenRecord]:
     """What this rank (last stage) knows of the sequences that begin at these global token ids, by them."""
     found = {}
@@ -121,14 +121,14 @@ class _Known:
 
 def forward_backward(
     runner: Runner,
-    data: Loaded,
+    data: RankBatch,
     scored: Scored | None,
     weights: Weights | None,
     control: Control,
     algorithm: Algorithm,
     config: AlgorithmConfig,
     temperature: float,
-) -> Pass:
+) -> ForwardBackwardResult:
     """Accumulate the gradient of one optimizer step in the chunks' gradient buffers. A collective.
 
     `scored` None: there was no scoring pass. The weights are then still those that sampled, so that this pass is one:
@@ -163,12 +163,12 @@ def forward_backward(
         else:
             policy = scored.scores
             known = _Known(policy.logprob_T[source_R], scored.raw_logprob_T[source_R], policy.sensitivity_T[source_R])
-        actions = Sequences(batch.sequence_T[source_R], sequences, runner.context_shards)
+        actions = Sequences(batch.sequence_T[source_R], sequences, runner.context_comm)
         correction = correct(known.raw_logprob_R, batch.rollout_logprob_T[source_R], actions, config.correction)
         tally.correct(correction)
         if weights is None:
             here = _micro_batch_candidates(batch, source_R, logprob_R.detach(), entropy_R.detach(), known.sensitivity_R)
-            local = algorithm.weigh(here, control, config, runner.context_shards)
+            local = algorithm.weigh(here, control, config, runner.context_comm)
             tally.count(local, local.selection.selected_T)
             used.weight_T[source_R], used.selected_T[source_R] = local.weight_T, local.selection.selected_T
         tokens = LossInputs(
@@ -192,7 +192,7 @@ def forward_backward(
         tally.count(weights, weights.selection.selected_T)
     logprob_T, entropy_T, sensitivity_T = own_T3.t().contiguous()
     own = Scored(Scores(logprob_T, entropy_T, sensitivity_T), logprob_T)
-    return Pass(tally.total(runner, batch.num_action_tokens), used, own if scored is None else scored)
+    return ForwardBackwardResult(tally.total(runner, batch.num_action_tokens), used, own if scored is None else scored)
 
 
 def _micro_batch_candidates(

@@ -9,7 +9,7 @@ import torch
 from stare_megatron.algo.correction import Correction
 from stare_megatron.algo.selection import NEGATIVE, POSITIVE
 from stare_megatron.algo.stare import Weights
-from stare_megatron.trainer.runner import Runner
+from stare_megatron.trainer.model_runner import Runner
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class Tally:
 
     def total(self, runner: Runner, num_action_tokens: int) -> LossStats:
         if runner.is_last_stage:
-            runner.shards.sum(self.sums)
-            runner.shards.sum(self.counts)
-            runner.shards.max(self.ratio_max)
+            runner.comm.sum(self.sums)
+            runner.comm.sum(self.counts)
+            runner.comm.max(self.ratio_max)
         everything = runner.from_last_stage(torch.cat([self.sums, self.ratio_max, self.counts])).tolist()
         loss, ratio_max, chosen = everything[0], everything[5], [int(n) for n in everything[6:]]
         clipped, kl, correction, bounded = (x / num_action_tokens for x in everything[1:5])

@@ -25,7 +25,7 @@ from stare_megatron.host import manifest
 
 _THREADS = 2
 
-_File = tuple[list[Any], str, manifest.Entry]  # upstream's records of what is where in it, its name, its entry
+_File = tuple[list[Any], str, manifest.FileEntry]  # upstream's records of what is where in it, its name, its entry
 
 
 class Writing:
@@ -55,7 +55,7 @@ class Writing:
         """Whether this rank's files are on disk; False for a moment longer when one failed."""
         return all(file.done() for file in self._files)
 
-    def finish(self) -> dict[str, manifest.Entry]:
+    def finish(self) -> dict[str, manifest.FileEntry]:
         """Wait for the files of all ranks and seal the checkpoint. A collective.
 
         Returns this rank's files, by path relative to the folder.
@@ -63,7 +63,7 @@ class Writing:
         Raises:
             RunError: a file of some rank could not be written.
         """
-        entries: dict[str, manifest.Entry] = {}
+        entries: dict[str, manifest.FileEntry] = {}
         outcome: Any = {}
         for number, file in enumerate(self._files):
             try:

@@ -102,9 +102,9 @@ class GroupSummary:
     def zero_variance(self) -> bool:
         """All rewards equal: the group-relative advantage is 0 and the group teaches nothing.
 
-        Samples that are not learned from (`Status.counts`) do not count; fewer than two others teach nothing either.
+        Samples that are not learned from (see `Status.is_trainable`) are left out; fewer than two others teach nothing.
         """
-        rewards = [r for r, status in zip(self.rewards, self.statuses, strict=True) if status.counts]
+        rewards = [r for r, status in zip(self.rewards, self.statuses, strict=True) if status.is_trainable]
         return len(rewards) < 2 or min(rewards) == max(rewards)
 
 

@@ -29,13 +29,13 @@ class Status(enum.Enum):
     OVERLONG = "overlong"  # truncated, and the run leaves such out of the loss
 
     @property
-    def counts(self) -> bool:
+    def is_trainable(self) -> bool:
         """Whether the trajectory is learned from: its reward says something about the policy, and no setting of the run
         leaves it out."""
         return self in (Status.COMPLETED, Status.TRUNCATED)
 
     @property
-    def cut(self) -> bool:
+    def is_truncated(self) -> bool:
         """Whether a budget ended it."""
         return self in (Status.TRUNCATED, Status.OVERLONG)
 

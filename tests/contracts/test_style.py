@@ -69,9 +69,3 @@ def test_links_in_the_docs_lead_somewhere():
             if "://" not in target and not target.startswith("mailto:") and not (page.parent / target).exists():
                 broken.append(f"{relative(page)}: {target}")
     assert broken == []
-
-
-def test_test_files_have_names_of_their_own():
-    """pytest imports them by their bare names: two alike end the whole run while it collects."""
-    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
-    assert sorted(n for n in set(names) if names.count(n) > 1) == []

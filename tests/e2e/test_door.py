@@ -1,6 +1,6 @@
 """Bad input at the command line: one clear line, exit code 2, nothing half-written. In one process: quick.
 
-`tests/unit/test_preflight.py` and `test_run_folder.py` hold the wider list of refusals.
+`tests/unit/run/test_preflight.py` and `test_run_folder.py` hold the wider list of refusals.
 """
 
 from __future__ import annotations

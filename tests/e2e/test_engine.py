@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from engine_process import EngineProcess
-from tiny_qwen2 import EOS, make_model, reference_logprobs, save
 
 from stare_megatron.config import InferenceConfig
 from stare_megatron.errors import RunError
 from stare_megatron.sync.check import checksum, first_difference
 from stare_megatron.types import Sampling, Status
+from tests.e2e.engine_process import EngineProcess
+from tests.e2e.tiny_qwen2 import EOS, make_model, reference_logprobs, save
 
 WINDOW = 128
 PROMPT = (1, 17, 33, 60)

@@ -14,10 +14,10 @@ from typing import Any
 import psutil
 import pytest
 from ray.cluster_utils import Cluster
-from tool_run import command
 
 from stare_megatron.metrics import jsonl
 from tests.contracts.source import ROOT
+from tests.e2e.tool_run import command
 
 STEPS = 24
 

@@ -12,16 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from engine_process import EngineProcess
 from launch import launch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from stare_megatron.config import InferenceConfig, parse
-from stare_megatron.rollout.runner import make_runner
+from stare_megatron.rollout.groups import make_runner
 from stare_megatron.sandbox.result import Result
 from stare_megatron.sandbox.result import Status as Outcome
 from stare_megatron.types import Completion, Group, GroupRequest, Prompt, Sampling, SpanKind, Status
 from tests import qwen_tokenizer
+from tests.e2e.engine_process import EngineProcess
 
 VOCAB = 151_936
 WINDOW = 320
@@ -163,7 +163,7 @@ def test_trained_tokens_and_logprobs_are_the_engines(checkpoint: Path, engine: E
     rollout = {"prompts_per_step": GROUPS, "group_size": SIZE, "max_response_tokens": RESPONSE}
     arguments = {"checkpoint": checkpoint, "groups": groups, "overrides": {"rollout": rollout}}
     (trained,) = launch("tool_use_worker:train", 1, arguments, timeout=300)
-    kept = [t for t in trajectories if t.status.counts]
+    kept = [t for t in trajectories if t.status.is_trainable]
     assert len(kept) > 0.9 * len(trajectories)
     assert sorted(trained["tokens"]) == sorted(t.token_ids().tolist() for t in kept)
     assert sorted(trained["actions"]) == sorted(t.action_mask().tolist() for t in kept)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 
-from tool_run import command
-
 from stare_megatron.metrics import jsonl
 from tests.contracts.source import ROOT
+from tests.e2e.tool_run import command
 
 STEPS = 6
 

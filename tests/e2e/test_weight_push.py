@@ -13,8 +13,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from engine_process import EngineProcess
-from tiny_qwen2 import make_model, reference_logprobs, save, weights
 
 from stare_megatron.config import InferenceConfig
 from stare_megatron.errors import RunError
@@ -23,6 +21,8 @@ from stare_megatron.sync.fanout import EngineFanOut
 from stare_megatron.sync.push import WeightPusher
 from stare_megatron.sync.source import ParamSpec, WeightStream
 from stare_megatron.types import Sampling
+from tests.e2e.engine_process import EngineProcess
+from tests.e2e.tiny_qwen2 import make_model, reference_logprobs, save, weights
 
 WINDOW = 256
 PROBE = np.random.default_rng(1).integers(3, 112, 100)

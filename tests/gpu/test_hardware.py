@@ -4,8 +4,8 @@ waits."""
 import pytest
 import torch
 
+from stare_megatron.algo.comm import OneRank
 from stare_megatron.algo.selection import select_top
-from stare_megatron.algo.shards import OneShard
 from stare_megatron.trainer import logprobs, logprobs_torch
 from stare_megatron.trainer.logprobs import log_probs, token_scores
 from stare_megatron.trainer.partials import NO_TARGET, VocabShard
@@ -113,7 +113,7 @@ def test_the_host_never_waits():
         token_scores(leaf.detach(), target, WHOLE, temperature=0.7)
         logprob, entropy = log_probs(leaf * 1.0, target, WHOLE, temperature=0.7, entropy_gradient=True)
         (logprob + entropy).sum().backward()
-        return select_top(value, subset, ids, 0.1, OneShard())
+        return select_top(value, subset, ids, 0.1, OneRank())
 
     everything()  # compilation may wait
     torch.cuda.set_sync_debug_mode("error")
@@ -121,5 +121,5 @@ def test_the_host_never_waits():
         chosen = everything()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    on_cpu = select_top(value.cpu(), subset.cpu(), ids.cpu(), 0.1, OneShard())
+    on_cpu = select_top(value.cpu(), subset.cpu(), ids.cpu(), 0.1, OneRank())
     assert torch.equal(chosen.selected_T.cpu(), on_cpu.selected_T)

@@ -1,7 +1,7 @@
 """The Triton kernels against float64 and the PyTorch path, through the whole route: dispatch, merge, autograd.
 
 On an NVIDIA GPU: `pytest -m gpu`. Without one the same cases run under Triton's interpreter, in a process of their own
-(tests/unit/test_logprobs_triton.py). Tiles are made small, so that few columns still make many rescalings.
+(tests/unit/trainer/test_logprobs_triton.py). Tiles are made small, so that few columns still make many rescalings.
 """
 
 import os

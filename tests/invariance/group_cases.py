@@ -9,14 +9,14 @@ import torch
 import torch.distributed as dist
 from launch import Rank
 
+from stare_megatron.algo.comm import GroupComm, comm
 from stare_megatron.algo.reduce import fixed_point_sum
 from stare_megatron.algo.selection import NEGATIVE, NEITHER, POSITIVE, select_top
-from stare_megatron.algo.shards import GroupShards, shards
 from stare_megatron.trainer.logprobs import log_probs, token_scores
 from stare_megatron.trainer.partials import NO_TARGET, vocab_shard
 
 
-class CountingShards(GroupShards):
+class CountingShards(GroupComm):
     """Counts collectives and the bytes given to them."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -78,7 +78,7 @@ def selection(rank: Rank, *, kinds: list[str], n: int, fraction: float) -> dict[
             "ids": ids[own][got.selected_T],
             "counts": (got.count_S.tolist(), got.selected_S.tolist(), int(got.nan)),
             "traffic": (counting.calls, counting.bytes),
-            "entropy": shards(group).sum(fixed_point_sum(surprisal[own])).tolist(),
+            "entropy": comm(group).sum(fixed_point_sum(surprisal[own])).tolist(),
         }
     dist.destroy_process_group()
     return seen

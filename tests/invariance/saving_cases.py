@@ -121,7 +121,7 @@ def unwritable(rank: Rank, *, checkpoint: Path, layout: Overrides, folder: Path)
 
 
 class _Full:
-    def checksum(self, path: Path) -> manifest.Entry:
+    def checksum(self, path: Path) -> manifest.FileEntry:
         raise OSError(28, "No space left on device", str(path))
 
 
@@ -137,7 +137,7 @@ class _One:
     def save_written(self) -> bool:
         return self._trainer.save_written()
 
-    def finish_save(self) -> dict[str, manifest.Entry]:
+    def finish_save(self) -> dict[str, manifest.FileEntry]:
         return self._trainer.finish_save()
 
 
@@ -148,7 +148,7 @@ def killed(rank: Rank, *, checkpoint: Path, root: Path, kills: int, seed: int) -
 
     # What takes longest is imported once, in the parent of all.
     stare_megatron_patches.apply("megatron-core")
-    for name in ("checkpoint", "model", "optimizer", "runner", "step", "bridge"):
+    for name in ("checkpoint", "model", "optimizer", "model_runner", "step", "bridge"):
         importlib.import_module(f"stare_megatron.trainer.{name}")
     rng = random.Random(seed)
     found = []

@@ -176,7 +176,7 @@ def test_entropy_dynamics(outcome, reference, ranks, name):
     """Of the first step; S is known to rounding, so a token next to its critical surprisal may change sides."""
     want = reference["stats"][0].dynamics
     assert want.num_tokens == reference["scores"][0].num_action_tokens
-    assert want.chosen_either > want.chosen_both > 0
+    assert want.union > want.intersection > 0
     assert min(want.tokens) > 0
     assert [x > 0 for x in want.change] == [False, True, True, False]
     for seen in outcome(ranks, name):
@@ -186,7 +186,7 @@ def test_entropy_dynamics(outcome, reference, ranks, name):
         assert got.change == pytest.approx(want.change, abs=1e-4)
         assert got.unweighted_change == pytest.approx(want.unweighted_change, abs=1e-4)
         assert got.critical_surprisal == pytest.approx(want.critical_surprisal, abs=1e-2)
-        assert (got.chosen_both, got.chosen_either) == (want.chosen_both, want.chosen_either)
+        assert (got.intersection, got.union) == (want.intersection, want.union)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_microbatch_scope_is_the_batch_scope_of_a_single_micro_batch(outcome, re
     assert got["stats"][0].loss == pytest.approx(want.loss, abs=1e-6)
     assert got["stats"][0].selected_neg == want.selected_neg
     assert got["stats"][0].dynamics.change == pytest.approx(want.dynamics.change, abs=1e-4)
-    assert got["stats"][0].dynamics.chosen_both == want.dynamics.chosen_both
+    assert got["stats"][0].dynamics.intersection == want.dynamics.intersection
     assert several["stats"][0].num_neg == want.num_neg
     assert several["stats"][0].selected_neg > want.selected_neg  # a ceil for each micro-batch
     assert several["stats"][0].loss != pytest.approx(want.loss, abs=1e-4)

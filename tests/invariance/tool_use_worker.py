@@ -17,7 +17,7 @@ def train(rank: Rank, *, checkpoint: Path, groups: list[Group], overrides: dict[
     scored by itself; `scores`, `updates`: of the step."""
     config = make_config(checkpoint, overrides)
     trainer = start(rank, config)
-    kept = [t for g in groups for t in g.trajectories if t.status.counts and t.num_action_tokens]
+    kept = [t for g in groups for t in g.trajectories if t.status.is_trainable and t.num_action_tokens]
     logprobs = {(t.prompt_id, t.sample): trainer.score_tokens(t.token_ids()) for t in kept}
     load(trainer, config, groups)
     batch = trainer._loaded[0].batch

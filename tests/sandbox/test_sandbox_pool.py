@@ -15,7 +15,7 @@ import pytest
 from stare_megatron.config.sandbox import SandboxConfig
 from stare_megatron.errors import RunError, UserError
 from stare_megatron.sandbox import detect as detection
-from stare_megatron.sandbox.box import open_sandbox
+from stare_megatron.sandbox.client import open_sandbox
 from stare_megatron.sandbox.level import Level
 from stare_megatron.sandbox.pool import Sandbox
 from stare_megatron.sandbox.result import Result, Status

@@ -11,7 +11,7 @@ from stare_megatron.config.env import EnvConfig
 from stare_megatron.config.sandbox import SandboxConfig
 from stare_megatron.envs.tool_use import ToolUse
 from stare_megatron.rollout.episode import run_episode
-from stare_megatron.sandbox.box import open_sandbox
+from stare_megatron.sandbox.client import open_sandbox
 from stare_megatron.types import Completion, Prompt, Sampling, SpanKind, Status
 from tests import byte_tokenizer
 

@@ -13,10 +13,10 @@ from __future__ import annotations
 import torch
 
 from stare_megatron.algo.algorithm import Algorithm
+from stare_megatron.algo.comm import Comm
 from stare_megatron.algo.covariance import share_of, token_covariance
 from stare_megatron.algo.losses.types import LossInputs, TokenLoss
 from stare_megatron.algo.selection import NEITHER, POSITIVE, select_some, subset_codes
-from stare_megatron.algo.shards import Shards
 from stare_megatron.algo.stare import Candidates, Weights
 from stare_megatron.algo.surrogate import importance_ratio
 from stare_megatron.config import AlgorithmConfig
@@ -33,15 +33,15 @@ def clip_cov_loss(tokens: LossInputs, config: AlgorithmConfig) -> TokenLoss:
     return TokenLoss(loss_T, ratio_T.detach(), clipped_T | detached_T)
 
 
-def _weigh(tokens: Candidates, control: Control, config: AlgorithmConfig, shards: Shards) -> Weights:
+def _weigh(tokens: Candidates, control: Control, config: AlgorithmConfig, comm: Comm) -> Weights:
     settings = config.clip_cov
-    covariance_T, num_actions = token_covariance(tokens, shards)
+    covariance_T, num_actions = token_covariance(tokens, comm)
     between_T = tokens.action_T & (covariance_T > settings.low) & (covariance_T < settings.high)
     code_T = torch.where(between_T, POSITIVE, NEITHER)
     budget = share_of(settings.fraction, num_actions)
     # Equal values leave the choice to the hash of the token's id.
     chosen = select_some(
-        torch.zeros_like(tokens.surprisal_T), code_T, tokens.global_id_T, lambda n_S: n_S.clamp(max=budget), shards
+        torch.zeros_like(tokens.surprisal_T), code_T, tokens.global_id_T, lambda n_S: n_S.clamp(max=budget), comm
     )
     return Weights(torch.ones_like(tokens.advantage_T), subset_codes(tokens.advantage_T, tokens.action_T), chosen)
 

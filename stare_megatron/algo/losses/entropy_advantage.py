@@ -13,15 +13,15 @@ from __future__ import annotations
 import torch
 
 from stare_megatron.algo.algorithm import Algorithm
+from stare_megatron.algo.comm import Comm
 from stare_megatron.algo.losses.stare import stare_loss
-from stare_megatron.algo.shards import Shards
 from stare_megatron.algo.stare import Candidates, Weights, require_scores, weigh_equally
 from stare_megatron.config import AlgorithmConfig
 from stare_megatron.types import Control
 
 
-def _weigh(tokens: Candidates, control: Control, config: AlgorithmConfig, shards: Shards) -> Weights:
-    settings, plain = config.entropy_advantage, weigh_equally(tokens, shards)
+def _weigh(tokens: Candidates, control: Control, config: AlgorithmConfig, comm: Comm) -> Weights:
+    settings, plain = config.entropy_advantage, weigh_equally(tokens, comm)
     advantage_T = tokens.advantage_T
     size_T = torch.where(advantage_T == 0, 1.0, advantage_T.abs())
     entropy_T = require_scores(tokens, "entropy_advantage").entropy_T

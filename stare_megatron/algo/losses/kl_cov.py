@@ -12,10 +12,10 @@ from __future__ import annotations
 import torch
 
 from stare_megatron.algo.algorithm import Algorithm
+from stare_megatron.algo.comm import Comm
 from stare_megatron.algo.covariance import share_of, token_covariance
 from stare_megatron.algo.losses.types import LossInputs, TokenLoss
 from stare_megatron.algo.selection import NEITHER, POSITIVE, select_some, subset_codes
-from stare_megatron.algo.shards import Shards
 from stare_megatron.algo.stare import Candidates, Weights
 from stare_megatron.algo.surrogate import importance_ratio
 from stare_megatron.config import AlgorithmConfig
@@ -29,11 +29,11 @@ def kl_cov_loss(tokens: LossInputs, config: AlgorithmConfig) -> TokenLoss:
     return TokenLoss(loss_T * tokens.correction_T, ratio_T.detach(), torch.zeros_like(tokens.selected_T))
 
 
-def _weigh(tokens: Candidates, control: Control, config: AlgorithmConfig, shards: Shards) -> Weights:
-    covariance_T, num_actions = token_covariance(tokens, shards)
+def _weigh(tokens: Candidates, control: Control, config: AlgorithmConfig, comm: Comm) -> Weights:
+    covariance_T, num_actions = token_covariance(tokens, comm)
     budget = share_of(config.kl_cov.fraction, num_actions)
     everything_T = torch.where(tokens.action_T, POSITIVE, NEITHER)
-    chosen = select_some(covariance_T, everything_T, tokens.global_id_T, lambda n_S: n_S.clamp(max=budget), shards)
+    chosen = select_some(covariance_T, everything_T, tokens.global_id_T, lambda n_S: n_S.clamp(max=budget), comm)
     return Weights(torch.ones_like(tokens.advantage_T), subset_codes(tokens.advantage_T, tokens.action_T), chosen)
 
 

@@ -9,9 +9,9 @@ import dataclasses
 
 from stare_megatron.algo import controller, stare
 from stare_megatron.algo.algorithm import Algorithm
+from stare_megatron.algo.comm import Comm
 from stare_megatron.algo.losses.grpo import grpo_loss
 from stare_megatron.algo.losses.types import LossInputs, TokenLoss
-from stare_megatron.algo.shards import Shards
 from stare_megatron.config import AlgorithmConfig
 from stare_megatron.types import Control
 
@@ -21,8 +21,8 @@ def stare_loss(tokens: LossInputs, config: AlgorithmConfig) -> TokenLoss:
     return dataclasses.replace(plain, loss_T=plain.loss_T * tokens.weight_T)
 
 
-def _weigh(tokens: stare.Candidates, control: Control, config: AlgorithmConfig, shards: Shards) -> stare.Weights:
-    return stare.weigh(tokens, control, config.stare, shards)
+def _weigh(tokens: stare.Candidates, control: Control, config: AlgorithmConfig, comm: Comm) -> stare.Weights:
+    return stare.weigh(tokens, control, config.stare, comm)
 
 
 ALGORITHM = Algorithm(stare_loss, controller=controller.observe, weigh=_weigh)

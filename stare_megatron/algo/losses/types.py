@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from stare_megatron.algo.shards import Shards
+from stare_megatron.algo.comm import Comm
 from stare_megatron.types import Control
 
 
@@ -20,7 +20,7 @@ class Sequences:
 
     index_T: torch.Tensor
     count: int
-    context: Shards
+    context: Comm
 
     def sum(self, x_T: torch.Tensor) -> torch.Tensor:
         """Sum of `x` over the action tokens of each token's sequence, float64 [T], without gradient. A collective."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from stare_megatron.data.prepare.read import read
-from stare_megatron.data.prepare.types import Layout, Malformed, MalformedField, Problem, RawRow, Recipe
+from stare_megatron.data.prepare.types import FileLayout, Malformed, MalformedField, Problem, RawRow, Recipe
 from stare_megatron.errors import UserError
 
 # What publishers put around a problem. DAPO-Math-17k: before and after; others append a sentence.
@@ -33,7 +33,7 @@ def problems(recipe: Recipe, path: Any) -> Iterator[Problem | Malformed]:
     """
     rows = read(path)
     seen: list[RawRow | Malformed] = []
-    layout: Layout | None = None
+    layout: FileLayout | None = None
     for row in rows:
         seen.append(row)
         if isinstance(row, RawRow):
@@ -52,14 +52,14 @@ def problems(recipe: Recipe, path: Any) -> Iterator[Problem | Malformed]:
         yield row if isinstance(row, Malformed) else _problem(recipe, layout, row)
 
 
-def _layout(recipe: Recipe, row: RawRow) -> Layout | None:
+def _layout(recipe: Recipe, row: RawRow) -> FileLayout | None:
     for layout in recipe.layouts:
         if all(_find(row.fields, key) is not _ABSENT for key in (layout.problem, layout.answer)):
             return layout
     return None
 
 
-def _problem(recipe: Recipe, layout: Layout, row: RawRow) -> Problem | Malformed:
+def _problem(recipe: Recipe, layout: FileLayout, row: RawRow) -> Problem | Malformed:
     try:
         text = _text(row.fields, layout.problem)
         answers = _answers(recipe, layout, row.fields)
@@ -101,7 +101,7 @@ def _unwrapped(text: str, key: str) -> str:
     return text
 
 
-def _answers(recipe: Recipe, layout: Layout, fields: dict[str, Any]) -> tuple[str, ...]:
+def _answers(recipe: Recipe, layout: FileLayout, fields: dict[str, Any]) -> tuple[str, ...]:
     value = _present(fields, layout.answer)
     try:
         return tuple(recipe.check(answer) for answer in layout.read(value))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from stare_megatron.data.prepare import answers
-from stare_megatron.data.prepare.types import Layout, Recipe
+from stare_megatron.data.prepare.types import FileLayout, Recipe
 
 _CHAT = "reward_model.ground_truth"
-_PROBLEM_ANSWER = Layout("problem", "answer", answers.plain)
-_QUESTION_ANSWER = Layout("question", "answer", answers.plain)
-_INPUT_OUTPUT = Layout("input", "output", answers.plain)
-_BOXED_SOLUTION = Layout("problem", "solution", answers.in_box)
+_PROBLEM_ANSWER = FileLayout("problem", "answer", answers.plain)
+_QUESTION_ANSWER = FileLayout("question", "answer", answers.plain)
+_INPUT_OUTPUT = FileLayout("input", "output", answers.plain)
+_BOXED_SOLUTION = FileLayout("problem", "solution", answers.in_box)
 
 _ALL = (
     Recipe(
@@ -19,8 +19,8 @@ _ALL = (
         split="train",
         role="train",
         layouts=(
-            Layout("prompt", _CHAT, answers.plain, "extra_info.index"),
-            Layout("prompt", "solution", answers.plain, "extra_info.index"),  # the processed edition
+            FileLayout("prompt", _CHAT, answers.plain, "extra_info.index"),
+            FileLayout("prompt", "solution", answers.plain, "extra_info.index"),  # the processed edition
             _PROBLEM_ANSWER,
         ),
         check=answers.anything,
@@ -40,7 +40,7 @@ _ALL = (
         patterns=("data/math-*.parquet",),
         split="math",
         role="train",
-        layouts=(Layout("prompt", _CHAT, answers.json_list, "extra_info.index"),),
+        layouts=(FileLayout("prompt", _CHAT, answers.json_list, "extra_info.index"),),
         check=answers.anything,
     ),
     Recipe(
@@ -58,7 +58,7 @@ _ALL = (
         patterns=("main/{split}-*.parquet",),
         split="train",
         role="train",
-        layouts=(Layout("question", "answer", answers.after_hashes),),
+        layouts=(FileLayout("question", "answer", answers.after_hashes),),
         check=answers.integer_or_decimal,
     ),
     Recipe(
@@ -76,7 +76,7 @@ _ALL = (
         patterns=("test.jsonl",),
         split="test",
         role="eval",
-        layouts=(Layout("problem", "answer", answers.plain, "unique_id"),),
+        layouts=(FileLayout("problem", "answer", answers.plain, "unique_id"),),
         check=answers.anything,
     ),
     Recipe(
@@ -85,7 +85,7 @@ _ALL = (
         patterns=("*.csv",),
         split="train",
         role="train",
-        layouts=(_PROBLEM_ANSWER, Layout("Question", "Answer", answers.plain, "ID")),
+        layouts=(_PROBLEM_ANSWER, FileLayout("Question", "Answer", answers.plain, "ID")),
         check=answers.aime,
     ),
     Recipe(
@@ -95,8 +95,8 @@ _ALL = (
         split="train",
         role="eval",
         layouts=(
-            Layout("problem", "answer", answers.plain, "id"),
-            Layout("Problem", "Answer", answers.plain, "ID"),  # Maxwell-Jia/AIME_2024
+            FileLayout("problem", "answer", answers.plain, "id"),
+            FileLayout("Problem", "Answer", answers.plain, "ID"),  # Maxwell-Jia/AIME_2024
             _BOXED_SOLUTION,  # math-ai/aime24
             _INPUT_OUTPUT,  # ReTool
         ),
@@ -109,7 +109,7 @@ _ALL = (
         split="test",
         role="eval",
         layouts=(
-            Layout("problem", "answer", answers.plain, "id"),
+            FileLayout("problem", "answer", answers.plain, "id"),
             _QUESTION_ANSWER,  # opencompass/AIME2025
             _INPUT_OUTPUT,  # ReTool
         ),
@@ -121,7 +121,10 @@ _ALL = (
         patterns=("test-*.parquet", "data/test-*.parquet"),
         split="test",
         role="eval",
-        layouts=(Layout("problem", "answer", answers.plain, "id"), Layout("question", "answer", answers.plain, "id")),
+        layouts=(
+            FileLayout("problem", "answer", answers.plain, "id"),
+            FileLayout("question", "answer", answers.plain, "id"),
+        ),
         check=answers.anything,
     ),
     Recipe(
@@ -131,8 +134,8 @@ _ALL = (
         split="test",
         role="eval",
         layouts=(
-            Layout("problem", "answer", answers.alternatives, "idx"),
-            Layout("question", "answer", answers.alternatives),
+            FileLayout("problem", "answer", answers.alternatives, "idx"),
+            FileLayout("question", "answer", answers.alternatives),
             _BOXED_SOLUTION,
         ),
         check=answers.anything,
@@ -144,9 +147,9 @@ _ALL = (
         split="test",
         role="eval",
         layouts=(
-            Layout("question", "final_answer", answers.all_of, "id"),
-            Layout("problem", "answer", answers.all_of, "id"),
-            Layout("problem", "final_answer", answers.all_of, "id"),
+            FileLayout("question", "final_answer", answers.all_of, "id"),
+            FileLayout("problem", "answer", answers.all_of, "id"),
+            FileLayout("problem", "final_answer", answers.all_of, "id"),
         ),
         check=answers.anything,
     ),

@@ -56,7 +56,7 @@ ReadAnswers = Callable[[Any], tuple[str, ...]]
 
 
 @dataclass(frozen=True)
-class Layout:
+class FileLayout:
     """Where a published file keeps things; dotted keys lead into nested objects. `id` is empty if it has none."""
 
     problem: str
@@ -79,7 +79,7 @@ class Recipe:
     patterns: tuple[str, ...]
     split: str
     role: Literal["train", "eval"]
-    layouts: tuple[Layout, ...]
+    layouts: tuple[FileLayout, ...]
     check: Callable[[str], str]
 
 

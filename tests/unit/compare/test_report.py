@@ -43,8 +43,8 @@ def test_the_table_is_made_of_the_metrics(two_methods):
     share = band([r["policy/entropy"] for r in want["stare-s1"]], 0.2).share_in_band
     assert cells["share_in_band"]["stare"].values["stare-s1"] == share
     assert cells["eval/held_out/avg@8"]["stare"].values["stare-s2"] == want["stare-s2"][-1]["eval/held_out/avg@8"]
-    solved = statistics.fmean(r["groups/full_solve"] / 40 for r in want["stare-s0"][-10:])
-    assert cells["full_solve_last"]["stare"].values["stare-s0"] == pytest.approx(solved)
+    solved = statistics.fmean(r["groups/all_correct"] / 40 for r in want["stare-s0"][-10:])
+    assert cells["all_correct_last"]["stare"].values["stare-s0"] == pytest.approx(solved)
     assert cells["gate_duty"]["grpo"].n == 0, "GRPO has no gate: absent, not 0"
     assert cells["eval/held_out/avg@8"]["grpo"].n == 0
     assert absent == ["reflection words", "memory, driver"]
@@ -58,11 +58,11 @@ def test_a_reference_target_is_for_methods_without_one(two_methods):
     assert derived.target(grpo, None)[0] == 0.2
 
 
-def test_full_solve_share_of_no_groups_is_nothing(tmp_path):
+def test_all_correct_fraction_of_no_groups_is_nothing(tmp_path):
     path = write_run(tmp_path, "a", steps=1)
     row = json.loads((path / "metrics.jsonl").read_text()) | {"groups/sampled": 0}
     (path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-    assert math.isnan(derived.series(load_all([path], NOW)[0], "full_solve_share")[0])
+    assert math.isnan(derived.series(load_all([path], NOW)[0], "all_correct_fraction")[0])
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_constants_are_packed_as_such():
 
 @pytest.mark.parametrize(
     ("value", "unit", "text"),
-    [(0.94123, "share", "94.1 %"), (0.00012, "share", "0.012 %"), (200.0, "steps", "200"), (0.2, "nats", "0.2"),
+    [(0.94123, "fraction", "94.1 %"), (0.00012, "fraction", "0.012 %"), (200.0, "steps", "200"), (0.2, "nats", "0.2"),
      (0.18764, "nats", "0.1876"), (3.4e-7, "nats", "3.40e-07"), (12345.6, "tokens", "12,346"), (math.nan, "", "NaN")],
 )  # fmt: skip
 def test_numbers_for_reading(value, unit, text):

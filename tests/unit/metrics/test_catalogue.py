@@ -44,7 +44,7 @@ def test_a_family_has_typed_members():
     assert name == "eval/aime24/avg@32"
     assert catalogue.entry(name).name == "eval/{benchmark}/avg@{k}"
     assert metrics({name: 0.3, "source/gsm8k/reward": 1.0}) == (
-        Metric(name, 0.3, "share"),
+        Metric(name, 0.3, "fraction"),
         Metric("source/gsm8k/reward", 1.0, "reward"),
     )
     with pytest.raises(ValueError, match="benchmark = 'a/b'"):

@@ -1,0 +1,73 @@
+"""What an engine's process runs for each request, put together from the configuration."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+from stare_megatron.config import Config
+from stare_megatron.config.env import EnvConfig
+from stare_megatron.data.tokenizer import load_tokenizer
+from stare_megatron.envs.base import MakeEnv
+from stare_megatron.envs.parsers import make_parser
+from stare_megatron.envs.single_turn import SingleTurn
+from stare_megatron.envs.tool_use import ToolUse
+from stare_megatron.rewards import make_reward
+from stare_megatron.rewards.base import response_text
+from stare_megatron.rollout.episode import Masks, run_group
+from stare_megatron.rollout.reflection import word_counter
+from stare_megatron.rollout.sampler import Sampler
+from stare_megatron.sandbox.client import SandboxClient
+from stare_megatron.types import Group, GroupRequest, GroupSummary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def make_runner(
+    config: Config, sampler: Sampler, box: SandboxClient | None = None
+) -> Callable[[GroupRequest], Awaitable[tuple[Group, GroupSummary]]]:
+    """A function that samples and scores one group. Use it from one event loop.
+
+    All trajectories of a group, and of all groups that run at once, are played as tasks of that loop: while one waits
+    for its tool the engine samples others. `box`: an open sandbox that outlives the function, for an environment with
+    a tool.
+
+    Raises:
+        UserError: no tokenizer in the checkpoint, one without what `env.parser` needs, or an unknown reward.
+        ValueError: `env.name = "tool_use"` without a box.
+    """
+    reward = make_reward(config.reward)
+    tokenizer = load_tokenizer(config.model.path)
+    words = config.logging.reflection_words
+    count = word_counter(words)
+    make_env = _env_maker(config.env, box, tokenizer)
+    masks = Masks(overlong=config.rollout.overlong == "mask", void=config.env.void_turns == "mask")
+
+    async def run(request: GroupRequest) -> tuple[Group, GroupSummary]:
+        group = await run_group(
+            request, make_env=make_env, sampler=sampler, reward=reward, tokenizer=tokenizer, masks=masks
+        )
+        # Here, where the tokens are: the driver gets the count.
+        texts = [response_text(t, tokenizer, skip_special_tokens=True) if words else "" for t in group.trajectories]
+        return group, group.summary(tuple(map(count, texts)))
+
+    return run
+
+
+def check_env(config: EnvConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises:
+    UserError: the tokenizer lacks what `env.parser` needs.
+    """
+    if config.name == "tool_use":
+        make_parser(config, tokenizer)
+
+
+def _env_maker(config: EnvConfig, box: SandboxClient | None, tokenizer: PreTrainedTokenizerBase) -> MakeEnv:
+    if config.name == "single_turn":
+        return SingleTurn
+    if box is None:
+        raise ValueError('env.name = "tool_use" needs a sandbox')
+    check_env(config, tokenizer)
+    return functools.partial(ToolUse, box=box, tokenizer=tokenizer, config=config)

@@ -1,0 +1,395 @@
+"""Training checkpoints on disk: whole or not at all, checked, refused when they are another run's, and kept or not."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stare_megatron import checkpoint, config
+from stare_megatron.algo.controller import ControllerState
+from stare_megatron.checkpoint import LoopState, Saver, Settings, store
+from stare_megatron.data.prompts import StreamState
+from stare_megatron.errors import RunError, UserError
+from stare_megatron.host import manifest
+from stare_megatron.metrics import wandb_id
+from stare_megatron.run import eval as build_eval
+from stare_megatron.types import GateDuty, Observed
+
+KEEP = config.CheckpointConfig(asynchronous=False)
+SETTINGS = Settings({}, {})
+
+
+def state(step: int) -> LoopState:
+    stream, before, duty = StreamState(0, step, 1, "x"), Observed(0.5, 0.0), GateDuty(step, 0)
+    return LoopState(step, 10 * step, stream, ControllerState(1.0, 1.0), before, duty, "id")
+
+
+class Ranks:
+    """Writes a file as ranks would; `slow`: not before `finish_save`."""
+
+    def __init__(self, slow: bool = False) -> None:
+        self.slow = slow
+        self.ready = not slow
+        self.folder = Path()
+
+    def begin_save(self, folder: Path, step: int) -> None:
+        folder.mkdir()
+        self.folder = folder
+        (folder / "common.pt").write_text("common")
+        if not self.slow:
+            self._write()
+
+    def save_written(self) -> bool:
+        return self.ready
+
+    def finish_save(self) -> dict[str, manifest.FileEntry]:
+        self._write()
+        return {"__0_0.distcp": manifest.checksum(self.folder / "__0_0.distcp")}
+
+    def _write(self) -> None:
+        (self.folder / "__0_0.distcp").write_bytes(bytes(range(200)))
+        (self.folder / ".metadata").write_text("plan")
+
+
+def saver(root: Path, keep: config.CheckpointConfig = KEEP, ranks: Ranks | None = None, **more: Any) -> Saver:
+    rest: dict[str, Any] = {"estimate": 1000, "values": dict, "warn": pytest.fail} | more
+    return Saver(root, keep, SETTINGS, ranks or Ranks(), **rest)
+
+
+def saved(root: Path, *steps: int, **keep: Any) -> Path:
+    writes = saver(root, KEEP.model_copy(update=keep))
+    for step in steps:
+        writes.save(state(step))
+    return root / store.folder_name(steps[-1])
+
+
+def tree(folder: Path) -> dict[str, Any]:
+    """The tables of a run's configuration."""
+    return {
+        "run": {"name": "unit", "dir": str(folder / "runs"), "steps": 3},
+        "model": {"path": str(folder / "model")},
+        "data": {"train": ["a.jsonl"]},
+        "reward": {"name": "math"},
+        "algorithm": {"method": "stare"},
+    }
+
+
+def names(root: Path) -> list[str]:
+    return sorted(p.name for p in root.iterdir())
+
+
+def test_a_saved_checkpoint_is_whole_and_found(tmp_path):
+    folder = saved(tmp_path, 3)
+    assert names(tmp_path) == ["latest", "step_000003"]
+    assert (tmp_path / "latest").read_text() == "step_000003\n"
+    assert checkpoint.find(tmp_path, "auto") == folder
+    assert checkpoint.read(folder) == state(3)
+    assert checkpoint.verify(folder, contents=True) == ""
+    assert set(manifest.read(folder) or ()) == {
+        "loop.json",
+        "settings.json",
+        "trainer/.metadata",
+        "trainer/common.pt",
+        "trainer/__0_0.distcp",
+    }
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    saved(tmp_path, 3)
+    folder = saved(tmp_path, 3)
+    assert names(tmp_path) == ["latest", "step_000003"]
+    assert checkpoint.verify(folder, contents=True) == ""
+
+
+DAMAGE = {
+    "flipped byte": ("trainer/__0_0.distcp", lambda f: f.write_bytes(bytes(range(199)) + b"!"), "damaged: checksum"),
+    "truncated file": ("trainer/__0_0.distcp", lambda f: f.write_bytes(bytes(5)), "truncated: 5 bytes"),
+    "missing shard": ("trainer/__0_0.distcp", lambda f: f.unlink(), "missing"),
+    "changed loop state": ("loop.json", lambda f: f.write_text(f.read_text().replace("30", "31")), "damaged"),
+    "no manifest": ("manifest.json", lambda f: f.unlink(), "manifest.json is missing"),
+    "torn manifest": ("manifest.json", lambda f: f.write_text(f.read_text()[:50]), "not a manifest"),
+    "manifest without the plan": ("manifest.json", lambda f: _forget(f, "trainer/.metadata"), "does not list"),
+}
+
+
+def _forget(file: Path, name: str) -> None:
+    tree = json.loads(file.read_text())
+    del tree["files"][name]
+    file.write_text(json.dumps(tree))
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_refused_in_one_line_that_names_another_checkpoint(tmp_path, name):
+    folder = saved(tmp_path, 2, 3)
+    file, harm, message = DAMAGE[name]
+    harm(folder / file)
+    with pytest.raises(UserError, match=message) as refused:
+        checkpoint.verify(folder, contents=True)
+    assert "\n" not in str(refused.value)
+    assert str(refused.value).endswith(f"or run.resume={tmp_path / 'step_000002'}")
+
+
+def test_without_checksums_sizes_are_compared(tmp_path):
+    folder = saved(tmp_path, 3)
+    shard = folder / "trainer" / "__0_0.distcp"
+    shard.write_bytes(bytes(200))
+    assert checkpoint.verify(folder, contents=False) == ""
+    shard.write_bytes(bytes(199))
+    with pytest.raises(UserError, match="truncated"):
+        checkpoint.verify(folder, contents=False)
+
+
+def test_a_damaged_checkpoint_is_not_evaluated(tmp_path, monkeypatch):
+    monkeypatch.setattr(build_eval.preflight, "check_eval", lambda *_, **__: [])
+    folder = saved(tmp_path / "checkpoints", 3)
+    file, damage, said = DAMAGE["flipped byte"]
+    damage(folder / file)
+    with pytest.raises(UserError, match=said):
+        build_eval.evaluate(config.parse(tree(tmp_path), "test"), model=folder, out=tmp_path / "out")
+
+
+def test_a_checkpoint_from_before_manifests_is_let_through_with_a_note(tmp_path):
+    folder = saved(tmp_path, 3)
+    (folder / "manifest.json").unlink()
+    (folder / "settings.json").unlink()
+    assert "without a check" in checkpoint.verify(folder, contents=True)
+    checkpoint.check_settings(folder, SETTINGS, [])
+
+
+def test_latest_and_auto_ignore_an_unfinished_folder(tmp_path):
+    saved(tmp_path, 3)
+    ranks = Ranks(slow=True)
+    unfinished = saver(tmp_path, config.CheckpointConfig(), ranks)
+    unfinished.save(state(4))
+    unfinished.poll()  # not written yet
+    assert unfinished.pending
+    assert names(tmp_path) == ["latest", "step_000003", "step_000004.partial"]
+    found = checkpoint.find(tmp_path, "auto")
+    assert found is not None
+    assert found.name == "step_000003"
+    with pytest.raises(UserError, match="not written to its end"):
+        checkpoint.find(tmp_path, str(tmp_path / "step_000004.partial"))
+    ranks.ready = True
+    unfinished.poll()
+    assert not unfinished.pending
+    assert names(tmp_path) == ["latest", "step_000003", "step_000004"]
+    assert (tmp_path / "latest").read_text() == "step_000004\n"
+
+
+def test_a_step_is_rescued_once(tmp_path, monkeypatch):
+    said: list[str] = []
+    writes = saver(tmp_path, warn=said.append)
+    for step in (0, 3, 3):
+        writes.rescue(state(step))
+    assert said == ["step 3 is saved: started again, the run goes on from there"]
+    assert names(tmp_path) == ["latest", "step_000003"]
+    monkeypatch.setattr(store, "begin", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    writes.rescue(state(4))
+    assert "step 4 could not be saved: " in said[1]
+
+
+def test_a_rescue_ends_the_save_under_way(tmp_path):
+    said: list[str] = []
+    writes = saver(tmp_path, KEEP.model_copy(update={"asynchronous": True}), Ranks(slow=True), warn=said.append)
+    writes.save(state(3))
+    assert checkpoint.find(tmp_path, "auto") is None
+    writes.rescue(state(3))
+    assert names(tmp_path) == ["latest", "step_000003"]
+    assert said == []
+
+
+def test_a_rescue_without_room_claims_no_save(tmp_path, monkeypatch):
+    said: list[str] = []
+    writes = saver(tmp_path, warn=said.append)
+    writes.save(state(3))
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 10))
+    writes.rescue(state(4))
+    (line,) = said
+    assert "no room to save step 4" in line
+
+
+def test_the_next_save_waits_for_the_one_before(tmp_path):
+    writes = saver(tmp_path, config.CheckpointConfig(), Ranks(slow=True))
+    writes.save(state(1))
+    writes.save(state(2))
+    assert (tmp_path / "latest").read_text() == "step_000001\n"
+    writes.wait()
+    assert (tmp_path / "latest").read_text() == "step_000002\n"
+
+
+def kept(keep: dict[str, Any], values: dict[int, float], steps: range = range(1, 11)) -> list[int]:
+    folders = [Path(store.folder_name(s)) for s in steps]
+    stale = store.stale(folders, config.CheckpointConfig(**keep), values)
+    return [store.step_of(f) for f in folders if f not in stale]
+
+
+def test_what_is_kept():
+    value = {2: 0.5, 4: 0.9, 5: 0.1, 6: 0.9, 8: math.nan}
+    assert kept({"keep_last": 2}, value) == [9, 10]
+    assert kept({"keep_last": 1, "keep_every": 4}, value) == [4, 8, 10]
+    assert kept({"keep_last": 1, "best_metric": "eval/avg"}, value) == [6, 10]
+    assert kept({"keep_last": 1, "best_metric": "eval/avg", "best_mode": "min"}, value) == [5, 10]
+    assert kept({"keep_last": 1, "best_metric": "eval/avg"}, {}) == [10]
+    assert kept({"keep_last": 1}, {}, range(999_999, 1_000_002)) == [1_000_001]
+
+
+def test_the_best_so_far_is_given_up_for_a_better_one(tmp_path):
+    values: dict[int, float] = {}
+    keep = KEEP.model_copy(update={"keep_last": 1, "best_metric": "eval/avg"})
+    writes = saver(tmp_path, keep, values=lambda: values)
+    for step, value in ((1, 0.5), (2, 0.4), (3, 0.6), (4, 0.1)):
+        values[step] = value
+        writes.save(state(step))
+        if step == 2:
+            assert names(tmp_path) == ["latest", "step_000001", "step_000002"]
+    assert names(tmp_path) == ["latest", "step_000003", "step_000004"]
+
+
+def test_a_full_disk_skips_the_save_and_stops_only_a_run_without_a_checkpoint(tmp_path, monkeypatch):
+    saved(tmp_path, 1)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6, 300))
+    said: list[str] = []
+    saver(tmp_path, warn=said.append).save(state(2))
+    (line,) = said
+    assert "no room to save step 2: 0 MB free" in line
+    assert line.endswith("the newest checkpoint stays step_000001")
+    assert names(tmp_path) == ["latest", "step_000001"]
+    with pytest.raises(RunError, match="no room to save step 2"):
+        saver(tmp_path / "other").save(state(2))
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A function: the settings of a run with these overrides, and a checkpoint of the run without any."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "tokenizer.json").write_text("words")
+
+    def settings(**changes: Any) -> Settings:
+        new = tree(tmp_path)
+        for key, value in changes.items():
+            *path, last = key.split("__")
+            node = new
+            for part in path:
+                node = node.setdefault(part, {})
+            node[last] = value
+        return checkpoint.settings_of(config.parse(new, "test"))
+
+    folder = tmp_path / "step_000001"
+    folder.mkdir()
+    from stare_megatron.checkpoint import settings as stored
+
+    stored.write(folder, settings())
+    return settings, folder
+
+
+def test_what_may_change_does(made, tmp_path):
+    settings, folder = made
+    shutil.copytree(tmp_path / "model", tmp_path / "moved")
+    new = settings(
+        run__steps=9,
+        run__name="other",
+        run__resume="auto",
+        model__path=str(tmp_path / "moved"),
+        data__train=["copy.jsonl"],
+        trainer__world_size=2,
+        trainer__tensor_parallel=2,
+        inference__engines=2,
+        checkpoint__every=5,
+        logging__wandb="disabled",
+        eval={"every": 2, "benchmarks": ["b.jsonl"]},
+        cluster__object_store_mb=100,
+    )
+    checkpoint.check_settings(folder, new, [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"run__seed": 4}, "run.seed was 0, is 4"),
+        ({"trainer__optimizer": {"lr": 0.5}}, "trainer.optimizer.lr was 1e-06, is 0.5"),
+        ({"algorithm__stare": {"fraction": 0.25}}, "algorithm.stare.fraction was 0.1, is 0.25"),
+        ({"algorithm__method": "grpo"}, 'algorithm.method was "stare", is "grpo"; set'),
+        ({"rollout__group_size": 4}, "rollout.group_size was 8, is 4"),
+        ({"reward__name": "exact"}, 'reward.name was "math", is "exact"'),
+        ({"data__shuffle": False}, "data.shuffle was true, is false"),
+        ({"model__dtype": "float32"}, 'model.dtype was "bfloat16", is "float32"'),
+        ({"trainer__megatron": {"softmax_scale": 0.5}}, "trainer.megatron.softmax_scale was not set, is 0.5"),
+    ],
+)
+def test_other_settings_are_refused_by_name_and_may_be_meant(made, changes, said):
+    settings, folder = made
+    new = settings(**changes)
+    with pytest.raises(UserError) as refused:
+        checkpoint.check_settings(folder, new, [])
+    message = str(refused.value)
+    assert said in message
+    assert "\n" not in message
+    allowed = json.loads(message.partition("run.resume_allow=")[2])
+    checkpoint.check_settings(folder, new, allowed)
+    checkpoint.check_settings(folder, new, [key.partition(".")[0] for key in allowed])
+
+
+def test_a_schedule_over_the_length_of_the_run_holds_the_length(made, tmp_path):
+    settings, _ = made
+    folder = tmp_path / "cosine"
+    folder.mkdir()
+    from stare_megatron.checkpoint import settings as stored
+
+    stored.write(folder, settings(trainer__optimizer={"schedule": "cosine"}))
+    with pytest.raises(UserError, match=r"run\.steps was 3, is 9"):
+        checkpoint.check_settings(folder, settings(trainer__optimizer={"schedule": "cosine"}, run__steps=9), [])
+
+
+@pytest.mark.parametrize(("file", "what"), [("config.json", "model"), ("tokenizer.json", "tokenizer")])
+def test_another_model_or_tokenizer_is_refused(made, tmp_path, file, what):
+    settings, folder = made
+    (tmp_path / "model" / file).write_text("other")
+    with pytest.raises(UserError, match=f"made with another {what}: {file} of model.path"):
+        checkpoint.check_settings(folder, settings(), [])
+    checkpoint.check_settings(folder, settings(), ["model.path"])
+
+
+def test_an_unknown_name_in_resume_allow_is_refused(made):
+    settings, folder = made
+    with pytest.raises(UserError, match=r"run\.resume_allow: 'run\.sead' is no key"):
+        checkpoint.check_settings(folder, settings(), ["run.sead"])
+
+
+def test_a_key_that_came_later_counts_with_its_default(made):
+    settings, folder = made
+    tree = json.loads((folder / "settings.json").read_text())
+    del tree["config"]["rollout"]["top_p"]
+    tree["config"]["rollout"]["gone"] = None
+    (folder / "settings.json").write_text(json.dumps(tree))
+    checkpoint.check_settings(folder, settings(), [])
+    with pytest.raises(UserError, match=r"rollout\.top_p was 1\.0, is 0\.5"):
+        checkpoint.check_settings(folder, settings(rollout__top_p=0.5), [])
+
+
+def test_values_of_the_best_metric_come_from_steps_and_evaluations(tmp_path):
+    from stare_megatron.run import train as build
+
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 0.5}\n{"step": 2, "reward/mean": "NaN"}\n')
+    assert build._values(tmp_path, "eval/avg") == {}
+    (tmp_path / "eval.jsonl").write_text('{"step": 2, "eval/avg": 0.25}\n')
+    assert build._values(tmp_path, "eval/avg") == {2: 0.25}
+    assert build._values(tmp_path, "reward/mean")[1] == 0.5
+
+
+def test_a_wandb_run_is_remembered_and_never_replaced(tmp_path):
+    assert wandb_id.read(tmp_path) == ""
+    wandb_id.keep(tmp_path, "")
+    assert not (tmp_path / "wandb").exists()
+    wandb_id.keep(tmp_path, "ab12")
+    wandb_id.keep(tmp_path, "other")
+    assert wandb_id.read(tmp_path) == "ab12"

@@ -1,0 +1,145 @@
+"""What a study file resolves to, and when a run counts as done."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from stare_megatron.errors import UserError
+from stare_megatron.run.folder import to_toml
+from stare_megatron.study import jobs, spec
+from stare_megatron.study.display import line, table
+
+BASE = """
+[run]
+steps = 5
+[model]
+path = "m"
+[data]
+train = ["t.jsonl"]
+[reward]
+name = "math"
+"""
+STUDY = """
+base = "run.toml"
+dir = "{dir}/study"
+prepare = ["{{python}} make.py --out {{seed}}"]
+seeds = [1, 2]
+settings = ["model.path=models/{{seed}}"]
+
+[variants.grpo]
+title = "GRPO"
+settings = ["algorithm.method=grpo"]
+
+[variants.stare]
+title = "STARE"
+settings = ["algorithm.stare.fraction=0.03"]
+
+[forms.quick]
+seeds = [3]
+variants = ["stare"]
+settings = ["run.steps=2"]
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    (tmp_path / "run.toml").write_text(BASE)
+    path = tmp_path / "study.toml"
+    path.write_text(STUDY.format(dir=tmp_path))
+    return path
+
+
+def edit(file, old, new):
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new))
+
+
+def test_every_variant_on_every_seed(file):
+    study = spec.load(file, "", "*")
+    assert [j.name for j in study.jobs] == ["grpo-seed1", "stare-seed1", "grpo-seed2", "stare-seed2"]
+    last = study.jobs[-1].config
+    assert (last.run.seed, str(last.model.path), last.algorithm.stare.fraction) == (2, "models/2", 0.03)
+    assert study.prepare[2][0][1:] == ("make.py", "--out", "2")
+    assert study.by_seed == ("model.path",)
+
+
+def test_a_form_is_smaller_and_has_its_own_folder(file):
+    study = spec.load(file, "quick", "*")
+    assert [(j.name, j.config.run.steps) for j in study.jobs] == [("stare-seed3", 2)]
+    assert study.folder.name == "study-quick"
+    assert [j.name for j in spec.load(file, "", "grpo*").jobs] == ["grpo-seed1", "grpo-seed2"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('"algorithm.method=grpo"', '"algorithm.methud=grpo"', "methud"),
+        ('"algorithm.method=grpo"', '"run.resume=auto"', "run.resume"),
+        ("prepare =", "prepared =", "prepared"),
+        ('variants = ["stare"]', 'variants = ["star"]', "star"),
+        ('base = "run.toml"', 'base = "none.toml"', "none.toml"),
+        ("seeds = [1, 2]", "seeds = []", "seeds"),
+        ("seeds = [1, 2]", "seeds = [1", "TOML"),
+    ],
+)
+def test_mistakes_stop_before_the_first_run(file, old, new, said):
+    edit(file, old, new)
+    with pytest.raises(UserError, match=said):
+        spec.load(file, "", "*")
+
+
+def test_unknown_form_or_pattern(file):
+    with pytest.raises(UserError, match="quick"):
+        spec.load(file, "slow", "*")
+    with pytest.raises(UserError, match="xyz"):
+        spec.load(file, "", "xyz")
+
+
+def write(job, steps, exported=True):
+    folder = job.config.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.toml").write_text(to_toml(job.config))
+    rows = [{"step": n + 1, "policy/entropy": 0.5, "reward/mean": 0.25, "time/step": 2.0} for n in range(steps)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if exported:
+        (folder / "hf").mkdir(exist_ok=True)
+
+
+def test_a_run_is_done_when_its_last_step_is_logged_and_its_policy_exported(file):
+    job = spec.load(file, "", "*").jobs[0]
+    assert not jobs.is_done(job)
+    write(job, 4)
+    assert not jobs.is_done(job)
+    write(job, 5, exported=False)
+    (job.config.folder / "hf").rmdir()
+    assert not jobs.is_done(job)
+    write(job, 5)
+    assert jobs.is_done(job)
+
+
+def test_a_folder_of_other_settings_is_refused(file):
+    job = spec.load(file, "", "*").jobs[1]
+    write(job, 5)
+    jobs.refuse_other(job)
+    edit(file, "fraction=0.03", "fraction=0.1")
+    with pytest.raises(UserError, match=r"stare-seed1.*algorithm.stare.fraction = 0.03, the study says 0.1"):
+        jobs.refuse_other(spec.load(file, "", "*").jobs[1])
+
+
+def test_more_steps_go_on_with_the_same_run(file):
+    job = spec.load(file, "", "*").jobs[1]
+    write(job, 5)
+    edit(file, 'fraction=0.03"', 'fraction=0.03", "run.steps=9"')
+    longer = spec.load(file, "", "*").jobs[1]
+    jobs.refuse_other(longer)
+    assert not jobs.is_done(longer)
+
+
+def test_what_the_user_sees(file):
+    job = spec.load(file, "", "*").jobs[0]
+    write(job, 3)
+    progress = jobs.Progress(job, jobs.State.RUNNING, rows=jobs.read_rows(job))
+    assert line(progress) == "grpo-seed1: running, step 3/5, entropy 0.500, reward 0.250"
+    assert table([progress]).row_count == 1
