@@ -319,7 +319,7 @@ def test_settings_leave_trajectories_out_of_the_loss():
     status, score = settled(Masks(), call("1") + "()")
     assert (status, score.graded) == (Status.INEXACT, False)
     assert {s for s in Status if s.is_trainable} == {Status.COMPLETED, Status.TRUNCATED}
-    assert {s for s in Status if s.cut} == {Status.TRUNCATED, Status.OVERLONG}
+    assert {s for s in Status if s.is_truncated} == {Status.TRUNCATED, Status.OVERLONG}
 
 
 def test_episodes_interleave():
