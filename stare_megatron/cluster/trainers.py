@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
 
@@ -116,6 +116,13 @@ class TrainerActor:
         self._trainer.close()
 
 
+class UpdateBatch(Protocol):
+    """The groups to train on: references, and what the driver knows of each."""
+
+    @property
+    def groups(self) -> Sequence[tuple[ray.ObjectRef, GroupSummary]]: ...
+
+
 class TrainerGroup:
     """All trainer ranks. Every method runs on all of them and returns what rank 0 says."""
 
@@ -140,9 +147,9 @@ class TrainerGroup:
         refs = [actor.connect.remote(engines.actors, transport) for actor in self._actors]
         runtime.wait(refs, self._names, self._timeout)
 
-    def load(self, groups: Sequence[tuple[ray.ObjectRef, GroupSummary]]) -> None:
+    def load(self, batch: UpdateBatch) -> None:
         """Give each rank its share of the update batch; tokens travel from the engines' nodes, not through here."""
-        trainer = self._config.trainer
+        groups, trainer = batch.groups, self._config.trainer
         plans = plan_updates(
             [summary for _, summary in groups],
             data_parallel=trainer.data_parallel,

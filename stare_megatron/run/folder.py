@@ -50,7 +50,6 @@ _CHECKPOINT_BYTES = 16
 _SLACK_MB = 256
 
 CHECKPOINTS = "checkpoints"
-EXPORTS = "exports"
 
 
 @dataclass(frozen=True)
@@ -97,6 +96,10 @@ class RunFolder:
         return self.path / "hf"
 
     @property
+    def exports(self) -> Path:
+        return self.path / "exports"
+
+    @property
     def logs(self) -> Path:
         return self.path / "logs"
 
@@ -110,7 +113,7 @@ class RunFolder:
             ("wandb", self.wandb),
             ("checkpoints", self.checkpoints),
             ("policy (Hugging Face)", self.export),
-            ("earlier policies", self.path / EXPORTS),
+            ("earlier policies", self.exports),
             ("configuration", self.config),
             ("logs", self.logs),
         )

@@ -106,6 +106,7 @@ THIRD_PARTY: dict[str, set[str]] = {
         "rewards",
         "envs",
         "rollout",
+        "run",
         "trainer",
         "inference",
         "sync",

@@ -376,16 +376,6 @@ def test_a_key_that_came_later_counts_with_its_default(made):
         checkpoint.check_settings(folder, settings(rollout__top_p=0.5), [])
 
 
-def test_values_of_the_best_metric_come_from_steps_and_evaluations(tmp_path):
-    from stare_megatron.run import train as build
-
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 0.5}\n{"step": 2, "reward/mean": "NaN"}\n')
-    assert build._values(tmp_path, "eval/avg") == {}
-    (tmp_path / "eval.jsonl").write_text('{"step": 2, "eval/avg": 0.25}\n')
-    assert build._values(tmp_path, "eval/avg") == {2: 0.25}
-    assert build._values(tmp_path, "reward/mean")[1] == 0.5
-
-
 def test_a_wandb_run_is_remembered_and_never_replaced(tmp_path):
     assert wandb_id.read(tmp_path) == ""
     wandb_id.keep(tmp_path, "")
