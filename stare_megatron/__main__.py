@@ -37,7 +37,8 @@ def _eval(args: argparse.Namespace, rest: list[str]) -> int:
     resolved = config.load(args.config, [*args.overrides, *rest])
     from stare_megatron.run.eval import evaluate
 
-    return evaluate(resolved, model=args.model, out=args.out)
+    evaluate(resolved, model=args.model, out=args.out)
+    return 0
 
 
 def _plot(args: argparse.Namespace, rest: list[str]) -> int:

@@ -69,8 +69,8 @@ def _trained(config: Config, folder: Path) -> Policy:
     return Policy(config.model.path, folder, checkpoint.read(folder).step)
 
 
-def evaluate(config: Config, *, model: Path | None, out: Path | None) -> int:
-    """Check everything, evaluate, print and write what was found; returns the exit code.
+def evaluate(config: Config, *, model: Path | None, out: Path | None) -> Path:
+    """Check everything, evaluate, print and write what was found; returns the folder of the results.
 
     Raises:
         UserError: before anything is started. RunError: the evaluation had to stop; its logs stay, in OUT.partial.
@@ -108,7 +108,7 @@ def evaluate(config: Config, *, model: Path | None, out: Path | None) -> int:
     os.rename(partial, folder)
     for line in (*eval_results.text(done.results), f"results: {folder}"):
         say(line)
-    return 0
+    return folder
 
 
 def _make(folder: Path) -> Path:

@@ -142,7 +142,9 @@ class Recorder(Generic[Ref]):
             self._labels,
         )
         self._open = step, batch.stats.tokens_sampled
-        self._sinks.log(step, values, self._late())
+        late = self._late()
+        names = {m.name for m in late}
+        self._sinks.log(step, [m for m in values if m.name not in names], late)
         self.remembered = Remembered(past.trained_tokens, observed(done.scores, done.updates), past.duty)
         if self.shows_tokens(step):
             self._write_samples(step, batch)

@@ -51,7 +51,8 @@ ALLOWED: dict[str, set[str]] = {
         "inference",
     },
     "__main__": {"run", "config", "metrics", "study", "compare", "convert", "errors"},
-    "__init__": set(),
+    # The Python API, imported when asked for.
+    "__init__": {"run", "config", "errors"},
     "patches": {"host"},
 }
 
