@@ -104,11 +104,11 @@ def write(folder: Path, settings: Settings) -> None:
 
 
 def check_settings(folder: Path, now: Settings, allow: Sequence[str]) -> None:
-    """Refuse to go on from a checkpoint that another configuration, model or tokenizer made; one without
-    `settings.json` (from before it was kept) is let through. `allow`: `run.resume_allow`.
+    """Refuse to go on from a checkpoint that another configuration, model or tokenizer made. `allow`:
+    `run.resume_allow`.
 
     Raises:
-        UserError: names what differs; an unknown name in `allow`; a damaged file.
+        UserError: names what differs; an unknown name in `allow`; a missing or damaged file.
     """
     known = all_keys()
     tables = {".".join(key.split(".")[:n]) for key in known for n in range(1, key.count(".") + 1)}
@@ -120,8 +120,6 @@ def check_settings(folder: Path, now: Settings, allow: Sequence[str]) -> None:
     try:
         tree = json.loads(file.read_text())
         then = Settings(dict(tree["config"]), {str(k): str(v) for k, v in tree["files"].items()})
-    except FileNotFoundError:
-        return
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{file}: not the settings of a checkpoint: {type(e).__name__}: {e}") from e
     changed = [n for n in sorted(then.files.keys() | now.files.keys()) if then.files.get(n) != now.files.get(n)]

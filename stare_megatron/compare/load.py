@@ -1,4 +1,4 @@
-"""Runs from disk: run folders (`metrics.jsonl` or `metrics.jsonl.gz`) and wandb's offline folders."""
+"""Runs from disk: folders with `metrics.jsonl` or `metrics.jsonl.gz`."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def load_all(paths: Sequence[Path], now: float) -> list[Run]:
     """Every run under the paths, in the order given, each once; a name that occurs twice gets its folder's parent.
 
     Args:
-        paths: run folders, wandb offline folders or `.wandb` files, or folders that hold such.
+        paths: run folders, or folders that hold such.
         now: seconds since the epoch; tells a run that is going from one that was stopped.
 
     Raises:
@@ -94,43 +94,14 @@ def load_all(paths: Sequence[Path], now: float) -> list[Run]:
 
 
 def load(path: Path, now: float) -> Run:
-    """One run: a folder with a metrics file, a `.wandb` file, or a folder with `.wandb` files of one run.
+    """One run, from a folder with a metrics file.
 
     Raises:
-        UserError: no run there, or a damaged file.
+        UserError: a damaged file.
     """
-    if _metrics_file(path) is not None:
-        return _load_folder(path, now)
-    return _load_wandb(path, now)
-
-
-def _metrics_file(folder: Path) -> Path | None:
-    """The plain file before the packed one: it is the newer where both are there."""
-    return next((f for f in (folder / jsonl.FILE, folder / PACKED) if f.is_file()), None)
-
-
-def _wandb_files(path: Path) -> list[Path]:
-    """Offline files, oldest start first: wandb's folder names begin with the time."""
-    if path.suffix == ".wandb" and path.is_file():
-        return [path]
-    found = [f for pattern in ("*.wandb", "*run-*/*.wandb") for f in path.glob(pattern)]
-    return sorted(f for f in found if not f.parent.is_symlink())
-
-
-def _sources(path: Path) -> list[Path]:
-    if _metrics_file(path) is not None or _wandb_files(path):
-        return [path]
-    if path.is_dir():
-        found = {f.parent for name in (jsonl.FILE, PACKED) for f in path.rglob(name)}
-        if found:
-            return sorted(found)
-        raise UserError(f"{path}: no {jsonl.FILE}, {PACKED} or run-*.wandb in it or below; is it the folder of a run?")
-    raise UserError(f"{path}: no such folder; give the folder of a run, e.g. runs/NAME")
-
-
-def _load_folder(path: Path, now: float) -> Run:
     file = _metrics_file(path)
-    assert file is not None
+    if file is None:
+        raise UserError(f"{path}: no {jsonl.FILE} or {PACKED} in it; is it the folder of a run?")
     record = jsonl.read_record(file)
     _check_rising(file, record.rows)
     folder = RunFolder(path, fresh=False)
@@ -144,36 +115,27 @@ def _load_folder(path: Path, now: float) -> Run:
     return _run(path, path.resolve().name, rows, settings, starts, notes, now - file.stat().st_mtime)
 
 
+def _metrics_file(folder: Path) -> Path | None:
+    """The plain file before the packed one: it is the newer where both are there."""
+    return next((f for f in (folder / jsonl.FILE, folder / PACKED) if f.is_file()), None)
+
+
+def _sources(path: Path) -> list[Path]:
+    if _metrics_file(path) is not None:
+        return [path]
+    if path.is_dir():
+        found = {f.parent for name in (jsonl.FILE, PACKED) for f in path.rglob(name)}
+        if found:
+            return sorted(found)
+        raise UserError(f"{path}: no {jsonl.FILE} or {PACKED} in it or below; is it the folder of a run?")
+    raise UserError(f"{path}: no such folder; give the folder of a run, e.g. runs/NAME")
+
+
 def _with_evaluations(rows: list[jsonl.Row], table: Path) -> list[jsonl.Row]:
     """The steps with what their policies were found to be on held-out prompts. That of the policy before the first step
     is left out: it belongs to no step."""
     found = {row["step"]: row for row in (jsonl.read(table) if table.is_file() else [])}
     return [row | found.get(row["step"], {}) for row in rows]
-
-
-def _load_wandb(path: Path, now: float) -> Run:
-    # Slow to import, and only needed here.
-    from stare_megatron.metrics.wandb import read_offline
-
-    files = _wandb_files(path)
-    parts = [read_offline(file) for file in files]
-    ids = sorted({part.run_id for part in parts})
-    if len(ids) > 1:
-        raise UserError(f"{path}: holds {len(ids)} wandb runs ({', '.join(ids)}); give their folders one by one")
-    rows: dict[float, jsonl.Row] = {}
-    for part in parts:
-        if part.rows:
-            # A resumed run repeats the steps after its checkpoint; the newer start counts.
-            rows = {step: row for step, row in rows.items() if step < part.rows[0]["step"]}
-        for row in part.rows:
-            rows[row["step"]] = rows.get(row["step"], {}) | row
-    ordered = [rows[step] for step in sorted(rows)]
-    notes = ["read from wandb's offline file"]
-    notes += ["last record of the wandb file was cut off: left out"] if parts[-1].torn else []
-    settings = flatten(parts[-1].config)
-    commits = {part.commit for part in parts if part.commit}
-    starts = [Start("", "", {}, commit, False, "") for commit in sorted(commits)]
-    return _run(path, parts[-1].name, ordered, settings, starts, notes, now - files[-1].stat().st_mtime)
 
 
 def _run(
