@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 from stare_megatron.config import Config, upstream
-from stare_megatron.config.engine_args import check_engine_args
+from stare_megatron.config.upstream import check_engine_args
 from stare_megatron.errors import UserError
 from stare_megatron.host import device
 from stare_megatron.models import layout
