@@ -112,9 +112,6 @@ class TrainerActor:
     def peak_memory_bytes(self) -> int:
         return self._trainer.peak_memory_bytes()
 
-    def close(self) -> None:
-        self._trainer.close()
-
 
 class TrainerGroup:
     """All trainer ranks. Every method runs on all of them and returns what rank 0 says."""

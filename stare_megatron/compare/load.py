@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from stare_megatron.config import flatten
 from stare_megatron.errors import UserError
 from stare_megatron.metrics import eval_records, jsonl
 from stare_megatron.run.folder import RunFolder
@@ -105,14 +105,14 @@ def load(path: Path, now: float) -> Run:
     record = jsonl.read_record(file)
     _check_rising(file, record.rows)
     folder = RunFolder(path, fresh=False)
-    settings = flatten(_toml(folder.config)) if folder.config.is_file() else {}
+    settings = _settings(folder.config) if folder.config.is_file() else {}
     starts = _starts(folder.record) if folder.record.is_file() else []
     notes = ["last line of the metrics was cut off: left out"] if record.torn else []
     notes += [] if settings else ["no config.toml: settings unknown"]
     versions = {(s.commit, s.dirty, *sorted(s.packages.items())) for s in starts}
     notes += ["its starts ran different versions"] if len(versions) > 1 else []
     rows = _with_evaluations(record.rows, path / eval_records.TABLE)
-    return _run(path, path.resolve().name, rows, settings, starts, notes, now - file.stat().st_mtime)
+    return _run(path, rows, settings, starts, notes, now - file.stat().st_mtime)
 
 
 def _metrics_file(folder: Path) -> Path | None:
@@ -140,7 +140,6 @@ def _with_evaluations(rows: list[jsonl.Row], table: Path) -> list[jsonl.Row]:
 
 def _run(
     path: Path,
-    name: str,
     rows: list[jsonl.Row],
     settings: Mapping[str, Setting],
     starts: Sequence[Start],
@@ -170,9 +169,8 @@ def _run(
     missing = int(steps[-1] - steps[0] + 1 - len(steps))
     if missing:
         notes = [*notes, f"{missing} steps are missing"]
-    return Run(
-        given if isinstance(given, str) else name, path, steps, series, settings, starts, planned, state, tuple(notes)
-    )
+    name = given if isinstance(given, str) else path.resolve().name
+    return Run(name, path, steps, series, settings, starts, planned, state, tuple(notes))
 
 
 def _check_rising(file: Path, rows: list[jsonl.Row]) -> None:
@@ -182,13 +180,6 @@ def _check_rising(file: Path, rows: list[jsonl.Row]) -> None:
                 f"{file}:{number}: key 'step': {row['step']:g} after {before['step']:g}; steps must rise, do two runs "
                 "write into this file?"
             )
-
-
-def _toml(file: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(file.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
-        raise UserError(f"{file}: not a configuration ({e}); mend it or remove it") from e
 
 
 def _starts(file: Path) -> list[Start]:
@@ -203,14 +194,13 @@ def _starts(file: Path) -> list[Start]:
         raise UserError(f"{file}: not the record of a run ({e}); mend the file or remove it") from e
 
 
-def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Setting]:
-    """Nested tables as dotted key -> value; a list, and a table inside one, becomes its JSON text."""
-    found: dict[str, Setting] = {}
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            found |= flatten(value, f"{prefix}{key}.")
-        elif value is None or isinstance(value, str | int | float | bool):
-            found[prefix + key] = value
-        else:
-            found[prefix + key] = json.dumps(value, sort_keys=True, default=str)
-    return found
+def _settings(file: Path) -> dict[str, Setting]:
+    """Dotted key -> value of a configuration; a list, and a table inside one, becomes its JSON text."""
+    try:
+        tree = tomllib.loads(file.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+        raise UserError(f"{file}: not a configuration ({e}); mend it or remove it") from e
+    return {
+        key: value if isinstance(value, str | int | float) else json.dumps(value, sort_keys=True, default=str)
+        for key, value in flatten(tree).items()
+    }

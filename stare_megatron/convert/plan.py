@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from stare_megatron.convert.source import Kind, Source, check_tokenizer, require
 from stare_megatron.convert.tasks import BLOCK_BYTES, HfFile, McoreFile
 from stare_megatron.convert.torch_dist import Box, TorchDist
 from stare_megatron.errors import UserError
+from stare_megatron.host.files import free_bytes
 from stare_megatron.models import hf_folder
 from stare_megatron.models.entries import hf_names
 from stare_megatron.models.families import FAMILIES, read_hf_config
@@ -26,7 +26,6 @@ from stare_megatron.models.shards import Checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FORMAT = 1  # raise it when an interrupted conversion of before must not be gone on with
-_VOCAB_MULTIPLE = 128
 # Files are kept large, but there are at least a few for each process.
 _FILES_A_PROCESS = 2
 
@@ -141,8 +140,7 @@ def check_disk(plan: Plan, out: Path, present: int) -> None:
     Raises:
         UserError: too little.
     """
-    place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
-    free, need = shutil.disk_usage(place).free, plan.bytes - present + (64 << 20)
+    free, need = free_bytes(out), plan.bytes - present + (64 << 20)
     if free < need:
         raise UserError(f"{out}: {decimal(free)} free on its disk, the checkpoint needs {decimal(need)}")
 
