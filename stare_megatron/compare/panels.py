@@ -68,7 +68,7 @@ def _line(section: str, title: str, metric: str, label: str, **look: bool) -> Pa
     found = derived.info(metric)
     y = label if found.unit in ("", "1") or found.unit in label else f"{label}, {found.unit}"
     key, note = metric.replace("/", "_").replace("@", "_at_"), f"{metric}: {found.meaning}"
-    return Panel(key, section, title, metric, y, note, **look)
+    return Panel(key, section, title, metric, y, note, Kind.LINES, **look)
 
 
 def _fixed() -> list[Panel]:

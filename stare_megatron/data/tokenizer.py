@@ -82,5 +82,6 @@ def read_vocab_size(model: Path) -> int:
     return size
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """Of what an error says; its type where it says nothing."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
