@@ -96,7 +96,7 @@ class TrainerRank:
         vocab = vocab_shard(self._shape.vocab, columns, parallel.tp_group())
         self._runner = Runner(
             chunks=self._chunks,
-            head=Head(self._chunks[-1].module, vocab, trainer.logits_chunk_tokens),
+            head=Head(self._chunks[-1].module, vocab, trainer.logits_chunk_tokens),  # pyright: ignore[reportArgumentType]
             comm=comm(parallel.dp_cp_group()),
             context_comm=comm(parallel.cp_group()),
             pipeline=parallel.pp_group(),
