@@ -112,9 +112,6 @@ class TrainerActor:
     def peak_memory_bytes(self) -> int:
         return self._trainer.peak_memory_bytes()
 
-    def close(self) -> None:
-        self._trainer.close()
-
 
 class UpdateBatch(Protocol):
     """The groups to train on: references, and what the driver knows of each."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from stare_megatron.config import Config, upstream
-from stare_megatron.config.engine_args import check_engine_args
+from stare_megatron.config.upstream import check_engine_args
 from stare_megatron.errors import UserError
 from stare_megatron.models import layout
 from stare_megatron.models.families import read_hf_config

@@ -20,7 +20,7 @@ from typing import IO, Any
 
 import psutil
 
-from stare_megatron.compare.load import flatten
+from stare_megatron.config import flatten
 from stare_megatron.errors import RunError, UserError
 from stare_megatron.metrics import jsonl
 from stare_megatron.study.spec import Job, Study

@@ -85,8 +85,6 @@ THIRD_PARTY: dict[str, set[str]] = {
     "jinja2": {"data", "envs", "compare"},
     "markupsafe": {"compare"},
     "plotly": {"compare"},
-    # Reads the records of wandb files.
-    "google": {"metrics"},
     "math_verify": {"rewards"},
     "latex2sympy2_extended": {"rewards"},
     "sympy": {"rewards"},
