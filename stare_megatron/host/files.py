@@ -39,6 +39,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
             os.rename(path, stale)
         os.rename(partial, path)
     finally:
+        if stale.exists() and not path.exists():  # the second rename failed
+            os.rename(stale, path)
         for left in (partial, stale):
             shutil.rmtree(left, ignore_errors=True)
 

@@ -86,8 +86,7 @@ def evaluate(config: Config, *, model: Path | None, out: Path | None) -> Path:
     if sandbox := preflight.check_sandbox(config):
         notes = (*notes, f"sandbox: {sandbox}")
     if policy.checkpoint is not None:
-        note = checkpoint.verify(policy.checkpoint, contents=config.checkpoint.verify)
-        notes = (*notes, note) if note else notes
+        checkpoint.verify(policy.checkpoint, contents=config.checkpoint.verify)
     for note in notes:
         say(f"note: {note}", style="yellow")
     tokenizer = load_tokenizer(config.model.path)

@@ -94,7 +94,7 @@ def prepare(config: Config, console: Console) -> Prepared:
     sandbox = preflight.check_sandbox(config)
     notes += [f"sandbox: {sandbox}"] if sandbox else []
     settings = checkpoint.settings_of(config)
-    resume_from = _checked_checkpoint(config, settings, console, notes)
+    resume_from = _checked_checkpoint(config, settings, console)
     tokenizer = load_tokenizer(config.model.path)
     check_env(config.env, tokenizer)
     prompts = load_prompts(config.data, tokenizer)
@@ -119,10 +119,8 @@ def prepare(config: Config, console: Console) -> Prepared:
     )
 
 
-def _checked_checkpoint(
-    config: Config, settings: checkpoint.Settings, console: Console, notes: list[str]
-) -> Path | None:
-    """The checkpoint to go on from, found undamaged and of this configuration; adds to `notes`."""
+def _checked_checkpoint(config: Config, settings: checkpoint.Settings, console: Console) -> Path | None:
+    """The checkpoint to go on from, found undamaged and of this configuration."""
     if config.checkpoint.best_metric:
         try:
             catalogue.entry(config.checkpoint.best_metric)
@@ -131,8 +129,7 @@ def _checked_checkpoint(
     found = checkpoint.find(config.folder / run_folder.CHECKPOINTS, config.run.resume)
     if found is not None:
         console.print(f"checking {found}", markup=False, highlight=False, soft_wrap=True)
-        note = checkpoint.verify(found, contents=config.checkpoint.verify)
-        notes.extend([note] if note else [])
+        checkpoint.verify(found, contents=config.checkpoint.verify)
         checkpoint.check_settings(found, settings, config.run.resume_allow)
     return found
 
