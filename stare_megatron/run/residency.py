@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING
 
-
-class Engines(Protocol):
-    """What sleeps and wakes."""
-
-    def sleep(self) -> None:
-        """Stop sampling and give back the memory of weights and KV cache."""
-        ...
-
-    def wake(self, part: Literal["weights", "kv_cache"]) -> None: ...
+if TYPE_CHECKING:
+    from stare_megatron.cluster.engines import EngineGroup
 
 
 class Residency:
     """Hands the devices back and forth. `shared`: engines and trainer have the same ones; else nobody ever waits."""
 
-    def __init__(self, engines: Engines, *, shared: bool) -> None:
+    def __init__(self, engines: EngineGroup, *, shared: bool) -> None:
         self._engines = engines
         self._shared = shared
         self._asleep = False

@@ -24,7 +24,7 @@ from stare_megatron.metrics import catalogue, wandb_id
 from stare_megatron.metrics.plot import plot
 from stare_megatron.metrics.sinks import Sinks, open_sinks
 from stare_megatron.metrics.summary import render, summarize
-from stare_megatron.rollout.collect import Collected, Collector
+from stare_megatron.rollout.collect import Collector
 from stare_megatron.rollout.groups import check_env
 from stare_megatron.run import folder as run_folder
 from stare_megatron.run import loop, preflight
@@ -144,7 +144,7 @@ def _run(prepared: Prepared, folder: run_folder.RunFolder, sinks: Sinks) -> int:
 
 def _assemble(
     prepared: Prepared, folder: run_folder.RunFolder, sinks: Sinks, stop: StopSignal, session: Session
-) -> loop.Run[Collected[runtime.Ref]]:
+) -> loop.Run[runtime.Ref]:
     """The parts of a run, put together."""
     config, stream = prepared.config, prepared.stream
     engines, trainers, decode = session.engines, session.trainers, decoder(prepared.tokenizer)
@@ -164,7 +164,7 @@ def _assemble(
     return loop.Run(
         steps=config.run.steps,
         sampler=sampler,
-        trainer=trainers,
+        trainers=trainers,
         controller=controller,
         residency=Residency(engines, shared=config.inference.placement == "colocated"),
         weights=Weights(config.sync, trainers, engines, stream.probe),

@@ -134,7 +134,7 @@ def run(parts: Everything, steps: int = 2) -> int:
         loop.Run(
             steps=steps,
             sampler=parts,
-            trainer=parts,
+            trainers=parts,
             controller=parts,
             residency=parts,
             weights=parts,
