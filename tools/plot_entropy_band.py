@@ -1,12 +1,13 @@
 """Draw docs/images/entropy_band.png, the README's picture of the result, from the committed runs.
 
-    python tools/plot_entropy_band.py [OUT]
+    python tools/plot_entropy_band.py
 
-Thin lines and dots are the runs of three seeds, thick lines their means. Nothing is smoothed but the reward, over ten steps.
+Thin lines and dots are the runs of three seeds, thick lines their means. Only the reward is smoothed, over ten steps.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -28,13 +29,16 @@ LINES = {
 
 
 def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/images/entropy_band.png", help="PNG to write")
+    out = parser.parse_args(argv).out
+
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     from stare_megatron.metrics.plot import STYLE
 
-    out = Path(argv[0]) if argv else ROOT / "docs/images/entropy_band.png"
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 3.4), dpi=110, layout="constrained")
         FigureCanvasAgg(figure)
