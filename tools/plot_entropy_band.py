@@ -11,12 +11,16 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from stare_megatron.compare.align import moving_average
 from stare_megatron.compare.load import Run, load_all
 from stare_megatron.compare.stats import TOLERANCE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "examples/entropy_band/results"
@@ -62,7 +66,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _lines(ax, curves: list[np.ndarray], label: str, colour: str) -> None:
+def _lines(ax: Axes, curves: list[np.ndarray], label: str, colour: str) -> None:
     """`curves`: float64 [steps] for each seed."""
     for curve in curves:
         ax.plot(np.arange(1, len(curve) + 1), curve, color=colour, linewidth=0.6, alpha=0.45)
