@@ -1,4 +1,4 @@
-"""The table: one number a run and measure, then mean and spread over the runs of a group."""
+"""The table: one number per run and measure, then mean and spread over the runs of a group."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def _verify(args: argparse.Namespace, outcome: Outcome, console: Console) -> Non
 
 
 def inspect(args: argparse.Namespace) -> int:
-    """Tell what a checkpoint holds or how two differ; 1 when they do.
+    """Show what a checkpoint contains or how two differ; 1 when they do.
 
     Raises:
         UserError: no such checkpoint, or a damaged one.

@@ -67,7 +67,7 @@ class Progress:
 
 
 def default_jobs() -> int:
-    """How many runs of a tiny model this machine bears at a time: one a core, as far as memory goes."""
+    """How many runs of a tiny model fit on this machine at a time: one per core, as far as memory allows."""
     return max(1, min(os.cpu_count() or 1, psutil.virtual_memory().total // _MEMORY_PER_JOB))
 
 
