@@ -203,9 +203,9 @@ class TrainerGroup:
     def export_hf(self, folder: Path) -> None:
         self._all("export_hf", folder)
 
-    def peak_memory_bytes(self) -> int:
-        """The largest rank's."""
-        return max(self._all("peak_memory_bytes"))
+    def peak_memory_bytes(self) -> list[int]:
+        """Each rank's."""
+        return self._all("peak_memory_bytes")
 
     def close(self) -> None:
         for actor in self._actors:

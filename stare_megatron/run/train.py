@@ -201,18 +201,16 @@ class StareRun:
             seconds=self._seconds,
             step_seconds=now - self._step_began - self._seconds.get("eval", 0.0),
             elapsed=now - self._began,
-            trainer_peak=self._trainers.peak_memory_bytes(),
-            engine_peak=self._engines.peak_memory_bytes(),
+            trainer_peaks=self._trainers.peak_memory_bytes(),
+            engine_peaks=self._engines.peak_memory_bytes(),
             driver_peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             host=host_memory(),
-            trained_total=self._trained,
         )
         self._duty = self._duty.after(control)
-        epoch = self._stream.state().epoch
-        values = report.step_metrics(
-            step, batch, scores, control, updates, probe, costs, epoch, self._before, self._duty, self._labels
-        )
-        self._sinks.log(step, values)
+        progress = report.Progress(self._stream.state().epoch, self._trained, self._before, self._duty)
+        values = report.step_metrics(step, batch, scores, control, updates, probe, costs, progress)
+        late = catalogue.metrics({f"time/{name}": self._seconds.get(name, 0.0) for name in ("save", "eval")})
+        self._sinks.log(step, (*values, *late))
         self._before = report.observed(scores, updates)
         if self._samples_due(step):
             self._write_samples(step, batch)
