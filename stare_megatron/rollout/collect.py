@@ -8,7 +8,7 @@ with dropped groups, so that an update batch always has `rollout.prompts_per_ste
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -76,11 +76,11 @@ class Collector(Generic[Ref]):
         fill = spare[: self._wanted - len(kept)]
         kept = sorted(kept + fill, key=lambda item: item[0])
         measured = (
-            *measure(summaries, self._labels),
+            *(part for s in summaries for part in measure(s, self._labels[s.source])),
             Measured("groups/dropped", len(spare) - len(fill)),
             Measured("groups/surplus", max(0, surplus)),
             Measured("groups/refills", batches - 1),
-            *_measure_kept([summary for _, _, summary in kept], step),
+            *(part for _, _, s in kept for part in _measure_kept(s, step)),
         )
         tokens = sum(n for s in summaries for n in s.num_action_tokens)
         return Collected(tuple((ref, summary) for _, ref, summary in kept), tokens, measured)
@@ -95,49 +95,42 @@ class Collector(Generic[Ref]):
         ]
 
 
-def measure(summaries: Sequence[GroupSummary], labels: Mapping[str, str]) -> list[Measured]:
-    """What was sampled for a step, dropped groups included. `labels`: of the sources of the prompts."""
-    rewards = [reward for s in summaries for reward in s.rewards]
-    lengths = [n for s in summaries for n in s.num_action_tokens]
-    statuses = [status for s in summaries for status in s.statuses]
-    episodes = [counts for s in summaries for counts in s.episodes]
-    seconds = [e.tool_seconds for e in episodes]
-    all_correct = sum(all(s.correct) for s in summaries)
-    none_correct = sum(not any(s.correct) for s in summaries)
-    measured = [
-        mean("reward/mean", rewards),
-        mean("reward/correct", [c for s in summaries for c in s.correct]),
-        Measured("groups/sampled", len(summaries)),
-        Measured("groups/all_correct", all_correct),
-        Measured("groups/none_correct", none_correct),
-        Measured("groups/all_correct_ratio", all_correct, len(summaries)),
-        Measured("groups/none_correct_ratio", none_correct, len(summaries)),
+def measure(group: GroupSummary, label: str) -> list[Measured]:
+    """Of a sampled group, whether it is dropped or not. `label`: of its source."""
+    lengths, episodes = group.num_action_tokens, group.episodes
+    calls = sum(e.calls for e in episodes)
+    return [
+        *(Measured("reward/mean", reward) for reward in group.rewards),
+        mean("reward/correct", group.correct),
+        mean(f"source/{label}/reward", group.rewards),
+        mean(f"source/{label}/correct", group.correct),
+        Measured("groups/sampled", 1),
+        Measured("groups/all_correct", int(all(group.correct))),
+        Measured("groups/none_correct", int(not any(group.correct))),
+        Measured("groups/all_correct_ratio", all(group.correct)),
+        Measured("groups/none_correct_ratio", not any(group.correct)),
         mean("response/length_mean", lengths),
         Measured("response/length_max", max(lengths)),
-        mean("response/truncated", [status.is_truncated for status in statuses]),
-        Measured("response/failed", statuses.count(Status.FAILED)),
-        Measured("response/ungraded", sum(not graded for s in summaries for graded in s.graded)),
-        Measured("response/inexact", statuses.count(Status.INEXACT)),
-        mean("response/reflections", [n for s in summaries for n in s.reflections]),
+        mean("response/truncated", [status.is_truncated for status in group.statuses]),
+        Measured("response/failed", group.statuses.count(Status.FAILED)),
+        Measured("response/ungraded", group.graded.count(False)),
+        Measured("response/inexact", group.statuses.count(Status.INEXACT)),
+        mean("response/reflections", group.reflections),
         mean("tools/turns", [e.turns for e in episodes]),
         mean("tools/calls", [e.calls for e in episodes]),
-        Measured("tools/call_errors", sum(e.call_errors for e in episodes), sum(e.calls for e in episodes)),
-        mean("tools/seconds", seconds),
-        Measured("tools/seconds_max", max(seconds, default=0.0)),
+        Measured("tools/call_errors", sum(e.call_errors for e in episodes), calls),
+        *(Measured("tools/seconds", e.tool_seconds) for e in episodes),
+        Measured("tools/seconds_max", max((e.tool_seconds for e in episodes), default=0.0)),
         mean("tools/observation_tokens", [e.observation_tokens for e in episodes]),
         mean("tools/void", [e.void for e in episodes]),
+        *group.measured,
     ]
-    for s in summaries:
-        measured.append(mean(f"source/{labels[s.source]}/reward", s.rewards))
-        measured.append(mean(f"source/{labels[s.source]}/correct", s.correct))
-        measured += s.measured
-    return measured
 
 
-def _measure_kept(kept: Sequence[GroupSummary], step: int) -> list[Measured]:
-    """Of the update batch of a step."""
+def _measure_kept(group: GroupSummary, step: int) -> list[Measured]:
+    """Of a group of the update batch of a step."""
     return [
-        mean("reward/kept_mean", [reward for s in kept for reward in s.rewards]),
-        Measured("groups/zero_variance_kept", sum(s.zero_variance for s in kept)),
-        Measured("sync/staleness", max(step - version for s in kept for version in s.weight_versions)),
+        *(Measured("reward/kept_mean", reward) for reward in group.rewards),
+        Measured("groups/zero_variance_kept", int(group.zero_variance)),
+        Measured("sync/staleness", max(step - version for version in group.weight_versions)),
     ]
