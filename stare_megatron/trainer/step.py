@@ -14,8 +14,8 @@ import numpy.typing as npt
 import torch
 
 from stare_megatron.algo import dynamics
-from stare_megatron.algo.correction import correct
-from stare_megatron.algo.losses.types import LossInputs, Reported, Sequences
+from stare_megatron.algo.correction import Correction, correct
+from stare_megatron.algo.losses.types import LossInputs, Reported, Sequences, TokenLoss
 from stare_megatron.algo.registry import Algorithm
 from stare_megatron.algo.selection import NEGATIVE, POSITIVE
 from stare_megatron.algo.stare import Candidates, ScoredCandidates, Weights
@@ -185,28 +185,33 @@ def forward_backward(
         )
         token_loss = algorithm.loss(tokens, config)
         loss = (data.factor_T[source_R] * token_loss.loss_T).sum()
-        positive_R, negative_R = subset_R == POSITIVE, subset_R == NEGATIVE
-        tally.add(
-            {
-                "update/loss": Reported(loss, "sum"),
-                "update/clip_fraction": Reported(token_loss.clipped_T),
-                "update/ratio_max": Reported(token_loss.ratio_T, "max"),
-                "update/kl": Reported(kl_estimate(logprob_R.detach(), known.logprob_R)),
-                "stare/selected_pos": Reported(tokens.selected_T & positive_R, "count"),
-                "stare/selected_neg": Reported(tokens.selected_T & negative_R, "count"),
-                "stare/tokens_pos": Reported(positive_R, "count"),
-                "stare/tokens_neg": Reported(negative_R, "count"),
-                "correction/mean": Reported(correction.factor_T),
-                "correction/bounded": Reported(correction.bounded_T),
-                **token_loss.metrics,
-            }
-        )
+        tally.add(_reports(loss, token_loss, tokens, subset_R, correction))
         return loss
 
     runner.run(data.rows, consume, train=True)
     logprob_T, entropy_T, sensitivity_T = own_T3.t().contiguous()
     own = Scored(Scores(logprob_T, entropy_T, sensitivity_T), logprob_T)
     return ForwardBackwardResult(tally.measured(runner), used, own if scored is None else scored)
+
+
+def _reports(
+    loss: torch.Tensor, of: TokenLoss, tokens: LossInputs, subset_T: torch.Tensor, correction: Correction
+) -> dict[str, Reported]:
+    """What a micro-batch adds to the metrics of its optimizer step."""
+    positive_T, negative_T = subset_T == POSITIVE, subset_T == NEGATIVE
+    return {
+        "update/loss": Reported(loss, "sum"),
+        "update/clip_fraction": Reported(of.clipped_T),
+        "update/ratio_max": Reported(of.ratio_T, "max"),
+        "update/kl": Reported(kl_estimate(tokens.logprob_T.detach(), tokens.old_logprob_T)),
+        "stare/selected_pos": Reported(tokens.selected_T & positive_T, "count"),
+        "stare/selected_neg": Reported(tokens.selected_T & negative_T, "count"),
+        "stare/tokens_pos": Reported(positive_T, "count"),
+        "stare/tokens_neg": Reported(negative_T, "count"),
+        "correction/mean": Reported(correction.factor_T),
+        "correction/bounded": Reported(correction.bounded_T),
+        **of.metrics,
+    }
 
 
 def _micro_batch_candidates(

@@ -17,7 +17,7 @@ from stare_megatron.errors import UserError
 from stare_megatron.metrics.catalogue import by_name
 from stare_megatron.metrics.reduce import reduce
 from stare_megatron.rewards.base import RewardError
-from stare_megatron.rollout.collect import Collector
+from stare_megatron.rollout.collect import Collector, measure
 from stare_megatron.rollout.episode import run_episode, run_group
 from stare_megatron.rollout.sampler import SampleError
 from stare_megatron.rollout.seeds import derive_seed
@@ -27,6 +27,7 @@ from stare_megatron.types import (
     EpisodeCounts,
     GroupRequest,
     GroupSummary,
+    Measured,
     Prompt,
     Sampling,
     Score,
@@ -160,6 +161,16 @@ def test_a_group_samples_all_at_once_with_seeds_of_its_own():
     assert [t.seed for t in made.trajectories] == [derive_seed(11, i) for i in range(4)]
     assert [s.reward for s in made.scores] == [float(t.token_ids()[-2]) for t in made.trajectories]
     assert len({s.reward for s in made.scores}) > 1
+
+
+def test_what_a_reward_reports_of_each_trajectory_is_reduced():
+    async def reward(prompt, trajectory, tokenizer):
+        found = (Measured("user/mean/x", trajectory.sample), Measured("user/max/x", trajectory.sample))
+        return Score(1.0, True, "", measured=found)
+
+    summary = group(Sampler(), reward).summary()
+    assert by_name(reduce(summary.measured)) == {"user/mean/x": 1.5, "user/max/x": 3}
+    assert set(summary.measured) <= set(measure(summary, "s"))
 
 
 def test_seeds_are_the_same_everywhere():
