@@ -17,7 +17,7 @@ from stare_megatron.algo.comm import Comm
 from stare_megatron.algo.reduce import fixed_point_sum, from_fixed_point
 from stare_megatron.algo.selection import select_top, subset_codes
 from stare_megatron.algo.stare import ScoredCandidates, criticality
-from stare_megatron.types import Dynamics
+from stare_megatron.types import QUADRANTS, Measured
 
 UNLIKELY = -2e-6  # nats; S of fp32 logits is known to this much. At or above it a token counts as likely
 _HALLEY_STEPS = 8
@@ -59,21 +59,21 @@ def measure(tokens: ScoredCandidates, applied: Applied, exact_T: torch.Tensor, c
     return comm.sum(torch.stack([*counts, broken, *(s[0] for s in sums)]))
 
 
-def from_totals(totals: list[int]) -> Dynamics:
-    """What `measure` returned, in natural units."""
+def from_totals(totals: list[int]) -> tuple[Measured, ...]:
+    """What `measure` returned as parts of metrics, in natural units."""
     tokens, *quadrants, both, either, broken = totals[:8]
     change, critical, *pairs = (from_fixed_point(n) for n in totals[8:])
-    return Dynamics(
-        num_tokens=tokens,
-        tokens=tuple(quadrants),
-        advantage=tuple(pairs[0::2]),
-        change=tuple(pairs[1::2]),
-        unweighted_change=change,
-        critical_surprisal=critical,
-        intersection=both,
-        union=either,
-        non_finite=broken,
-    )
+    found = [
+        Measured("dynamics/predicted_change", sum(pairs[1::2]), tokens),
+        Measured("dynamics/predicted_change_unweighted", change, tokens),
+        Measured("dynamics/critical_surprisal", critical, tokens),
+        Measured("dynamics/overlap", both, either),
+        Measured("dynamics/non_finite", broken),
+    ]
+    for kind, parts in (("tokens", quadrants), ("advantage", pairs[0::2]), ("change", pairs[1::2])):
+        whole = sum(abs(x) for x in parts)
+        found += [Measured(f"dynamics/{kind}_{q}", x, whole) for q, x in zip(QUADRANTS, parts, strict=True)]
+    return tuple(found)
 
 
 def critical_surprisal(surprisal_T: torch.Tensor, entropy_T: torch.Tensor, sensitivity_T: torch.Tensor) -> torch.Tensor:

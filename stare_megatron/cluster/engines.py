@@ -171,9 +171,9 @@ class EngineGroup:
     def wake(self, part: Literal["weights", "kv_cache"]) -> None:
         self._all("wake", part)
 
-    def peak_memory_bytes(self) -> int:
-        """The largest engine's."""
-        return max(self._all("peak_memory_bytes"))
+    def peak_memory_bytes(self) -> list[int]:
+        """Each engine's."""
+        return self._all("peak_memory_bytes")
 
     def close(self) -> None:
         """Stop every engine; one that does not answer within 20 s is killed."""

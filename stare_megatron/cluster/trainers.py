@@ -117,7 +117,7 @@ class UpdateBatch(Protocol):
     """The groups to train on: references, and what the driver knows of each."""
 
     @property
-    def groups(self) -> Sequence[tuple[ray.ObjectRef, GroupSummary]]: ...
+    def groups(self) -> Sequence[tuple[Any, GroupSummary]]: ...
 
 
 class TrainerGroup:
@@ -207,9 +207,9 @@ class TrainerGroup:
     def export_hf(self, folder: Path) -> None:
         self._all("export_hf", folder)
 
-    def peak_memory_bytes(self) -> int:
-        """The largest rank's."""
-        return max(self._all("peak_memory_bytes"))
+    def peak_memory_bytes(self) -> list[int]:
+        """Each rank's."""
+        return self._all("peak_memory_bytes")
 
     def close(self) -> None:
         for actor in self._actors:

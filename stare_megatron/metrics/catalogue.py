@@ -11,19 +11,26 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
+from stare_megatron.types import QUADRANTS
+
 
 class Reduction(Enum):
-    """How one number came from many: over the samples, tokens, updates or processes of the step."""
+    """How `reduce` makes one number of many: of the samples, tokens, updates or processes of the step."""
 
     MEAN = "mean"
     TOKEN_MEAN = "mean over action tokens"
+    FRACTION = "part by whole; 0 of nothing"
     SUM = "sum"
     MAX = "max"
-    LAST = "last"
+    ONE = "one value per step"
+    LAST = "that of the step's last update"
     UPDATE_MEAN = "mean over the step's updates"
     UPDATE_SUM = "sum over the step's updates"
     UPDATE_MAX = "max over the step's updates"
     PROCESS_MAX = "max over processes"
+
+
+R = Reduction
 
 
 @dataclass(frozen=True)
@@ -36,13 +43,6 @@ class Entry:
     meaning: str
 
 
-# In the order of `types.Dynamics`.
-QUADRANTS = {
-    "pos_likely": "A > 0, surprisal below the critical one (S > 0).",
-    "pos_unlikely": "A > 0, above it (S < 0).",
-    "neg_likely": "A < 0, below it.",
-    "neg_unlikely": "A < 0, above it.",
-}
 _KINDS = {
     "tokens": "Share of the tokens with A != 0",
     "advantage": "Share of the sum of |A|",
@@ -50,206 +50,196 @@ _KINDS = {
 }
 
 _ENTRIES = (
-    Entry("reward/mean", "reward", Reduction.MEAN, "All sampled trajectories, also those of dropped groups."),
-    Entry("reward/kept_mean", "reward", Reduction.MEAN, "Trajectories of the update batch."),
-    Entry("reward/correct", "fraction", Reduction.MEAN, "Sampled trajectories whose answer is correct."),
-    Entry("groups/sampled", "groups", Reduction.SUM, "Groups sampled for the step, over all refills."),
-    Entry("groups/all_correct", "groups", Reduction.SUM, "Sampled groups in which every trajectory is correct."),
-    Entry("groups/none_correct", "groups", Reduction.SUM, "Sampled groups in which no trajectory is correct."),
-    Entry("groups/all_correct_ratio", "fraction", Reduction.MEAN, "groups/all_correct by groups/sampled."),
-    Entry("groups/none_correct_ratio", "fraction", Reduction.MEAN, "groups/none_correct by groups/sampled."),
-    Entry("groups/dropped", "groups", Reduction.SUM, "Zero-variance groups that dynamic sampling dropped."),
-    Entry("groups/zero_variance_kept", "groups", Reduction.SUM, "Zero-variance groups in the update batch."),
-    Entry("groups/refills", "count", Reduction.SUM, "Generation batches sampled beyond the first."),
-    Entry("response/length_mean", "tokens", Reduction.MEAN, "Action tokens a sampled trajectory."),
-    Entry("response/length_max", "tokens", Reduction.MAX, "Action tokens of the longest sampled trajectory."),
-    Entry("response/truncated", "fraction", Reduction.MEAN, "Sampled trajectories ended by the token or turn budget."),
-    Entry("response/failed", "trajectories", Reduction.SUM, "Sampled trajectories the engine or environment failed."),
-    Entry("response/ungraded", "trajectories", Reduction.SUM, "Sampled trajectories without a grade: no loss."),
-    Entry(
-        "response/inexact", "trajectories", Reduction.SUM, "Sampled trajectories that could not go on exactly: no loss."
-    ),
-    Entry("tools/turns", "turns", Reduction.MEAN, "Turns of the policy in a sampled trajectory."),
-    Entry("tools/calls", "calls", Reduction.MEAN, "Tool calls of a sampled trajectory."),
-    Entry(
-        "tools/call_errors", "fraction", Reduction.MEAN, "Calls that cannot be read, or whose code did not end well."
-    ),
-    Entry("tools/seconds", "s", Reduction.MEAN, "Time in a sampled trajectory's calls, without waiting for a turn."),
-    Entry("tools/seconds_max", "s", Reduction.MAX, "That of the sampled trajectory with the most."),
-    Entry(
-        "tools/observation_tokens", "tokens", Reduction.MEAN, "Tokens of a sampled trajectory the tool wrote: no loss."
-    ),
-    Entry("tools/void", "fraction", Reduction.MEAN, "Sampled trajectories with a turn without call and final answer."),
+    Entry("reward/mean", "reward", R.MEAN, "All sampled trajectories, also those of dropped groups."),
+    Entry("reward/kept_mean", "reward", R.MEAN, "Trajectories of the update batch."),
+    Entry("reward/correct", "fraction", R.MEAN, "Sampled trajectories whose answer is correct."),
+    Entry("groups/sampled", "groups", R.SUM, "Groups sampled for the step, over all refills."),
+    Entry("groups/all_correct", "groups", R.SUM, "Sampled groups in which every trajectory is correct."),
+    Entry("groups/none_correct", "groups", R.SUM, "Sampled groups in which no trajectory is correct."),
+    Entry("groups/all_correct_ratio", "fraction", R.MEAN, "groups/all_correct by groups/sampled."),
+    Entry("groups/none_correct_ratio", "fraction", R.MEAN, "groups/none_correct by groups/sampled."),
+    Entry("groups/dropped", "groups", R.ONE, "Zero-variance groups that dynamic sampling dropped."),
+    Entry("groups/surplus", "groups", R.ONE, "Other groups beyond what the step asked for, dropped as well."),
+    Entry("groups/zero_variance_kept", "groups", R.SUM, "Zero-variance groups in the update batch."),
+    Entry("groups/refills", "count", R.ONE, "Generation batches sampled beyond the first."),
+    Entry("response/length_mean", "tokens", R.MEAN, "Action tokens a sampled trajectory."),
+    Entry("response/length_max", "tokens", R.MAX, "Action tokens of the longest sampled trajectory."),
+    Entry("response/truncated", "fraction", R.MEAN, "Sampled trajectories ended by the token or turn budget."),
+    Entry("response/failed", "trajectories", R.SUM, "Sampled trajectories the engine or environment failed."),
+    Entry("response/ungraded", "trajectories", R.SUM, "Sampled trajectories without a grade: no loss."),
+    Entry("response/inexact", "trajectories", R.SUM, "Sampled trajectories that could not go on exactly: no loss."),
+    Entry("tools/turns", "turns", R.MEAN, "Turns of the policy in a sampled trajectory."),
+    Entry("tools/calls", "calls", R.MEAN, "Tool calls of a sampled trajectory."),
+    Entry("tools/call_errors", "fraction", R.FRACTION, "Calls that cannot be read, or whose code did not end well."),
+    Entry("tools/seconds", "s", R.MEAN, "Time in a sampled trajectory's calls, without waiting for a turn."),
+    Entry("tools/seconds_max", "s", R.MAX, "That of the sampled trajectory with the most."),
+    Entry("tools/observation_tokens", "tokens", R.MEAN, "Tokens of a sampled trajectory the tool wrote: no loss."),
+    Entry("tools/void", "fraction", R.MEAN, "Sampled trajectories with a turn without call and final answer."),
     Entry(
         "response/reflections",
         "words/response",
-        Reduction.MEAN,
+        R.MEAN,
         "Occurrences of `logging.reflection_words` in sampled trajectories.",
     ),
-    Entry("data/epoch", "epochs", Reduction.LAST, "Passes over the prompts begun, less one."),
-    Entry("policy/entropy", "nats/token", Reduction.TOKEN_MEAN, "Entropy of the policy about to be updated."),
+    Entry("data/epoch", "epochs", R.ONE, "Passes over the prompts begun, less one."),
+    Entry("policy/entropy", "nats/token", R.TOKEN_MEAN, "Entropy of the policy about to be updated."),
     Entry(
         "policy/entropy_estimate",
         "nats/token",
-        Reduction.TOKEN_MEAN,
-        "-log pi of the sampled tokens under the engine: at temperature 1 and top-p 1 an estimate of policy/entropy; "
-        'with trainer.scoring = "rollout" it decides the gate.',
+        R.TOKEN_MEAN,
+        "-log pi of the sampled tokens under the engine: at temperature 1 and top-p 1 an estimate of "
+        'policy/entropy; with trainer.scoring = "rollout" it decides the gate.',
     ),
-    Entry("policy/entropy_estimate_error", "nats/token", Reduction.LAST, "policy/entropy_estimate - policy/entropy."),
-    Entry("policy/target_entropy", "nats/token", Reduction.LAST, "H_tgt in force: the gate opens below it."),
-    Entry("policy/surprisal", "nats/token", Reduction.TOKEN_MEAN, "-log pi of the sampled tokens."),
-    Entry("stare/gate", "0 or 1", Reduction.LAST, "1: the weights apply: entropy is below its target."),
-    Entry("stare/gate_duty", "fraction", Reduction.MEAN, "Steps of this run's record so far with an open gate."),
-    Entry("stare/weight_pos", "factor", Reduction.LAST, "W: weight of L+ while the gate is open; 1 when it is shut."),
-    Entry("stare/weight_neg", "factor", Reduction.LAST, "M: weight of L- while the gate is open; 1 when it is shut."),
-    Entry("stare/selected_pos", "tokens", Reduction.UPDATE_SUM, "Tokens in L+."),
-    Entry("stare/selected_neg", "tokens", Reduction.UPDATE_SUM, "Tokens in L-."),
-    Entry("stare/tokens_pos", "tokens", Reduction.UPDATE_SUM, "Tokens with a positive advantage (T+)."),
-    Entry("stare/tokens_neg", "tokens", Reduction.UPDATE_SUM, "Tokens with a negative advantage (T-)."),
-    Entry("update/loss", "loss", Reduction.UPDATE_MEAN, "The objective; on-policy its value is near 0 by design."),
-    Entry("update/grad_norm", "norm", Reduction.UPDATE_MEAN, "L2 norm of the gradient before clipping."),
-    Entry("update/lr", "1", Reduction.LAST, "Learning rate."),
-    Entry("update/clip_fraction", "fraction", Reduction.UPDATE_MEAN, "Action tokens whose ratio was clipped."),
-    Entry("update/ratio_max", "ratio", Reduction.UPDATE_MAX, "Largest ratio of current to scoring policy."),
-    Entry("update/kl", "nats/token", Reduction.UPDATE_MEAN, "r - 1 - log r of the current against the scoring policy."),
-    Entry("mismatch/mean", "nats/token", Reduction.TOKEN_MEAN, "|trainer - engine| log-prob of sampled tokens."),
-    Entry("mismatch/max", "nats/token", Reduction.MAX, "Largest |trainer - engine| log-prob of a sampled token."),
-    Entry("mismatch/kl", "nats/token", Reduction.TOKEN_MEAN, "Estimate of KL(engine || trainer) on sampled tokens."),
-    Entry("mismatch/ratio_max", "ratio", Reduction.MAX, "Largest trainer / engine probability of a token, up to e^20."),
+    Entry("policy/entropy_estimate_error", "nats/token", R.ONE, "policy/entropy_estimate - policy/entropy."),
+    Entry("policy/target_entropy", "nats/token", R.ONE, "H_tgt in force: the gate opens below it."),
+    Entry("policy/surprisal", "nats/token", R.TOKEN_MEAN, "-log pi of the sampled tokens."),
+    Entry("stare/gate", "0 or 1", R.ONE, "1: the weights apply: entropy is below its target."),
+    Entry("stare/gate_duty", "fraction", R.MEAN, "Steps of this run's record so far with an open gate."),
+    Entry("stare/weight_pos", "factor", R.ONE, "W: weight of L+ while the gate is open; 1 when it is shut."),
+    Entry("stare/weight_neg", "factor", R.ONE, "M: weight of L- while the gate is open; 1 when it is shut."),
+    Entry("stare/selected_pos", "tokens", R.UPDATE_SUM, "Tokens in L+."),
+    Entry("stare/selected_neg", "tokens", R.UPDATE_SUM, "Tokens in L-."),
+    Entry("stare/tokens_pos", "tokens", R.UPDATE_SUM, "Tokens with a positive advantage (T+)."),
+    Entry("stare/tokens_neg", "tokens", R.UPDATE_SUM, "Tokens with a negative advantage (T-)."),
+    Entry("update/loss", "loss", R.UPDATE_MEAN, "The objective; on-policy its value is near 0 by design."),
+    Entry("update/grad_norm", "norm", R.UPDATE_MEAN, "L2 norm of the gradient before clipping."),
+    Entry("update/lr", "1", R.LAST, "Learning rate."),
+    Entry("update/clip_fraction", "fraction", R.UPDATE_MEAN, "Action tokens whose ratio was clipped."),
+    Entry("update/ratio_max", "ratio", R.UPDATE_MAX, "Largest ratio of current to scoring policy."),
+    Entry("update/kl", "nats/token", R.UPDATE_MEAN, "r - 1 - log r of the current against the scoring policy."),
+    Entry("loss/detached", "fraction", R.UPDATE_MEAN, "clip_cov: action tokens without gradient for their covariance."),
+    Entry("loss/penalty", "loss", R.UPDATE_MEAN, "kl_cov: mean penalty of the chosen tokens."),
+    Entry("mismatch/mean", "nats/token", R.TOKEN_MEAN, "|trainer - engine| log-prob of sampled tokens."),
+    Entry("mismatch/max", "nats/token", R.MAX, "Largest |trainer - engine| log-prob of a sampled token."),
+    Entry("mismatch/kl", "nats/token", R.TOKEN_MEAN, "Estimate of KL(engine || trainer) on sampled tokens."),
+    Entry("mismatch/ratio_max", "ratio", R.MAX, "Largest trainer / engine probability of a token, up to e^20."),
     Entry(
         "mismatch/ess",
         "fraction",
-        Reduction.TOKEN_MEAN,
+        R.ONE,
         "Effective sample size under the token ratios r (at most 128): (sum r)^2 / (n sum r^2).",
     ),
     Entry(
         "mismatch/sequence_ratio_max",
         "ratio",
-        Reduction.MAX,
+        R.MAX,
         "Largest trainer / engine probability of a trajectory's action tokens, up to e^20.",
     ),
     Entry(
         "mismatch/sequence_ess",
         "fraction",
-        Reduction.MEAN,
+        R.ONE,
         "Effective sample size under the trajectories' ratios (at most 128), as a share of the trajectories.",
     ),
-    Entry("correction/mean", "factor", Reduction.UPDATE_MEAN, "Mean rollout-correction factor; 1 without correction."),
-    Entry("correction/bounded", "fraction", Reduction.UPDATE_MEAN, "Tokens whose factor was truncated or masked."),
-    Entry("policy/entropy_coefficient", "1", Reduction.LAST, "Factor of an adaptive entropy bonus; else 0."),
-    Entry(
-        "dynamics/predicted_change", "nats/token/eta", Reduction.TOKEN_MEAN, "-w A S: first-order change of entropy."
-    ),
-    Entry("dynamics/predicted_change_unweighted", "nats/token/eta", Reduction.TOKEN_MEAN, "-A S: the same with w = 1."),
-    Entry("dynamics/predicted_change_before", "nats/token/eta", Reduction.LAST, "predicted_change of the step before."),
+    Entry("correction/mean", "factor", R.UPDATE_MEAN, "Mean rollout-correction factor; 1 without correction."),
+    Entry("correction/bounded", "fraction", R.UPDATE_MEAN, "Tokens whose factor was truncated or masked."),
+    Entry("policy/entropy_coefficient", "1", R.ONE, "Factor of an adaptive entropy bonus; else 0."),
+    Entry("dynamics/predicted_change", "nats/token/eta", R.TOKEN_MEAN, "-w A S: first-order change of entropy."),
+    Entry("dynamics/predicted_change_unweighted", "nats/token/eta", R.TOKEN_MEAN, "-A S: the same with w = 1."),
+    Entry("dynamics/predicted_change_before", "nats/token/eta", R.ONE, "predicted_change of the step before."),
     Entry(
         "dynamics/measured_change",
         "nats/token",
-        Reduction.LAST,
-        "This step's policy/entropy less that of the step before: what the update of the step before did, on another "
-        "batch; NaN at the first step of a start.",
+        R.ONE,
+        "This step's policy/entropy less that of the step before: what the update of the step before did, on "
+        "another batch; NaN at the first step of a start.",
     ),
-    Entry("dynamics/critical_surprisal", "nats/token", Reduction.TOKEN_MEAN, "s*: where S changes sign."),
-    Entry("dynamics/overlap", "fraction", Reduction.LAST, "Jaccard: the chosen tokens and the exact-sensitivity ones."),
-    Entry("dynamics/non_finite", "terms", Reduction.UPDATE_SUM, "Terms left out of the sums of dynamics/."),
+    Entry("dynamics/critical_surprisal", "nats/token", R.TOKEN_MEAN, "s*: where S changes sign."),
+    Entry("dynamics/overlap", "fraction", R.MEAN, "Jaccard: the chosen tokens and the exact-sensitivity ones."),
+    Entry("dynamics/non_finite", "terms", R.UPDATE_SUM, "Terms left out of the sums of dynamics/."),
     *(
-        Entry(f"dynamics/{kind}_{quadrant}", "fraction", Reduction.SUM, f"{of}: {which}")
+        Entry(f"dynamics/{kind}_{quadrant}", "fraction", R.FRACTION, f"{of}: {which}")
         for kind, of in _KINDS.items()
         for quadrant, which in QUADRANTS.items()
     ),
-    Entry("sync/probe", "nats/token", Reduction.MEAN, "|trainer - engine| log-prob of the probe after the push."),
-    Entry("sync/weight_version", "version", Reduction.LAST, "Policy version in the engines after the push."),
-    Entry("sync/staleness", "versions", Reduction.MAX, "Versions a trained trajectory's policy is behind."),
-    Entry("throughput/tokens_per_second", "tokens/s", Reduction.LAST, "Action tokens sampled, by time of the step."),
     Entry(
-        "throughput/rollout_tokens_per_second", "tokens/s", Reduction.LAST, "Action tokens sampled, by rollout time."
+        "sync/probe",
+        "nats/token",
+        R.MAX,
+        "Mean |trainer - engine| log-prob of the probe after the push; the worst engine's.",
     ),
-    Entry("throughput/trained_tokens", "tokens", Reduction.SUM, "Action tokens of the step's update batch."),
-    Entry("throughput/trained_tokens_total", "tokens", Reduction.SUM, "Action tokens trained on since step 0."),
-    Entry("time/rollout", "s", Reduction.SUM, "Sampling and rewards."),
+    Entry("sync/weight_version", "version", R.ONE, "Policy version in the engines after the push."),
+    Entry("sync/staleness", "versions", R.MAX, "Versions a trained trajectory's policy is behind."),
+    Entry("throughput/tokens_per_second", "tokens/s", R.MEAN, "Action tokens sampled, by time of the step."),
+    Entry("throughput/rollout_tokens_per_second", "tokens/s", R.MEAN, "Action tokens sampled, by rollout time."),
+    Entry("throughput/trained_tokens", "tokens", R.UPDATE_SUM, "Action tokens of the step's update batch."),
+    Entry("throughput/trained_tokens_total", "tokens", R.ONE, "Action tokens trained on since step 0."),
+    Entry("time/rollout", "s", R.ONE, "Sampling and rewards."),
+    Entry("time/score", "s", R.ONE, 'Loading the batch and scoring it; loading alone with scoring = "rollout".'),
+    Entry("time/update", "s", R.ONE, "Weights, forward, backward, optimizer."),
+    Entry("time/push", "s", R.ONE, "Weights to the engines, and the probe."),
     Entry(
-        "time/score", "s", Reduction.SUM, 'Loading the batch and scoring it; loading alone with scoring = "rollout".'
+        "time/save", "s", R.ONE, "Checkpoint and export after the previous step, as far as the loop waited for them."
     ),
-    Entry("time/update", "s", Reduction.SUM, "Weights, forward, backward, optimizer."),
-    Entry("time/push", "s", Reduction.SUM, "Weights to the engines, and the probe."),
-    Entry(
-        "time/save",
-        "s",
-        Reduction.SUM,
-        "Checkpoint and export after the previous step, as far as the loop waited for them.",
-    ),
-    Entry("time/eval", "s", Reduction.SUM, "Evaluation after the previous step; 0 when none was due."),
-    Entry("time/step", "s", Reduction.SUM, "The whole step, without time/eval."),
-    Entry("time/elapsed", "s", Reduction.LAST, "Since this start of the run."),
-    Entry("memory/trainer_peak", "MB", Reduction.PROCESS_MAX, "Peak memory of a trainer rank: device memory on a GPU."),
-    Entry("memory/engine_peak", "MB", Reduction.PROCESS_MAX, "Peak memory of an engine: device memory on a GPU."),
-    Entry("memory/driver_peak", "MB", Reduction.LAST, "Peak resident memory of the driver."),
+    Entry("time/eval", "s", R.ONE, "Evaluation after the previous step; 0 when none was due."),
+    Entry("time/step", "s", R.ONE, "The whole step, without time/eval."),
+    Entry("time/elapsed", "s", R.ONE, "Since this start of the run."),
+    Entry("memory/trainer_peak", "MB", R.PROCESS_MAX, "Peak memory of a trainer rank: device memory on a GPU."),
+    Entry("memory/engine_peak", "MB", R.PROCESS_MAX, "Peak memory of an engine: device memory on a GPU."),
+    Entry("memory/driver_peak", "MB", R.ONE, "Peak resident memory of the driver."),
     Entry(
         "memory/host_run",
         "MB",
-        Reduction.SUM,
+        R.ONE,
         "Memory of the driver and all processes under it, those of a local Ray included: anonymous, and shared once.",
     ),
-    Entry("memory/host_available", "MB", Reduction.LAST, "What the driver's machine could still give to processes."),
-    Entry("eval/avg", "fraction", Reduction.MEAN, "Mean over the benchmarks of avg@k, each with its own k."),
-    Entry("eval/greedy", "fraction", Reduction.MEAN, "Mean over the benchmarks of the accuracy of greedy decoding."),
-    Entry("eval/tokens", "tokens", Reduction.SUM, "Action tokens sampled for the evaluation."),
-    Entry("eval/seconds", "s", Reduction.LAST, "The evaluation, from the first request to the last response."),
+    Entry("memory/host_available", "MB", R.ONE, "What the driver's machine could still give to processes."),
+    Entry("eval/avg", "fraction", R.MEAN, "Mean over the benchmarks of avg@k, each with its own k."),
+    Entry("eval/greedy", "fraction", R.MEAN, "Mean over the benchmarks of the accuracy of greedy decoding."),
+    Entry("eval/tokens", "tokens", R.SUM, "Action tokens sampled for the evaluation."),
+    Entry("eval/seconds", "s", R.ONE, "The evaluation, from the first request to the last response."),
 )
 
-# Names with parts that a run fills in: {source} and {benchmark} are labels, {k} is a positive number.
+
+def _with_interval(name: str, meaning: str) -> tuple[Entry, ...]:
+    ends = (("low", "lower"), ("high", "upper"))
+    intervals = (Entry(f"{name}/ci_{e}", "fraction", R.ONE, f"Its confidence interval, {end} end.") for e, end in ends)
+    return (Entry(name, "fraction", R.MEAN, meaning), *intervals)
+
+
+# Names with parts that a run fills in: {source}, {benchmark} and {name} are labels, {k} is a positive number.
 _FAMILIES = (
-    Entry("source/{source}/reward", "reward", Reduction.MEAN, "Sampled trajectories of one source of the prompts."),
-    Entry("source/{source}/correct", "fraction", Reduction.MEAN, "Those whose answer is correct."),
-    Entry(
-        "eval/{benchmark}/avg@{k}",
-        "fraction",
-        Reduction.MEAN,
-        "Accuracy of k samples a prompt: correct by graded, averaged over prompts.",
+    Entry("source/{source}/reward", "reward", R.MEAN, "Sampled trajectories of one source of the prompts."),
+    Entry("source/{source}/correct", "fraction", R.MEAN, "Those whose answer is correct."),
+    *_with_interval(
+        "eval/{benchmark}/avg@{k}", "Accuracy of k samples a prompt: correct by graded, averaged over prompts."
     ),
-    Entry("eval/{benchmark}/avg@{k}/ci_low", "fraction", Reduction.LAST, "Its confidence interval, lower end."),
-    Entry("eval/{benchmark}/avg@{k}/ci_high", "fraction", Reduction.LAST, "Its confidence interval, upper end."),
-    Entry(
+    *_with_interval(
         "eval/{benchmark}/pass@{k}",
-        "fraction",
-        Reduction.MEAN,
         "Prompts with a correct one among k samples: the unbiased estimate, averaged over prompts with k graded ones.",
     ),
-    Entry("eval/{benchmark}/pass@{k}/ci_low", "fraction", Reduction.LAST, "Its confidence interval, lower end."),
-    Entry("eval/{benchmark}/pass@{k}/ci_high", "fraction", Reduction.LAST, "Its confidence interval, upper end."),
-    Entry(
-        "eval/{benchmark}/greedy", "fraction", Reduction.MEAN, "Prompts that greedy decoding gets right, of the graded."
-    ),
-    Entry("eval/{benchmark}/greedy/ci_low", "fraction", Reduction.LAST, "Its confidence interval, lower end."),
-    Entry("eval/{benchmark}/greedy/ci_high", "fraction", Reduction.LAST, "Its confidence interval, upper end."),
-    Entry("eval/{benchmark}/length_mean", "tokens", Reduction.MEAN, "Action tokens a sample."),
-    Entry("eval/{benchmark}/truncated", "fraction", Reduction.MEAN, "Samples ended by the token or turn budget."),
-    Entry("eval/{benchmark}/greedy_length_mean", "tokens", Reduction.MEAN, "Action tokens a greedy response."),
-    Entry("eval/{benchmark}/greedy_truncated", "fraction", Reduction.MEAN, "Greedy responses ended by the budget."),
+    *_with_interval("eval/{benchmark}/greedy", "Prompts that greedy decoding gets right, of the graded."),
+    Entry("eval/{benchmark}/length_mean", "tokens", R.MEAN, "Action tokens a sample."),
+    Entry("eval/{benchmark}/truncated", "fraction", R.MEAN, "Samples ended by the token or turn budget."),
+    Entry("eval/{benchmark}/greedy_length_mean", "tokens", R.MEAN, "Action tokens a greedy response."),
+    Entry("eval/{benchmark}/greedy_truncated", "fraction", R.MEAN, "Greedy responses ended by the budget."),
     Entry(
         "eval/{benchmark}/distinct_correct",
         "responses/prompt",
-        Reduction.MEAN,
+        R.MEAN,
         "Different token sequences among a prompt's correct samples.",
     ),
-    Entry("eval/{benchmark}/reflections", "words/response", Reduction.MEAN, "Reflection words in samples."),
+    Entry("eval/{benchmark}/reflections", "words/response", R.MEAN, "Reflection words in samples."),
     Entry(
         "eval/{benchmark}/ungraded",
         "trajectories",
-        Reduction.SUM,
+        R.SUM,
         "Samples and greedy responses without a grade (failed ones among them); they are in no accuracy.",
     ),
-    Entry("eval/{benchmark}/failed", "trajectories", Reduction.SUM, "Those that the engine or environment failed."),
-    Entry("eval/{benchmark}/{source}/avg@{k}", "fraction", Reduction.MEAN, "avg@k of one source of several."),
-    Entry("eval/{benchmark}/{source}/pass@{k}", "fraction", Reduction.MEAN, "pass@k of one source of several."),
-    Entry("eval/{benchmark}/{source}/greedy", "fraction", Reduction.MEAN, "Greedy accuracy of one source of several."),
+    Entry("eval/{benchmark}/failed", "trajectories", R.SUM, "Those that the engine or environment failed."),
+    Entry("eval/{benchmark}/{source}/avg@{k}", "fraction", R.MEAN, "avg@k of one source of several."),
+    Entry("eval/{benchmark}/{source}/pass@{k}", "fraction", R.MEAN, "pass@k of one source of several."),
+    Entry("eval/{benchmark}/{source}/greedy", "fraction", R.MEAN, "Greedy accuracy of one source of several."),
+    Entry("user/mean/{name}", "as reported", R.MEAN, "What code from outside this package reports as a mean."),
+    Entry("user/sum/{name}", "as reported", R.SUM, "What code from outside this package reports as a sum."),
+    Entry("user/max/{name}", "as reported", R.MAX, "The largest of what code from outside this package reports."),
 )
 
 CATALOGUE: Mapping[str, Entry] = {entry.name: entry for entry in _ENTRIES}
 FAMILIES: Mapping[str, Entry] = {entry.name: entry for entry in _FAMILIES}
 
 _LABEL, _COUNT = r"[A-Za-z0-9._-]+", r"[1-9][0-9]*"
-_PARTS = {"{source}": _LABEL, "{benchmark}": _LABEL, "{k}": _COUNT}
+_PARTS = {"{source}": _LABEL, "{benchmark}": _LABEL, "{name}": _LABEL, "{k}": _COUNT}
 
 
 def _matcher(pattern: str) -> re.Pattern[str]:
@@ -353,8 +343,9 @@ def markdown() -> str:
     lines += [
         "",
         "Families: names with parts that a run fills in. `{source}`: label of a source of the prompts; `{benchmark}`: "
-        "name of a benchmark; `{k}`: a number of samples. What begins with `eval/` is logged when an evaluation was "
-        "due, in `eval.jsonl`: see [evaluation](evaluation.md).",
+        "name of a benchmark; `{k}`: a number of samples; `{name}`: a name of "
+        "your own, see [adding a metric](adding_a_metric.md). What begins with `eval/` is logged when an evaluation "
+        "was due, in `eval.jsonl`: see [evaluation](evaluation.md).",
         "",
         "| name | unit | reduction | meaning |",
         "|---|---|---|---|",

@@ -8,14 +8,16 @@ with dropped groups, so that an update batch always has `rollout.prompts_per_ste
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from stare_megatron.config import Config
+from stare_megatron.data.benchmarks import source_labels
 from stare_megatron.data.prompts import PromptStream
 from stare_megatron.rollout.seeds import derive_seed
-from stare_megatron.types import EpisodeCounts, GroupRequest, GroupSummary, Sampling, Status
+from stare_megatron.types import GroupRequest, GroupSummary, Measured, Sampling, Status
+from stare_megatron.types.measured import mean
 
 Ref = TypeVar("Ref")
 Ref_co = TypeVar("Ref_co", covariant=True)
@@ -30,70 +32,13 @@ class GroupDispatcher(Protocol[Ref_co]):
 
 
 @dataclass(frozen=True)
-class SourceStats:
-    """Trajectories sampled of one source's prompts: how many, their mean reward, the share that is correct."""
-
-    trajectories: int
-    reward_mean: float
-    correct_fraction: float
-
-
-@dataclass(frozen=True)
-class ToolStats:
-    """Turns and tool calls of an update batch's sampled trajectories; all 0 without an environment with tools.
-
-    `turns`, `calls`, `observation_tokens`, `seconds`: a trajectory; `seconds_max`: of the one that spent most in calls;
-    `call_errors`: share of the calls; `void`: share of the trajectories.
-    """
-
-    turns: float
-    calls: float
-    call_errors: float
-    seconds: float
-    seconds_max: float
-    observation_tokens: float
-    void: float
-
-
-@dataclass(frozen=True)
-class CollectStats:
-    """What sampling one update batch took; all of it over ALL sampled groups, also those that were dropped.
-
-    `groups_sampled` in `generation_batches`; `zero_variance`: groups with all rewards equal, of which
-    `zero_variance_dropped` are not in the update batch; `surplus_dropped`: informative groups beyond what was asked
-    for; `all_correct`, `none_correct`: groups with every, no trajectory correct; `reward_mean`, `correct_fraction`,
-    `truncated_fraction`: over trajectories; `length_mean`, `length_max`, `tokens_sampled`: action tokens; `failed`,
-    `ungraded` (those that failed among them), `inexact`: trajectories; `reflections_mean`: reflection words a response;
-    `by_source`: what was sampled of each source; `tools`: turns and calls.
-    """
-
-    groups_sampled: int
-    generation_batches: int
-    zero_variance: int
-    zero_variance_dropped: int
-    surplus_dropped: int
-    all_correct: int
-    none_correct: int
-    reward_mean: float
-    correct_fraction: float
-    truncated_fraction: float
-    failed: int
-    ungraded: int
-    length_mean: float
-    length_max: int
-    tokens_sampled: int
-    reflections_mean: float
-    by_source: Mapping[str, SourceStats]
-    inexact: int
-    tools: ToolStats
-
-
-@dataclass(frozen=True)
 class Collected(Generic[Ref]):
-    """The groups of one update batch, in the order of their requests."""
+    """The groups of one update batch, in the order of their requests. `tokens_sampled`: action tokens of all groups
+    sampled for it, dropped ones included; `measured` of them and of the batch."""
 
     groups: tuple[tuple[Ref, GroupSummary], ...]
-    stats: CollectStats
+    tokens_sampled: int
+    measured: tuple[Measured, ...]
 
 
 class Collector(Generic[Ref]):
@@ -103,6 +48,7 @@ class Collector(Generic[Ref]):
         r = config.rollout
         self._dispatcher = dispatcher
         self._stream = stream
+        self._labels = source_labels(stream.prompts)
         self._seed = config.run.seed
         self._group_size = r.group_size
         self._sampling = Sampling(r.max_response_tokens, r.temperature, r.top_p, tuple(r.stop), seed=0)
@@ -129,8 +75,15 @@ class Collector(Generic[Ref]):
         kept = informative[: self._wanted]
         fill = spare[: self._wanted - len(kept)]
         kept = sorted(kept + fill, key=lambda item: item[0])
-        stats = _stats(summaries, batches, len(spare) - len(fill), max(0, surplus))
-        return Collected(tuple((ref, summary) for _, ref, summary in kept), stats)
+        measured = (
+            *(part for s in summaries for part in measure(s, self._labels[s.source])),
+            Measured("groups/dropped", len(spare) - len(fill)),
+            Measured("groups/surplus", max(0, surplus)),
+            Measured("groups/refills", batches - 1),
+            *(part for _, _, s in kept for part in _measure_kept(s, step)),
+        )
+        tokens = sum(n for s in summaries for n in s.num_action_tokens)
+        return Collected(tuple((ref, summary) for _, ref, summary in kept), tokens, measured)
 
     def _requests(self, step: int, first: int) -> list[GroupRequest]:
         def sampling(order: int) -> Sampling:
@@ -142,48 +95,42 @@ class Collector(Generic[Ref]):
         ]
 
 
-def _stats(summaries: list[GroupSummary], batches: int, dropped: int, surplus: int) -> CollectStats:
-    rewards = [reward for s in summaries for reward in s.rewards]
-    correct = [c for s in summaries for c in s.correct]
-    lengths = [n for s in summaries for n in s.num_action_tokens]
-    statuses = [status for s in summaries for status in s.statuses]
-    return CollectStats(
-        groups_sampled=len(summaries),
-        generation_batches=batches,
-        zero_variance=sum(s.zero_variance for s in summaries),
-        zero_variance_dropped=dropped,
-        surplus_dropped=surplus,
-        all_correct=sum(all(s.correct) for s in summaries),
-        none_correct=sum(not any(s.correct) for s in summaries),
-        reward_mean=sum(rewards) / len(rewards),
-        correct_fraction=sum(correct) / len(correct),
-        truncated_fraction=sum(status.is_truncated for status in statuses) / len(statuses),
-        failed=statuses.count(Status.FAILED),
-        ungraded=sum(not graded for s in summaries for graded in s.graded),
-        length_mean=sum(lengths) / len(lengths),
-        length_max=max(lengths),
-        tokens_sampled=sum(lengths),
-        reflections_mean=sum(n for s in summaries for n in s.reflections) / len(rewards),
-        by_source={source: _source_stats(summaries, source) for source in sorted({s.source for s in summaries})},
-        inexact=statuses.count(Status.INEXACT),
-        tools=_tool_stats([counts for s in summaries for counts in s.episodes]),
-    )
+def measure(group: GroupSummary, label: str) -> list[Measured]:
+    """Of a sampled group, whether it is dropped or not. `label`: of its source."""
+    lengths, episodes = group.num_action_tokens, group.episodes
+    calls = sum(e.calls for e in episodes)
+    return [
+        *(Measured("reward/mean", reward) for reward in group.rewards),
+        mean("reward/correct", group.correct),
+        mean(f"source/{label}/reward", group.rewards),
+        mean(f"source/{label}/correct", group.correct),
+        Measured("groups/sampled", 1),
+        Measured("groups/all_correct", int(all(group.correct))),
+        Measured("groups/none_correct", int(not any(group.correct))),
+        Measured("groups/all_correct_ratio", all(group.correct)),
+        Measured("groups/none_correct_ratio", not any(group.correct)),
+        mean("response/length_mean", lengths),
+        Measured("response/length_max", max(lengths)),
+        mean("response/truncated", [status.is_truncated for status in group.statuses]),
+        Measured("response/failed", group.statuses.count(Status.FAILED)),
+        Measured("response/ungraded", group.graded.count(False)),
+        Measured("response/inexact", group.statuses.count(Status.INEXACT)),
+        mean("response/reflections", group.reflections),
+        mean("tools/turns", [e.turns for e in episodes]),
+        mean("tools/calls", [e.calls for e in episodes]),
+        Measured("tools/call_errors", sum(e.call_errors for e in episodes), calls),
+        *(Measured("tools/seconds", e.tool_seconds) for e in episodes),
+        Measured("tools/seconds_max", max((e.tool_seconds for e in episodes), default=0.0)),
+        mean("tools/observation_tokens", [e.observation_tokens for e in episodes]),
+        mean("tools/void", [e.void for e in episodes]),
+        *group.measured,
+    ]
 
 
-def _tool_stats(episodes: Sequence[EpisodeCounts]) -> ToolStats:
-    n, calls = max(1, len(episodes)), sum(e.calls for e in episodes)
-    return ToolStats(
-        turns=sum(e.turns for e in episodes) / n,
-        calls=calls / n,
-        call_errors=sum(e.call_errors for e in episodes) / max(1, calls),
-        seconds=sum(e.tool_seconds for e in episodes) / n,
-        seconds_max=max((e.tool_seconds for e in episodes), default=0.0),
-        observation_tokens=sum(e.observation_tokens for e in episodes) / n,
-        void=sum(e.void for e in episodes) / n,
-    )
-
-
-def _source_stats(summaries: list[GroupSummary], source: str) -> SourceStats:
-    rewards = [reward for s in summaries if s.source == source for reward in s.rewards]
-    correct = [c for s in summaries if s.source == source for c in s.correct]
-    return SourceStats(len(rewards), sum(rewards) / len(rewards), sum(correct) / len(correct))
+def _measure_kept(group: GroupSummary, step: int) -> list[Measured]:
+    """Of a group of the update batch of a step."""
+    return [
+        *(Measured("reward/kept_mean", reward) for reward in group.rewards),
+        Measured("groups/zero_variance_kept", int(group.zero_variance)),
+        Measured("sync/staleness", max(step - version for version in group.weight_versions)),
+    ]

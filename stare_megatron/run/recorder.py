@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from stare_megatron.config import Config
 from stare_megatron.host.memory import host_memory
-from stare_megatron.metrics.catalogue import Metric, metrics
+from stare_megatron.metrics.catalogue import Metric
 from stare_megatron.metrics.sample_records import write_sample_records
 from stare_megatron.metrics.samples import FOLDER, Decode, pick, write_samples
 from stare_megatron.metrics.sinks import Sinks
 from stare_megatron.rollout.collect import Collected
 from stare_megatron.run.sampling import Sampler
-from stare_megatron.run.step_metrics import StepCosts, observed, step_metrics
+from stare_megatron.run.step_metrics import Progress, StepCosts, late_metrics, observed, step_metrics
 from stare_megatron.types import UNOBSERVED, Control, GateDuty, Group, Observed, StepStats
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Recorder(Generic[Ref]):
         self._fetch = fetch
         self._decode = decode
         self._clock = Clock()
-        self._open: tuple[int, int] | None = None  # a step that is recorded and not closed, tokens sampled for it
+        self._open: int | None = None  # tokens sampled for the step that is recorded and not closed
         self.remembered = Remembered(0, UNOBSERVED, GateDuty(0, 0))
 
     def status(self, text: str) -> None:
@@ -116,36 +116,20 @@ class Recorder(Generic[Ref]):
     def record(self, step: int, batch: Collected[Ref], control: Control, done: StepStats, probe: float) -> None:
         """Log the step and write its samples. What it takes from here on is added by `close`."""
         past = self.remembered
-        past = Remembered(past.trained_tokens + done.scores.num_action_tokens, past.before, past.duty.after(control))
+        trained, duty = past.trained_tokens + done.scores.num_action_tokens, past.duty.after(control)
         costs = StepCosts(
             seconds=self._clock.seconds,
-            step_seconds=self._clock.step_seconds,
             elapsed=self._clock.elapsed,
-            trainer_peak=self._session.trainers.peak_memory_bytes(),
-            engine_peak=self._session.engines.peak_memory_bytes(),
+            trainer_peaks=self._session.trainers.peak_memory_bytes(),
+            engine_peaks=self._session.engines.peak_memory_bytes(),
             driver_peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             host=host_memory(),
-            trained_total=past.trained_tokens,
         )
-        epoch = self._sampler.state().epoch
-        values = step_metrics(
-            step,
-            batch,
-            done.scores,
-            control,
-            done.updates,
-            probe,
-            costs,
-            epoch,
-            past.before,
-            past.duty,
-            self._labels,
-        )
-        self._open = step, batch.stats.tokens_sampled
-        late = self._late()
-        names = {m.name for m in late}
-        self._sinks.log(step, [m for m in values if m.name not in names], late)
-        self.remembered = Remembered(past.trained_tokens, observed(done.scores, done.updates), past.duty)
+        progress = Progress(self._sampler.state().epoch, trained, past.before, duty)
+        values = step_metrics(step, batch, done.scores, control, done.updates, probe, costs, progress)
+        self._open = batch.tokens_sampled
+        self._sinks.log(step, values, self._late())
+        self.remembered = Remembered(trained, observed(done.scores, done.updates), duty)
         if self.shows_tokens(step):
             self._write_samples(step, batch)
 
@@ -157,17 +141,9 @@ class Recorder(Generic[Ref]):
         self._clock.restart()
 
     def _late(self) -> tuple[Metric, ...]:
-        """The metrics that are known when the step is over; as they are now."""
+        """The metrics that are settled when the step is over, as they are now."""
         assert self._open is not None
-        step_seconds = self._clock.step_seconds
-        return metrics(
-            {
-                "time/save": self._clock.seconds.get("save", 0.0),
-                "time/eval": self._clock.seconds.get("eval", 0.0),
-                "time/step": step_seconds,
-                "throughput/tokens_per_second": self._open[1] / step_seconds,
-            }
-        )
+        return late_metrics(self._clock.seconds, self._clock.step_seconds, self._open)
 
     def _write_samples(self, step: int, batch: Collected[Ref]) -> None:
         """Some trajectories of the step, as text and as data with what the update knew of their tokens."""

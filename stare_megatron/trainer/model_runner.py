@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,8 @@ from stare_megatron.trainer.head import Head
 from stare_megatron.trainer.sequence import MicroBatch
 from stare_megatron.trainer.spec import providers
 from stare_megatron.types import TokenBatch
+
+Whatever = TypeVar("Whatever")
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +117,13 @@ class Runner:
         if dist.get_world_size(self.pipeline) > 1:
             dist.broadcast(x, src=self.last_stage, group=self.pipeline)
         return x
+
+    def object_from_last_stage(self, x: Whatever) -> Whatever:
+        """A small Python object as the last pipeline stage has it, on every stage."""
+        box = [x]
+        if dist.get_world_size(self.pipeline) > 1:
+            dist.broadcast_object_list(box, src=self.last_stage, group=self.pipeline, device=self.place)
+        return box[0]
 
 
 def _packed(row: MicroBatch) -> PackedSeqParams:

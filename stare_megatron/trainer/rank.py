@@ -42,7 +42,7 @@ from stare_megatron.trainer.step import (
     weigh,
 )
 from stare_megatron.trainer.writing import Writer, Writing
-from stare_megatron.types import Control, EntropyReading, Group, StepStats, UpdateShare, UpdateStats
+from stare_megatron.types import Control, EntropyReading, Group, Measured, StepStats, UpdateShare, UpdateStats
 from stare_megatron.types.token_record import TokenRecord
 
 COLLECTIVE_TIMEOUT_S = 1800.0  # ranks enter a collective together; the slowest may be a long micro-batch behind
@@ -153,7 +153,7 @@ class TrainerRank:
         scored = [score(self._runner, data, temperature) for data in self._loaded]
         summary = summarize(self._runner, self._loaded, scored, found_by="scoring pass")
         self._known = ScoredBatch(self._loaded, scored, summary)
-        return EntropyReading(summary.num_action_tokens, summary.entropy)
+        return EntropyReading(summary.num_action_tokens, summary["policy/entropy"])
 
     def update(self, control: Control, *, keep_tokens: bool = False) -> StepStats:
         """Weigh the tokens of the scored batch and take its optimizer steps; the batch is dropped.
@@ -219,7 +219,7 @@ class TrainerRank:
 
     def _optimizer_step(self, data: RankBatch, seen: ForwardBackwardResult, exact_T: torch.Tensor) -> UpdateStats:
 
-        number, loss = self._optimizer_steps + 1, seen.stats.loss
+        number, loss = self._optimizer_steps + 1, seen["update/loss"]
         expected = entropy_dynamics(self._runner, data, seen.scored, seen.applied, exact_T)
         if not math.isfinite(loss):
             raise RunError(f"optimizer step {number}: the loss is {loss}; no weight was changed by this step")
@@ -232,12 +232,12 @@ class TrainerRank:
         if not math.isfinite(grad_norm):
             raise RunError(f"optimizer step {number}: the gradient norm is {grad_norm} at a loss of {loss:.6g}")
         self._optimizer_steps = number
-        return UpdateStats(
-            **vars(seen.stats),
-            grad_norm=grad_norm,
-            learning_rate=lr,
-            dynamics=expected,
+        own = (
+            Measured("update/grad_norm", grad_norm),
+            Measured("update/lr", lr),
+            Measured("throughput/trained_tokens", data.batch.num_action_tokens),
         )
+        return UpdateStats((*seen.measured, *expected, *own))
 
     def score_tokens(self, token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """Log-probs of tokens 1.. of one sequence at temperature 1, float32 [n - 1]; equal on every rank."""

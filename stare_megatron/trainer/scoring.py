@@ -21,7 +21,7 @@ from stare_megatron.algo.surrogate import importance_ratio, kl_estimate
 from stare_megatron.errors import RunError
 from stare_megatron.trainer.model_runner import RankBatch, Runner
 from stare_megatron.trainer.sequence import MicroBatch
-from stare_megatron.types import EntropyReading, Mismatch, Scores, ScoreSummary
+from stare_megatron.types import EntropyReading, Measured, Scores, ScoreSummary
 
 # Bounds of one token's term of a mean, so that a sum in fixed point cannot overflow.
 MAX_KL_TERM = 2.0**15  # nats
@@ -140,10 +140,21 @@ def summarize(runner: Runner, data: Sequence[RankBatch], scored: Sequence[Scored
             f"{found_by}: of {tokens} action tokens, {broken[0]} have a non-finite entropy, {broken[1]} a non-finite "
             f"log-prob under the policy, {broken[2]} one under the policy or the engine"
         )
-    entropy, surprisal, gap, kl, _, _, rollout, _, _ = (v / tokens for v in values)
-    ess, sequence_ess = _effective(values[4], values[5], tokens), _effective(values[7], values[8], sequences)
-    mismatch = Mismatch(gap, mismatch_max, kl, ratio_max, ess, sequence_ratio_max, sequence_ess)
-    return ScoreSummary(tokens, entropy, surprisal, rollout, mismatch)
+    entropy, surprisal, gap, kl, ratios, squares, rollout, sequence_ratios, sequence_squares = values
+    measured = (
+        Measured("policy/entropy", entropy, tokens),
+        Measured("policy/entropy_estimate", rollout, tokens),
+        Measured("policy/entropy_estimate_error", rollout / tokens - entropy / tokens),
+        Measured("policy/surprisal", surprisal, tokens),
+        Measured("mismatch/mean", gap, tokens),
+        Measured("mismatch/max", mismatch_max),
+        Measured("mismatch/kl", kl, tokens),
+        Measured("mismatch/ratio_max", ratio_max),
+        Measured("mismatch/ess", _effective(ratios, squares, tokens)),
+        Measured("mismatch/sequence_ratio_max", sequence_ratio_max),
+        Measured("mismatch/sequence_ess", _effective(sequence_ratios, sequence_squares, sequences)),
+    )
+    return ScoreSummary(measured, tokens)
 
 
 def _effective(total: float, squares: float, count: int) -> float:

@@ -14,17 +14,18 @@ import numpy.typing as npt
 import torch
 
 from stare_megatron.algo import dynamics
-from stare_megatron.algo.correction import correct
-from stare_megatron.algo.losses.types import LossInputs, Sequences
+from stare_megatron.algo.correction import Correction, correct
+from stare_megatron.algo.losses.types import LossInputs, Reported, Sequences, TokenLoss
 from stare_megatron.algo.registry import Algorithm
+from stare_megatron.algo.selection import NEGATIVE, POSITIVE
 from stare_megatron.algo.stare import Candidates, ScoredCandidates, Weights
 from stare_megatron.algo.surrogate import kl_estimate
 from stare_megatron.config import AlgorithmConfig
 from stare_megatron.trainer.model_runner import RankBatch, Runner
 from stare_megatron.trainer.scoring import Scored, candidates
 from stare_megatron.trainer.sequence import MicroBatch
-from stare_megatron.trainer.tally import LossStats, Tally
-from stare_megatron.types import Control, Dynamics, Scores, TokenBatch
+from stare_megatron.trainer.tally import Tally
+from stare_megatron.types import Control, Measured, Measurements, Scores, TokenBatch
 from stare_megatron.types.token_record import TokenRecord
 
 
@@ -63,7 +64,7 @@ def exact_sets(
 
 def entropy_dynamics(
     runner: Runner, data: RankBatch, scored: Scored, applied: dynamics.Applied, exact_T: torch.Tensor
-) -> Dynamics:
+) -> tuple[Measured, ...]:
     """What an optimizer step is expected to do to the entropy; equal on every rank. A collective."""
     tokens = candidates([data], [scored])
     return dynamics.from_totals(
@@ -72,11 +73,10 @@ def entropy_dynamics(
 
 
 @dataclass(frozen=True, eq=False)
-class ForwardBackwardResult:
-    """What a forward-backward pass saw: its loss over all ranks, the weights it used, and the `Scored` that its ratios
-    are taken from: the scoring pass's or, where there was none, its own."""
+class ForwardBackwardResult(Measurements):
+    """What a forward-backward pass saw: what it measured over all ranks, the weights it used, and the `Scored` that its
+    ratios are taken from: the scoring pass's or, where there was none, its own."""
 
-    stats: LossStats
     applied: dynamics.Applied
     scored: Scored
 
@@ -165,12 +165,13 @@ def forward_backward(
             known = _Known(policy.logprob_T[source_R], scored.raw_logprob_T[source_R], policy.sensitivity_T[source_R])
         actions = Sequences(batch.sequence_T[source_R], sequences, runner.context_comm)
         correction = correct(known.raw_logprob_R, batch.rollout_logprob_T[source_R], actions, config.correction)
-        tally.correct(correction)
         if weights is None:
             here = _micro_batch_candidates(batch, source_R, logprob_R.detach(), entropy_R.detach(), known.sensitivity_R)
             local = algorithm.weigh(here, control, config, runner.context_comm)
-            tally.count(local, local.selection.selected_T)
             used.weight_T[source_R], used.selected_T[source_R] = local.weight_T, local.selection.selected_T
+            subset_R = local.subset_T
+        else:
+            subset_R = weights.subset_T[source_R]
         tokens = LossInputs(
             logprob_T=logprob_R,
             old_logprob_T=known.logprob_R,
@@ -184,15 +185,33 @@ def forward_backward(
         )
         token_loss = algorithm.loss(tokens, config)
         loss = (data.factor_T[source_R] * token_loss.loss_T).sum()
-        tally.add(loss, token_loss.clipped_T, kl_estimate(logprob_R.detach(), known.logprob_R), token_loss.ratio_T)
+        tally.add(_reports(loss, token_loss, tokens, subset_R, correction))
         return loss
 
     runner.run(data.rows, consume, train=True)
-    if weights is not None:
-        tally.count(weights, weights.selection.selected_T)
     logprob_T, entropy_T, sensitivity_T = own_T3.t().contiguous()
     own = Scored(Scores(logprob_T, entropy_T, sensitivity_T), logprob_T)
-    return ForwardBackwardResult(tally.total(runner, batch.num_action_tokens), used, own if scored is None else scored)
+    return ForwardBackwardResult(tally.measured(runner), used, own if scored is None else scored)
+
+
+def _reports(
+    loss: torch.Tensor, of: TokenLoss, tokens: LossInputs, subset_T: torch.Tensor, correction: Correction
+) -> dict[str, Reported]:
+    """What a micro-batch adds to the metrics of its optimizer step."""
+    positive_T, negative_T = subset_T == POSITIVE, subset_T == NEGATIVE
+    return {
+        "update/loss": Reported(loss, "sum"),
+        "update/clip_fraction": Reported(of.clipped_T),
+        "update/ratio_max": Reported(of.ratio_T, "max"),
+        "update/kl": Reported(kl_estimate(tokens.logprob_T.detach(), tokens.old_logprob_T)),
+        "stare/selected_pos": Reported(tokens.selected_T & positive_T, "count"),
+        "stare/selected_neg": Reported(tokens.selected_T & negative_T, "count"),
+        "stare/tokens_pos": Reported(positive_T, "count"),
+        "stare/tokens_neg": Reported(negative_T, "count"),
+        "correction/mean": Reported(correction.factor_T),
+        "correction/bounded": Reported(correction.bounded_T),
+        **of.metrics,
+    }
 
 
 def _micro_batch_candidates(

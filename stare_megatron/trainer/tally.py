@@ -1,60 +1,65 @@
-"""What a forward-backward pass sums up of its loss, over micro-batches and ranks."""
+"""What a forward-backward pass measures of its tokens, by the metric's name, over micro-batches and ranks."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
 
 import torch
 
-from stare_megatron.algo.correction import Correction
-from stare_megatron.algo.selection import NEGATIVE, POSITIVE
-from stare_megatron.algo.stare import Weights
+from stare_megatron.algo.losses.types import Reported
 from stare_megatron.trainer.model_runner import Runner
-
-
-@dataclass(frozen=True)
-class LossStats:
-    """What an optimizer step's forward-backward saw, over all ranks; see `types.UpdateStats`."""
-
-    loss: float
-    clip_fraction: float
-    ratio_max: float
-    kl: float
-    selected_pos: int
-    selected_neg: int
-    num_pos: int
-    num_neg: int
-    correction_mean: float
-    correction_bounded: float
+from stare_megatron.types import Measured
 
 
 class Tally:
-    """Sums of a pass on this rank: float64 [5] (loss, clipped, kl, correction, bounded by it), largest ratio, counts
-    int64 [4]."""
+    """Totals, weights and largest values of a pass on this rank, float64: exact counts up to 2^53.
 
-    def __init__(self, place: torch.device) -> None:
-        self.sums = torch.zeros(5, dtype=torch.float64, device=place)
-        self.ratio_max = torch.zeros(1, dtype=torch.float64, device=place)
-        self.counts = torch.zeros(4, dtype=torch.float64, device=place)  # exact up to 2^53
+    Ranks exchange them in the order of their names. Every micro-batch, also one without tokens, brings all names, and
+    every rank of the last pipeline stage has a micro-batch: so all of them know the same names.
+    """
 
-    def add(self, loss: torch.Tensor, clipped_T: torch.Tensor, kl_T: torch.Tensor, ratio_T: torch.Tensor) -> None:
-        self.sums[:3] += torch.stack([loss.detach().double(), clipped_T.sum().double(), kl_T.double().sum()])
-        if ratio_T.numel():
-            self.ratio_max = torch.maximum(self.ratio_max, ratio_T.double().amax(0, keepdim=True))
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._kinds: dict[str, str] = {}
+        self._totals: dict[str, torch.Tensor] = {}
+        self._tokens: dict[str, int] = {}
 
-    def correct(self, correction: Correction) -> None:
-        self.sums[3:] += torch.stack([correction.factor_T.double().sum(), correction.bounded_T.sum().double()])
+    def add(self, reports: Mapping[str, Reported]) -> None:
+        """What was measured of a micro-batch.
 
-    def count(self, weights: Weights, selected_T: torch.Tensor) -> None:
-        subsets = [weights.subset_T == code for code in (POSITIVE, NEGATIVE)]
-        self.counts += torch.stack([(s & selected_T).sum() for s in subsets] + [s.sum() for s in subsets]).double()
+        Raises:
+            ValueError: other names, or another kind of one, than at the micro-batch before.
+        """
+        kinds = {name: report.kind for name, report in reports.items()}
+        if self._kinds and kinds != self._kinds:
+            changed = sorted(name for name, _ in kinds.items() ^ self._kinds.items())
+            raise ValueError(f"a loss reports the same metrics for every micro-batch; it changed {', '.join(changed)}")
+        self._kinds = kinds
+        for name, report in reports.items():
+            x = report.x.detach().double()
+            if report.kind == "max":
+                before = self._totals.get(name, x.new_full((), -math.inf))
+                self._totals[name] = torch.maximum(before, x.amax()) if x.numel() else before
+            else:
+                self._totals[name] = self._totals.get(name, 0.0) + x.sum()
+            self._tokens[name] = self._tokens.get(name, 0) + x.numel()
 
-    def total(self, runner: Runner, num_action_tokens: int) -> LossStats:
-        if runner.is_last_stage:
-            runner.comm.sum(self.sums)
-            runner.comm.sum(self.counts)
-            runner.comm.max(self.ratio_max)
-        everything = runner.from_last_stage(torch.cat([self.sums, self.ratio_max, self.counts])).tolist()
-        loss, ratio_max, chosen = everything[0], everything[5], [int(n) for n in everything[6:]]
-        clipped, kl, correction, bounded = (x / num_action_tokens for x in everything[1:5])
-        return LossStats(loss, clipped, ratio_max, kl, *chosen, correction, bounded)  # pyright: ignore[reportCallIssue]
+    def measured(self, runner: Runner) -> tuple[Measured, ...]:
+        """Over all ranks, and on all of them. A collective."""
+        return runner.object_from_last_stage(self._over_ranks(runner) if runner.is_last_stage else ())
+
+    def _over_ranks(self, runner: Runner) -> tuple[Measured, ...]:
+        summed, largest = ([n for n in sorted(self._kinds) if (self._kinds[n] == "max") is c] for c in (False, True))
+        counts = torch.tensor([self._tokens[n] for n in summed], dtype=torch.float64, device=self._device)
+        sums = runner.comm.sum(torch.cat([torch.stack([self._totals[n] for n in summed]), counts])).tolist()
+        maxima = runner.comm.max(torch.stack([self._totals[n] for n in largest])).tolist()
+        found = [
+            Measured(
+                name,
+                int(total) if self._kinds[name] == "count" else total,
+                int(count) if self._kinds[name] == "mean" else 1,
+            )
+            for name, total, count in zip(summed, sums[: len(summed)], sums[len(summed) :], strict=True)
+        ]
+        return (*found, *(Measured(name, value) for name, value in zip(largest, maxima, strict=True)))

@@ -16,12 +16,12 @@ from stare_megatron.types.batch import (
     UpdateShare,
 )
 from stare_megatron.types.control import Control
+from stare_megatron.types.measured import Measured, Measurements
 from stare_megatron.types.stats import (
+    QUADRANTS,
     UNOBSERVED,
-    Dynamics,
     EntropyReading,
     GateDuty,
-    Mismatch,
     Observed,
     ScoreSummary,
     StepStats,
@@ -42,19 +42,20 @@ from stare_megatron.types.trajectory import (
 )
 
 __all__ = [
+    "QUADRANTS",
     "UNOBSERVED",
     "Assignment",
     "Call",
     "Completion",
     "Control",
-    "Dynamics",
     "EntropyReading",
     "EpisodeCounts",
     "GateDuty",
     "Group",
     "GroupRequest",
     "GroupSummary",
-    "Mismatch",
+    "Measured",
+    "Measurements",
     "Observed",
     "Prompt",
     "Sampling",

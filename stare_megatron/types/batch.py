@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from stare_megatron.types.measured import Measured
 from stare_megatron.types.trajectory import EpisodeCounts, Prompt, Sampling, Status, Trajectory
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ class Score:
     """What a reward function says of a trajectory. `reward` is what is trained on; `correct` is what is reported.
 
     `graded` is False when nothing could be said: the engine or the environment failed, or the grading itself did.
+    `measured`: what else to report of the trajectory.
 
     Example:
         Score(reward=1.0, correct=True, note="")
@@ -30,6 +32,7 @@ class Score:
     correct: bool
     note: str
     graded: bool = True
+    measured: tuple[Measured, ...] = ()
 
     def __post_init__(self) -> None:
         if not np.isfinite(self.reward):
@@ -70,6 +73,7 @@ class Group:
             reflections=reflections or (0,) * len(self.trajectories),
             distinct_correct=len({t.token_ids().tobytes() for t, s in pairs if s.correct}),
             episodes=tuple(t.counts() for t in self.trajectories),
+            measured=tuple(part for s in self.scores for part in s.measured),
         )
 
 
@@ -78,7 +82,7 @@ class GroupSummary:
     """What the driver may know of a group: numbers, no tokens. Tuples are indexed by sample.
 
     `reflections`: reflection words in each response; `distinct_correct`: distinct token streams among the correct;
-    `episodes`: turns and tool calls; empty: not counted.
+    `episodes`: turns and tool calls; empty: not counted. `measured`: what else the reward reported.
 
     Example:
         GroupSummary("sum-00017", "order_free_sum", (1.0, 0.0), (True, False), (22, 20), (16, 14), (...), (3, 3),
@@ -97,6 +101,7 @@ class GroupSummary:
     reflections: tuple[int, ...]
     distinct_correct: int
     episodes: tuple[EpisodeCounts, ...] = ()
+    measured: tuple[Measured, ...] = ()
 
     @property
     def zero_variance(self) -> bool:

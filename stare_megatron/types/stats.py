@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from stare_megatron.types.control import Control
+from stare_megatron.types.measured import Measurements
 
 
 @dataclass(frozen=True)
@@ -22,86 +23,25 @@ class EntropyReading:
     entropy: float
 
 
-@dataclass(frozen=True)
-class Mismatch:
-    """Over the action tokens of an update batch, x = trainer log-prob - engine log-prob of each, at temperature 1.
-
-    `mean`, `max`: |x|, nats. `kl`: mean of r - 1 - log r with r = exp(x), an estimate of KL(engine || trainer), nats.
-    `ratio_max`: largest r. `ess`: effective sample size under the weights r, as a share of the tokens:
-    (sum r)^2 / (n sum r^2). `sequence_ratio_max`, `sequence_ess`: the same two of whole trajectories, whose ratio is
-    the product of their tokens' r.
-    """
-
-    mean: float
-    max: float
-    kl: float
-    ratio_max: float
-    ess: float
-    sequence_ratio_max: float
-    sequence_ess: float
+# By the signs of advantage and entropy sensitivity (`algo.dynamics`), as in the metrics' names and in this order.
+QUADRANTS = {
+    "pos_likely": "A > 0, surprisal below the critical one (S > 0).",
+    "pos_unlikely": "A > 0, above it (S < 0).",
+    "neg_likely": "A < 0, below it.",
+    "neg_unlikely": "A < 0, above it.",
+}
 
 
 @dataclass(frozen=True)
-class ScoreSummary:
-    """Sums of `Scores` over the whole update batch, equal on every rank and for every layout.
-
-    `entropy`: mean over action tokens, nats. `surprisal`: mean of -logprob, nats; `rollout_surprisal`: the same of the
-    engine's.
-    """
+class ScoreSummary(Measurements):
+    """Of the whole update batch under the policy about to be updated: equal on every rank and for every layout."""
 
     num_action_tokens: int
-    entropy: float
-    surprisal: float
-    rollout_surprisal: float
-    mismatch: Mismatch
 
 
 @dataclass(frozen=True)
-class Dynamics:
-    """Sums over the action tokens of one optimizer step, over all ranks: see `algo.dynamics`.
-
-    Tuples are by quadrant: A > 0 and likely (surprisal below the critical one), A > 0 and unlikely, A < 0 and likely,
-    A < 0 and unlikely; tokens with A = 0 are in none. `tokens`: how many; `advantage`: |A|; `change`: predicted change
-    of entropy -w A S, nats a unit step. `unweighted_change`: -A S over all quadrants; `critical_surprisal`: nats.
-    `intersection`, `union`: tokens in both of, and in one of, the chosen set and the exact-sensitivity set.
-    `non_finite`: terms left out of the sums. `num_tokens`: action tokens.
-    """
-
-    num_tokens: int
-    tokens: tuple[int, ...]
-    advantage: tuple[float, ...]
-    change: tuple[float, ...]
-    unweighted_change: float
-    critical_surprisal: float
-    intersection: int
-    union: int
-    non_finite: int
-
-
-@dataclass(frozen=True)
-class UpdateStats:
-    """One optimizer step, equal on every rank.
-
-    `loss`: the objective; `grad_norm`: before clipping; `learning_rate`; `clip_fraction`: share of action tokens whose
-    ratio was clipped; `ratio_max`; `kl`: mean of r - 1 - log r against the scoring policy, nats;
-    `selected_pos`, `selected_neg`: tokens in L+ and L-; `num_pos`, `num_neg`: tokens in T+ and T-.
-    `correction_mean`: mean rollout-correction factor; `correction_bounded`: share of tokens truncated or masked by it.
-    `dynamics`: what the step is expected to do to the entropy.
-    """
-
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    clip_fraction: float
-    ratio_max: float
-    kl: float
-    selected_pos: int
-    selected_neg: int
-    num_pos: int
-    num_neg: int
-    correction_mean: float
-    correction_bounded: float
-    dynamics: Dynamics
+class UpdateStats(Measurements):
+    """One optimizer step, equal on every rank."""
 
 
 @dataclass(frozen=True)

@@ -172,4 +172,4 @@ def test_trained_tokens_and_logprobs_are_the_engines(checkpoint: Path, engine: E
         ours = np.concatenate([[0.0], trained["logprobs"][trajectory.prompt_id, trajectory.sample]])
         np.testing.assert_allclose(ours[action], trajectory.rollout_logprobs()[action], atol=1e-3)
     assert trained["scores"].num_action_tokens == sum(t.num_action_tokens for t in kept)
-    assert trained["scores"].mismatch.max < 1e-3
+    assert trained["scores"]["mismatch/max"] < 1e-3

@@ -17,6 +17,7 @@ from stare_megatron.data.packing import plan_updates
 from stare_megatron.errors import RunError
 from stare_megatron.trainer.rank import TrainerRank
 from stare_megatron.types import (
+    QUADRANTS,
     Assignment,
     Control,
     Group,
@@ -59,6 +60,11 @@ def make_checkpoint(folder: Path, *, layers: int = 4, seed: int = 0) -> Path:
                 parameter.normal_(std=0.05)
     model.save_pretrained(folder)
     return folder
+
+
+def quadrants(stats: UpdateStats, kind: str) -> list[float]:
+    """Sums over the tokens of each quadrant: `tokens`, `advantage` or predicted `change`."""
+    return [stats.part(f"dynamics/{kind}_{q}").total for q in QUADRANTS]
 
 
 def make_groups(*, groups: int = 6, size: int = 4, seed: int = 1) -> list[Group]:

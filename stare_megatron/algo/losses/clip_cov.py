@@ -15,7 +15,7 @@ import torch
 from stare_megatron.algo.algorithm import Algorithm
 from stare_megatron.algo.comm import Comm
 from stare_megatron.algo.covariance import share_of, token_covariance
-from stare_megatron.algo.losses.types import LossInputs, TokenLoss
+from stare_megatron.algo.losses.types import LossInputs, Reported, TokenLoss
 from stare_megatron.algo.selection import NEITHER, POSITIVE, select_some, subset_codes
 from stare_megatron.algo.stare import Candidates, Weights
 from stare_megatron.algo.surrogate import importance_ratio
@@ -30,7 +30,7 @@ def clip_cov_loss(tokens: LossInputs, config: AlgorithmConfig) -> TokenLoss:
     clipped_T = (bounded_T > plain_T).detach()
     detached_T = tokens.selected_T & ~clipped_T  # a clipped token has no gradient to take; its value stays
     loss_T = torch.where(detached_T, 0.0, torch.maximum(plain_T, bounded_T)) * tokens.correction_T
-    return TokenLoss(loss_T, ratio_T.detach(), clipped_T | detached_T)
+    return TokenLoss(loss_T, ratio_T.detach(), clipped_T | detached_T, {"loss/detached": Reported(detached_T)})
 
 
 def _weigh(tokens: Candidates, control: Control, config: AlgorithmConfig, comm: Comm) -> Weights:

@@ -14,7 +14,7 @@ import torch
 from stare_megatron.algo.algorithm import Algorithm
 from stare_megatron.algo.comm import Comm
 from stare_megatron.algo.covariance import share_of, token_covariance
-from stare_megatron.algo.losses.types import LossInputs, TokenLoss
+from stare_megatron.algo.losses.types import LossInputs, Reported, TokenLoss
 from stare_megatron.algo.selection import NEITHER, POSITIVE, select_some, subset_codes
 from stare_megatron.algo.stare import Candidates, Weights
 from stare_megatron.algo.surrogate import importance_ratio
@@ -26,7 +26,8 @@ def kl_cov_loss(tokens: LossInputs, config: AlgorithmConfig) -> TokenLoss:
     ratio_T = importance_ratio(tokens.logprob_T, tokens.old_logprob_T)
     penalty_T = config.kl_cov.coefficient * (tokens.logprob_T - tokens.old_logprob_T).abs()
     loss_T = -tokens.advantage_T * ratio_T + torch.where(tokens.selected_T, penalty_T, 0.0)
-    return TokenLoss(loss_T * tokens.correction_T, ratio_T.detach(), torch.zeros_like(tokens.selected_T))
+    found = {"loss/penalty": Reported(penalty_T[tokens.selected_T])}
+    return TokenLoss(loss_T * tokens.correction_T, ratio_T.detach(), torch.zeros_like(tokens.selected_T), found)
 
 
 def _weigh(tokens: Candidates, control: Control, config: AlgorithmConfig, comm: Comm) -> Weights:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
@@ -54,9 +56,27 @@ class LossInputs:
 
 
 @dataclass(frozen=True, eq=False)
+class Reported:
+    """A metric of an optimizer step: mean, sum, largest, or number of the true, of `x` in all its micro-batches.
+
+    `x`: this micro-batch's values, any shape and dtype, perhaps none; no gradient is taken of them.
+
+    Example:
+        Reported(clipped_T)
+    """
+
+    x: torch.Tensor
+    kind: Literal["mean", "sum", "count", "max"] = "mean"
+
+
+@dataclass(frozen=True, eq=False)
 class TokenLoss:
-    """`loss_T`: unreduced, differentiable. `ratio_T`: importance ratio; `clipped_T` bool: a bound was active."""
+    """`loss_T`: unreduced, differentiable. `ratio_T`: importance ratio; `clipped_T` bool: a bound was active.
+
+    `metrics`: what else to report, by a name in `metrics/catalogue.py`; the same names for every micro-batch.
+    """
 
     loss_T: torch.Tensor
     ratio_T: torch.Tensor
     clipped_T: torch.Tensor
+    metrics: Mapping[str, Reported] = field(default_factory=dict)

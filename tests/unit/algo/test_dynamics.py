@@ -9,11 +9,11 @@ import torch
 from stare_megatron.algo.comm import OneRank
 from stare_megatron.algo.dynamics import Applied, critical_surprisal, exact_set, from_totals, lambert_w0, measure
 from stare_megatron.algo.stare import ScoredCandidates
-from stare_megatron.metrics.catalogue import metrics
-from stare_megatron.run import step_metrics as report
+from stare_megatron.metrics.catalogue import by_name
+from stare_megatron.metrics.reduce import reduce
 from stare_megatron.trainer.logprobs import token_scores
 from stare_megatron.trainer.partials import VocabShard
-from stare_megatron.types import UNOBSERVED, Dynamics, Mismatch, ScoreSummary, UpdateStats
+from stare_megatron.types import QUADRANTS, Measurements
 
 V, T = 50, 600
 
@@ -34,6 +34,14 @@ def _step(seed: int = 0):
     return logits, target, tokens, Applied(weight, selected & action)
 
 
+def _measured(tokens: ScoredCandidates, applied: Applied, exact_T: torch.Tensor) -> Measurements:
+    return Measurements(from_totals(measure(tokens, applied, exact_T, OneRank()).tolist()))
+
+
+def _sums(got: Measurements, kind: str) -> list[float]:
+    return [got.part(f"dynamics/{kind}_{q}").total for q in QUADRANTS]
+
+
 def _entropy(logits: torch.Tensor) -> torch.Tensor:
     logp = torch.log_softmax(logits, -1)
     return -(logp.exp() * logp).sum(-1)
@@ -41,10 +49,13 @@ def _entropy(logits: torch.Tensor) -> torch.Tensor:
 
 def test_prediction_is_what_a_small_step_on_the_logits_does():
     logits, target, tokens, applied = _step()
-    got = from_totals(measure(tokens, applied, exact_set(tokens, 0.1, OneRank()), OneRank()).tolist())
+    got = _measured(tokens, applied, exact_set(tokens, 0.1, OneRank()))
     exact, eta = logits.double(), 1e-5
     push = torch.nn.functional.one_hot(target, V) - exact.softmax(-1)
-    for weight, predicted in ((applied.weight_T, sum(got.change)), (torch.ones(T), got.unweighted_change)):
+    for weight, predicted in (
+        (applied.weight_T, got.part("dynamics/predicted_change").total),
+        (torch.ones(T), got.part("dynamics/predicted_change_unweighted").total),
+    ):
         step = eta * (weight * tokens.advantage_T).double()[:, None] * push
         moved = (_entropy(exact + step) - _entropy(exact - step))[tokens.action_T].sum() / (2 * eta)
         assert predicted == pytest.approx(float(moved), abs=2e-5)  # of 480 tokens; S is fp32
@@ -64,27 +75,28 @@ def test_quadrants_are_those_of_the_critical_surprisal():
         low, high = torch.where(above, middle, low), torch.where(above, high, middle)
     got_critical = critical_surprisal(tokens.surprisal_T, tokens.entropy_T, tokens.sensitivity_T)
     torch.testing.assert_close(got_critical, low, atol=2e-4, rtol=0)  # B is recovered from fp32
-    got = from_totals(measure(tokens, applied, exact_set(tokens, 0.1, OneRank()), OneRank()).tolist())
+    got = _measured(tokens, applied, exact_set(tokens, 0.1, OneRank()))
     unlikely, a, own = tokens.surprisal_T > low, tokens.advantage_T, tokens.action_T
     sides = [(a > 0) & ~unlikely, (a > 0) & unlikely, (a < 0) & ~unlikely, (a < 0) & unlikely]
-    assert got.tokens == tuple(int((own & side).sum()) for side in sides)
-    assert min(got.tokens) > 0
-    assert got.advantage == pytest.approx([float(a[own & side].abs().sum()) for side in sides], abs=1e-4)
-    assert [x > 0 for x in got.change] == [False, True, True, False]
-    assert got.num_tokens == int(own.sum())
-    assert got.critical_surprisal == pytest.approx(float(low[own].sum()), abs=0.05)
-    assert got.non_finite == 0
+    assert _sums(got, "tokens") == [int((own & side).sum()) for side in sides]
+    assert min(_sums(got, "tokens")) > 0
+    assert _sums(got, "advantage") == pytest.approx([float(a[own & side].abs().sum()) for side in sides], abs=1e-4)
+    assert [x > 0 for x in _sums(got, "change")] == [False, True, True, False]
+    critical = got.part("dynamics/critical_surprisal")
+    assert critical.weight == int(own.sum())
+    assert critical.total == pytest.approx(float(low[own].sum()), abs=0.05)
+    assert got["dynamics/non_finite"] == 0
 
 
 def test_overlap_with_the_exact_set():
     _, _, tokens, applied = _step()
     exact = exact_set(tokens, 0.1, OneRank())
-    same = from_totals(measure(tokens, Applied(applied.weight_T, exact), exact, OneRank()).tolist())
-    assert same.intersection == same.union == int(exact.sum()) > 0
-    other = from_totals(measure(tokens, applied, exact, OneRank()).tolist())
+    same = _measured(tokens, Applied(applied.weight_T, exact), exact).part("dynamics/overlap")
+    assert same.total == same.weight == int(exact.sum()) > 0
+    other = _measured(tokens, applied, exact).part("dynamics/overlap")
     chosen = set(applied.selected_T.nonzero()[:, 0].tolist())
     want = set(exact.nonzero()[:, 0].tolist())
-    assert (other.intersection, other.union) == (len(chosen & want), len(chosen | want))
+    assert (other.total, other.weight) == (len(chosen & want), len(chosen | want))
 
 
 def test_any_order_and_any_split_gives_the_same_bits():
@@ -103,10 +115,10 @@ def test_any_order_and_any_split_gives_the_same_bits():
 def test_infinite_surprisal_is_no_nan():
     one = torch.ones(1)
     tokens = ScoredCandidates(one * torch.inf, one, one.bool(), torch.zeros(1, dtype=torch.int64), one, one * -0.2)
-    got = from_totals(measure(tokens, Applied(one, one.bool()), one.bool(), OneRank()).tolist())
-    assert got.tokens == (0, 1, 0, 0)
-    assert got.change[1] == pytest.approx(0.2)
-    assert got.non_finite == 0
+    got = _measured(tokens, Applied(one, one.bool()), one.bool())
+    assert _sums(got, "tokens") == [0, 1, 0, 0]
+    assert _sums(got, "change")[1] == pytest.approx(0.2)
+    assert got["dynamics/non_finite"] == 0
 
 
 def test_lambert_w():
@@ -114,36 +126,24 @@ def test_lambert_w():
     torch.testing.assert_close(lambert_w0(w * w.exp()), w, rtol=1e-12, atol=1e-15)
 
 
-def _update(scale: int) -> UpdateStats:
-    seen = Dynamics(
-        num_tokens=10 * scale,
-        tokens=(4 * scale, 2 * scale, 1 * scale, 1 * scale),
-        advantage=(2.0 * scale, 1.0 * scale, 0.5 * scale, 0.5 * scale),
-        change=(-2.0 * scale, 1.0 * scale, 0.5 * scale, -0.5 * scale),
-        unweighted_change=-3.0 * scale,
-        critical_surprisal=5.0 * scale,
-        intersection=1 * scale,
-        union=4 * scale,
-        non_finite=0,
-    )
-    return UpdateStats(0.0, 1.0, 1e-3, 0.0, 1.0, 0.0, 1, 1, 6, 2, 1.0, 0.0, seen)
+def test_metrics_of_two_optimizer_steps():
+    """Of 10 and 30 tokens: means are over the tokens of both, fractions of both steps' sums."""
 
+    def update(scale: int):
+        fixed = [-3.0, 5.0, 2.0, -2.0, 1.0, 1.0, 0.5, 0.5, 0.5, -0.5]
+        return from_totals([scale * n for n in (10, 4, 2, 1, 1, 1, 4, 0, *(int(x * 2**24) for x in fixed))])
 
-def test_metrics_of_a_step_and_of_the_step_before():
-    """Over two optimizer steps, of 10 and 30 tokens; the measured change is this entropy less the one before."""
-    first = ScoreSummary(40, 0.50, 0.5, 0.5, Mismatch(0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0))
-    second = dataclasses.replace(first, entropy=0.42)
-    updates = [_update(1), _update(3)]
-    start = report.dynamics_metrics(first, updates, UNOBSERVED)
-    assert math.isnan(start["dynamics/measured_change"])
-    assert math.isnan(start["dynamics/predicted_change_before"])
-    got = report.dynamics_metrics(second, updates, report.observed(first, updates))
-    assert got["dynamics/measured_change"] == pytest.approx(-0.08)
-    assert got["dynamics/predicted_change_before"] == start["dynamics/predicted_change"] == pytest.approx(-0.1)
+    got = by_name(reduce([*update(1), *update(3)]))
+    assert got["dynamics/predicted_change"] == pytest.approx(-0.1)
     assert got["dynamics/predicted_change_unweighted"] == pytest.approx(-0.3)
     assert got["dynamics/critical_surprisal"] == pytest.approx(0.5)
     assert got["dynamics/overlap"] == pytest.approx(0.25)
-    assert [got[f"dynamics/tokens_{q}"] for q in report.QUADRANTS] == [0.5, 0.25, 0.125, 0.125]
-    assert [got[f"dynamics/advantage_{q}"] for q in report.QUADRANTS] == [0.5, 0.25, 0.125, 0.125]
-    assert [got[f"dynamics/change_{q}"] for q in report.QUADRANTS] == [-0.5, 0.25, 0.125, -0.125]
-    metrics(got)  # every name is in the catalogue
+    assert [got[f"dynamics/tokens_{q}"] for q in QUADRANTS] == [0.5, 0.25, 0.125, 0.125]
+    assert [got[f"dynamics/advantage_{q}"] for q in QUADRANTS] == [0.5, 0.25, 0.125, 0.125]
+    assert [got[f"dynamics/change_{q}"] for q in QUADRANTS] == [-0.5, 0.25, 0.125, -0.125]
+
+
+def test_without_advantage_no_fraction_is_anything():
+    got = by_name(reduce(from_totals([10, *([0] * 17)])))
+    assert [got[f"dynamics/change_{q}"] for q in QUADRANTS] == [0.0] * 4
+    assert math.isnan(got["dynamics/overlap"])

@@ -1,9 +1,11 @@
+import ast
 from pathlib import Path
 
 import pytest
 
 from stare_megatron.metrics import catalogue
 from stare_megatron.metrics.catalogue import Metric, metrics
+from tests.contracts.source import files, nodes
 
 
 def test_metrics_take_their_unit_from_the_catalogue():
@@ -64,7 +66,7 @@ def test_names_that_no_family_has(name):
 
 
 def test_no_name_is_of_two_families():
-    parts = {"benchmark": "greedy", "source": "greedy", "k": 4}
+    parts = {"benchmark": "greedy", "source": "greedy", "name": "greedy", "k": 4}
     names = [family.format(**parts) for family in catalogue.FAMILIES]
     assert len(set(names)) == len(names)
     assert [catalogue.entry(name).name for name in names] == list(catalogue.FAMILIES)
@@ -73,3 +75,20 @@ def test_no_name_is_of_two_families():
 def test_page_is_the_catalogue():
     page = Path(__file__).resolve().parents[3] / "docs" / "metrics.md"
     assert page.read_text() == catalogue.markdown(), "run: python tools/make_metric_docs.py"
+
+
+def test_what_is_measured_under_a_literal_name_is_in_the_catalogue():
+    """Before a run finds out at its first step."""
+    names = set()
+    for file in files(*(f"stare_megatron/{package}" for package in ("algo", "rollout", "run", "trainer"))):
+        for node in nodes(file):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("Measured", "mean"):
+                names |= {a.value for a in node.args[:1] if isinstance(a, ast.Constant)}
+            elif isinstance(node, ast.Dict):
+                pairs = zip(node.keys, node.values, strict=True)
+                names |= {
+                    k.value for k, v in pairs if isinstance(k, ast.Constant) and ast.unparse(v)[:9] == "Reported("
+                }
+    assert {"reward/mean", "policy/entropy", "update/loss", "loss/detached", "time/step", "dynamics/overlap"} <= names
+    for name in names:
+        catalogue.entry(name)

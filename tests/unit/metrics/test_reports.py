@@ -10,15 +10,14 @@ from stare_megatron.metrics import plot, summary
 from stare_megatron.metrics.catalogue import metrics
 from stare_megatron.metrics.jsonl import JsonlSink
 from stare_megatron.metrics.samples import pick, write_samples
-from stare_megatron.run import step_metrics as report
-from stare_megatron.types import Group, Prompt, Score, Span, SpanKind, Status, Trajectory
+from stare_megatron.types import QUADRANTS, Group, Prompt, Score, Span, SpanKind, Status, Trajectory
 
 
 def dynamics(step):
     """A step of which the update of the step before was predicted well, but for a factor of 50."""
     change = -0.01 / step
     values = {"dynamics/measured_change": change, "dynamics/predicted_change_before": 50 * change}
-    for i, quadrant in enumerate(report.QUADRANTS):
+    for i, quadrant in enumerate(QUADRANTS):
         values |= {f"dynamics/tokens_{quadrant}": 0.1 * (i + 1), f"dynamics/change_{quadrant}": 0.25 * (-1) ** i}
     return values
 
@@ -71,7 +70,7 @@ def test_plot_without_steps_says_so(tmp_path):
 
 
 def test_plot_has_a_colour_for_every_quadrant():
-    assert tuple(plot.QUADRANT_COLOURS) == report.QUADRANTS
+    assert tuple(plot.QUADRANT_COLOURS) == tuple(QUADRANTS)
 
 
 def test_prediction_is_drawn_at_the_size_of_what_was_measured():

@@ -14,18 +14,20 @@ from stare_megatron.data.prompts import PromptStream, load_prompts
 from stare_megatron.envs.base import End, EnvError
 from stare_megatron.envs.single_turn import SingleTurn
 from stare_megatron.errors import UserError
+from stare_megatron.metrics.catalogue import by_name
+from stare_megatron.metrics.reduce import reduce
 from stare_megatron.rewards.base import RewardError
-from stare_megatron.rollout.collect import Collector, ToolStats
+from stare_megatron.rollout.collect import Collector, measure
 from stare_megatron.rollout.episode import run_episode, run_group
 from stare_megatron.rollout.sampler import SampleError
 from stare_megatron.rollout.seeds import derive_seed
-from stare_megatron.run.step_metrics import sampling_metrics
 from stare_megatron.tasks.tiny_model import make_tokenizer
 from stare_megatron.types import (
     Completion,
     EpisodeCounts,
     GroupRequest,
     GroupSummary,
+    Measured,
     Prompt,
     Sampling,
     Score,
@@ -161,6 +163,16 @@ def test_a_group_samples_all_at_once_with_seeds_of_its_own():
     assert len({s.reward for s in made.scores}) > 1
 
 
+def test_what_a_reward_reports_of_each_trajectory_is_reduced():
+    async def reward(prompt, trajectory, tokenizer):
+        found = (Measured("user/mean/x", trajectory.sample), Measured("user/max/x", trajectory.sample))
+        return Score(1.0, True, "", measured=found)
+
+    summary = group(Sampler(), reward).summary()
+    assert by_name(reduce(summary.measured)) == {"user/mean/x": 1.5, "user/max/x": 3}
+    assert set(summary.measured) <= set(measure(summary, "s"))
+
+
 def test_seeds_are_the_same_everywhere():
     # Recorded: a change would make resumed runs differ from uninterrupted ones.
     assert derive_seed(0) == 4761921975702974394
@@ -207,7 +219,7 @@ class Dispatcher:
             status = tuple(Status.TRUNCATED if x < 0 else Status.COMPLETED for x in rewards)
             summary = GroupSummary(
                 r.prompt.id,
-                "s",
+                r.prompt.source,
                 rewards,
                 tuple(x == 1 for x in rewards),
                 (9,) * n,
@@ -242,6 +254,10 @@ def collector(dispatcher, stream, **rollout):
     return Collector(parse(tree, "test"), dispatcher, stream)
 
 
+def values(got):
+    return by_name(reduce(got.measured))
+
+
 MIXED, SOLVED, FAILED = (1.0, 0.0), (1.0, 1.0), (0.0, 0.0)
 
 
@@ -255,12 +271,13 @@ def test_zero_variance_groups_are_replaced(stream):
     assert [s.prompt_id for _, s in got.groups] == ["0", "3", "6", "9"]
     assert [len(r) for r in dispatcher.requests] == [6, 6]
     assert [r.order for batch in dispatcher.requests for r in batch] == list(range(12))
-    s = got.stats
-    assert (s.groups_sampled, s.generation_batches) == (12, 2)
-    assert (s.zero_variance, s.zero_variance_dropped, s.surplus_dropped) == (8, 8, 0)
-    assert (s.all_correct, s.none_correct) == (4, 4)
-    assert (s.reward_mean, s.correct_fraction) == (0.5, 0.5)
-    assert (s.length_mean, s.length_max, s.tokens_sampled) == (1.5, 2, 36)
+    v = values(got)
+    assert (v["groups/sampled"], v["groups/refills"]) == (12, 1)
+    assert (v["groups/zero_variance_kept"], v["groups/dropped"], v["groups/surplus"]) == (0, 8, 0)
+    assert (v["groups/all_correct"], v["groups/none_correct"]) == (4, 4)
+    assert (v["groups/all_correct_ratio"], v["groups/none_correct_ratio"]) == (4 / 12, 4 / 12)
+    assert (v["reward/mean"], v["reward/correct"]) == (0.5, 0.5)
+    assert (v["response/length_mean"], v["response/length_max"], got.tokens_sampled) == (1.5, 2, 36)
 
 
 def test_refills_are_bounded_and_then_dropped_groups_fill_up_in_order(stream):
@@ -268,26 +285,27 @@ def test_refills_are_bounded_and_then_dropped_groups_fill_up_in_order(stream):
     got = collector(dispatcher, stream).collect(0)
     assert len(dispatcher.requests) == 3  # one batch and two refills
     assert [s.prompt_id for _, s in got.groups] == ["0", "1", "2", "9"]
-    s = got.stats
-    assert (s.groups_sampled, s.zero_variance, s.zero_variance_dropped) == (12, 10, 8)
-    assert s.reward_mean == pytest.approx(2 / 24)  # over all sampled, not only the kept
+    v = values(got)
+    assert (v["groups/sampled"], v["groups/zero_variance_kept"], v["groups/dropped"]) == (12, 2, 8)
+    assert (v["reward/mean"], v["reward/kept_mean"]) == (2 / 24, 2 / 8)  # over all sampled, and only the kept
 
 
 def test_surplus_informative_groups_are_dropped_and_counted(stream):
     got = collector(Dispatcher(lambda n: MIXED), stream, prompts_per_generation=7).collect(0)
     assert [s.prompt_id for _, s in got.groups] == ["0", "1", "2", "3"]
-    assert (got.stats.surplus_dropped, got.stats.zero_variance_dropped) == (3, 0)
+    assert (values(got)["groups/surplus"], values(got)["groups/dropped"]) == (3, 0)
 
 
 def test_without_dynamic_sampling_everything_is_kept(stream):
     got = collector(Dispatcher(lambda n: FAILED), stream, dynamic_sampling=False).collect(0)
     assert [s.prompt_id for _, s in got.groups] == ["0", "1", "2", "3"]
-    assert (got.stats.generation_batches, got.stats.zero_variance, got.stats.zero_variance_dropped) == (1, 4, 0)
+    v = values(got)
+    assert (v["groups/refills"], v["groups/zero_variance_kept"], v["groups/dropped"]) == (0, 4, 0)
 
 
 def test_truncated_share_counts_trajectories(stream):
     got = collector(Dispatcher(lambda n: (1.0, -1.0) if n % 2 else MIXED), stream).collect(0)
-    assert got.stats.truncated_fraction == 0.25
+    assert values(got)["response/truncated"] == 0.25
 
 
 def test_turns_and_calls_are_counted_over_all_sampled(stream):
@@ -298,13 +316,20 @@ def test_turns_and_calls_are_counted_over_all_sampled(stream):
                 statuses = (Status.OVERLONG, Status.INEXACT if i == 1 else Status.COMPLETED)
                 yield request, ref, dataclasses.replace(summary, statuses=statuses, episodes=episodes)
 
-    stats = collector(Tools(lambda n: MIXED), stream, dynamic_sampling=False).collect(0).stats
-    assert stats.tools == ToolStats(2.0, 1.0, 0.5, 0.25, 0.5, 20.0, 1 / 8)
-    assert (stats.inexact, stats.truncated_fraction) == (1, 0.5)
-    values = sampling_metrics(stats)
-    assert (values["tools/turns"], values["tools/call_errors"], values["response/inexact"]) == (2.0, 0.5, 1)
-    plain = collector(Dispatcher(lambda n: MIXED), stream, dynamic_sampling=False).collect(0).stats
-    assert plain.tools == ToolStats(0, 0, 0, 0, 0, 0, 0)
+    v = values(collector(Tools(lambda n: MIXED), stream, dynamic_sampling=False).collect(0))
+    names = ("turns", "calls", "call_errors", "seconds", "seconds_max", "observation_tokens", "void")
+    assert [v[f"tools/{name}"] for name in names] == [2.0, 1.0, 0.5, 0.25, 0.5, 20.0, 1 / 8]
+    assert (v["response/inexact"], v["response/truncated"]) == (1, 0.5)
+
+
+def test_calls_without_any_call_have_no_errors(stream):
+    class Silent(Dispatcher):
+        def run(self, requests):
+            for request, ref, summary in super().run(requests):
+                yield request, ref, dataclasses.replace(summary, episodes=(EpisodeCounts(1, 0, 0, 0.0, 0, False),) * 2)
+
+    v = values(collector(Silent(lambda n: MIXED), stream, dynamic_sampling=False).collect(0))
+    assert (v["tools/turns"], v["tools/calls"], v["tools/call_errors"]) == (1.0, 0.0, 0.0)
 
 
 def test_the_batch_does_not_depend_on_completion_order(stream):

@@ -17,7 +17,6 @@ from stare_megatron.types import (
     Control,
     GateDuty,
     Group,
-    Mismatch,
     Observed,
     Prompt,
     Score,
@@ -30,7 +29,7 @@ from stare_megatron.types import (
 )
 
 CONTROL = Control(gate_on=True, weight_pos=1.1, weight_neg=1.0, entropy=0.2, target=0.3)
-DONE = StepStats(ScoreSummary(40, 0.2, 0.2, 0.2, Mismatch(0, 0, 0, 1, 1, 1, 1)), ())
+DONE = StepStats(ScoreSummary((), 40), ())
 NO_LOGPROBS = np.zeros(0, np.float32)
 
 
@@ -62,7 +61,7 @@ class Time:
 def made(tmp_path, monkeypatch):
     time = Time()
     monkeypatch.setattr(module, "time", time)
-    monkeypatch.setattr(module, "step_metrics", lambda *_: metrics({"reward/mean": 0.5, "time/step": 0.0}))
+    monkeypatch.setattr(module, "step_metrics", lambda *_: metrics({"reward/mean": 0.5}))
     monkeypatch.setattr(module, "observed", lambda *_: Observed(0.2, -0.01))
     config = parse(
         {
@@ -81,9 +80,9 @@ def made(tmp_path, monkeypatch):
         asked.append(list(wanted))
         return {}
 
-    trainers = SimpleNamespace(peak_memory_bytes=lambda: 1 << 20, token_records=token_records)
+    trainers = SimpleNamespace(peak_memory_bytes=lambda: [1 << 20], token_records=token_records)
     groups = [group("a"), group("b")]
-    batch = SimpleNamespace(groups=tuple((g, g.summary()) for g in groups), stats=SimpleNamespace(tokens_sampled=600))
+    batch = SimpleNamespace(groups=tuple((g, g.summary()) for g in groups), tokens_sampled=600)
     sinks = SimpleNamespace(
         status=lambda text: None,
         log=lambda step, values, late: logged.append((step, by_name(values), by_name(late))),
@@ -91,7 +90,7 @@ def made(tmp_path, monkeypatch):
     )
     recorder = Recorder(
         config,
-        SimpleNamespace(trainers=trainers, engines=SimpleNamespace(peak_memory_bytes=lambda: 1 << 20)),
+        SimpleNamespace(trainers=trainers, engines=SimpleNamespace(peak_memory_bytes=lambda: [1 << 20])),
         SimpleNamespace(state=lambda: SimpleNamespace(epoch=0)),
         sinks,
         {"unit": "unit"},

@@ -1,24 +1,345 @@
-"""Parts of a step's metrics that are put together from several places."""
+"""A step's metrics against the definitions of each, from random numbers; and that the catalogue's reduction counts."""
 
+import dataclasses
+import math
 import os
+import random
+from dataclasses import dataclass
 
 import pytest
 
-from stare_megatron.host.memory import host_memory
-from stare_megatron.rollout.collect import SourceStats
-from stare_megatron.run.step_metrics import source_metrics
-from stare_megatron.types import Control, GateDuty
+from stare_megatron.algo.dynamics import from_totals
+from stare_megatron.host.memory import HostMemory, host_memory
+from stare_megatron.metrics import catalogue
+from stare_megatron.metrics import reduce as reduction
+from stare_megatron.metrics.catalogue import Reduction, by_name
+from stare_megatron.rollout.collect import Collected, _measure_kept, measure
+from stare_megatron.run import step_metrics as module
+from stare_megatron.run.step_metrics import Progress, StepCosts, late_metrics, observed, step_metrics
+from stare_megatron.types import (
+    QUADRANTS,
+    UNOBSERVED,
+    Control,
+    EpisodeCounts,
+    GateDuty,
+    GroupSummary,
+    Measured,
+    Observed,
+    ScoreSummary,
+    Status,
+    UpdateStats,
+)
+
+VERSION = 9
+BY_UPDATE = {  # name: whether it has a weight
+    "update/loss": False,
+    "update/grad_norm": False,
+    "update/lr": False,
+    "update/ratio_max": False,
+    "update/clip_fraction": True,
+    "update/kl": True,
+    "loss/detached": True,
+    "loss/penalty": True,
+    "correction/mean": True,
+    "correction/bounded": True,
+    "stare/selected_pos": False,
+    "stare/selected_neg": False,
+    "stare/tokens_pos": False,
+    "stare/tokens_neg": False,
+    "throughput/trained_tokens": False,
+}
+SCORED = ("policy/entropy", "policy/entropy_estimate", "policy/surprisal", "mismatch/mean", "mismatch/kl")
+SINGLE = (
+    "policy/entropy_estimate_error",
+    "mismatch/max",
+    "mismatch/ratio_max",
+    "mismatch/ess",
+    "mismatch/sequence_ratio_max",
+    "mismatch/sequence_ess",
+)
 
 
-def test_sources_of_one_label_are_weighed_by_their_trajectories():
-    labels = {"a/b": "a_b", "rare": "other", "rarer": "other", "absent": "absent"}
-    by_source = {"a/b": SourceStats(4, 0.5, 0.25), "rare": SourceStats(6, 1.0, 1.0), "rarer": SourceStats(2, 0.0, 0.0)}
-    assert source_metrics(by_source, labels) == {
-        "source/a_b/reward": 0.5,
-        "source/a_b/correct": 0.25,
-        "source/other/reward": pytest.approx(0.75),
-        "source/other/correct": pytest.approx(0.75),
+@dataclass(frozen=True)
+class Step:
+    """What a step was made of: sampled groups with their labels, of which the first four are kept."""
+
+    groups: list[tuple[GroupSummary, str]]
+    scores: ScoreSummary
+    updates: list[UpdateStats]
+    totals: list[list[int]]  # of algo.dynamics.measure
+    control: Control
+    costs: StepCosts
+    progress: Progress
+
+    @property
+    def kept(self) -> list[GroupSummary]:
+        return [group for group, _ in self.groups[:4]]
+
+    def metrics(self) -> dict[str, float]:
+        parts = [part for group, label in self.groups for part in measure(group, label)]
+        parts += [Measured("groups/dropped", 2), Measured("groups/surplus", 1), Measured("groups/refills", 3)]
+        parts += [part for group in self.kept for part in _measure_kept(group, VERSION - 1)]
+        tokens = sum(n for group, _ in self.groups for n in group.num_action_tokens)
+        batch = Collected((), tokens, tuple(parts))
+        stats = (batch, self.scores, self.control, self.updates, 1e-6, self.costs, self.progress)
+        late = late_metrics({"save": 1.5, "eval": 2.5}, 4.0, tokens)
+        return by_name((*step_metrics(VERSION, *stats), *late))
+
+
+def random_group(rng: random.Random, i: int) -> GroupSummary:
+    n = 4 + i % 3
+    right = [True] * n if i in (0, 4) else [False] * n if i in (1, 3) else [rng.random() < 0.5 for _ in range(n)]
+    statuses = [Status.TRUNCATED, Status.INEXACT, Status.FAILED, Status.OVERLONG, Status.COMPLETED]
+    return GroupSummary(
+        prompt_id=str(i),
+        source="s",
+        rewards=tuple([0.1] * n if i == 2 else [rng.random() for _ in range(n)]),
+        correct=tuple(right),
+        num_tokens=(9,) * n,
+        num_action_tokens=tuple(rng.randrange(1, 99 - 9 * i) for _ in range(n)),
+        statuses=tuple(rng.choice(statuses) for _ in range(n)) if i != 2 else (Status.COMPLETED,) * n,
+        weight_versions=tuple(rng.randrange(i, i + 3) for _ in range(n)),
+        graded=tuple(rng.random() < 0.7 for _ in range(n)),
+        reflections=tuple(rng.randrange(4) for _ in range(n)),
+        distinct_correct=1,
+        episodes=tuple(
+            EpisodeCounts(
+                rng.randrange(1, 5),
+                rng.randrange(3, 9),
+                rng.randrange(3),
+                rng.random() / (i + 1),
+                rng.randrange(50),
+                rng.random() < 0.5,
+            )
+            for _ in range(n)
+        ),
+        measured=tuple(Measured(f"user/{kind}/x", rng.random()) for kind in ("mean", "sum", "max") for _ in range(n)),
+    )
+
+
+def random_step(seed: int) -> Step:
+    rng = random.Random(seed)
+    totals, updates = [], []
+    for u in range(3):
+        counts = [
+            rng.randrange(200, 300),
+            *(rng.randrange(1, 50) for _ in range(4)),
+            rng.randrange(1, 9),
+            10 + u,
+            u + 1,
+        ]
+        totals.append([*counts, *(rng.randrange(-(2**30), 2**30) for _ in range(10))])
+        # The first and the last update are the extremes of none.
+        own = [
+            Measured(name, (7, 3, 5)[u] + rng.random(), (90, 50, 70)[u] if w else 1) for name, w in BY_UPDATE.items()
+        ]
+        updates.append(UpdateStats((*own, *from_totals(totals[-1]))))
+    scored = (Measured(name, 100 * rng.random(), 210) for name in SCORED)
+    single = (Measured(name, rng.random()) for name in SINGLE)
+    seconds = {name: rng.random() for name in ("rollout", "score", "update", "push")}
+    return Step(
+        groups=[(random_group(rng, i), "ab"[i % 2]) for i in range(7)],
+        scores=ScoreSummary((*scored, *single), 210),
+        updates=updates,
+        totals=totals,
+        control=Control(True, 1.25, 0.75, 0.5, 0.625, 0.01),
+        costs=StepCosts(seconds, 17.0, [5 << 20, 7 << 20, 6 << 20], [9 << 20, 3 << 20], 2 << 20, HostMemory(8, 9)),
+        progress=Progress(2, 12345, Observed(0.5, -0.25), GateDuty(8, 3)),
+    )
+
+
+def mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def sampled(step: Step) -> dict[str, float]:
+    groups = [group for group, _ in step.groups]
+    n = len(groups)
+
+    def each(field):
+        return [x for group in groups for x in getattr(group, field)]
+
+    def episodes(field):
+        return [getattr(e, field) for e in each("episodes")]
+
+    found = {
+        "reward/mean": mean(each("rewards")),
+        "reward/kept_mean": mean(r for group in step.kept for r in group.rewards),
+        "reward/correct": mean(each("correct")),
+        "groups/sampled": n,
+        "groups/all_correct": sum(all(g.correct) for g in groups),
+        "groups/none_correct": sum(not any(g.correct) for g in groups),
+        "groups/all_correct_ratio": sum(all(g.correct) for g in groups) / n,
+        "groups/none_correct_ratio": sum(not any(g.correct) for g in groups) / n,
+        "groups/dropped": 2,
+        "groups/surplus": 1,
+        "groups/refills": 3,
+        "groups/zero_variance_kept": sum(g.zero_variance for g in step.kept),
+        "response/length_mean": mean(each("num_action_tokens")),
+        "response/length_max": max(each("num_action_tokens")),
+        "response/truncated": mean(s.is_truncated for s in each("statuses")),
+        "response/failed": each("statuses").count(Status.FAILED),
+        "response/inexact": each("statuses").count(Status.INEXACT),
+        "response/ungraded": each("graded").count(False),
+        "response/reflections": mean(each("reflections")),
+        "tools/call_errors": sum(episodes("call_errors")) / sum(episodes("calls")),
+        "tools/seconds": mean(episodes("tool_seconds")),
+        "tools/seconds_max": max(episodes("tool_seconds")),
+        "sync/staleness": VERSION - 1 - min(v for group in step.kept for v in group.weight_versions),
     }
+    found |= {f"tools/{name}": mean(episodes(name)) for name in ("turns", "calls", "observation_tokens", "void")}
+    for label in "ab":
+        own = [group for group, of in step.groups if of == label]
+        found[f"source/{label}/reward"] = pytest.approx(mean(r for group in own for r in group.rewards), rel=1e-14)
+        found[f"source/{label}/correct"] = mean(c for group in own for c in group.correct)
+    for kind, function in (("mean", mean), ("sum", sum), ("max", max)):
+        name = f"user/{kind}/x"
+        found[name] = function([part.total for group in groups for part in group.measured if part.name == name])
+    return found
+
+
+def updated(step: Step) -> dict[str, float]:
+    each = {name: [u[name] for u in step.updates] for name in BY_UPDATE}
+    found = {name: mean(values) for name, values in each.items()}
+    summed = ("stare/selected_pos", "stare/selected_neg", "stare/tokens_pos", "stare/tokens_neg")
+    found |= {name: sum(each[name]) for name in (*summed, "throughput/trained_tokens")}
+    found |= {"update/lr": each["update/lr"][-1], "update/ratio_max": max(each["update/ratio_max"])}
+    columns = list(zip(*step.totals, strict=True))
+    units = [sum(column) if i < 8 else sum(column) / 2**24 for i, column in enumerate(columns)]
+    tokens, both, either, broken, change, critical = (units[i] for i in (0, 5, 6, 7, 8, 9))
+    predicted = sum(sum(row[11::2]) for row in step.totals) / 2**24
+    found |= {
+        "dynamics/predicted_change": predicted / tokens,
+        "dynamics/predicted_change_unweighted": change / tokens,
+        "dynamics/critical_surprisal": critical / tokens,
+        "dynamics/overlap": both / either,
+        "dynamics/non_finite": broken,
+    }
+    for kind, first, stride, scale in (("tokens", 1, 1, 1), ("advantage", 10, 2, 2**24), ("change", 11, 2, 2**24)):
+        rows = [[row[first + stride * q] for q in range(4)] for row in step.totals]
+        whole = sum(abs(x) for row in rows for x in row) / scale
+        for q, name in enumerate(QUADRANTS):
+            found[f"dynamics/{kind}_{name}"] = sum(row[q] for row in rows) / scale / whole
+    return found
+
+
+def expected(step: Step) -> dict[str, float]:
+    """Each metric of the catalogue by its definition."""
+    tokens = sum(n for group, _ in step.groups for n in group.num_action_tokens)
+    found = {name: step.scores.part(name).total / 210 for name in SCORED}
+    found |= {name: step.scores.part(name).total for name in SINGLE}
+    found |= {f"time/{phase}": seconds for phase, seconds in step.costs.seconds.items()}
+    return (
+        sampled(step)
+        | updated(step)
+        | found
+        | {
+            "data/epoch": 2,
+            "policy/target_entropy": 0.625,
+            "policy/entropy_coefficient": 0.01,
+            "stare/gate": 1.0,
+            "stare/gate_duty": 3 / 8,
+            "stare/weight_pos": 1.25,
+            "stare/weight_neg": 0.75,
+            "dynamics/predicted_change_before": -0.25,
+            "dynamics/measured_change": found["policy/entropy"] - 0.5,
+            "sync/probe": 1e-6,
+            "sync/weight_version": VERSION,
+            "throughput/tokens_per_second": tokens / 4.0,
+            "throughput/rollout_tokens_per_second": tokens / step.costs.seconds["rollout"],
+            "throughput/trained_tokens_total": 12345,
+            "time/step": 4.0,
+            "time/save": 1.5,
+            "time/eval": 2.5,
+            "time/elapsed": 17.0,
+            "memory/trainer_peak": 7.0,
+            "memory/engine_peak": 9.0,
+            "memory/driver_peak": 2.0,
+            "memory/host_run": 8 / 2**20,
+            "memory/host_available": 9 / 2**20,
+        }
+    )
+
+
+STEP = [name for name in catalogue.CATALOGUE if not name.startswith("eval/")]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_metric_is_what_it_is_defined_as(seed):
+    """To the bit; and all of the catalogue is there."""
+    step = random_step(seed)
+    got, want = step.metrics(), expected(step)
+    assert {name: got[name] for name in want} == want
+    assert got.keys() == want.keys() >= set(STEP)
+
+
+MEANS = {Reduction.MEAN, Reduction.TOKEN_MEAN, Reduction.FRACTION}
+SUMS = {Reduction.SUM, Reduction.UPDATE_SUM}
+MAXIMA = {Reduction.MAX, Reduction.UPDATE_MAX, Reduction.PROCESS_MAX}
+# Largest already where they are measured: over tokens on the ranks, over engines after a push.
+MEASURED_AS_ONE = {"mismatch/max", "mismatch/ratio_max", "mismatch/sequence_ratio_max", "sync/probe"}
+FAMILIES = [name for name in catalogue.FAMILIES if not name.startswith("eval/")]
+
+
+@pytest.fixture(scope="module")
+def parts() -> list[Measured]:
+    """Everything that was measured in a step."""
+    found: list[Measured] = []
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(module, "reduce", lambda measured: found.extend(measured) or ())
+        random_step(0).metrics()
+    return found
+
+
+@pytest.mark.parametrize("family", [*STEP, *FAMILIES])
+def test_another_reduction_would_give_another_number(family, parts, monkeypatch):
+    """So a wrong line of the catalogue fails the test above, or stops the run."""
+    name = family.format(source="a", name="x")
+    true, want = catalogue.entry(name), expected(random_step(0))[name]
+    own = [part for part in parts if part.name == name]
+    agreeing = set()
+    for other in Reduction:
+        wrong = dataclasses.replace(true, reduction=other)
+        monkeypatch.setattr(reduction, "entry", lambda n, wrong=wrong: wrong)
+        try:
+            (metric,) = reduction.reduce(own)
+        except ValueError:
+            continue
+        agreeing |= {other} if metric.value == want else set()
+    assert true.reduction in agreeing
+    if [part.weight for part in own] == [1]:
+        assert true.reduction is Reduction.ONE or (name in MEASURED_AS_ONE and true.reduction is Reduction.MAX)
+    else:
+        alike = next(({*alike} for alike in (MEANS, SUMS, MAXIMA) if true.reduction in alike), {true.reduction})
+        if len({part.weight for part in own}) == 1 and agreeing & MEANS:
+            alike |= {*MEANS, Reduction.UPDATE_MEAN}  # there is no telling
+        assert agreeing <= alike
+
+
+def test_wrong_parts_are_refused():
+    with pytest.raises(ValueError, match=r"groups/sampled: .* are no parts of: sum"):
+        reduction.reduce([Measured("groups/sampled", 3.0, 2)])
+    with pytest.raises(ValueError, match=r"data/epoch: .* are no parts of: one value per step"):
+        reduction.reduce([Measured("data/epoch", 1), Measured("data/epoch", 1)])
+    with pytest.raises(ValueError, match=r"no metric 'update/lose'.*'update/loss'"):
+        reduction.reduce([Measured("update/lose", 1.0)])
+    assert math.isnan(reduction.reduce([Measured("reward/mean", 0, 0)])[0].value)
+
+
+def test_what_the_next_step_is_compared_with():
+    step = random_step(4)
+    values = step.metrics()
+    after = observed(step.scores, step.updates)
+    assert after == Observed(values["policy/entropy"], values["dynamics/predicted_change"])
+    first = dataclasses.replace(step, progress=dataclasses.replace(step.progress, before=UNOBSERVED)).metrics()
+    assert math.isnan(first["dynamics/measured_change"])
+    assert math.isnan(first["dynamics/predicted_change_before"])
+
+
+def test_a_shut_gate_weighs_with_1():
+    shut = dataclasses.replace(random_step(4), control=Control(False, 1.25, 0.75, 0.5, 0.625)).metrics()
+    assert [shut[f"stare/{name}"] for name in ("gate", "weight_pos", "weight_neg")] == [0.0, 1.0, 1.0]
 
 
 def test_gate_duty_counts_steps():
