@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -165,7 +165,7 @@ class StareRun:
         return self._check_push(version) if every and version % every == 0 else math.nan
 
     @functools.cached_property
-    def _probe(self):
+    def _probe(self) -> Any:
         return self._stream.probe()
 
     def _check_push(self, version: int) -> float:
