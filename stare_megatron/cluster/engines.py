@@ -33,13 +33,7 @@ class EngineActor:
     """One engine and the episodes that run on it. vLLM is imported in this process only."""
 
     def __init__(
-        self,
-        config: Config,
-        index: int,
-        transport: str,
-        make_runner: MakeRunner,
-        sandboxes: Sequence[Any],
-        logs: Path,
+        self, config: Config, index: int, transport: str, make_runner: MakeRunner, sandboxes: Sequence[Any], logs: Path
     ) -> None:
         runtime.log_to(logs, f"engine_{index}")
         self._config = config

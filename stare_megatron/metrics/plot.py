@@ -22,12 +22,7 @@ FILE = "curves.png"
 
 _BLUE, _GREEN, _ORANGE, _GREY, _RED, _GATE = "#2f6db5", "#2e8b57", "#d9822b", "#8a8f98", "#c0392b", "#f6dfb8"
 # Quadrants of advantage and surprisal: full where a step lowers the entropy, light where it raises it.
-QUADRANT_COLOURS = {
-    "pos_likely": _BLUE,
-    "pos_unlikely": "#9cc3ea",
-    "neg_likely": "#f2b98a",
-    "neg_unlikely": _RED,
-}
+QUADRANT_COLOURS = {"pos_likely": _BLUE, "pos_unlikely": "#9cc3ea", "neg_likely": "#f2b98a", "neg_unlikely": _RED}
 _WIDTH = 10  # steps of a running mean in the panels of the dynamics
 
 STYLE: dict[Any, Any] = {
