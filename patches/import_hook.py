@@ -7,6 +7,7 @@ import importlib.machinery
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from types import CodeType, ModuleType
 
 from stare_megatron_patches import Patch
@@ -20,7 +21,7 @@ class PatchingFinder(MetaPathFinder):
         self._rewrites = [p for p in patches if p.rewrite]
         self._fixes = [p for p in patches if p.fix]
 
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None):
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         rewrites = [p for p in self._rewrites if name == p.target or name.startswith(p.target + ".")]
         fixes = [p for p in self._fixes if name == p.target]
         if not rewrites and not fixes:

@@ -13,9 +13,6 @@ Comment lines at the top of a snippet, all optional: `# Expect: STATUS, STATUS`,
 is said to contain it), `# Seconds: N` (less time than the others).
 """
 
-# A default given to Field by position is invisible to the type checker.
-# pyright: reportCallIssue=false
-
 from __future__ import annotations
 
 import argparse

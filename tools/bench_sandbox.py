@@ -5,9 +5,6 @@ many at once as there are workers. `CPU ms`: of all processes, driver, workers a
 other things it is the number to trust. `fresh process`: `python -c` with the same imports and no protection.
 """
 
-# A default given to Field by position is invisible to the type checker.
-# pyright: reportCallIssue=false
-
 from __future__ import annotations
 
 import argparse

@@ -9,9 +9,13 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stare_megatron import tasks
 from stare_megatron.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from stare_megatron.tasks.tiny_model import TinyModelSettings
 
 
 def main(argv: list[str]) -> int:
@@ -59,7 +63,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _settings(args: argparse.Namespace):
+def _settings(args: argparse.Namespace) -> TinyModelSettings:
     from stare_megatron.tasks.tiny_model import default_settings
 
     settings = default_settings(args.task, args.layers, args.seed)

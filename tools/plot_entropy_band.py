@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stare_megatron.compare.align import moving_average
 from stare_megatron.compare.load import Run, load_all
 from stare_megatron.compare.stats import TOLERANCE
+from stare_megatron.metrics.estimators import moving_average
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,14 +14,4 @@ from stare_megatron.checkpoint.settings import Settings, check_settings, setting
 from stare_megatron.checkpoint.state import LoopState, read
 from stare_megatron.checkpoint.store import find, verify
 
-__all__ = [
-    "LoopState",
-    "RankWriters",
-    "Saver",
-    "Settings",
-    "check_settings",
-    "find",
-    "read",
-    "settings_of",
-    "verify",
-]
+__all__ = ["LoopState", "RankWriters", "Saver", "Settings", "check_settings", "find", "read", "settings_of", "verify"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import inspect
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,13 +34,7 @@ class EngineActor:
     """One engine and the episodes that run on it. vLLM is imported in this process only."""
 
     def __init__(
-        self,
-        config: Config,
-        index: int,
-        transport: str,
-        make_runner: MakeRunner,
-        sandboxes: Sequence[Any],
-        logs: Path,
+        self, config: Config, index: int, transport: str, make_runner: MakeRunner, sandboxes: Sequence[Any], logs: Path
     ) -> None:
         runtime.log_to(logs, f"engine_{index}")
         self._config = config
@@ -72,35 +67,10 @@ class EngineActor:
     async def run_group(self, request: GroupRequest) -> tuple[Group, GroupSummary]:
         return await self._run(request)
 
-    async def logprobs(self, token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
-        return await self._engine.logprobs(token_ids.tolist())
-
-    async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        await self._engine.init_weight_transfer_engine(init_info)
-
-    async def start_weight_update(self) -> None:
-        await self._engine.start_weight_update()
-
-    async def update_weights(self, update_info: Any) -> None:
-        await self._engine.update_weights(update_info)
-
-    async def finish_weight_update(self, version: int) -> None:
-        await self._engine.finish_weight_update(version)
-
-    async def checksums(self) -> dict[str, str]:
-        return await self._engine.checksums()
-
-    async def reset_prefix_cache(self) -> None:
-        await self._engine.reset_prefix_cache()
-
-    async def sleep(self) -> None:
-        await self._engine.sleep()
-
-    async def wake(self, part: Literal["weights", "kv_cache"]) -> None:
-        await self._engine.wake(part)
-
-    async def peak_memory_bytes(self) -> int:
-        return self._engine.peak_memory_bytes()
+    async def call(self, method: str, *args: Any) -> Any:
+        """A method of the engine, by its name."""
+        found = getattr(self._engine, method)(*args)
+        return await found if inspect.isawaitable(found) else found
 
     async def close(self) -> None:
         await self._opened.aclose()
@@ -156,7 +126,7 @@ class EngineGroup:
 
     def logprobs(self, token_ids: npt.NDArray[np.int32]) -> list[npt.NDArray[np.float32]]:
         """Each engine's log-probs of a probe prompt."""
-        return self._all("logprobs", token_ids)
+        return self._all("logprobs", token_ids.tolist())
 
     def checksums(self) -> list[dict[str, str]]:
         return self._all("checksums")
@@ -183,7 +153,7 @@ class EngineGroup:
             ray.kill(actor)
 
     def _all(self, method: str, *args: Any) -> list[Any]:
-        refs = [getattr(actor, method).remote(*args) for actor in self.actors]
+        refs = [actor.call.remote(method, *args) for actor in self.actors]
         return runtime.wait(refs, self._names)
 
 

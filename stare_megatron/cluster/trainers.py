@@ -82,35 +82,9 @@ class TrainerActor:
         fetched: list[tuple[list[Group], UpdateShare]] = [(ray.get(refs), share) for refs, share in updates]
         self._trainer.load(fetched)
 
-    def score(self) -> EntropyReading:
-        return self._trainer.score()
-
-    def update(self, control: Control, keep_tokens: bool) -> StepStats:
-        return self._trainer.update(control, keep_tokens=keep_tokens)
-
-    def token_records(self, first_tokens: frozenset[int]) -> dict[int, TokenRecord]:
-        return self._trainer.token_records(first_tokens)
-
-    def score_tokens(self, token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
-        return self._trainer.score_tokens(token_ids)
-
-    def begin_save(self, folder: Path, step: int) -> None:
-        self._trainer.begin_save(folder, step, snapshot=self._config.checkpoint.asynchronous)
-
-    def save_written(self) -> bool:
-        return self._trainer.save_written()
-
-    def finish_save(self) -> dict[str, FileEntry]:
-        return self._trainer.finish_save()
-
-    def restore(self, folder: Path) -> int:
-        return self._trainer.restore(folder)
-
-    def export_hf(self, folder: Path) -> None:
-        self._trainer.export_hf(folder)
-
-    def peak_memory_bytes(self) -> int:
-        return self._trainer.peak_memory_bytes()
+    def call(self, method: str, *args: Any, **named: Any) -> Any:
+        """A method of the rank, by its name."""
+        return getattr(self._trainer, method)(*args, **named)
 
 
 class UpdateBatch(Protocol):
@@ -168,56 +142,61 @@ class TrainerGroup:
         runtime.wait(refs, self._names)
 
     def score(self) -> EntropyReading:
-        return self._all("score")[0]
+        return self._rank("score")[0]
 
     def update(self, control: Control, *, keep_tokens: bool) -> StepStats:
         """`keep_tokens`: `token_records` will be asked for."""
-        return self._all("update", control, keep_tokens)[0]
+        return self._rank("update", control, keep_tokens=keep_tokens)[0]
 
     def token_records(self, wanted: Collection[tuple[int, int]]) -> dict[tuple[int, int], TokenRecord]:
         """What the update just done knew of the tokens of trajectories named by (group, sample), the group by its place
         in what was loaded. A trajectory that was not trained on is left out."""
         first = {key: self._first_tokens[key] for key in wanted if key in self._first_tokens}
-        by_rank = self._all("token_records", frozenset(first.values()))
+        by_rank = self._rank("token_records", frozenset(first.values()))
         return {key: join([found[token] for found in by_rank if token in found]) for key, token in first.items()}
 
     def push(self, version: int) -> None:
         self._all("push", version)
 
     def score_tokens(self, token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
-        return self._all("score_tokens", token_ids)[0]
+        return self._rank("score_tokens", token_ids)[0]
 
     def checksums(self) -> dict[str, str]:
         return self._all("checksums")[0]
 
     def begin_save(self, folder: Path, step: int) -> None:
         """Returns when the ranks may train on, with `checkpoint.asynchronous` before everything is written."""
-        self._all("begin_save", folder, step)
+        self._rank("begin_save", folder, step, snapshot=self._config.checkpoint.asynchronous)
 
     def save_written(self) -> bool:
-        return all(self._all("save_written"))
+        return all(self._rank("save_written"))
 
     def finish_save(self) -> dict[str, FileEntry]:
         """Wait until all is written; entries of all ranks' files, by path relative to the folder."""
-        return {name: entry for entries in self._all("finish_save") for name, entry in entries.items()}
+        return {name: entry for entries in self._rank("finish_save") for name, entry in entries.items()}
 
     def restore(self, folder: Path) -> int:
-        return self._all("restore", folder)[0]
+        return self._rank("restore", folder)[0]
 
     def export_hf(self, folder: Path) -> None:
-        self._all("export_hf", folder)
+        self._rank("export_hf", folder)
 
     def peak_memory_bytes(self) -> list[int]:
         """Each rank's."""
-        return self._all("peak_memory_bytes")
+        return self._rank("peak_memory_bytes")
 
     def close(self) -> None:
         for actor in self._actors:
             ray.kill(actor)
 
-    def _all(self, method: str, *args: Any) -> list[Any]:
-        refs = [getattr(actor, method).remote(*args) for actor in self._actors]
+    def _all(self, method: str, *args: Any, **named: Any) -> list[Any]:
+        """What every actor's own `method` returns."""
+        refs = [getattr(actor, method).remote(*args, **named) for actor in self._actors]
         return runtime.wait(refs, self._names)
+
+    def _rank(self, method: str, *args: Any, **named: Any) -> list[Any]:
+        """What every `TrainerRank`'s `method` returns."""
+        return self._all("call", method, *args, **named)
 
 
 def _with_groups(
@@ -225,6 +204,6 @@ def _with_groups(
 ) -> tuple[list[ray.ObjectRef], UpdateShare]:
     """References of the groups a share names, and the share renumbered to that list."""
     needed = sorted({a.group for a in share.assignments})
-    place = {group: i for i, group in enumerate(needed)}
-    renumbered = tuple(dataclasses.replace(a, group=place[a.group]) for a in share.assignments)
+    index = {group: i for i, group in enumerate(needed)}
+    renumbered = tuple(dataclasses.replace(a, group=index[a.group]) for a in share.assignments)
     return [groups[g][0] for g in needed], dataclasses.replace(share, assignments=renumbered)

@@ -19,7 +19,7 @@ def ray_fan_out(engines: list[Any], workers: int) -> EngineFanOut:
     names = [f"engine {i}" for i in range(len(engines))]
 
     def call(method: str, arguments: Sequence[tuple[Any, ...]]) -> None:
-        refs = [getattr(engine, method).remote(*args) for engine, args in zip(engines, arguments, strict=True)]
+        refs = [engine.call.remote(method, *args) for engine, args in zip(engines, arguments, strict=True)]
         runtime.wait(refs, names)
 
     return EngineFanOut([workers] * len(engines), call)

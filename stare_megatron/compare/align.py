@@ -1,4 +1,4 @@
-"""What runs are laid side by side along, the moving average, and the mean over the seeds of a group.
+"""What runs are laid side by side along, and the mean over the seeds of a group.
 
 `report.js` does the same in the browser, for the alignment and window chosen there; a test compares the two.
 """
@@ -48,22 +48,6 @@ def position(run: Run, align: Align) -> np.ndarray | None:
         return run.series.get("throughput/trained_tokens_total")
     seconds = run.series.get("time/step")
     return None if seconds is None else np.cumsum(seconds) / 60.0
-
-
-def moving_average(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the last `window` values at each position, those not finite left out; NaN where none is finite.
-
-    Window 1 gives the values themselves.
-    """
-    if window == 1:
-        return values
-    finite = np.isfinite(values)
-    means = np.full(len(values), np.nan)
-    for i in range(len(values)):
-        part = slice(max(0, i + 1 - window), i + 1)
-        if finite[part].any():
-            means[i] = values[part][finite[part]].mean()
-    return means
 
 
 def mean_curve(curves: Sequence[tuple[np.ndarray, np.ndarray]], align: Align) -> tuple[np.ndarray, np.ndarray]:

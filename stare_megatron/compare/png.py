@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +13,13 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from stare_megatron.compare import derived
-from stare_megatron.compare.align import AXES, mean_curve, moving_average, position
+from stare_megatron.compare.align import AXES, mean_curve, position
 from stare_megatron.compare.group import Group
 from stare_megatron.compare.html import COLOURS, PHASE_COLOURS, Content
 from stare_megatron.compare.panels import PREDICTED, Kind, Panel, panels, phases
 from stare_megatron.compare.stats import TOLERANCE
-from stare_megatron.metrics.plot import STYLE
+from stare_megatron.metrics.estimators import moving_average
+from stare_megatron.metrics.plot import STYLE, save_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,10 +65,7 @@ def _save(file: Path, chosen: Sequence[Panel], content: Content) -> Path:
         ax.set_visible(False)
     if any(panel.kind in (Kind.LINES, Kind.POINTS) for panel in chosen):
         _legend(figure, content.groups)
-    partial = file.with_name(file.name + ".partial")
-    figure.savefig(partial, format="png", metadata={"Software": None})
-    os.replace(partial, file)
-    return file
+    return save_png(figure, file, metadata={"Software": None})
 
 
 def _legend(figure: Figure, groups: Sequence[Group]) -> None:

@@ -21,8 +21,7 @@ class Band:
     steps_after: steps after it.
     share_in_band: share of the steps after it that lie inside.
     overshoot: the largest distance from the nearest edge of the band after it, nats; 0 if none lies outside.
-    overshoot_above, overshoot_below: the same, above the upper and below the lower edge alone.
-    rms_error, mean_error: root mean square and mean of H - H_tgt after it, nats.
+    rms_error: root mean square of H - H_tgt after it, nats.
     longest_outside: the longest unbroken row of steps outside the band after it.
     """
 
@@ -30,10 +29,7 @@ class Band:
     steps_after: int
     share_in_band: float
     overshoot: float
-    overshoot_above: float
-    overshoot_below: float
     rms_error: float
-    mean_error: float
     longest_outside: int
 
 
@@ -63,13 +59,11 @@ def band(
     ]
     inside = [abs(h - t) <= tolerance * t for _, h, t in points]
     if True not in inside:
-        return Band(None, 0, *[math.nan] * 6, longest_outside=0)
+        return Band(None, 0, *[math.nan] * 3, longest_outside=0)
     first = inside.index(True)
     after = points[first + 1 :]
     if not after:
-        return Band(points[first][0], 0, *[math.nan] * 6, longest_outside=0)
-    above = max(0.0, *(h - t - tolerance * t for _, h, t in after))
-    below = max(0.0, *(t - h - tolerance * t for _, h, t in after))
+        return Band(points[first][0], 0, *[math.nan] * 3, longest_outside=0)
     errors = [h - t for _, h, t in after]
     longest = row = 0
     for ok in inside[first + 1 :]:
@@ -79,11 +73,8 @@ def band(
         first_step=points[first][0],
         steps_after=len(after),
         share_in_band=sum(inside[first + 1 :]) / len(after),
-        overshoot=max(above, below),
-        overshoot_above=above,
-        overshoot_below=below,
+        overshoot=max(0.0, *(abs(h - t) - tolerance * t for _, h, t in after)),
         rms_error=math.sqrt(sum(e * e for e in errors) / len(errors)),
-        mean_error=sum(errors) / len(errors),
         longest_outside=longest,
     )
 

@@ -6,8 +6,6 @@ import dataclasses
 import json
 import math
 import os
-import resource
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import Synchronized
@@ -20,6 +18,7 @@ from stare_megatron.convert.mapping import HfAsMcore, McoreAsHf
 from stare_megatron.convert.torch_dist import Box, Stored, TorchDist, save_object
 from stare_megatron.host import manifest
 from stare_megatron.host.files import write_atomic
+from stare_megatron.host.memory import peak_resident_bytes
 from stare_megatron.models.hf_folder import SafetensorsWriter, Spec
 from stare_megatron.models.shape import ModelShape
 
@@ -83,18 +82,13 @@ _base = 0
 def start(progress: Synchronized[int]) -> None:
     """Count what this process writes in `progress`, and its memory from here."""
     global _progress, _base
-    _progress, _base = progress, peak_bytes()
+    _progress, _base = progress, peak_resident_bytes()
 
 
 def start_process(progress: Synchronized[int]) -> None:
     """The same for a worker process. Each computes with one thread: there is one process a core."""
     torch.set_num_threads(1)
     start(progress)
-
-
-def peak_bytes() -> int:
-    """Most memory this process has held, resident, bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def advance(n: int) -> None:
@@ -113,7 +107,7 @@ def write_file(job: Job, file: McoreFile | HfFile) -> Written:
     done = _write_mcore(job, file) if isinstance(file, McoreFile) else _write_hf(job, file)
     record = job.out / RECORDS / f"{file.name}.json"
     write_atomic(record, json.dumps(dataclasses.asdict(done)))
-    return Written(done, _base, peak_bytes())
+    return Written(done, _base, peak_resident_bytes())
 
 
 def _write_mcore(job: Job, file: McoreFile) -> Done:

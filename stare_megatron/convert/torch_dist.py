@@ -294,14 +294,14 @@ def write_index(folder: Path, tensors: Iterable[tuple[str, TensorInfo]], stored:
     objects: dict[str, BytesStorageMetadata] = {}
     storage: dict[MetadataIndex, _StorageInfo] = {}
     for piece in stored:
-        place = _StorageInfo(piece.file, piece.offset, piece.length)
+        where = _StorageInfo(piece.file, piece.offset, piece.length)
         if piece.box is None:
             objects[piece.key] = BytesStorageMetadata()
-            storage[MetadataIndex(piece.key)] = place
+            storage[MetadataIndex(piece.key)] = where
         else:
             offsets, sizes = torch.Size(piece.box.offsets), torch.Size(piece.box.sizes)
             chunks.setdefault(piece.key, []).append(ChunkStorageMetadata(offsets, sizes))
-            storage[MetadataIndex(piece.key, offsets)] = place
+            storage[MetadataIndex(piece.key, offsets)] = where
     whole: dict[str, Any] = {
         key: TensorStorageMetadata(TensorProperties(dtype=info.dtype), torch.Size(info.shape), chunks[key])
         for key, info in tensors

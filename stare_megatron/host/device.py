@@ -10,12 +10,13 @@ import enum
 import functools
 import importlib.util
 import os
-import resource
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from stare_megatron.host.memory import peak_resident_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -112,10 +113,10 @@ def _has_triton() -> bool:
 
 
 @functools.cache
-def _properties(place: torch.device) -> Any:
+def _properties(of: torch.device) -> Any:
     import torch
 
-    return torch.cuda.get_device_properties(place)
+    return torch.cuda.get_device_properties(of)
 
 
 def trainer_environment() -> dict[str, str]:
@@ -180,5 +181,4 @@ def peak_memory_bytes() -> int:
         import torch
 
         return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_resident_bytes()

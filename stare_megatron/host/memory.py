@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,3 +43,8 @@ def status_bytes(pid: int, *names: str) -> list[int]:
         return [0] * len(names)
     fields = dict(line.split(":", 1) for line in status.splitlines())
     return [int(fields.get(name, "0 kB").split()[0]) * 1024 for name in names]
+
+
+def peak_resident_bytes() -> int:
+    """Most memory this process has held, resident."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

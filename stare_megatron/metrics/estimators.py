@@ -1,4 +1,4 @@
-"""avg@k, unbiased pass@k, and an interval for a mean over prompts."""
+"""avg@k, unbiased pass@k, an interval for a mean over prompts, and the moving average of a series."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+
+import numpy as np
 
 
 @functools.lru_cache(maxsize=65536)
@@ -71,3 +73,19 @@ def estimate(values: Sequence[float], confidence: float) -> Estimate:
     centre = (mean + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z / (1 + z * z / trials) * math.sqrt(mean * (1 - mean) / trials + z * z / (4 * trials * trials))
     return Estimate(mean, min(mean, max(0.0, centre - half)), max(mean, min(1.0, centre + half)), count)
+
+
+def moving_average(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean of the last `window` values at each position, those not finite left out; NaN where none is finite.
+
+    Window 1 gives the values themselves.
+    """
+    if window == 1:
+        return values
+    finite = np.isfinite(values)
+    means = np.full(len(values), np.nan)
+    for i in range(len(values)):
+        part = slice(max(0, i + 1 - window), i + 1)
+        if finite[part].any():
+            means[i] = values[part][finite[part]].mean()
+    return means

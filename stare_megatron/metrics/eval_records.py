@@ -58,10 +58,7 @@ def step_folder(root: Path, step: int) -> Path:
 
 
 def fill(
-    folder: Path,
-    about: Mapping[str, Any],
-    results: Sequence[Result],
-    rows: Mapping[str, Sequence[Mapping[str, Any]]],
+    folder: Path, about: Mapping[str, Any], results: Sequence[Result], rows: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> None:
     """Write the results, with what they are `about`, and a file of rows a benchmark into an existing folder."""
     for benchmark, lines in rows.items():

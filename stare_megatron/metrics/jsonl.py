@@ -80,6 +80,18 @@ def read(path: Path) -> list[Row]:
     return read_record(path).rows
 
 
+def read_steps(path: Path) -> list[Row]:
+    """As `read`, of a run that has logged a step.
+
+    Raises:
+        UserError: unreadable file, a damaged line that is not the last, or no step in it.
+    """
+    rows = read(path)
+    if not rows:
+        raise UserError(f"{path}: no step was logged yet")
+    return rows
+
+
 def read_record(path: Path) -> Record:
     """As `read`, also of a file packed with gzip (`.gz`), and says whether the last line was torn.
 

@@ -8,22 +8,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stare_megatron.errors import UserError
+import numpy as np
+
+from stare_megatron.host.files import PARTIAL
 from stare_megatron.metrics import jsonl
+from stare_megatron.metrics.estimators import moving_average
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 FILE = "curves.png"
 
 _BLUE, _GREEN, _ORANGE, _GREY, _RED, _GATE = "#2f6db5", "#2e8b57", "#d9822b", "#8a8f98", "#c0392b", "#f6dfb8"
 # Quadrants of advantage and surprisal: full where a step lowers the entropy, light where it raises it.
-QUADRANT_COLOURS = {
-    "pos_likely": _BLUE,
-    "pos_unlikely": "#9cc3ea",
-    "neg_likely": "#f2b98a",
-    "neg_unlikely": _RED,
-}
+QUADRANT_COLOURS = {"pos_likely": _BLUE, "pos_unlikely": "#9cc3ea", "neg_likely": "#f2b98a", "neg_unlikely": _RED}
 _WIDTH = 10  # steps of a running mean in the panels of the dynamics
 
 STYLE: dict[Any, Any] = {
@@ -54,39 +53,35 @@ def plot(run_folder: Path) -> Path:
     Raises:
         UserError: no metrics file, a damaged one, or no step in it.
     """
-    rows = jsonl.read(run_folder / jsonl.FILE)
-    if not rows:
-        raise UserError(f"{run_folder / jsonl.FILE}: no step was logged yet, nothing to draw")
+    rows = jsonl.read_steps(run_folder / jsonl.FILE)
     # Without a display, and without touching the caller's pyplot state.
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = (_entropy, _reward, _length, _gate_duty, _mismatch, _times, _tokens, _change, _prediction)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(12, 9.3), dpi=130, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(3, 3, sharex=True)
-        for draw, ax in zip(panels, axes.flat, strict=True):
+        for (title, unit, draw), ax in zip(_PANELS, axes.flat, strict=True):
+            ax.set_title(title)
+            ax.set_ylabel(unit)
             draw(ax, rows)
+            if ax.get_legend() is None and ax.get_legend_handles_labels()[0]:
+                ax.legend(loc="best")
         for ax in axes[-1]:
             ax.set_xlabel("step")
         last = int(rows[-1]["step"])
         figure.suptitle(f"{run_folder.resolve().name}, {last} steps", x=0.01, ha="left", fontsize=12)
-        file = run_folder / FILE
-        partial = file.with_name(FILE + ".partial")
-        figure.savefig(partial, format="png")
+        return save_png(figure, run_folder / FILE)
+
+
+def save_png(figure: Figure, file: Path, **options: Any) -> Path:
+    """Write a figure, replacing the file whole; returns the file."""
+    partial = file.with_name(file.name + PARTIAL)
+    figure.savefig(partial, format="png", **options)
     os.replace(partial, file)
     return file
-
-
-def running_mean(values: Sequence[float], width: int) -> list[float]:
-    """Mean of the last `width` values at each position; non-finite ones are left out."""
-    means = []
-    for i in range(len(values)):
-        window = [v for v in values[max(0, i + 1 - width) : i + 1] if math.isfinite(v)]
-        means.append(sum(window) / len(window) if window else math.nan)
-    return means
 
 
 def _series(rows: list[jsonl.Row], name: str) -> tuple[list[float], list[float]]:
@@ -95,61 +90,51 @@ def _series(rows: list[jsonl.Row], name: str) -> tuple[list[float], list[float]]
     return [step for step, _ in found], [value for _, value in found]
 
 
+def _averaged(values: Sequence[float], width: int) -> np.ndarray:
+    return moving_average(np.array(values, np.float64), width)
+
+
 def _smooth(ax: Axes, rows: list[jsonl.Row], name: str, colour: str, label: str) -> None:
     steps, values = _series(rows, name)
     ax.plot(steps, values, color=colour, alpha=0.3, linewidth=0.9)
-    ax.plot(steps, running_mean(values, 10), color=colour, linewidth=1.8, label=label)
+    ax.plot(steps, _averaged(values, 10), color=colour, linewidth=1.8, label=label)
 
 
 def _entropy(ax: Axes, rows: list[jsonl.Row]) -> None:
-    ax.set_title("Entropy")
-    ax.set_ylabel("nats / token")
-    _, gates = _series(rows, "stare/gate")
     for step in (row["step"] for row in rows if row.get("stare/gate")):
         ax.axvspan(step - 0.5, step + 0.5, color=_GATE, linewidth=0, zorder=0)
-    steps, values = _series(rows, "policy/entropy")
-    ax.plot(steps, values, color=_BLUE, linewidth=1.6, label="policy")
+    ax.plot(*_series(rows, "policy/entropy"), color=_BLUE, linewidth=1.6, label="policy")
     steps, target = _series(rows, "policy/target_entropy")
     if target:
         ax.plot(steps, target, color=_RED, linewidth=1.2, linestyle="--", label="target")
-    if any(gates):
+    if any(_series(rows, "stare/gate")[1]):
         ax.fill_between([], [], [], color=_GATE, label="gate open")
     ax.set_ylim(bottom=0)
-    ax.legend(loc="best")
 
 
 def _reward(ax: Axes, rows: list[jsonl.Row]) -> None:
-    ax.set_title("Reward")
-    ax.set_ylabel("mean of sampled trajectories")
     _smooth(ax, rows, "reward/mean", _GREEN, "mean of 10 steps")
-    ax.legend(loc="best")
 
 
 def _length(ax: Axes, rows: list[jsonl.Row]) -> None:
-    ax.set_title("Response length")
-    ax.set_ylabel("tokens")
     _smooth(ax, rows, "response/length_mean", _BLUE, "mean")
     steps, longest = _series(rows, "response/length_max")
     if longest:
         ax.plot(steps, longest, color=_GREY, linewidth=0.9, label="longest")
     ax.set_ylim(bottom=0)
-    ax.legend(loc="best")
 
 
 def _gate_duty(ax: Axes, rows: list[jsonl.Row]) -> None:
-    ax.set_title("Gate")
-    ax.set_ylabel("share of steps open (last 20)")
     steps, gates = _series(rows, "stare/gate")
     if not gates:
         ax.text(0.5, 0.5, "no gate in this run", transform=ax.transAxes, ha="center", color=_GREY)
-    ax.fill_between(steps, running_mean(gates, 20), color=_GATE, linewidth=0)
-    ax.plot(steps, running_mean(gates, 20), color=_ORANGE, linewidth=1.6)
+    duty = _averaged(gates, 20)
+    ax.fill_between(steps, duty, color=_GATE, linewidth=0)
+    ax.plot(steps, duty, color=_ORANGE, linewidth=1.6)
     ax.set_ylim(0, 1.02)
 
 
 def _mismatch(ax: Axes, rows: list[jsonl.Row]) -> None:
-    ax.set_title("Engine against trainer")
-    ax.set_ylabel("|log-prob difference|, nats")
     lines = (("mismatch/max", _GREY, "largest"), ("mismatch/mean", _BLUE, "mean"), ("sync/probe", _ORANGE, "probe"))
     positive = False
     for name, colour, label in lines:
@@ -158,12 +143,9 @@ def _mismatch(ax: Axes, rows: list[jsonl.Row]) -> None:
         ax.plot(steps, values, color=colour, linewidth=1.1, label=label)
     if positive:
         ax.set_yscale("log")
-    ax.legend(loc="best")
 
 
 def _times(ax: Axes, rows: list[jsonl.Row]) -> None:
-    ax.set_title("Time a step")
-    ax.set_ylabel("seconds")
     names = ("rollout", "score", "update", "push", "save", "eval")
     steps = [row["step"] for row in rows]
     stacked = [[row.get(f"time/{name}", 0.0) for row in rows] for name in names]
@@ -185,23 +167,21 @@ def scaled_to(values: Sequence[float], like: Sequence[float]) -> tuple[float, fl
     return theirs / ours, math.fsum(a * b for a, b in pairs) / (ours * theirs)
 
 
-def _with_dynamics(ax: Axes, rows: list[jsonl.Row], title: str, ylabel: str) -> list[jsonl.Row]:
-    """Label the panel; the rows that have the dynamics, or none and a note of it."""
-    ax.set_title(title)
-    ax.set_ylabel(ylabel)
+def _with_dynamics(ax: Axes, rows: list[jsonl.Row]) -> list[jsonl.Row]:
+    """The rows that have the dynamics, or none and a note of it."""
     found = [row for row in rows if "dynamics/measured_change" in row]
     if not found:
         ax.text(0.5, 0.5, "not logged by this run", transform=ax.transAxes, ha="center", color=_GREY)
     return found
 
 
-def _quadrant_means(rows: list[jsonl.Row], kind: str) -> dict[str, list[float]]:
+def _quadrant_means(rows: list[jsonl.Row], kind: str) -> dict[str, np.ndarray]:
     names = {q: f"dynamics/{kind}_{q}" for q in QUADRANT_COLOURS}
-    return {q: running_mean([row.get(name, math.nan) for row in rows], _WIDTH) for q, name in names.items()}
+    return {q: _averaged([row.get(name, math.nan) for row in rows], _WIDTH) for q, name in names.items()}
 
 
 def _tokens(ax: Axes, rows: list[jsonl.Row]) -> None:
-    rows = _with_dynamics(ax, rows, "Quadrants: tokens", f"share, mean of {_WIDTH} steps")
+    rows = _with_dynamics(ax, rows)
     if not rows:
         return
     shares = _quadrant_means(rows, "tokens")
@@ -213,18 +193,17 @@ def _tokens(ax: Axes, rows: list[jsonl.Row]) -> None:
 
 
 def _change(ax: Axes, rows: list[jsonl.Row]) -> None:
-    rows = _with_dynamics(ax, rows, "Quadrants: predicted entropy change", f"signed share, mean of {_WIDTH} steps")
-    for q, share in _quadrant_means(rows, "change").items():
-        ax.plot(
-            [row["step"] for row in rows], share, color=QUADRANT_COLOURS[q], linewidth=1.6, label=q.replace("_", ", ")
-        )
+    rows = _with_dynamics(ax, rows)
+    steps = [row["step"] for row in rows]
+    for q, share in _quadrant_means(rows, "change").items() if rows else ():
+        ax.plot(steps, share, color=QUADRANT_COLOURS[q], linewidth=1.6, label=q.replace("_", ", "))
     ax.axhline(0.0, color=_GREY, linewidth=0.8)
     if rows:
         ax.legend(loc="best", ncols=2)
 
 
 def _prediction(ax: Axes, rows: list[jsonl.Row]) -> None:
-    rows = _with_dynamics(ax, rows, "Entropy change by one update", "nats / token")
+    rows = _with_dynamics(ax, rows)
     ax.axhline(0.0, color=_GREY, linewidth=0.8)
     if not rows:
         return
@@ -232,11 +211,24 @@ def _prediction(ax: Axes, rows: list[jsonl.Row]) -> None:
     measured = [row["dynamics/measured_change"] for row in rows]
     predicted = [row.get("dynamics/predicted_change_before", math.nan) for row in rows]
     whole = slice(_WIDTH if len(rows) > 2 * _WIDTH else 0, None)  # a mean of few steps is mostly sampling noise
-    means = [running_mean(values, _WIDTH)[whole] for values in (measured, predicted)]
-    factor, correlation = scaled_to(means[1], means[0])
+    means = [_averaged(values, _WIDTH)[whole] for values in (measured, predicted)]
+    factor, correlation = scaled_to(means[1].tolist(), means[0].tolist())
     ax.plot(steps, measured, color=_BLUE, alpha=0.25, linewidth=0.8)
     ax.plot(steps[whole], means[0], color=_BLUE, linewidth=1.8, label=f"measured, mean of {_WIDTH} steps")
     if math.isfinite(factor):
         note = f"predicted x {factor:.2g}, mean of {_WIDTH} steps; r = {correlation:.2f}"
-        ax.plot(steps[whole], [factor * value for value in means[1]], color=_ORANGE, linewidth=1.6, label=note)
-    ax.legend(loc="best")
+        ax.plot(steps[whole], factor * means[1], color=_ORANGE, linewidth=1.6, label=note)
+
+
+# Title, unit and drawing function of each panel.
+_PANELS = (
+    ("Entropy", "nats / token", _entropy),
+    ("Reward", "mean of sampled trajectories", _reward),
+    ("Response length", "tokens", _length),
+    ("Gate", "share of steps open (last 20)", _gate_duty),
+    ("Engine against trainer", "|log-prob difference|, nats", _mismatch),
+    ("Time a step", "seconds", _times),
+    ("Quadrants: tokens", f"share, mean of {_WIDTH} steps", _tokens),
+    ("Quadrants: predicted entropy change", f"signed share, mean of {_WIDTH} steps", _change),
+    ("Entropy change by one update", "nats / token", _prediction),
+)

@@ -11,7 +11,6 @@ from rich.console import RenderableType
 from rich.panel import Panel
 from rich.table import Table
 
-from stare_megatron.errors import UserError
 from stare_megatron.metrics import jsonl
 from stare_megatron.metrics.console import clock
 
@@ -47,9 +46,7 @@ def summarize(run_folder: Path) -> Summary:
     Raises:
         UserError: no metrics file, a damaged one, or no step in it.
     """
-    rows = jsonl.read(run_folder / jsonl.FILE)
-    if not rows:
-        raise UserError(f"{run_folder / jsonl.FILE}: no step was logged, nothing to sum up")
+    rows = jsonl.read_steps(run_folder / jsonl.FILE)
     window = max(1, min(_WINDOW, len(rows) // 2))
     first, last = rows[:window], rows[-window:]
     return Summary(

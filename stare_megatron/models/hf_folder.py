@@ -64,11 +64,11 @@ def spec_bytes(spec: Spec) -> int:
 
 def grouped(items: Iterable[T], bytes_of: Callable[[T], int], limit: int) -> list[list[T]]:
     """Consecutive items of at most `limit` bytes a group (or one larger item)."""
-    groups: list[list[T]] = [[]]
+    groups: list[list[T]] = []
     size = 0
     for item in items:
         own = bytes_of(item)
-        if groups[-1] and size + own > limit:
+        if not groups or size + own > limit:
             groups.append([])
             size = 0
         groups[-1].append(item)

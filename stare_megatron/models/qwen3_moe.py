@@ -4,16 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from stare_megatron.models.shape import (
-    Experts,
-    Family,
-    Fields,
-    ModelShape,
-    Split,
-    Tensor,
-    dense_attention,
-    read_dense,
-)
+from stare_megatron.models.shape import Experts, Family, Fields, ModelShape, Split, Tensor, dense_attention, read_dense
 
 
 def read(f: Fields) -> ModelShape:

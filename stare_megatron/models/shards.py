@@ -16,12 +16,7 @@ from stare_megatron.errors import UserError
 from stare_megatron.models.shape import ModelShape, Split
 
 # What safetensors calls the dtypes that weights come in.
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Written by old exports of rotary embeddings; computed from the configuration since.
 _HARMLESS_SUFFIX = ".rotary_emb.inv_freq"
 

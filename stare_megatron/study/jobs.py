@@ -95,9 +95,8 @@ class Runner:
         """
         for p in self.progress:
             refuse_other(p.job)
-            if is_done(p.job):
+            if is_done(p):
                 p.state = State.DONE
-                p.read()
         before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             self._prepare()
@@ -178,16 +177,11 @@ def log_file(job: Job) -> Path:
     return job.config.run.dir / ".logs" / f"{job.name}.log"
 
 
-def read_rows(job: Job) -> list[jsonl.Row]:
-    file = job.config.folder / jsonl.FILE
-    return jsonl.read(file) if file.is_file() else []
-
-
-def is_done(job: Job) -> bool:
+def is_done(p: Progress) -> bool:
     """All steps logged, and the policy exported if it is to be: that comes last."""
-    rows = read_rows(job)
-    exported = not job.config.checkpoint.export_final or (job.config.folder / "hf").is_dir()
-    return bool(rows) and rows[-1]["step"] >= job.config.run.steps and exported
+    config = p.job.config
+    p.read()
+    return p.step >= config.run.steps and (not config.checkpoint.export_final or (config.folder / "hf").is_dir())
 
 
 def refuse_other(job: Job) -> None:

@@ -18,9 +18,6 @@
 `{seed}` and `{python}` are replaced everywhere. Later settings win: the study's, then the variant's, then the form's.
 """
 
-# A default given to Field by position is invisible to the type checker, which then misses arguments in `Section()`.
-# pyright: reportCallIssue=false
-
 from __future__ import annotations
 
 import fnmatch

@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch
 from torch._C._distributed_c10d import BroadcastOptions, PrefixStore, ProcessGroup, ProcessGroupGloo, TCPStore
 
+from stare_megatron.models.hf_folder import grouped, spec_bytes
 from stare_megatron.sync.source import ParamSpec
 
 BUFFER_BYTES = 64 << 20
@@ -16,28 +17,6 @@ BUFFER_BYTES = 64 << 20
 
 TIMEOUT = timedelta(minutes=10)
 """How long a side waits for the other in the rendezvous and in a broadcast."""
-
-
-def num_bytes(spec: ParamSpec) -> int:
-    count = spec.dtype.itemsize
-    for extent in spec.shape:
-        count *= extent
-    return count
-
-
-def buckets(specs: Iterable[ParamSpec], limit: int) -> Iterator[list[ParamSpec]]:
-    """Cut the stream into runs of at most `limit` bytes (or one larger parameter): the same cut on both sides."""
-    run: list[ParamSpec] = []
-    filled = 0
-    for spec in specs:
-        size = num_bytes(spec)
-        if run and filled + size > limit:
-            yield run
-            run, filled = [], 0
-        run.append(spec)
-        filled += size
-    if run:
-        yield run
 
 
 class GlooGroup:
@@ -81,12 +60,12 @@ def send(
     failed: Callable[[], None],
 ) -> None:
     """Send `tensors`, which agree with `specs`, through one buffer."""
-    runs = list(buckets(specs, limit))
-    buffer = torch.empty(max(sum(map(num_bytes, run)) for run in runs), dtype=torch.uint8)
+    runs = grouped(specs, spec_bytes, limit)
+    buffer = torch.empty(max(sum(map(spec_bytes, run)) for run in runs), dtype=torch.uint8)
     for run in runs:
         end = 0
         for spec, (_, tensor) in zip(run, tensors, strict=False):
-            begin, end = end, end + num_bytes(spec)
+            begin, end = end, end + spec_bytes(spec)
             buffer[begin:end].copy_(tensor.detach().contiguous().view(-1).view(torch.uint8))
         group.broadcast(buffer[:end], failed)
     for _ in tensors:  # exhausts the iterator, so that a surplus is an error and collectives end together
@@ -94,12 +73,12 @@ def send(
 
 
 def receive(group: GlooGroup, specs: Iterable[ParamSpec], limit: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """Yield the parameters bucket by bucket.
+    """Yield the parameters bucket by bucket: both sides cut the stream at the same places.
 
     Each bucket has fresh memory: vLLM's layerwise reload keeps references to tensors until their layer is complete.
     """
-    for run in buckets(specs, limit):
-        buffer = torch.empty(sum(map(num_bytes, run)), dtype=torch.uint8)
+    for run in grouped(specs, spec_bytes, limit):
+        buffer = torch.empty(sum(map(spec_bytes, run)), dtype=torch.uint8)
         group.broadcast(buffer, lambda: None)
-        pieces = buffer.split([num_bytes(spec) for spec in run])
+        pieces = buffer.split([spec_bytes(spec) for spec in run])
         yield [(s.name, p.view(s.dtype).view(s.shape)) for s, p in zip(run, pieces, strict=True)]

@@ -45,7 +45,7 @@ def _rounded(length: int) -> int:
 
 
 @functools.lru_cache(maxsize=16)
-def _plan(lengths: tuple[int, ...], place: torch.device) -> tuple[_Bucket, ...]:
+def _plan(lengths: tuple[int, ...], device: torch.device) -> tuple[_Bucket, ...]:
     """Group sequences of a pack by rounded length. All layers of a micro-batch share one plan."""
     starts = [0]
     for length in lengths:
@@ -64,7 +64,7 @@ def _plan(lengths: tuple[int, ...], place: torch.device) -> tuple[_Bucket, ...]:
         take_BL = torch.where(real_BL, start_B1 + offset_1L, 0)
         put_M = real_BL.flatten().nonzero().flatten()
         whole = len(members) == 1 and bool(real_BL.all()) and len(ns) == len(lengths)
-        buckets.append(_Bucket(take_BL.to(place), put_M.to(place), take_BL[real_BL].to(place), whole))
+        buckets.append(_Bucket(take_BL.to(device), put_M.to(device), take_BL[real_BL].to(device), whole))
     return tuple(buckets)
 
 

@@ -47,11 +47,11 @@ class _Local:
                 return found
         return None
 
-    def places(self) -> set[tuple[int | None, str]]:
+    def keys(self) -> set[tuple[int | None, str]]:
         return set(self._parameters)
 
-    def place_of(self, parameter: torch.nn.Parameter) -> tuple[int | None, str]:
-        return next(place for place, p in self._parameters.items() if p is parameter)
+    def key_of(self, parameter: torch.nn.Parameter) -> tuple[int | None, str]:
+        return next(key for key, p in self._parameters.items() if p is parameter)
 
 
 def _groups(entry: ParameterEntry) -> ProcessGroup:
@@ -101,7 +101,7 @@ def load_weights(chunks: Sequence[torch.nn.Module], path: Path) -> None:
     """
     shape, local, file = _shape(chunks), _Local(chunks), Checkpoint(path)
     file.refuse_unknown(hf_names(shape), shape.tied)
-    left = local.places()
+    left = local.keys()
     for entry in local_entries(shape):
         group = _groups(entry)
         for here, expert in enumerate(_local_experts(shape, entry)):
@@ -120,7 +120,7 @@ def load_weights(chunks: Sequence[torch.nn.Module], path: Path) -> None:
                 parameter.shape[0],
             )
             parameter.copy_(value)
-            left.discard(local.place_of(parameter))
+            left.discard(local.key_of(parameter))
     if left:
         raise RuntimeError(f"parameters without a counterpart in the checkpoint: {sorted(map(str, left))}")
 

@@ -6,7 +6,7 @@ gradient is written by `trainer.logprobs_triton` where `device.triton_serves`, e
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -98,7 +98,9 @@ def log_probs(
 
 class _LogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits_TV, target_T, shard: VocabShard, tau: float, entropy_gradient: bool):
+    def forward(
+        ctx: Any, logits_TV: torch.Tensor, target_T: torch.Tensor, shard: VocabShard, tau: float, entropy_gradient: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         partial_KT = kernels(logits_TV).partials(logits_TV, target_T, shard, tau, sensitivity=False, raw=False)
         row = merged(gather(partial_KT, shard, tau))
         ctx.logits_TV = logits_TV.detach()  # not save_for_backward: it is overwritten there on purpose
@@ -109,7 +111,8 @@ class _LogProbs(torch.autograd.Function):
         return at_targets(row.logprob(tau), target_T), entropy_T
 
     @staticmethod
-    def backward(ctx, *grads):  # (d loss / d logprob_T, d loss / d entropy_T)
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """`grads`: d loss / d logprob_T, d loss / d entropy_T."""
         logits_TV = ctx.logits_TV
         if logits_TV is None:
             raise RuntimeError("log_probs: the backward overwrote the logits; it can run once only")
@@ -182,7 +185,16 @@ def _head_partials(
 
 class _HeadLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_TH, weight_VH, target_T, shard: VocabShard, tau: float, chunk: int, entropy_gradient: bool):
+    def forward(
+        ctx: Any,
+        hidden_TH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        target_T: torch.Tensor,
+        shard: VocabShard,
+        tau: float,
+        chunk: int,
+        entropy_gradient: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         partial_KT = _head_partials(hidden_TH, weight_VH, target_T, shard, tau, chunk, scoring=False)
         ctx.save_for_backward(hidden_TH, weight_VH, target_T)
         ctx.row = row = merged(gather(partial_KT, shard, tau))
@@ -193,7 +205,8 @@ class _HeadLogProbs(torch.autograd.Function):
         return at_targets(row.logprob(tau), target_T), entropy_T
 
     @staticmethod
-    def backward(ctx, *grads):  # (d loss / d logprob_T, d loss / d entropy_T)
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """`grads`: d loss / d logprob_T, d loss / d entropy_T."""
         hidden_TH, weight_VH, target_T = ctx.saved_tensors
         grad_hidden_TH = torch.empty_like(hidden_TH)
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32)

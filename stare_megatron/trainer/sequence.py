@@ -57,7 +57,7 @@ class SequenceLayout:
 
 
 def token_batch(
-    groups: Sequence[Group], share: UpdateShare, algorithm: Algorithm, config: AlgorithmConfig, place: torch.device
+    groups: Sequence[Group], share: UpdateShare, algorithm: Algorithm, config: AlgorithmConfig, device: torch.device
 ) -> TokenBatch:
     """This rank's sequences of one optimizer step. Advantages come from the rewards of each whole group but its FAILED
     trajectories, which say nothing about the policy.
@@ -87,7 +87,7 @@ def token_batch(
 
     def column(name: str, dtype: torch.dtype) -> torch.Tensor:
         parts = columns[name]
-        return torch.from_numpy(np.concatenate(parts) if parts else np.empty(0)).to(place, dtype)
+        return torch.from_numpy(np.concatenate(parts) if parts else np.empty(0)).to(device, dtype)
 
     length_N = torch.tensor(lengths, dtype=torch.int64)
     cu_N1 = torch.cat([torch.zeros(1, dtype=torch.int64), length_N.cumsum(0)])
@@ -97,7 +97,7 @@ def token_batch(
         rollout_logprob_T=column("logprob", torch.float32),
         advantage_T=column("advantage", torch.float32),
         global_id_T=column("id", torch.int64),
-        sequence_T=torch.arange(len(lengths)).repeat_interleave(length_N).to(place),
+        sequence_T=torch.arange(len(lengths)).repeat_interleave(length_N).to(device),
         cu_seqlens_N1=cu_N1.to(torch.int32),
         global_sequence_N=torch.tensor(first_ids, dtype=torch.int64),
         num_action_tokens=share.num_action_tokens,
@@ -126,22 +126,22 @@ def _row(batch: TokenBatch, pieces: list[torch.Tensor], layout: SequenceLayout) 
     return _assemble(pieces, batch.token_ids_T, batch.action_T, layout)
 
 
-def dummy(layout: SequenceLayout, place: torch.device) -> MicroBatch:
+def dummy(layout: SequenceLayout, device: torch.device) -> MicroBatch:
     """The shortest row that every rank can run; it has no target."""
-    return _assemble([], torch.empty(0, dtype=torch.int64, device=place), torch.empty(0, device=place), layout)
+    return _assemble([], torch.empty(0, dtype=torch.int64, device=device), torch.empty(0, device=device), layout)
 
 
 def _assemble(
     pieces: list[torch.Tensor], token_ids_T: torch.Tensor, wanted_T: torch.Tensor, layout: SequenceLayout
 ) -> MicroBatch:
     """`pieces`: token indices of each sequence; the targets are the `wanted_T` tokens."""
-    place = token_ids_T.device
+    device = token_ids_T.device
     lengths = padded_lengths([len(p) for p in pieces], layout)
     token_ids, positions, targets, sources = [], [], [], []
     for i, length in enumerate(lengths):
         piece = pieces[i] if i < len(pieces) else token_ids_T.new_empty(0)
         n = len(piece)
-        token_P = torch.full((length,), PADDING_TOKEN, dtype=torch.int64, device=place)
+        token_P = torch.full((length,), PADDING_TOKEN, dtype=torch.int64, device=device)
         target_P = torch.full_like(token_P, NO_TARGET)
         source_P = torch.full_like(token_P, -1)
         token_P[:n] = token_ids_T[piece]
@@ -150,9 +150,9 @@ def _assemble(
             wanted = wanted_T[following].bool()
             target_P[: n - 1] = torch.where(wanted, token_ids_T[following], NO_TARGET)
             source_P[: n - 1] = torch.where(wanted, following, -1)
-        keep = _local(length, layout, place)
+        keep = _local(length, layout, device)
         token_ids.append(token_P[keep])
-        positions.append(torch.arange(length, device=place)[keep])
+        positions.append(torch.arange(length, device=device)[keep])
         targets.append(target_P[keep])
         sources.append(source_P[keep])
     cu_seqlens_M1 = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
@@ -187,9 +187,9 @@ def padded_lengths(lengths: Sequence[int], layout: SequenceLayout) -> list[int]:
     return padded
 
 
-def _local(length: int, layout: SequenceLayout, place: torch.device) -> torch.Tensor:
+def _local(length: int, layout: SequenceLayout, device: torch.device) -> torch.Tensor:
     """Positions of a sequence on this context-parallel rank: chunks r and 2 CP - 1 - r of 2 CP."""
-    everything = torch.arange(length, device=place)
+    everything = torch.arange(length, device=device)
     size = layout.context_parallel
     if size == 1:
         return everything

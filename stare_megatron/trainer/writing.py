@@ -133,10 +133,10 @@ class Writer:
             kept.append((item, self._copy((key, number), tensor) if changes else tensor))
         return path, key, (data, kept)
 
-    def _copy(self, place: tuple[str, int], tensor: torch.Tensor) -> torch.Tensor:
-        old = self._copies.get(place)
+    def _copy(self, key: tuple[str, int], tensor: torch.Tensor) -> torch.Tensor:
+        old = self._copies.get(key)
         if old is None or old.shape != tensor.shape or old.dtype != tensor.dtype:
-            old = self._copies[place] = torch.empty_like(tensor)
+            old = self._copies[key] = torch.empty_like(tensor)
         return old.copy_(tensor)
 
 

@@ -111,6 +111,7 @@ THIRD_PARTY: dict[str, set[str]] = {
         "sync",
         "cluster",
         "compare",
+        "metrics",
     },
 }
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
+import tomllib
 
-from tests.contracts.source import files, nodes, relative, tree
+from tests.contracts.source import ROOT, files, nodes, relative, tree
 
 PRODUCT = ("stare_megatron", "patches", "tools")
 
@@ -30,18 +32,58 @@ def test_no_getattr_with_a_default():
 def test_no_broad_except():
     """`except Exception` turns a bug into a wrong result, unless it cleans up and raises the same again."""
 
-    def names(node):
-        items = node.elts if isinstance(node, ast.Tuple) else [node]
-        return {item.id for item in items if isinstance(item, ast.Name)}
-
     def match(node):
         if not isinstance(node, ast.ExceptHandler):
             return False
-        broad = node.type is None or bool(names(node.type) & {"Exception", "BaseException"})
         last = node.body[-1]
-        return broad and not (isinstance(last, ast.Raise) and last.exc is None)
+        return _is_broad(node) and not (isinstance(last, ast.Raise) and last.exc is None)
 
     assert places(match) == []
+
+
+def _is_broad(node):
+    items = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+    return any(
+        item is None or (isinstance(item, ast.Name) and item.id in ("Exception", "BaseException")) for item in items
+    )
+
+
+def test_no_more_broad_excepts_than_there_are():
+    """Those that clean up and raise again: a new one needs a reason, and a new number here."""
+    broad = places(lambda node: isinstance(node, ast.ExceptHandler) and _is_broad(node))
+    assert len(broad) <= 8, broad
+
+
+def test_type_rules_are_switched_off_by_the_line_only():
+    """A comment on a line of its own switches a rule off for the whole file."""
+    whole = [
+        f"{relative(f)}: {line}"
+        for f in files(*PRODUCT)
+        for line in f.read_text().splitlines()
+        if re.match(r"#\s*(pyright|type|mypy)\s*:", line)
+    ]
+    assert whole == []
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pyright"]
+    tables = [settings, *settings["executionEnvironments"]]
+    assert [key for table in tables for key in table if key.startswith("report")] == []
+
+
+def test_every_parameter_and_result_has_a_type():
+    """Of Triton's kernels the compiler knows the types."""
+
+    def match(node):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or _is_kernel(node):
+            return False
+        a = node.args
+        named = [p for p in (*a.posonlyargs, *a.args, *a.kwonlyargs) if p.arg not in ("self", "cls")]
+        every = [*named, *(p for p in (a.vararg, a.kwarg) if p is not None)]
+        return node.returns is None or any(p.annotation is None for p in every)
+
+    assert places(match) == []
+
+
+def _is_kernel(node):
+    return any(ast.unparse(d).startswith("triton.") for d in node.decorator_list)
 
 
 def test_no_assert_false_or_print_in_the_package():

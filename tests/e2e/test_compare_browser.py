@@ -17,11 +17,12 @@ import pytest
 from selenium.webdriver.support.ui import WebDriverWait
 
 from stare_megatron.compare import derived
-from stare_megatron.compare.align import Align, mean_curve, moving_average, position
+from stare_megatron.compare.align import Align, mean_curve, position
 from stare_megatron.compare.html import number
 from stare_megatron.compare.load import load
 from stare_megatron.compare.report import REPORT, Options, compare
 from stare_megatron.errors import UserError
+from stare_megatron.metrics.estimators import moving_average
 from tests.unit.compare.run_folders import write_run, write_sample_records
 
 STEPS, NOW = 70, 2e9

@@ -34,36 +34,30 @@ def in_box(value: Any) -> tuple[str, ...]:
 
 def alternatives(value: Any) -> tuple[str, ...]:
     """A list of answers each of which is right, or one answer."""
-    if not isinstance(value, list):
-        return plain(value)
-    if not value:
-        raise ValueError("an empty list")
-    return tuple(dict.fromkeys(_clean(_text(item)) for item in value))
+    return tuple(dict.fromkeys(_items(value)))
 
 
 def all_of(value: Any) -> tuple[str, ...]:
     """A list of answers that together are the answer."""
-    if not isinstance(value, list):
-        return plain(value)
-    if not value:
+    return (", ".join(_items(value)),)
+
+
+def _items(value: Any) -> list[str]:
+    items = value if isinstance(value, list) else [value]
+    if not items:
         raise ValueError("an empty list")
-    return (", ".join(_clean(_text(item)) for item in value),)
+    return [_clean(_text(item)) for item in items]
 
 
 def json_list(value: Any) -> tuple[str, ...]:
     """Skywork-OR1: a JSON list written as a string; several items are alternatives."""
     try:
         items = json.loads(_text(value))
-    except json.JSONDecodeError as e:
-        raise ValueError(f"want a JSON list in a string, got {value!r:.60}") from e
+    except json.JSONDecodeError:
+        items = None
     if not isinstance(items, list):
         raise ValueError(f"want a JSON list in a string, got {value!r:.60}")
     return alternatives(items)
-
-
-def anything(answer: str) -> str:
-    """No further demand."""
-    return answer
 
 
 def aime(answer: str) -> str:

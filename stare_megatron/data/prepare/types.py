@@ -71,16 +71,16 @@ class Recipe:
 
     `hub`: its repository; `patterns`: its files there, the first that matches any counts (`{split}` is replaced);
     `layouts`: the forms it is published in, here and by others, the first whose columns a file has counts.
-    `check`: a further demand on an answer, as `ReadAnswers` raises. `role`: what its rows are for.
+    `check`: the answer after a further demand on it, as `ReadAnswers` raises; `str`: none. `role`: of its rows.
     """
 
     name: str
     hub: str
     patterns: tuple[str, ...]
-    split: str
-    role: Literal["train", "eval"]
     layouts: tuple[FileLayout, ...]
-    check: Callable[[str], str]
+    split: str = "train"
+    role: Literal["train", "eval"] = "train"
+    check: Callable[[str], str] = str
 
 
 @dataclass(frozen=True)

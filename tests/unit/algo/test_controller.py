@@ -16,13 +16,8 @@ from stare_megatron.config import AlgorithmConfig, parse
 from stare_megatron.data.prompts import StreamState
 from stare_megatron.errors import UserError
 from stare_megatron.types import GateDuty, Observed
+from tests.configs import MINIMAL
 
-TREE = {
-    "run": {"steps": 5},
-    "model": {"path": "m"},
-    "data": {"train": ["d"]},
-    "reward": {"name": "math"},
-}
 PI: dict[str, Any] = {
     "controller": "proportional_integral",
     "target_entropy": 0.2,
@@ -34,7 +29,7 @@ PI: dict[str, Any] = {
 
 
 def config(method: Any = "stare", **stare: Any) -> AlgorithmConfig:
-    return parse(TREE | {"algorithm": {"method": method, "stare": stare}}, "x.toml").algorithm
+    return parse(MINIMAL | {"algorithm": {"method": method, "stare": stare}}, "x.toml").algorithm
 
 
 def observed(settings: AlgorithmConfig, entropies, state: ControllerState | None = None):
@@ -144,5 +139,5 @@ def test_settings_without_effect_are_refused(stare, message):
     "stare", [PI, PI | {"target_schedule": "linear", "target_entropy_end": 0.1}, {"controller": "proportional"}]
 )
 def test_written_settings_can_be_read(stare):
-    run = parse(TREE | {"algorithm": {"stare": stare}}, "x.toml")
+    run = parse(MINIMAL | {"algorithm": {"stare": stare}}, "x.toml")
     assert parse(run.model_dump(mode="json"), "x.toml") == run

@@ -21,6 +21,7 @@ from stare_megatron.config import AlgorithmConfig, CorrectionConfig, parse
 from stare_megatron.config.methods import METHODS
 from stare_megatron.errors import UserError
 from stare_megatron.types import Control
+from tests.configs import MINIMAL
 from tests.unit.algo.test_algo_selection import on_ranks
 
 OPEN = Control(True, 1.5, 0.5, 0.2, 0.3, 0.004)
@@ -242,26 +243,18 @@ def test_proportional_controller(entropy, want):
     assert state == dataclasses.replace(controller.initial(settings), steps=1)
 
 
-TREE = {
-    "run": {"steps": 1},
-    "model": {"path": "m"},
-    "data": {"train": ["d"]},
-    "reward": {"name": "math"},
-}
-
-
 def test_defaults_are_the_methods():
     assert config("gspo").clip_high == 4e-4
     assert config("gspo").reduction == "sequence-mean-token-mean"
     assert not config("dr_grpo").normalize_std
     assert config("gspo", clip_high=1e-3).clip_high == 1e-3
-    run = parse(TREE | {"algorithm": {"method": "dr_grpo"}, "rollout": {"max_response_tokens": 77}}, "x.toml")
+    run = parse(MINIMAL | {"algorithm": {"method": "dr_grpo"}, "rollout": {"max_response_tokens": 77}}, "x.toml")
     assert run.algorithm.response_tokens == 77
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_written_configuration_can_be_read(method):
-    run = parse(TREE | {"algorithm": {"method": method}}, "x.toml")
+    run = parse(MINIMAL | {"algorithm": {"method": method}}, "x.toml")
     again = parse(run.model_dump(mode="json"), "x.toml")
     assert again.model_dump() == run.model_dump()
 
@@ -278,7 +271,7 @@ def test_written_configuration_can_be_read(method):
 )
 def test_settings_without_effect_are_refused(algorithm, message):
     with pytest.raises(UserError, match=message):
-        parse(TREE | {"algorithm": algorithm}, "x.toml")
+        parse(MINIMAL | {"algorithm": algorithm}, "x.toml")
 
 
 def corrected(**settings):
@@ -341,4 +334,4 @@ def test_sequence_correction_does_not_depend_on_context_sharding(level):
 )
 def test_correction_that_could_not_be_right_is_refused(tree, message):
     with pytest.raises(UserError, match=message):
-        parse(TREE | tree, "x.toml")
+        parse(MINIMAL | tree, "x.toml")

@@ -20,6 +20,7 @@ from stare_megatron.host import manifest
 from stare_megatron.metrics import wandb_id
 from stare_megatron.run import eval as build_eval
 from stare_megatron.types import GateDuty, Observed
+from tests.configs import tables
 
 KEEP = config.CheckpointConfig(asynchronous=False)
 SETTINGS = Settings({}, {})
@@ -71,13 +72,11 @@ def saved(root: Path, *steps: int, **keep: Any) -> Path:
 
 def tree(folder: Path) -> dict[str, Any]:
     """The tables of a run's configuration."""
-    return {
-        "run": {"name": "unit", "dir": str(folder / "runs"), "steps": 3},
-        "model": {"path": str(folder / "model")},
-        "data": {"train": ["a.jsonl"]},
-        "reward": {"name": "math"},
-        "algorithm": {"method": "stare"},
-    }
+    return tables(
+        run={"dir": str(folder / "runs"), "steps": 3},
+        model={"path": str(folder / "model")},
+        algorithm={"method": "stare"},
+    )
 
 
 def names(root: Path) -> list[str]:

@@ -6,11 +6,12 @@ import os
 import numpy as np
 import pytest
 
-from stare_megatron.compare.align import Align, mean_curve, moving_average, position
+from stare_megatron.compare.align import Align, mean_curve, position
 from stare_megatron.compare.group import differing, group
 from stare_megatron.compare.load import State, load, load_all
 from stare_megatron.compare.measures import table
 from stare_megatron.errors import UserError
+from stare_megatron.metrics.estimators import moving_average
 from tests.unit.compare.run_folders import RECORD, rows, write_run
 
 NOW = 2e9

@@ -80,10 +80,6 @@ def test_prediction_is_drawn_at_the_size_of_what_was_measured():
     assert all(math.isnan(x) for x in plot.scaled_to([nan, 0.0], [1.0, 1.0]))
 
 
-def test_running_mean_looks_back_only():
-    assert plot.running_mean([1.0, 3.0, float("nan"), 5.0], 2) == [1.0, 2.0, 3.0, 5.0]
-
-
 def test_summary_compares_the_first_and_last_ten_steps(tmp_path):
     write_run(tmp_path, 30)
     s = summary.summarize(tmp_path)

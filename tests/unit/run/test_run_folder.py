@@ -12,6 +12,7 @@ from stare_megatron import config
 from stare_megatron.errors import UserError
 from stare_megatron.host import device
 from stare_megatron.run import folder as run_folder
+from tests.configs import configuration
 
 
 @pytest.fixture
@@ -25,14 +26,8 @@ def model(tmp_path):
 @pytest.fixture
 def make(tmp_path, model):
     def build(**run):
-        tree = {
-            "run": {"name": "unit", "dir": str(tmp_path / "runs"), "steps": 3, "seed": 5, **run},
-            "model": {"path": str(model)},
-            "data": {"train": ["a.jsonl"]},
-            "reward": {"name": "math"},
-            "trainer": {"megatron": {"softmax_scale": 0.5}},
-        }
-        return config.parse(tree, "test")
+        run = {"dir": str(tmp_path / "runs"), "steps": 3, "seed": 5, **run}
+        return configuration(run=run, model={"path": str(model)}, trainer={"megatron": {"softmax_scale": 0.5}})
 
     return build
 

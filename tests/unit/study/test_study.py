@@ -7,6 +7,7 @@ import json
 import pytest
 
 from stare_megatron.errors import UserError
+from stare_megatron.metrics import jsonl
 from stare_megatron.run.folder import to_toml
 from stare_megatron.study import jobs, spec
 from stare_megatron.study.display import line, table
@@ -109,14 +110,14 @@ def write(job, steps, exported=True):
 
 def test_a_run_is_done_when_its_last_step_is_logged_and_its_policy_exported(file):
     job = spec.load(file, "", "*").jobs[0]
-    assert not jobs.is_done(job)
+    assert not jobs.is_done(jobs.Progress(job))
     write(job, 4)
-    assert not jobs.is_done(job)
+    assert not jobs.is_done(jobs.Progress(job))
     write(job, 5, exported=False)
     (job.config.folder / "hf").rmdir()
-    assert not jobs.is_done(job)
+    assert not jobs.is_done(jobs.Progress(job))
     write(job, 5)
-    assert jobs.is_done(job)
+    assert jobs.is_done(jobs.Progress(job))
 
 
 def test_a_folder_of_other_settings_is_refused(file):
@@ -134,12 +135,12 @@ def test_more_steps_go_on_with_the_same_run(file):
     edit(file, 'fraction=0.03"', 'fraction=0.03", "run.steps=9"')
     longer = spec.load(file, "", "*").jobs[1]
     jobs.refuse_other(longer)
-    assert not jobs.is_done(longer)
+    assert not jobs.is_done(jobs.Progress(longer))
 
 
 def test_what_the_user_sees(file):
     job = spec.load(file, "", "*").jobs[0]
     write(job, 3)
-    progress = jobs.Progress(job, jobs.State.RUNNING, rows=jobs.read_rows(job))
+    progress = jobs.Progress(job, jobs.State.RUNNING, rows=jsonl.read(job.config.folder / jsonl.FILE))
     assert line(progress) == "grpo-seed1: running, step 3/5, entropy 0.500, reward 0.250"
     assert table([progress]).row_count == 1

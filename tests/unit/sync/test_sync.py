@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from stare_megatron.errors import RunError
+from stare_megatron.models.hf_folder import grouped, spec_bytes
 from stare_megatron.sync import wire
 from stare_megatron.sync.check import (
     checksum,
@@ -49,9 +50,9 @@ def make_pair() -> tuple[wire.GlooGroup, wire.GlooGroup]:
 
 def test_buckets_keep_order_and_bound() -> None:
     specs = [ParamSpec(str(i), torch.float32, (n,)) for i, n in enumerate([2, 3, 4, 1, 1, 30, 1])]
-    runs = [[s.name for s in run] for run in wire.buckets(specs, 20)]
+    runs = [[s.name for s in run] for run in grouped(specs, spec_bytes, 20)]
     assert runs == [["0", "1"], ["2", "3"], ["4"], ["5"], ["6"]]
-    assert list(wire.buckets([], 20)) == []
+    assert grouped([], spec_bytes, 20) == []
 
 
 @pytest.mark.parametrize("limit", [1, 100, 1 << 20])

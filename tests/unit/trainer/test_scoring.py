@@ -14,15 +14,10 @@ from stare_megatron.config import AlgorithmConfig, parse
 from stare_megatron.config.methods import METHODS, SELECTORS
 from stare_megatron.errors import UserError
 from stare_megatron.types import Control
+from tests.configs import tables
 from tests.unit.algo.test_algo_selection import on_ranks
 
-TREE = {
-    "run": {"steps": 1},
-    "model": {"path": "m"},
-    "data": {"train": ["d"]},
-    "reward": {"name": "math"},
-    "trainer": {"scoring": "rollout"},
-}
+TREE = tables(trainer={"scoring": "rollout"})
 N = 400
 
 
