@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import functools
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stare_megatron.errors import UserError
+from stare_megatron.errors import UserError, suggest
 
 # EngineArgs that have a key of their own, or on which log-probs and weight pushes depend.
 RESERVED = {
@@ -61,6 +60,5 @@ def check_engine_args(table: Mapping[str, Any]) -> None:
             cure = f"set {RESERVED[key]} instead" if RESERVED[key] else "the run depends on its value"
             raise UserError(f"inference.vllm.{key} = {table[key]!r}: not settable here: {cure}")
         if key not in engine_arg_names():
-            near = difflib.get_close_matches(key, engine_arg_names(), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = suggest(key, engine_arg_names())
             raise UserError(f"inference.vllm.{key}: vLLM's EngineArgs has no such field{hint}")

@@ -7,14 +7,13 @@ patches. The twin for `[inference.vllm]` is `inference/options.py`.
 from __future__ import annotations
 
 import ast
-import difflib
 import functools
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stare_megatron.errors import UserError
+from stare_megatron.errors import UserError, nearest, suggest
 
 _SOURCES = (
     ("core/transformer/transformer_config.py", ("TransformerConfig", "MLATransformerConfig")),
@@ -129,6 +128,6 @@ def check_megatron(table: Mapping[str, Any]) -> None:
         if key in RESERVED:
             raise UserError(f"trainer.megatron.{key} = {value!r}: not settable here: {RESERVED[key]}")
         if key not in megatron_fields():
-            near = difflib.get_close_matches(key, megatron_fields() - RESERVED.keys(), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            cure = RESERVED.get(nearest(key, megatron_fields()))
+            hint = suggest(key, megatron_fields()) + (f" It is not settable here: {cure}" if cure else "")
             raise UserError(f"trainer.megatron.{key}: Megatron-Core's TransformerConfig has no such field{hint}")
