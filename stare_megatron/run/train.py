@@ -31,14 +31,12 @@ from stare_megatron.host import device
 from stare_megatron.host.memory import host_memory
 from stare_megatron.metrics import catalogue, eval_records, eval_results, jsonl, wandb_id
 from stare_megatron.metrics.plot import plot
-from stare_megatron.metrics.sample_records import write_sample_records
-from stare_megatron.metrics.samples import FOLDER, pick, write_samples
 from stare_megatron.metrics.sinks import Sinks, open_sinks
-from stare_megatron.metrics.summary import render, summarize
+from stare_megatron.metrics.summary import how_to_resume, next_steps, opening, opening_notes, render, summarize
 from stare_megatron.rollout.collect import Collected, Collector
 from stare_megatron.rollout.groups import check_env, make_runner
 from stare_megatron.run import folder as run_folder
-from stare_megatron.run import loop, preflight
+from stare_megatron.run import loop, preflight, samples
 from stare_megatron.run import step_metrics as report
 from stare_megatron.run.evaluation import Evaluations, Evaluator
 from stare_megatron.sync.check import compare, first_difference, require_agreement
@@ -215,22 +213,13 @@ class StareRun:
         self._sinks.log(step, values)
         self._before = report.observed(scores, updates)
         if self._samples_due(step):
-            self._write_samples(step, batch)
+            self._sinks.sample(samples.write(self._config, step, batch, self._trainers, self._decode))
         self._seconds = {}
         self._step_began = time.monotonic()
 
     def _samples_due(self, step: int) -> bool:
         every = self._config.logging.samples_every
         return bool(every) and (step % every == 0 or step == 1)
-
-    def _write_samples(self, step: int, batch: Collected) -> None:
-        """Some trajectories of the step, as text and as data with what the update knew of their tokens."""
-        limit, folder = self._config.logging.samples, self._config.folder / FOLDER
-        groups = runtime.fetch([ref for ref, _ in batch.groups[:limit]])
-        picked = pick(groups, limit)
-        records = self._trainers.token_records([p.place for p in picked])
-        write_samples(folder, step, picked, sum(len(g.trajectories) for g in groups), self._decode)
-        write_sample_records(folder, step, picked, records, self._decode)
 
     def eval_due(self, step: int) -> bool:
         # What a stop leaves out is due when the run goes on.
@@ -289,11 +278,7 @@ def train(config: Config, *, quiet: bool, command: list[str]) -> int:
     tokenizer = load_tokenizer(config.model.path)
     check_env(config.env, tokenizer)
     prompts = load_prompts(config.data, tokenizer)
-    if prompts.dropped:
-        notes.append(
-            f"{prompts.dropped} of {prompts.dropped + len(prompts)} prompts are longer than data.max_prompt_tokens = "
-            f"{config.data.max_prompt_tokens} and were dropped"
-        )
+    notes += opening_notes(config, len(prompts), prompts.dropped)
     benchmarks = load_benchmarks(config, tokenizer)
     stream = PromptStream(prompts, seed=config.run.seed, shuffle=config.data.shuffle)
     if config.sync.probe_every:
@@ -308,19 +293,24 @@ def train(config: Config, *, quiet: bool, command: list[str]) -> int:
             wandb_run = state.wandb_run
     folder = run_folder.open_run(config, command, sandbox)
     wandb_id.keep(folder.path, wandb_run)
+    parameters, held_out = run_folder.parameter_count(config.model.path), {b.name: len(b.prompts) for b in benchmarks}
+    say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    say(opening(config, parameters, len(prompts), held_out))
     for note in notes:
-        console.print(f"note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-    sinks = open_sinks(config, folder.path, restored, quiet, console)
+        say(f"note: {note}", style="yellow")
     stop = StopSignal(console)
     try:
-        with contextlib.closing(sinks), stop.installed():
+        with contextlib.closing(open_sinks(config, folder.path, restored, quiet, console)) as sinks, stop.installed():
             code = _train(config, settings, folder, stream, benchmarks, tokenizer, sinks, stop, resume_from, restored)
     except (UserError, KeyboardInterrupt):
         run_folder.discard(folder)
         raise
+    except RunError as e:
+        raise RunError(f"{e}\nlogs: {folder.logs}\n{how_to_resume(folder.path)}") from e
     if run_folder.is_used(folder):
         plot(folder.path)
-        console.print(render(summarize(folder.path), config.run.name, folder.outputs()))
+        console.print(render(summarize(folder.path), config.run.name, folder.outputs(), finished=code == 0))
+        say(next_steps(config, finished=code == 0))
     return code
 
 

@@ -6,6 +6,7 @@ import zlib
 import pytest
 
 from stare_megatron.compare.load import State, load
+from stare_megatron.config import LoggingConfig
 from stare_megatron.errors import UserError
 from stare_megatron.metrics.catalogue import metrics
 from stare_megatron.metrics.wandb_log import read_log
@@ -74,11 +75,11 @@ def test_a_real_offline_run_resumed_once(tmp_path):
 
     config = {"run": {"name": "n", "seed": 4, "steps": 5}, "algorithm": {"method": "grpo"}}
     values = {1: 0.5, 2: 1 / 3, 3: float("nan")}
-    sink = WandbSink(tmp_path / "wandb", "offline", "p", "n", config)
+    sink = WandbSink(tmp_path / "wandb", LoggingConfig(), "n", config)
     for step, value in values.items():
         sink.log(step, metrics({"policy/entropy": value, "groups/sampled": 40}))
     sink.close()
-    sink = WandbSink(tmp_path / "wandb", "offline", "p", "n", config)
+    sink = WandbSink(tmp_path / "wandb", LoggingConfig(), "n", config)
     for step in (3, 4):
         sink.log(step, metrics({"policy/entropy": step / 10, "groups/sampled": 41}))
     sink.close()
