@@ -24,28 +24,24 @@ _SYNONYMS = {
     "epochs": "run.steps",
     "tp": "trainer.tensor_parallel inference.tensor_parallel",
 }
-# pydantic's type of an error -> what the value must be.
+# pydantic's type of an error, or its first word -> what the value must be.
 _MUST = {
-    "bool_parsing": "be true or false",
-    "bool_type": "be true or false",
-    "dict_type": "be a table",
-    "finite_number": "be a finite number",
-    "float_parsing": "be a number",
-    "float_type": "be a number",
+    "bool": "be true or false",
+    "dict": "be a table",
+    "finite": "be a finite number",
+    "float": "be a number",
     "greater_than": "be above {gt}",
     "greater_than_equal": "be at least {ge}",
-    "int_from_float": "be a whole number",
-    "int_parsing": "be a whole number",
-    "int_type": "be a whole number",
+    "int": "be a whole number",
     "less_than": "be below {lt}",
     "less_than_equal": "be at most {le}",
-    "list_type": 'be a list, e.g. ["a", "b"]',
-    "literal_error": "be {expected}",
-    "model_type": "be a table",
-    "path_type": "be a path, in quotes",
+    "list": 'be a list, e.g. ["a", "b"]',
+    "literal": "be {expected}",
+    "model": "be a table",
+    "path": "be a path, in quotes",
     "string_pattern_mismatch": "match {pattern}",
     "string_too_short": "not be empty",
-    "string_type": "be a string, in quotes",
+    "string": "be a string, in quotes",
     "too_short": "have at least {min_length} entry",
 }
 
@@ -115,17 +111,18 @@ def _explain(error: ValidationError, origin: str) -> str:
     first = error.errors()[0]
     key = ".".join(part for part in first["loc"] if isinstance(part, str))
     if first["type"] == "extra_forbidden":
-        return f"{origin}: unknown key {key!r}{_hint(key)}"
+        return f"{origin}: unknown key {key!r}{hint(key)}"
     if first["type"] == "missing":
         return f"{origin}: key {key!r} is missing: {all_keys().get(key, 'a table is required')}"
     message = first["msg"].removeprefix("Value error, ")
-    if first["type"] in _MUST:
-        message = "must " + _MUST[first["type"]].format(**first.get("ctx", {}))
+    must = _MUST.get(first["type"]) or _MUST.get(first["type"].partition("_")[0])
+    if must:
+        message = "must " + must.format(**first.get("ctx", {}))
     value = "" if first["type"] == "value_error" else f" = {first['input']!r}"
     return f"{origin}: {key}{value}: {message}" if key else f"{origin}: {message}"
 
 
-def _hint(key: str) -> str:
+def hint(key: str) -> str:
     """What an unknown key may have meant: one or two of that name elsewhere, or one of its table that is near."""
     table, _, name = key.rpartition(".")
     if table == "algorithm" and name in METHODS:

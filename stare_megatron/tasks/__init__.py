@@ -17,5 +17,5 @@ def get(name: str) -> Task:
         UserError: there is none.
     """
     if name not in TASKS:
-        raise UserError(f"unknown task {name!r}{suggest(name, TASKS)}; known: {', '.join(sorted(TASKS))}")
+        raise UserError(f"unknown task {name!r} (there are {', '.join(sorted(TASKS))}){suggest(name, TASKS)}")
     return TASKS[name]

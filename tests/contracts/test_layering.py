@@ -50,7 +50,7 @@ ALLOWED: dict[str, set[str]] = {
         "checkpoint",
         "inference",
     },
-    "__main__": {"run", "config", "metrics", "study", "compare", "convert", "errors"},
+    "__main__": CONTRACTS | {"run", "metrics", "study", "compare", "convert", "data", "tasks"},
     "__init__": set(),
     "patches": {"host"},
 }
