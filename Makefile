@@ -1,4 +1,4 @@
-# make demo    train a tiny model with STARE on this machine's CPU, about ten minutes
+# make demo    train a tiny model with STARE on this machine's CPU, about five minutes with the set-up
 # make smollm2 the same on a real pretrained model of 135M parameters, a few steps
 # make test    the test suite       make test-slow   also wide sweeps and long runs
 # make lint    ruff and pyright     make docs        pages that are written from code

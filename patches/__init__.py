@@ -96,4 +96,4 @@ def apply(package: str) -> None:
     for patch in chosen:
         if patch.target in sys.modules:
             raise PatchError(f"{patch.target} was imported before its patch was applied")
-    sys.meta_path.insert(0, PatchingFinder(package, chosen))
+    sys.meta_path.insert(0, PatchingFinder(package, chosen))  # pyright: ignore[reportArgumentType]

@@ -16,7 +16,7 @@ def fix(module: ModuleType) -> None:
     def maybe_move_tensor_to_cpu(tensor: object, as_numpy: bool = False, record_stream: bool = False) -> object:
         return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
-    module.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
+    module.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu  # pyright: ignore[reportAttributeAccessIssue]
 
 
 PATCH = Patch(

@@ -20,8 +20,8 @@ def fix(module: ModuleType) -> None:
     def set_state(new_state: torch.Tensor, device: object = -1, graph_safe: bool = False) -> None:
         torch.set_rng_state(new_state)
 
-    module._get_cuda_rng_state = get_state
-    module._set_cuda_rng_state = set_state
+    module._get_cuda_rng_state = get_state  # pyright: ignore[reportAttributeAccessIssue]
+    module._set_cuda_rng_state = set_state  # pyright: ignore[reportAttributeAccessIssue]
 
 
 PATCH = Patch(

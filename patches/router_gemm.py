@@ -12,7 +12,7 @@ def fix(module: ModuleType) -> None:
     condition = "if te_general_gemm is not None and router_dtype != torch.float64:"
     expect(module.RouterGatingLinearFunction.forward, condition)
     if not module.HAVE_TE:
-        module.te_general_gemm = None
+        module.te_general_gemm = None  # pyright: ignore[reportAttributeAccessIssue]
 
 
 PATCH = Patch(

@@ -80,8 +80,8 @@ def fix(module: ModuleType) -> None:
     expect(
         module._get_megatron_optimizer_based_on_param_groups, 'kwargs["adam_w_mode"] = config.decoupled_weight_decay'
     )
-    module.Adam = AdamW
-    module.USING_PYTORCH_OPTIMIZER = False
+    module.Adam = AdamW  # pyright: ignore[reportAttributeAccessIssue]
+    module.USING_PYTORCH_OPTIMIZER = False  # pyright: ignore[reportAttributeAccessIssue]
     distributed.Adam = AdamW
     distributed.HAVE_APEX_OR_TE = True
     distributed.USING_APEX_OPTIMIZER = True

@@ -31,19 +31,20 @@ def _train(args: argparse.Namespace, rest: list[str]) -> int:
 
         print(to_toml(resolved), end="")
         return 0
-    from stare_megatron.run import train as build
+    from stare_megatron.run.train import train
 
     command = ["stare-megatron", "train", str(args.config), *overrides]
-    return build.train(resolved, quiet=args.quiet, command=command)
+    return train(resolved, quiet=args.quiet, command=command)
 
 
 def _eval(args: argparse.Namespace, rest: list[str]) -> int:
     from stare_megatron import config
 
     resolved = config.load(args.config, [*args.overrides, *rest])
-    from stare_megatron.run import eval as build_eval
+    from stare_megatron.run.eval import evaluate
 
-    return build_eval.evaluate(resolved, model=args.model, out=args.out)
+    evaluate(resolved, model=args.model, out=args.out)
+    return 0
 
 
 def _plot(args: argparse.Namespace, rest: list[str]) -> int:

@@ -3,10 +3,11 @@
 python tools/attack_sandbox.py FILE... [--level limits|filter|landlock|namespaces] [--seconds 10]
 
 Without --level: the strongest level of this machine. Each snippet finds a dictionary TARGET (see `Canaries.target`)
-that tells it where the prizes are; lines `# %%` split it into cells of one kept state. A verdict a line: `contained`,
-or what leaked. It leaked if a planted secret is in its output, a planted file changed, a planted process was hit, the
-planted listeners heard from it, a process, a shared object or a scratch directory is left, another call is disturbed,
-the next one does not work, or it prints ESCAPED. Exit code: 1 if anything leaked, 2 if the level is not available.
+that tells it where the prizes are; lines `# %%` split it into cells of one kept state. One verdict per line:
+`contained`, or what leaked. It leaked if a planted secret is in its output, a planted file changed, a planted process
+was hit, the planted listeners heard from it, a process, a shared object or a scratch directory is left, another call
+is disturbed, the next one does not work, or it prints ESCAPED. Exit code: 1 if anything leaked, 2 if the level is not
+available.
 
 Comment lines at the top of a snippet, all optional: `# Expect: STATUS, STATUS`, `# From: LEVEL` (the weakest level that
 is said to contain it), `# Seconds: N` (less time than the others).

@@ -74,7 +74,7 @@ async def cells(box: Sandbox, code: str, count: int) -> None:
 
 async def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--calls", type=int, default=200, help="calls a number")
+    parser.add_argument("--calls", type=int, default=200, help="calls per measurement")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--level", choices=[level.value for level in Level], help="default: the strongest")
     options = parser.parse_args(arguments)

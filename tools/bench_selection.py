@@ -2,7 +2,7 @@
 
 python tools/bench_selection.py [--tokens 1000000] [--ranks 2] [--fraction 0.1] [--repeats 3]
 
-Ranks are gloo processes of this machine. `payload`: bytes a rank hands to collectives for one selection, counted.
+Ranks are gloo processes of this machine. `payload`: bytes that a rank hands to collectives for one selection, counted.
 `Jaccard`: overlap of the chosen tokens with those of a sort in one process; every form but ours may differ from it.
 """
 
@@ -165,7 +165,7 @@ def main() -> None:
     console = Console(width=110)
     console.print(f"{hardware()}; torch {torch.__version__}, gloo, one thread a rank")
     console.print(f"{asked.tokens} tokens on {asked.ranks} ranks, P = {asked.fraction}, {len(oracle)} to choose")
-    table = Table("form", "ms", "payload a rank, KB", "collectives", "Jaccard")
+    table = Table("form", "ms", "payload per rank, KB", "collectives", "Jaccard")
     for name in FORMS:
         parts: list[Result] = [of_rank[name] for of_rank in found]
         chosen = {int(i) for part in parts for i in part.chosen}

@@ -1,4 +1,4 @@
-"""Tell what a checkpoint holds, or how two differ (exit code 1 when they do). The same as `stare-megatron inspect`.
+"""Show what a checkpoint contains, or how two differ (exit code 1 when they do). The same as `stare-megatron inspect`.
 
 python tools/inspect_checkpoint.py runs/NAME
 python tools/inspect_checkpoint.py MODEL OTHER

@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--split", choices=("train", "eval", "test"), default="train")
     parser.add_argument("--seed", type=int, default=0, help="which prompts of the split, and their order")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--append", action="store_true", help="keep what the file holds")
+    parser.add_argument("--append", action="store_true", help="keep what the file contains")
     args = parser.parse_args(argv)
     try:
         task = tasks.get(args.task)

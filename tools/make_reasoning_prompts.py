@@ -20,13 +20,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dataset", required=True, help="a name of reasoning-gym's, e.g. chain_sum")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON", help="a setting of the data set")
     parser.add_argument("--count", type=int, required=True)
-    parser.add_argument("--shots", type=int, default=4, help="solved questions before the open one")
+    parser.add_argument("--shots", type=int, default=4, help="solved questions before the unsolved one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
         "--without", type=Path, action="append", default=[], metavar="FILE", help="leave out all questions of this file"
     )
-    parser.add_argument("--append", action="store_true", help="keep what the file holds")
+    parser.add_argument("--append", action="store_true", help="keep what the file contains")
     args = parser.parse_args(argv)
     try:
         settings = dict(_setting(item) for item in args.set)

@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
         for line in broken:
             print(line, file=sys.stderr)
         if broken and not args.skip_malformed:
-            raise UserError(f"{len(broken)} malformed rows; mend them or use --skip-malformed")
+            raise UserError(f"{len(broken)} malformed rows; fix them or use --skip-malformed")
         if not lines:
             raise UserError("no rows")
         args.out.parent.mkdir(parents=True, exist_ok=True)

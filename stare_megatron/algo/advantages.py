@@ -42,14 +42,3 @@ def group_relative(rewards: Sequence[float], *, normalize_std: bool) -> tuple[fl
         return tuple(centred)
     std = math.sqrt(math.fsum(c * c for c in centred) / (n - 1))
     return tuple(c / (std + EPSILON) for c in centred)
-
-
-def leave_one_out(rewards: Sequence[float]) -> tuple[float, ...]:
-    """Reward minus the mean reward of the group's other trajectories; a group of one keeps its reward."""
-    n = len(rewards)
-    if n == 1:
-        return (rewards[0],)
-    if min(rewards) == max(rewards):
-        return (0.0,) * n
-    total = math.fsum(rewards)
-    return tuple(r - (total - r) / (n - 1) for r in rewards)

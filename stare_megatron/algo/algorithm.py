@@ -12,7 +12,7 @@ from stare_megatron.algo.controller import ControllerState
 from stare_megatron.algo.losses.types import LossInputs, TokenLoss
 from stare_megatron.algo.stare import Candidates, Weights
 from stare_megatron.config import AlgorithmConfig
-from stare_megatron.types import Control
+from stare_megatron.types import Control, EntropyReading
 
 
 def relative_reward(outcomes: Sequence[Outcome], config: AlgorithmConfig) -> tuple[float, ...]:
@@ -45,3 +45,17 @@ class Algorithm:
     )
     weigh: Callable[[Candidates, Control, AlgorithmConfig, Comm], Weights] = equal_weights
     entropy_gradient: bool = False
+
+
+class EntropyController:
+    """The controller of a run's method and its state, which belongs into a checkpoint."""
+
+    def __init__(self, config: AlgorithmConfig, algorithm: Algorithm) -> None:
+        self._config = config
+        self._algorithm = algorithm
+        self.state = controller.initial(config)
+
+    def observe(self, reading: EntropyReading) -> Control:
+        """Advance the entropy controller; return this step's control."""
+        self.state, control = self._algorithm.controller(self._config, self.state, reading.entropy)
+        return control

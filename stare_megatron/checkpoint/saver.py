@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -13,6 +12,7 @@ from stare_megatron.checkpoint.state import LoopState
 from stare_megatron.config import CheckpointConfig
 from stare_megatron.errors import RunError
 from stare_megatron.host import manifest
+from stare_megatron.host.files import free_bytes
 
 # The next checkpoint may be somewhat larger, and metrics and logs go to the same disk.
 _MARGIN = 1.05
@@ -126,8 +126,7 @@ class Saver:
         older = store.complete(self._root)
         size = store.size(older[-1]) if older else self._estimate
         need = int(size * _MARGIN)
-        place = next(p for p in (self._root.absolute(), *self._root.absolute().parents) if p.exists())
-        free = shutil.disk_usage(place).free
+        free = free_bytes(self._root)
         if free >= need:
             return True
         text = (

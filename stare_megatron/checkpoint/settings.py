@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stare_megatron.config import Config, all_keys, section_of
+from stare_megatron.config import Config, all_keys, flatten, section_of
+from stare_megatron.data.tokenizer import FILES
 from stare_megatron.errors import UserError
 from stare_megatron.host import manifest
 from stare_megatron.host.files import write_atomic
@@ -53,20 +54,6 @@ FREE = (
     "cluster",
     "sandbox",
 )
-# Beside config.json: what decides which ids a text becomes.
-_TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tekken.json",
-    "spiece.model",
-    "chat_template.jinja",
-)
 _MODEL = "config.json"
 _SHOWN = 8
 
@@ -89,9 +76,7 @@ def settings_of(config: Config) -> Settings:
     folder = config.model.path
     try:
         files = {
-            name: manifest.checksum(folder / name).checksum
-            for name in (_MODEL, *_TOKENIZER)
-            if (folder / name).is_file()
+            name: manifest.checksum(folder / name).checksum for name in (_MODEL, *FILES) if (folder / name).is_file()
         }
     except OSError as e:
         raise UserError(f"model.path = {str(folder)!r}: cannot be read: {e}") from e
@@ -104,11 +89,11 @@ def write(folder: Path, settings: Settings) -> None:
 
 
 def check_settings(folder: Path, now: Settings, allow: Sequence[str]) -> None:
-    """Refuse to go on from a checkpoint that another configuration, model or tokenizer made; one without
-    `settings.json` (from before it was kept) is let through. `allow`: `run.resume_allow`.
+    """Refuse to go on from a checkpoint that another configuration, model or tokenizer made. `allow`:
+    `run.resume_allow`.
 
     Raises:
-        UserError: names what differs; an unknown name in `allow`; a damaged file.
+        UserError: names what differs; an unknown name in `allow`; a missing or damaged file.
     """
     known = all_keys()
     tables = {".".join(key.split(".")[:n]) for key in known for n in range(1, key.count(".") + 1)}
@@ -120,8 +105,6 @@ def check_settings(folder: Path, now: Settings, allow: Sequence[str]) -> None:
     try:
         tree = json.loads(file.read_text())
         then = Settings(dict(tree["config"]), {str(k): str(v) for k, v in tree["files"].items()})
-    except FileNotFoundError:
-        return
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{file}: not the settings of a checkpoint: {type(e).__name__}: {e}") from e
     changed = [n for n in sorted(then.files.keys() | now.files.keys()) if then.files.get(n) != now.files.get(n)]
@@ -160,7 +143,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Differe
     A key that only one of them has counts with its default in the other: it came with a later version, or belongs to
     another method.
     """
-    old, new, defaults = _flat(then), _flat(now), _defaults()
+    old, new, defaults = flatten(then), flatten(now), _defaults()
     found: list[Difference] = []
     for key in dict.fromkeys([*new, *old]):
         a, b = (side.get(key, defaults.get(key)) for side in (old, new))
@@ -177,16 +160,6 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Differe
 
 def _covered(key: str, names: Sequence[str]) -> bool:
     return any(key == name or key.startswith(name + ".") for name in names)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{name}.")
-        elif value != {}:
-            flat[prefix + name] = value
-    return flat
 
 
 def _defaults() -> dict[str, Any]:

@@ -10,7 +10,7 @@ from stare_megatron.algo.controller import ControllerState
 from stare_megatron.data.prompts import StreamState
 from stare_megatron.errors import UserError
 from stare_megatron.host.files import write_atomic
-from stare_megatron.types import UNOBSERVED, GateDuty, Observed
+from stare_megatron.types import GateDuty, Observed
 
 FILE = "loop.json"
 
@@ -43,17 +43,14 @@ def read(folder: Path) -> LoopState:
     file = folder / FILE
     try:
         tree = json.loads(file.read_text())
-        step = int(tree["step"])
         return LoopState(
-            step=step,
+            step=int(tree["step"]),
             trained_tokens=int(tree["trained_tokens"]),
             stream=StreamState(**tree["stream"]),
-            # Checkpoints from before the controller counted its steps: it observes once a step.
-            controller=ControllerState(**{"steps": step} | tree["controller"]),
-            # From here on absent in earlier checkpoints: metrics that look back begin anew.
-            before=Observed(**tree["before"]) if "before" in tree else UNOBSERVED,
-            duty=GateDuty(**tree["duty"]) if "duty" in tree else GateDuty(0, 0),
-            wandb_run=str(tree.get("wandb_run", "")),
+            controller=ControllerState(**tree["controller"]),
+            before=Observed(**tree["before"]),
+            duty=GateDuty(**tree["duty"]),
+            wandb_run=str(tree["wandb_run"]),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{file}: not the loop state of a checkpoint: {type(e).__name__}: {e}") from e

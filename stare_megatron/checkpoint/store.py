@@ -124,8 +124,8 @@ def find(root: Path, resume: str) -> Path | None:
     return folder
 
 
-def verify(folder: Path, *, contents: bool, progress: Callable[[int], object] = int) -> str:
-    """Compare a checkpoint with its manifest; `contents`: checksums too. Returns a note where there is none, else "".
+def verify(folder: Path, *, contents: bool, progress: Callable[[int], object] = int) -> None:
+    """Compare a checkpoint with its manifest; `contents`: checksums too.
 
     Raises:
         UserError: a file is missing, or not what was written; also a manifest that is missing or leaves one out.
@@ -133,8 +133,6 @@ def verify(folder: Path, *, contents: bool, progress: Callable[[int], object] = 
     try:
         entries = manifest.read(folder)
         if entries is None:
-            if not (folder / stored.FILE).exists():
-                return f"{folder}: from before checkpoints had a manifest: loaded without a check of its files"
             raise UserError(f"{folder}: {manifest.NAME} is missing, so the files cannot be checked")
         for name in sorted({loop.FILE, stored.FILE, f"{TRAINER}/.metadata", f"{TRAINER}/common.pt"} - entries.keys()):
             raise UserError(f"{folder / manifest.NAME}: does not list {name}")
@@ -144,7 +142,6 @@ def verify(folder: Path, *, contents: bool, progress: Callable[[int], object] = 
         cure = f"run.resume={folder.parent / others[-1]}" if others else "start anew under another run.name"
         fault = str(e).partition("; copy")[0]
         raise UserError(f"{fault}; restore the checkpoint from a copy, or {cure}") from e
-    return ""
 
 
 def _sync_folder(folder: Path) -> None:

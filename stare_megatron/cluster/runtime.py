@@ -14,6 +14,7 @@ import ray
 import ray.exceptions
 
 from stare_megatron.config import ClusterConfig
+from stare_megatron.data.tokenizer import first_line
 from stare_megatron.errors import RunError, UserError
 
 Ref = ray.ObjectRef
@@ -43,7 +44,7 @@ def cluster(config: ClusterConfig, actors: int) -> Iterator[None]:
         else:
             ray.init(address=config.address, **common)
     except (ConnectionError, RuntimeError, ValueError, OSError) as e:
-        raise UserError(f"cluster.address = {config.address!r}: Ray does not answer: {_first_line(e)}") from e
+        raise UserError(f"cluster.address = {config.address!r}: Ray does not answer: {first_line(e)}") from e
     try:
         yield
     finally:
@@ -77,10 +78,10 @@ def get(ref: ray.ObjectRef, name: str) -> Any:
             raise type(e.cause)(f"{name}: {e.cause}") from e
         raise
     except ray.exceptions.RayActorError as e:
-        raise RunError(f"{name}: its process died: {_first_line(e).rstrip('.')}") from e
+        raise RunError(f"{name}: its process died: {first_line(e).rstrip('.')}") from e
     except ray.exceptions.OutOfMemoryError as e:
         raise RunError(
-            f"{name}: Ray ended its process: {_first_line(e)}; run less beside it, or spread the run over more nodes"
+            f"{name}: Ray ended its process: {first_line(e)}; run less beside it, or spread the run over more nodes"
         ) from e
 
 
@@ -103,8 +104,3 @@ def log_to(folder: Path, name: str) -> None:
 def node_address() -> str:
     """This node's address, as other nodes reach it."""
     return ray.util.get_node_ip_address()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
 
@@ -112,8 +112,12 @@ class TrainerActor:
     def peak_memory_bytes(self) -> int:
         return self._trainer.peak_memory_bytes()
 
-    def close(self) -> None:
-        self._trainer.close()
+
+class UpdateBatch(Protocol):
+    """The groups to train on: references, and what the driver knows of each."""
+
+    @property
+    def groups(self) -> Sequence[tuple[ray.ObjectRef, GroupSummary]]: ...
 
 
 class TrainerGroup:
@@ -140,9 +144,9 @@ class TrainerGroup:
         refs = [actor.connect.remote(engines.actors, transport) for actor in self._actors]
         runtime.wait(refs, self._names, self._timeout)
 
-    def load(self, groups: Sequence[tuple[ray.ObjectRef, GroupSummary]]) -> None:
+    def load(self, batch: UpdateBatch) -> None:
         """Give each rank its share of the update batch; tokens travel from the engines' nodes, not through here."""
-        trainer = self._config.trainer
+        groups, trainer = batch.groups, self._config.trainer
         plans = plan_updates(
             [summary for _, summary in groups],
             data_parallel=trainer.data_parallel,

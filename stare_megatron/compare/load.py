@@ -1,4 +1,4 @@
-"""Runs from disk: run folders (`metrics.jsonl` or `metrics.jsonl.gz`) and wandb's offline folders."""
+"""Runs from disk: folders with `metrics.jsonl` or `metrics.jsonl.gz`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from stare_megatron.config import flatten
 from stare_megatron.errors import UserError
 from stare_megatron.metrics import eval_records, jsonl
 from stare_megatron.run.folder import RunFolder
@@ -69,7 +69,7 @@ def load_all(paths: Sequence[Path], now: float) -> list[Run]:
     """Every run under the paths, in the order given, each once; a name that occurs twice gets its folder's parent.
 
     Args:
-        paths: run folders, wandb offline folders or `.wandb` files, or folders that hold such.
+        paths: run folders, or folders that hold such.
         now: seconds since the epoch; tells a run that is going from one that was stopped.
 
     Raises:
@@ -94,14 +94,25 @@ def load_all(paths: Sequence[Path], now: float) -> list[Run]:
 
 
 def load(path: Path, now: float) -> Run:
-    """One run: a folder with a metrics file, a `.wandb` file, or a folder with `.wandb` files of one run.
+    """One run, from a folder with a metrics file.
 
     Raises:
-        UserError: no run there, or a damaged file.
+        UserError: a damaged file.
     """
-    if _metrics_file(path) is not None:
-        return _load_folder(path, now)
-    return _load_wandb(path, now)
+    file = _metrics_file(path)
+    if file is None:
+        raise UserError(f"{path}: no {jsonl.FILE} or {PACKED} in it; is it the folder of a run?")
+    record = jsonl.read_record(file)
+    _check_rising(file, record.rows)
+    folder = RunFolder(path, fresh=False)
+    settings = _settings(folder.config) if folder.config.is_file() else {}
+    starts = _starts(folder.record) if folder.record.is_file() else []
+    notes = ["last line of the metrics was cut off: left out"] if record.torn else []
+    notes += [] if settings else ["no config.toml: settings unknown"]
+    versions = {(s.commit, s.dirty, *sorted(s.packages.items())) for s in starts}
+    notes += ["its starts ran different versions"] if len(versions) > 1 else []
+    rows = _with_evaluations(record.rows, path / eval_records.TABLE)
+    return _run(path, rows, settings, starts, notes, now - file.stat().st_mtime)
 
 
 def _metrics_file(folder: Path) -> Path | None:
@@ -109,39 +120,15 @@ def _metrics_file(folder: Path) -> Path | None:
     return next((f for f in (folder / jsonl.FILE, folder / PACKED) if f.is_file()), None)
 
 
-def _wandb_files(path: Path) -> list[Path]:
-    """Offline files, oldest start first: wandb's folder names begin with the time."""
-    if path.suffix == ".wandb" and path.is_file():
-        return [path]
-    found = [f for pattern in ("*.wandb", "*run-*/*.wandb") for f in path.glob(pattern)]
-    return sorted(f for f in found if not f.parent.is_symlink())
-
-
 def _sources(path: Path) -> list[Path]:
-    if _metrics_file(path) is not None or _wandb_files(path):
+    if _metrics_file(path) is not None:
         return [path]
     if path.is_dir():
         found = {f.parent for name in (jsonl.FILE, PACKED) for f in path.rglob(name)}
         if found:
             return sorted(found)
-        raise UserError(f"{path}: no {jsonl.FILE}, {PACKED} or run-*.wandb in it or below; is it the folder of a run?")
+        raise UserError(f"{path}: no {jsonl.FILE} or {PACKED} in it or below; is it the folder of a run?")
     raise UserError(f"{path}: no such folder; give the folder of a run, e.g. runs/NAME")
-
-
-def _load_folder(path: Path, now: float) -> Run:
-    file = _metrics_file(path)
-    assert file is not None
-    record = jsonl.read_record(file)
-    _check_rising(file, record.rows)
-    folder = RunFolder(path, fresh=False)
-    settings = flatten(_toml(folder.config)) if folder.config.is_file() else {}
-    starts = _starts(folder.record) if folder.record.is_file() else []
-    notes = ["last line of the metrics was cut off: left out"] if record.torn else []
-    notes += [] if settings else ["no config.toml: settings unknown"]
-    versions = {(s.commit, s.dirty, *sorted(s.packages.items())) for s in starts}
-    notes += ["its starts ran different versions"] if len(versions) > 1 else []
-    rows = _with_evaluations(record.rows, path / eval_records.TABLE)
-    return _run(path, path.resolve().name, rows, settings, starts, notes, now - file.stat().st_mtime)
 
 
 def _with_evaluations(rows: list[jsonl.Row], table: Path) -> list[jsonl.Row]:
@@ -151,34 +138,8 @@ def _with_evaluations(rows: list[jsonl.Row], table: Path) -> list[jsonl.Row]:
     return [row | found.get(row["step"], {}) for row in rows]
 
 
-def _load_wandb(path: Path, now: float) -> Run:
-    # Slow to import, and only needed here.
-    from stare_megatron.metrics.wandb import read_offline
-
-    files = _wandb_files(path)
-    parts = [read_offline(file) for file in files]
-    ids = sorted({part.run_id for part in parts})
-    if len(ids) > 1:
-        raise UserError(f"{path}: holds {len(ids)} wandb runs ({', '.join(ids)}); give their folders one by one")
-    rows: dict[float, jsonl.Row] = {}
-    for part in parts:
-        if part.rows:
-            # A resumed run repeats the steps after its checkpoint; the newer start counts.
-            rows = {step: row for step, row in rows.items() if step < part.rows[0]["step"]}
-        for row in part.rows:
-            rows[row["step"]] = rows.get(row["step"], {}) | row
-    ordered = [rows[step] for step in sorted(rows)]
-    notes = ["read from wandb's offline file"]
-    notes += ["last record of the wandb file was cut off: left out"] if parts[-1].torn else []
-    settings = flatten(parts[-1].config)
-    commits = {part.commit for part in parts if part.commit}
-    starts = [Start("", "", {}, commit, False, "") for commit in sorted(commits)]
-    return _run(path, parts[-1].name, ordered, settings, starts, notes, now - files[-1].stat().st_mtime)
-
-
 def _run(
     path: Path,
-    name: str,
     rows: list[jsonl.Row],
     settings: Mapping[str, Setting],
     starts: Sequence[Start],
@@ -208,9 +169,8 @@ def _run(
     missing = int(steps[-1] - steps[0] + 1 - len(steps))
     if missing:
         notes = [*notes, f"{missing} steps are missing"]
-    return Run(
-        given if isinstance(given, str) else name, path, steps, series, settings, starts, planned, state, tuple(notes)
-    )
+    name = given if isinstance(given, str) else path.resolve().name
+    return Run(name, path, steps, series, settings, starts, planned, state, tuple(notes))
 
 
 def _check_rising(file: Path, rows: list[jsonl.Row]) -> None:
@@ -220,13 +180,6 @@ def _check_rising(file: Path, rows: list[jsonl.Row]) -> None:
                 f"{file}:{number}: key 'step': {row['step']:g} after {before['step']:g}; steps must rise, do two runs "
                 "write into this file?"
             )
-
-
-def _toml(file: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(file.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
-        raise UserError(f"{file}: not a configuration ({e}); mend it or remove it") from e
 
 
 def _starts(file: Path) -> list[Start]:
@@ -241,14 +194,13 @@ def _starts(file: Path) -> list[Start]:
         raise UserError(f"{file}: not the record of a run ({e}); mend the file or remove it") from e
 
 
-def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Setting]:
-    """Nested tables as dotted key -> value; a list, and a table inside one, becomes its JSON text."""
-    found: dict[str, Setting] = {}
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            found |= flatten(value, f"{prefix}{key}.")
-        elif value is None or isinstance(value, str | int | float | bool):
-            found[prefix + key] = value
-        else:
-            found[prefix + key] = json.dumps(value, sort_keys=True, default=str)
-    return found
+def _settings(file: Path) -> dict[str, Setting]:
+    """Dotted key -> value of a configuration; a list, and a table inside one, becomes its JSON text."""
+    try:
+        tree = tomllib.loads(file.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+        raise UserError(f"{file}: not a configuration ({e}); mend it or remove it") from e
+    return {
+        key: value if isinstance(value, str | int | float) else json.dumps(value, sort_keys=True, default=str)
+        for key, value in flatten(tree).items()
+    }

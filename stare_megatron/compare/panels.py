@@ -48,7 +48,7 @@ SECTIONS = {
     "Responses": "",
     "Groups": "What dynamic sampling had to work with.",
     "Control": "",
-    "Entropy dynamics": "Which tokens pull the entropy down, and whether theory foretold what happened.",
+    "Entropy dynamics": "Which tokens pull the entropy down, and whether theory predicted what happened.",
     "Optimisation": "",
     "Engine against trainer": "How far the log-probs of the sampling engine are from those of the trainer.",
     "Cost": "",
@@ -64,60 +64,38 @@ _QUADRANTS = {
 _SHARES = {"tokens": "Tokens", "advantage": "Sum of |A|", "change": "Predicted change"}
 
 
-def _line(
-    section: str,
-    title: str,
-    metric: str,
-    label: str,
-    log: bool = False,
-    zero: bool = True,
-    markers: bool = False,
-    cumulative: bool = False,
-) -> Panel:
+def _line(section: str, title: str, metric: str, label: str, **look: bool) -> Panel:
     found = derived.info(metric)
     y = label if found.unit in ("", "1") or found.unit in label else f"{label}, {found.unit}"
     key, note = metric.replace("/", "_").replace("@", "_at_"), f"{metric}: {found.meaning}"
-    return Panel(key, section, title, metric, y, note, Kind.LINES, log, zero, markers, cumulative)
+    return Panel(key, section, title, metric, y, note, Kind.LINES, **look)
 
 
 def _fixed() -> list[Panel]:
-    entropy, optimisation, cost = "Entropy", "Optimisation", "Cost"
-    agreement = "Engine against trainer"
+    entropy, dynamics, optimisation, cost = "Entropy", "Entropy dynamics", "Optimisation", "Cost"
+    reward, responses, agreement = "Reward and accuracy", "Responses", "Engine against trainer"
+    in_band = "Share of the steps after the first one inside the band that lie inside."
+    in_band += " Each dot is a run, the bar is the mean."
+    points = f"{MEASURED} over {PREDICTED}: one point a step."
+    points += " In the quadrants top right and bottom left the sign was predicted."
+    both, change = "Predicted against measured", "measured change, nats/token"
+    phase = "Mean over all steps and runs of the group."
     return [
         _line(entropy, "Entropy", "policy/entropy", "entropy"),
-        Panel(
-            "time_in_band",
-            entropy,
-            "Time in band",
-            "share_in_band",
-            "share of steps",
-            "Share of the steps after the first one inside the band that lie inside. Each dot is a run, the bar is the "
-            "mean.",
-            Kind.DOTS,
-        ),
-        _line("Reward and accuracy", "Reward", "reward/mean", "mean reward"),
-        _line("Reward and accuracy", "Accuracy", "reward/correct", "share of answers correct"),
-        _line("Responses", "Response length", "response/length_mean", "length"),
-        _line("Responses", "Truncated responses", "response/truncated", "share of responses"),
-        _line("Responses", "Reflection words", "response/reflections", "words/response"),
+        Panel("time_in_band", entropy, "Time in band", "share_in_band", "share of steps", in_band, Kind.DOTS),
+        _line(reward, "Reward", "reward/mean", "mean reward"),
+        _line(reward, "Accuracy", "reward/correct", "share of answers correct"),
+        _line(responses, "Response length", "response/length_mean", "length"),
+        _line(responses, "Truncated responses", "response/truncated", "share of responses"),
+        _line(responses, "Reflection words", "response/reflections", "words/response"),
         _line("Groups", "Fully solved groups", "all_correct_fraction", "share of sampled groups"),
         _line("Groups", "Unsolved groups", "none_correct_fraction", "share of sampled groups"),
         _line("Control", "Gate duty so far", "gate_duty", "share of steps", cumulative=True),
         _line("Control", "Weight of L+", "stare/weight_pos", "W"),
-        Panel(
-            "predicted_measured",
-            "Entropy dynamics",
-            "Predicted against measured",
-            MEASURED,
-            "measured change, nats/token",
-            f"{MEASURED} over {PREDICTED}: one point a step. In the quadrants top right and bottom left the sign was "
-            "foretold.",
-            Kind.POINTS,
-            zero=False,
-        ),
-        _line("Entropy dynamics", "Measured entropy change", MEASURED, "change", zero=False),
+        Panel("predicted_measured", dynamics, both, MEASURED, change, points, Kind.POINTS, zero=False),
+        _line(dynamics, "Measured entropy change", MEASURED, "change", zero=False),
         *(
-            _line("Entropy dynamics", f"{what}: {name}", f"dynamics/{kind}_{quadrant}", "fraction")
+            _line(dynamics, f"{what}: {name}", f"dynamics/{kind}_{quadrant}", "fraction")
             for kind, what in _SHARES.items()
             for quadrant, name in _QUADRANTS.items()
         ),
@@ -126,15 +104,7 @@ def _fixed() -> list[Panel]:
         _line(agreement, "Mismatch, mean", "mismatch/mean", "|difference|", log=True, zero=False),
         _line(agreement, "Mismatch, largest", "mismatch/max", "|difference|", log=True, zero=False),
         _line(cost, "Tokens sampled a second", "throughput/tokens_per_second", "tokens/s"),
-        Panel(
-            "phases",
-            cost,
-            "Seconds a step, by phase",
-            "time/",
-            "seconds",
-            "Mean over all steps and runs of the group.",
-            Kind.PHASES,
-        ),
+        Panel("phases", cost, "Seconds a step, by phase", "time/", "seconds", phase, Kind.PHASES),
         _line(cost, "Time of a step", "time/step", "time"),
         _line(cost, "Memory, trainer rank", "memory/trainer_peak", "peak"),
         _line(cost, "Memory, engine", "memory/engine_peak", "peak"),

@@ -59,7 +59,7 @@ def _save(file: Path, chosen: Sequence[Panel], content: Content) -> Path:
     axes = figure.subplots(rows, columns, squeeze=False)
     for panel, ax in zip(chosen, axes.flat, strict=False):
         _DRAW[panel.kind](ax, panel, content)
-        if panel.kind is not Kind.POINTS and panel.zero and panel.kind is Kind.LINES and ax.get_yscale() == "linear":
+        if panel.zero and panel.kind is Kind.LINES and ax.get_yscale() == "linear":
             ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
     for ax in list(axes.flat)[len(chosen) :]:
         ax.set_visible(False)
@@ -74,17 +74,8 @@ def _save(file: Path, chosen: Sequence[Panel], content: Content) -> Path:
 def _legend(figure: Figure, groups: Sequence[Group]) -> None:
     from matplotlib.lines import Line2D
 
-    handles = [
-        Line2D(
-            [],
-            [],
-            color=_colour(i),
-            linestyle=_dash(i),
-            linewidth=2,
-            label=_short(f"{g.label} (n = {len(g.runs)})", 40),
-        )
-        for i, g in enumerate(groups)
-    ]
+    labels = [_short(f"{g.label} (n = {len(g.runs)})", 40) for g in groups]
+    handles = [Line2D([], [], **_look(i), linewidth=2, label=label) for i, label in enumerate(labels)]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(groups)))
 
 
@@ -92,8 +83,8 @@ def _colour(index: int) -> str:
     return COLOURS[index % len(COLOURS)][0]
 
 
-def _dash(index: int) -> Any:
-    return _DASHES[index // len(COLOURS) % len(_DASHES)]
+def _look(index: int) -> dict[str, Any]:
+    return {"color": _colour(index), "linestyle": _DASHES[index // len(COLOURS) % len(_DASHES)]}
 
 
 def _short(text: str, length: int) -> str:
@@ -120,20 +111,14 @@ def _lines(ax: Axes, panel: Panel, content: Content) -> None:
                 x, y = x[have], y[have]
             single = "o" if len(x) == 1 else marker
             width, alpha = (0.8, 0.5) if thin else (1.6, 1.0)
-            ax.plot(
-                x, y, color=_colour(i), linestyle=_dash(i), linewidth=width, alpha=alpha, marker=single, markersize=3
-            )
+            ax.plot(x, y, **_look(i), linewidth=width, alpha=alpha, marker=single, markersize=3)
         if thin:
             x, y = mean_curve(curves, content.align)
-            ax.plot(x, y, color=_colour(i), linestyle=_dash(i), linewidth=2, marker=marker, markersize=4)
+            ax.plot(x, y, **_look(i), linewidth=2, marker=marker, markersize=4)
     if panel.log and positive:
         ax.set_yscale("log")
-    note = ""
-    if panel.cumulative:
-        note = " (running share)"
-    elif window > 1:
-        note = f" (moving average, {window} steps)"
-    ax.set_title(panel.title + note)
+    averaged = f" (moving average, {window} steps)" if window > 1 else ""
+    ax.set_title(panel.title + (" (running share)" if panel.cumulative else averaged))
     ax.set_xlabel(AXES[content.align].title)
     ax.set_ylabel(panel.y)
 
@@ -176,14 +161,18 @@ def _points(ax: Axes, panel: Panel, content: Content) -> None:
 
 def _dots(ax: Axes, panel: Panel, content: Content) -> None:
     row = next((row for row in content.rows if row.measure.key == panel.metric), None)
-    labels = [_short(g.label, 22) for g in content.groups]
     for i, cell in enumerate(row.cells if row else ()):
         if cell.mean is not None:
             ax.barh(i, cell.mean, color=_colour(i), alpha=0.3, height=0.6)
             ax.plot(list(cell.values.values()), [i] * cell.n, "o", color=_colour(i), markersize=5, clip_on=False)
-    ax.set_yticks(range(len(labels)), labels)
-    ax.set_ylim(len(labels) - 0.4, -0.6)
     ax.set_xlim(0, 1.02)
+    _name_bars(ax, panel, content)
+
+
+def _name_bars(ax: Axes, panel: Panel, content: Content) -> None:
+    """One bar a group, the first on top."""
+    ax.set_yticks(range(len(content.groups)), [_short(g.label, 22) for g in content.groups])
+    ax.set_ylim(len(content.groups) - 0.4, -0.6)
     ax.set_title(panel.title)
     ax.set_xlabel(panel.y)
 
@@ -191,19 +180,15 @@ def _dots(ax: Axes, panel: Panel, content: Content) -> None:
 def _phases(ax: Axes, panel: Panel, content: Content) -> None:
     rows = {row.measure.key: row for row in content.rows}
     names = phases([run for g in content.groups for run in g.runs])
-    labels = [_short(g.label, 22) for g in content.groups]
-    left = np.zeros(len(labels))
+    left = np.zeros(len(content.groups))
     for j, name in enumerate(names):
         row = rows.get(f"seconds_{name.removeprefix('time/')}")
         # A group without the phase has no bar of it; nothing is said about its seconds.
         values = np.array([cell.mean if cell.mean is not None else 0.0 for cell in row.cells]) if row else left * 0
         colour = PHASE_COLOURS[j % len(PHASE_COLOURS)][0]
-        ax.barh(range(len(labels)), values, left=left, color=colour, label=name.removeprefix("time/"), height=0.6)
+        ax.barh(range(len(left)), values, left=left, color=colour, label=name.removeprefix("time/"), height=0.6)
         left += values
-    ax.set_yticks(range(len(labels)), labels)
-    ax.set_ylim(len(labels) - 0.4, -0.6)
-    ax.set_title(panel.title)
-    ax.set_xlabel(panel.y)
+    _name_bars(ax, panel, content)
     ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.18))
 
 

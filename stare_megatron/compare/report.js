@@ -225,7 +225,7 @@ function phaseTraces() {
 }
 
 function subtitle(panel) {
-  if (panel.kind === "dots") return "each dot a run, the bar their mean";
+  if (panel.kind === "dots") return "each dot is a run, the bar their mean";
   if (panel.kind === "phases") return "mean over all steps and runs";
   if (panel.kind === "points") return "every step of every run";
   if (panel.cumulative) return "running share of all steps so far";

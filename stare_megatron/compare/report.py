@@ -131,11 +131,11 @@ def _check(options: Options) -> None:
     if options.window < 1:
         raise UserError(f"--smooth {options.window}: steps of the moving average, at least 1 (1: none)")
     if options.last < 1:
-        raise UserError(f"--last {options.last}: steps that end values average, at least 1")
+        raise UserError(f"--last {options.last}: steps that values at the end are means of, at least 1")
     if options.samples < 0:
-        raise UserError(f"--samples {options.samples}: files of samples a run, at least 0")
+        raise UserError(f"--samples {options.samples}: files of samples per run, at least 0")
     if options.target is not None and not 0 < options.target < float("inf"):
-        raise UserError(f"--target {options.target}: an entropy in nats a token, above 0")
+        raise UserError(f"--target {options.target}: an entropy in nats per token, above 0")
 
 
 def _write(file: Path, text: str) -> Path:

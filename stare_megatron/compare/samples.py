@@ -1,11 +1,9 @@
-"""Sampled trajectories of runs: the files of `metrics/sample_records.py`, or, of a run that has none, the text files of
-`metrics/samples.py`, taken apart."""
+"""Sampled trajectories of runs, from the files of `metrics/sample_records.py`."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,16 +11,15 @@ from typing import Any
 from stare_megatron.errors import UserError
 from stare_megatron.metrics.samples import FOLDER
 
-_HEAD = re.compile(r"^=== (?P<prompt>.*) sample (?P<sample>\d+): reward (?P<reward>\S+), (?P<rest>.*)$")
-_KINDS = {"prompt": "prompt", "response": "action", "observation": "observation"}
+_KINDS = ("prompt", "action", "observation")
 # Key of a span in the file -> numbers of its tokens; all but the first are the trainer's.
 COLUMNS = ("rollout_logprobs", "logprobs", "raw_logprobs", "entropies", "weights", "selection")
 
 
 @dataclass(frozen=True)
 class SampledSpan:
-    """`kind`: prompt, action or observation; `pieces`: text of each token; `token_ids`: empty where only the text is
-    known, which is then one piece; `columns`: of `COLUMNS` those the file has, one value a token, None: not finite."""
+    """`kind`: prompt, action or observation; `pieces`: text of each token; `columns`: of `COLUMNS` those the file has,
+    one value a token, None: not finite."""
 
     kind: str
     pieces: tuple[str, ...]
@@ -46,7 +43,7 @@ class SampledTurn:
 @dataclass(frozen=True)
 class Sample:
     """One trajectory: `facts` is what the file says beside the reward, e.g. "correct, completed, 16 action tokens";
-    `advantage`: None where it was not trained on, or it is not known."""
+    `advantage`: None where it was not trained on."""
 
     prompt: str
     sample: int
@@ -71,20 +68,10 @@ def read_samples(folder: Path, files: int) -> list[SampledStep]:
     Raises:
         UserError: a file that is not one of samples.
     """
-    by_step = {
-        file.stem: file for pattern in ("step_*.txt", "step_*.jsonl") for file in (folder / FOLDER).glob(pattern)
-    }
-    return [_read(by_step[stem]) for stem in _pick(sorted(by_step), files)]
-
-
-def _pick(stems: Sequence[str], count: int) -> list[str]:
-    if count <= 0:
-        return []
-    if len(stems) <= count:
-        return list(stems)
-    if count == 1:
-        return [stems[-1]]
-    return [stems[round(i * (len(stems) - 1) / (count - 1))] for i in range(count)]
+    found = sorted((folder / FOLDER).glob("step_*.jsonl"))
+    if 1 < files < len(found):
+        found = [found[round(i * (len(found) - 1) / (files - 1))] for i in range(files)]
+    return [_read(file) for file in (found[-files:] if files else [])]
 
 
 def _read(file: Path) -> SampledStep:
@@ -93,11 +80,9 @@ def _read(file: Path) -> SampledStep:
         step = int(file.stem.removeprefix("step_"))
     except (OSError, ValueError) as e:
         raise UserError(f"{file}: not a file of samples ({e}); remove it, or use --samples 0") from e
-    if file.suffix == ".jsonl":
-        # Not splitlines: JSON texts may hold other line breaks.
-        lines = text.removesuffix("\n").split("\n") if text else []
-        return SampledStep(step, tuple(_record(file, number, line) for number, line in enumerate(lines, 1)))
-    return SampledStep(step, tuple(_from_text(text)))
+    # Not splitlines: JSON texts may hold other line breaks.
+    lines = text.removesuffix("\n").split("\n") if text else []
+    return SampledStep(step, tuple(_record(file, number, line) for number, line in enumerate(lines, 1)))
 
 
 def _record(file: Path, number: int, line: str) -> Sample:
@@ -133,46 +118,9 @@ def _record(file: Path, number: int, line: str) -> Sample:
 def _span(span: Mapping[str, Any]) -> SampledSpan:
     kind, pieces, ids = span["kind"], tuple(span["pieces"]), tuple(span["token_ids"])
     columns = {name: tuple(span[name]) for name in COLUMNS if name in span}
-    if kind not in _KINDS.values():
+    if kind not in _KINDS:
         raise ValueError(f"kind {kind!r}")
     wrong = [name for name, values in {"pieces": pieces, **columns}.items() if len(values) != len(ids)]
     if wrong:
         raise ValueError(f"{wrong[0]}: not one value for each of {len(ids)} token_ids")
     return SampledSpan(kind, pieces, ids, columns)
-
-
-def _from_text(text: str) -> list[Sample]:
-    samples: list[Sample] = []
-    block: list[str] = []
-    for line in [*text.splitlines()[1:], None]:
-        if line is None or _HEAD.match(line):
-            if block:
-                samples.append(_sample(block))
-            block = []
-        if line is not None and (block or _HEAD.match(line)):
-            block.append(line)
-    return samples
-
-
-def _sample(block: Sequence[str]) -> Sample:
-    head = _HEAD.match(block[0])
-    assert head is not None
-    parts: list[tuple[str, list[str]]] = []
-    for line in block[1:]:
-        if re.fullmatch(r"--- (prompt|response|observation|answer|note)", line):
-            parts.append((line[4:], []))
-        elif parts:
-            parts[-1][1].append(line)
-    whole = [(label, "\n".join(lines).strip("\n")) for label, lines in parts]
-    said = dict(whole)
-    return Sample(
-        prompt=head["prompt"],
-        sample=int(head["sample"]),
-        reward=float(head["reward"]),
-        facts=head["rest"],
-        answer=said.get("answer", ""),
-        note=said.get("note", ""),
-        advantage=None,
-        turns=(),
-        spans=tuple(SampledSpan(_KINDS[label], (text,), (), {}) for label, text in whole if label in _KINDS),
-    )

@@ -52,7 +52,7 @@
     show();
   }
 
-  // One record a token; numbers are undefined where the file has none.
+  // One record per token; numbers are undefined where the file has none.
   function tokensOf(trajectory) {
     let position = 0;
     return trajectory.spans.map((span) => {

@@ -17,13 +17,13 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     """What `command.convert` reads."""
     add = parser.add_argument
     add("source", type=Path, help=_CHECKPOINT)
-    add("out", type=Path, help="folder to make; it appears whole or not at all")
+    add("out", type=Path, help="folder to make; it appears complete or not at all")
     add("--to", choices=["hf", "mcore"], help="kind of the new checkpoint (default: the other kind)")
     add(
         "--hf",
         type=Path,
         metavar="FOLDER",
-        help="Hugging Face folder with config.json and tokenizer, where the source does not lead to one",
+        help="Hugging Face folder with config.json and tokenizer, where the source does not name one",
     )
     add(
         "--dtype",
@@ -52,7 +52,7 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
     """What `command.inspect` reads."""
     add = parser.add_argument
     add("checkpoint", type=Path, help=_CHECKPOINT)
-    add("other", type=Path, nargs="?", help="a second one: tell how they differ (exit code 1 when they do)")
+    add("other", type=Path, nargs="?", help="a second one: show how they differ (exit code 1 when they do)")
     add("--hf", type=Path, metavar="FOLDER", help="Hugging Face folder with config.json, where it cannot be found")
     add("--tensors", action="store_true", help="list every tensor")
     add("--checksums", action="store_true", help="list every tensor with the XXH3 of its bytes")

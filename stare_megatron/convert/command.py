@@ -14,6 +14,7 @@ from stare_megatron.convert.source import Kind, Source, resolve
 from stare_megatron.convert.verify import LOGITS_TOLERANCE, compare_logits, compare_tensors, logits_fit, sides
 from stare_megatron.errors import RunError
 from stare_megatron.host import manifest
+from stare_megatron.models.hf_folder import dtype_name
 
 _KINDS = {"hf": Kind.HF, "mcore": Kind.MCORE}  # of --to
 _MIB = 2**20
@@ -53,17 +54,11 @@ def convert(args: argparse.Namespace) -> int:
 def _report(outcome: Outcome, processes: int) -> list[tuple[str, str]]:
     if not outcome.written_bytes:
         return [("written", "nothing: every file was there")]
-    speed = outcome.written_bytes / 1e6 / outcome.seconds
+    speed = f"{outcome.written_bytes / 1e6 / outcome.seconds:,.0f} MB/s, {processes} process(es)"
+    peak, base = (f"{n / _MIB:,.0f}" for n in (outcome.peak_bytes, outcome.base_bytes))
     return [
-        (
-            "written",
-            f"{decimal(outcome.written_bytes)} in {outcome.seconds:,.1f} s, {speed:,.0f} MB/s, {processes} process(es)",
-        ),
-        (
-            "peak memory",
-            f"{outcome.peak_bytes / _MIB:,.0f} MiB resident a process, {outcome.base_bytes / _MIB:,.0f} of it before "
-            f"the first tensor",
-        ),
+        ("written", f"{decimal(outcome.written_bytes)} in {outcome.seconds:,.1f} s, {speed}"),
+        ("peak memory", f"{peak} MiB resident a process, {base} of it before the first tensor"),
     ]
 
 
@@ -89,7 +84,7 @@ def _verify(args: argparse.Namespace, outcome: Outcome, console: Console) -> Non
 
 
 def inspect(args: argparse.Namespace) -> int:
-    """Tell what a checkpoint holds or how two differ; 1 when they do.
+    """Show what a checkpoint contains or how two differ; 1 when they do.
 
     Raises:
         UserError: no such checkpoint, or a damaged one.
@@ -109,7 +104,7 @@ def inspect(args: argparse.Namespace) -> int:
         say(console, name, text)
     if args.tensors or args.checksums:
         for name, info in infos.items():
-            line = f"{str(info.dtype).removeprefix('torch.'):<9} {'x'.join(map(str, info.shape)):<22} {name}"
+            line = f"{dtype_name(info.dtype):<9} {'x'.join(map(str, info.shape)):<22} {name}"
             seal = inspection.checksum(held, name, info) + "  " if args.checksums else ""
             console.print(seal + line, soft_wrap=True, highlight=False, markup=False)
     return 0

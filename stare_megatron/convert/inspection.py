@@ -18,6 +18,7 @@ from stare_megatron.convert.torch_dist import Box, TorchDist
 from stare_megatron.host import manifest
 from stare_megatron.models.entries import hf_names
 from stare_megatron.models.families import FAMILIES, read_hf_config
+from stare_megatron.models.hf_folder import dtype_name
 from stare_megatron.models.shape import ModelShape
 from stare_megatron.models.shards import Checkpoint, TensorInfo
 
@@ -61,7 +62,7 @@ class McoreTensors:
     @property
     def infos(self) -> dict[str, TensorInfo]:
         return {
-            key: TensorInfo(info.dtype, info.shape)
+            key: info
             for key, info in sorted(self.dist.tensors.items())
             if self.optimizer or not key.startswith(OPTIMIZER)
         }
@@ -156,7 +157,7 @@ def differences(one: Tensors, other: Tensors, progress: Callable[[int], object] 
                     largest = torch.maximum(torch.tensor(largest), _distance(x, y)).item()
                 progress(x.nbytes)
             if a.dtype != b.dtype:
-                yield Difference(name, f"dtype {_short(a.dtype)} and {_short(b.dtype)}", largest)
+                yield Difference(name, f"dtype {dtype_name(a.dtype)} and {dtype_name(b.dtype)}", largest)
             elif not same:
                 yield Difference(name, "values", largest)
 
@@ -229,10 +230,6 @@ def summary(infos: dict[str, TensorInfo]) -> list[tuple[str, str]]:
     for info in infos.values():
         by_dtype.setdefault(info.dtype, []).append(info.bytes // info.dtype.itemsize)
     return [
-        ("tensors", f"{len(sizes):,} of {_short(dtype)}, {sum(sizes) / 1e6:,.1f} M elements")
+        ("tensors", f"{len(sizes):,} of {dtype_name(dtype)}, {sum(sizes) / 1e6:,.1f} M elements")
         for dtype, sizes in by_dtype.items()
     ]
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

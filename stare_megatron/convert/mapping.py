@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from stare_megatron.convert.torch_dist import Box, Global, TorchDist, cut
+from stare_megatron.convert.torch_dist import Box, TorchDist, cut
 from stare_megatron.errors import UserError
 from stare_megatron.models.entries import ParameterEntry, entries, segments
 from stare_megatron.models.shape import ModelShape, Split
-from stare_megatron.models.shards import Checkpoint
+from stare_megatron.models.shards import Checkpoint, TensorInfo
 
 # Maps of files are dropped after so many bytes read through them: they count as resident memory.
 _RELEASE_BYTES = 128 << 20
@@ -29,6 +29,12 @@ def lead(entry: ParameterEntry, shape: ModelShape) -> tuple[int, ...]:
     return (*layers, entry.experts(shape)) if entry.of_experts else layers
 
 
+def _index(entry: ParameterEntry, expert: int) -> tuple[int, ...]:
+    """Where along the axes of `lead` a parameter lies."""
+    where = () if entry.layer is None else (entry.layer,)
+    return (*where, expert) if entry.of_experts else where
+
+
 def whole(entry: ParameterEntry, shape: ModelShape, padded_vocab: int) -> tuple[int, ...]:
     """Global shape in a distributed checkpoint."""
     wants = entry.wants(shape)
@@ -36,9 +42,9 @@ def whole(entry: ParameterEntry, shape: ModelShape, padded_vocab: int) -> tuple[
     return (*lead(entry, shape), rows, *wants[0][1:])
 
 
-def mcore_tensors(shape: ModelShape, dtype: torch.dtype, padded_vocab: int) -> dict[str, Global]:
+def mcore_tensors(shape: ModelShape, dtype: torch.dtype, padded_vocab: int) -> dict[str, TensorInfo]:
     """Every tensor of the model in a distributed checkpoint."""
-    return {key: Global(dtype, whole(entry, shape, padded_vocab)) for key, entry in by_key(shape).items()}
+    return {key: TensorInfo(dtype, whole(entry, shape, padded_vocab)) for key, entry in by_key(shape).items()}
 
 
 def mcore_objects(shape: ModelShape) -> Iterator[str]:
@@ -71,8 +77,7 @@ def pieces(shape: ModelShape, itemsize: int, padded_vocab: int, ranks: int, limi
         axes = lead(entry, shape)
         rows, *columns = whole(entry, shape, padded_vocab)[len(axes) :]
         for expert in range(entry.experts(shape)):
-            where = () if entry.layer is None else (entry.layer,)
-            where = (*where, expert) if entry.of_experts else where
+            where = _index(entry, expert)
             for row, count, column, width in _splits(entry, rows, columns, ranks):
                 inner = ((row, column), (count, width)) if columns else ((row,), (count,))
                 block = Box((*where, *inner[0]), (*(1,) * len(where), *inner[1]))
@@ -144,8 +149,7 @@ class McoreAsHf:
         entry, expert, part = self._places[name]
         shape = self._shape
         want = entry.wants(shape)[part]
-        where = () if entry.layer is None else (entry.layer,)
-        where = (*where, expert) if entry.of_experts else where
+        where = _index(entry, expert)
         out = torch.empty((last - first, *want[1:]), dtype=dtype)
         for segment in segments(entry, shape):
             shared = segment.shared(first, last, of_mcore=False) if segment.part == part else None

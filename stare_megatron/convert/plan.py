@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from stare_megatron.convert.source import Kind, Source, check_tokenizer, require
 from stare_megatron.convert.tasks import BLOCK_BYTES, HfFile, McoreFile
 from stare_megatron.convert.torch_dist import Box, TorchDist
 from stare_megatron.errors import UserError
+from stare_megatron.host.files import free_bytes
 from stare_megatron.models import hf_folder
 from stare_megatron.models.entries import hf_names
 from stare_megatron.models.families import FAMILIES, read_hf_config
@@ -26,7 +27,6 @@ from stare_megatron.models.shards import Checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FORMAT = 1  # raise it when an interrupted conversion of before must not be gone on with
-_VOCAB_MULTIPLE = 128
 # Files are kept large, but there are at least a few for each process.
 _FILES_A_PROCESS = 2
 
@@ -66,14 +66,14 @@ class Plan:
 
     def lines(self, layout: ParallelLayout) -> list[tuple[str, str]]:
         """The plan in words."""
-        names = "/".join(str(d).removeprefix("torch.") for d in self.dtypes)
+        names = "/".join(hf_folder.dtype_name(d) for d in self.dtypes)
         cut = f", cut for TP {layout.tensor_parallel}" if self.to is Kind.MCORE else ""
         return [
             ("from", f"{self.source.weights} ({self.source.kind.value}, {self.source.what})"),
             ("to", f"{self.to.value}, {decimal(self.bytes)} in {len(self.files)} file(s){cut}"),
             ("model", f"{FAMILIES[self.shape.family].architecture}, {self.shape.layers} layers, "
              f"{self.parameters / 1e6:,.1f} M parameters, {self.tensors:,} tensors"),
-            ("dtype", f"{names} -> {str(self.dtype).removeprefix('torch.')}"),
+            ("dtype", f"{names} -> {hf_folder.dtype_name(self.dtype)}"),
             ("largest tensor", f"{self.largest[0]}, {self.largest[1] / 1e6:,.1f} MB; in blocks of at most "
              f"{BLOCK_BYTES / 1e6:,.0f} MB"),
             ("configuration", str(self.hf)),
@@ -101,7 +101,7 @@ def make_plan(source: Source, *, to: Kind, dtype: str, layout: ParallelLayout, f
     )
     found = list(_hf_dtypes(source, shape) if source.kind is Kind.HF else _mcore_dtypes(source, shape, hf))
     if dtype == "keep" and len(found) > 1:
-        names = ", ".join(str(d).removeprefix("torch.") for d in found)
+        names = ", ".join(hf_folder.dtype_name(d) for d in found)
         raise UserError(f"{source.weights}: tensors of several dtypes ({names}); choose one with --dtype")
     target = found[0] if dtype == "keep" else DTYPES[dtype]
     names = hf_names(shape)
@@ -141,8 +141,7 @@ def check_disk(plan: Plan, out: Path, present: int) -> None:
     Raises:
         UserError: too little.
     """
-    place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
-    free, need = shutil.disk_usage(place).free, plan.bytes - present + (64 << 20)
+    free, need = free_bytes(out), plan.bytes - present + (64 << 20)
     if free < need:
         raise UserError(f"{out}: {decimal(free)} free on its disk, the checkpoint needs {decimal(need)}")
 
@@ -183,21 +182,14 @@ def _mcore_dtypes(source: Source, shape: ModelShape, hf: Path) -> tuple[torch.dt
 
 
 def _mcore_files(shape: ModelShape, dtype: torch.dtype, padded: int, ranks: int, limit: int) -> list[McoreFile]:
-    groups: list[list[tuple[str, Box]]] = [[]]
-    sizes = [0]
-    for key, box in pieces(shape, dtype.itemsize, padded, ranks, BLOCK_BYTES):
-        own = dtype.itemsize
-        for n in box.sizes:
-            own *= n
-        if groups[-1] and sizes[-1] + own > limit:
-            groups.append([])
-            sizes.append(0)
-        groups[-1].append((key, box))
-        sizes[-1] += own
+    def size(piece: tuple[str, Box]) -> int:
+        return math.prod(piece[1].sizes) * dtype.itemsize
+
+    groups = hf_folder.grouped(pieces(shape, dtype.itemsize, padded, ranks, BLOCK_BYTES), size, limit)
     objects = tuple(mcore_objects(shape))
     return [
-        McoreFile(f"__{i}_0.distcp", tuple(group), objects if i == 0 else (), size)
-        for i, (group, size) in enumerate(zip(groups, sizes, strict=True))
+        McoreFile(f"__{i}_0.distcp", tuple(group), objects if i == 0 else (), sum(map(size, group)))
+        for i, group in enumerate(groups)
     ]
 
 

@@ -154,7 +154,7 @@ def _write(plan: Plan, options: Options, partial: Path, console: Console) -> Out
 
 
 def _go_on(plan: Plan, partial: Path) -> list[tasks.Done]:
-    """Files of an interrupted conversion of the same plan; the folder is made anew where it is of another."""
+    """Files of an interrupted conversion of the same plan; a folder of another plan is replaced."""
     records = partial / tasks.RECORDS
     try:
         same = json.loads((records / _PLAN).read_text())["key"] == plan.key

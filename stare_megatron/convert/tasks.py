@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import resource
 import sys
@@ -150,10 +151,7 @@ def _write_hf(job: Job, file: HfFile) -> Done:
 
 def blocks(shape: Sequence[int], itemsize: int) -> list[tuple[int, int]]:
     """Ranges of rows of at most BLOCK_BYTES."""
-    row = itemsize
-    for n in shape[1:]:
-        row *= n
-    step = max(1, BLOCK_BYTES // row)
+    step = max(1, BLOCK_BYTES // (math.prod(shape[1:]) * itemsize))
     return [(i, min(i + step, shape[0])) for i in range(0, shape[0], step)]
 
 

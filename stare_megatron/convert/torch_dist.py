@@ -12,7 +12,7 @@ import io
 import json
 import math
 import pickle
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -28,7 +28,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from stare_megatron.data.tokenizer import first_line
 from stare_megatron.errors import UserError
+from stare_megatron.models.shards import TensorInfo
 
 INDEX, FORMAT, COMMON = ".metadata", "metadata.json", "common.pt"
 _AGAIN = "copy or convert the checkpoint again"
@@ -72,18 +74,6 @@ class Stored:
     length: int
 
 
-@dataclass(frozen=True)
-class Global:
-    """A whole tensor of a checkpoint."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
 class TorchDist:
     """A distributed checkpoint, for reading.
 
@@ -95,7 +85,7 @@ class TorchDist:
         self.folder = folder
         _check_format(folder)
         index = _read_index(folder / INDEX)
-        self.tensors: dict[str, Global] = {}
+        self.tensors: dict[str, TensorInfo] = {}
         self.objects: tuple[str, ...] = tuple(
             key for key, value in index.state_dict_metadata.items() if isinstance(value, BytesStorageMetadata)
         )
@@ -107,7 +97,7 @@ class TorchDist:
         for key, value in index.state_dict_metadata.items():
             if isinstance(value, BytesStorageMetadata):
                 continue
-            self.tensors[key] = Global(value.properties.dtype, tuple(value.size))
+            self.tensors[key] = TensorInfo(value.properties.dtype, tuple(value.size))
             self._pieces[key] = []
             for chunk in value.chunks:
                 info = where.get((key, tuple(chunk.offsets)))
@@ -179,10 +169,9 @@ class TorchDist:
                 window: Any = _Window(f, piece.offset, piece.length)
                 value = torch.load(window, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, *_DAMAGE) as e:
-            reason = str(e).partition("\n")[0]
-            raise UserError(f"{file}: damaged: cannot read {piece.key!r}: {reason}; {_AGAIN}") from e
+            raise _damaged(file, f"cannot read {piece.key!r}: {first_line(e)}") from e
         if not isinstance(value, torch.Tensor) or tuple(value.shape) != piece.box.sizes:
-            raise UserError(f"{file}: damaged: {piece.key!r} is not the tensor that {INDEX} describes; {_AGAIN}")
+            raise _damaged(file, f"{piece.key!r} is not the tensor that {INDEX} describes")
         self._cached = (piece, value.detach())
         return self._cached[1]
 
@@ -198,9 +187,9 @@ class TorchDist:
         except FileNotFoundError as e:
             raise UserError(f"{file}: missing; {_AGAIN}") from e
         except (OSError, RuntimeError, *_DAMAGE) as e:
-            raise UserError(f"{file}: damaged: {str(e).partition(chr(10))[0]}; {_AGAIN}") from e
+            raise _damaged(file, first_line(e)) from e
         if not isinstance(tree, dict):
-            raise UserError(f"{file}: damaged: not a dictionary; {_AGAIN}")
+            raise _damaged(file, "not a dictionary")
         return tree
 
 
@@ -238,6 +227,10 @@ def is_torch_dist(folder: Path) -> bool:
     return (folder / FORMAT).is_file() and (folder / INDEX).is_file()
 
 
+def _damaged(file: Path, why: str) -> UserError:
+    return UserError(f"{file}: damaged: {why}; {_AGAIN}")
+
+
 def _check_format(folder: Path) -> None:
     file = folder / FORMAT
     try:
@@ -245,7 +238,7 @@ def _check_format(folder: Path) -> None:
     except FileNotFoundError as e:
         raise UserError(f"{folder}: not a Megatron-Core checkpoint (no {FORMAT})") from e
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{file}: damaged: not the format of a Megatron-Core checkpoint; {_AGAIN}") from e
+        raise _damaged(file, "not the format of a Megatron-Core checkpoint") from e
     if kind != "torch_dist":
         raise UserError(f"{file}: sharded_backend = {kind!r} is not supported (only 'torch_dist')")
 
@@ -253,29 +246,19 @@ def _check_format(folder: Path) -> None:
 class _IndexUnpickler(pickle.Unpickler):
     """Makes what an index is made of, and nothing that could run code."""
 
-    _ALLOWED = (
-        "torch.distributed.checkpoint.",
-        "megatron.core.dist_checkpointing.",
-    )
-    _NAMES = frozenset(
-        {
-            ("torch", "Size"),
-            ("torch", "device"),
-            ("torch.serialization", "_get_layout"),
-            ("torch._utils", "_get_layout"),
-            ("collections", "OrderedDict"),
-            ("collections", "defaultdict"),
-            ("builtins", "dict"),
-            ("builtins", "list"),
-            ("builtins", "set"),
-            ("pathlib", "PosixPath"),
-            ("pathlib", "Path"),
-        }
-    )
+    _ALLOWED = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
+    _NAMES: Mapping[str, tuple[str, ...]] = {
+        "torch": ("Size", "device"),
+        "torch.serialization": ("_get_layout",),
+        "torch._utils": ("_get_layout",),
+        "collections": ("OrderedDict", "defaultdict"),
+        "builtins": ("dict", "list", "set"),
+        "pathlib": ("PosixPath", "Path"),
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         dtype = module == "torch" and isinstance(torch.__dict__.get(name), torch.dtype | torch.layout)
-        known = (module, name) in self._NAMES or module.startswith(self._ALLOWED)
+        known = name in self._NAMES.get(module, ()) or module.startswith(self._ALLOWED)
         if not dtype and not (known and "." not in name):
             raise pickle.UnpicklingError(f"{module}.{name} does not belong in an index")
         found = super().find_class(module, name)
@@ -291,9 +274,9 @@ def _read_index(file: Path) -> Metadata:
     except FileNotFoundError as e:
         raise UserError(f"{file}: missing; {_AGAIN}") from e
     except (OSError, *_DAMAGE) as e:
-        raise UserError(f"{file}: damaged: {str(e).partition(chr(10))[0] or type(e).__name__}; {_AGAIN}") from e
+        raise _damaged(file, first_line(e)) from e
     if not isinstance(index, Metadata):
-        raise UserError(f"{file}: damaged: not an index of torch.distributed.checkpoint; {_AGAIN}")
+        raise _damaged(file, "not an index of torch.distributed.checkpoint")
     return index
 
 
@@ -302,7 +285,7 @@ def save_object(value: Any, stream: Any) -> None:
     torch.save(value, stream)
 
 
-def write_index(folder: Path, tensors: Iterable[tuple[str, Global]], stored: Iterable[Stored]) -> None:
+def write_index(folder: Path, tensors: Iterable[tuple[str, TensorInfo]], stored: Iterable[Stored]) -> None:
     """Write `.metadata`, `common.pt` and `metadata.json` for pieces that lie in the folder's files already.
 
     What Megatron-Core reads last, `metadata.json`, is written last.
@@ -325,12 +308,8 @@ def write_index(folder: Path, tensors: Iterable[tuple[str, Global]], stored: Ite
     }
     with (folder / INDEX).open("wb") as f:
         pickle.dump(Metadata(state_dict_metadata=whole | objects, storage_data=storage), f)
-    format_ = {
-        "sharded_backend": "torch_dist",
-        "sharded_backend_version": 1,
-        "common_backend": "torch",
-        "common_backend_version": 1,
-    }
+    versions = {"sharded_backend_version": 1, "common_backend_version": 1}
+    format_ = {"sharded_backend": "torch_dist", "common_backend": "torch"} | versions
     (folder / FORMAT).write_text(json.dumps(format_))
 
 

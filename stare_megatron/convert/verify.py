@@ -13,7 +13,7 @@ import torch
 import xxhash
 
 from stare_megatron.convert.mapping import McoreAsHf
-from stare_megatron.convert.source import resolve
+from stare_megatron.convert.source import Kind, resolve
 from stare_megatron.convert.tasks import blocks
 from stare_megatron.convert.torch_dist import TorchDist
 from stare_megatron.errors import RunError
@@ -110,4 +110,4 @@ def _logits(hf: Path, mcore: Path) -> Logits:
 def sides(source: Path, out: Path, hf: Path | None) -> tuple[Path, Path]:
     """The Hugging Face and the Megatron-Core folder of a conversion."""
     one, other = resolve(source, hf), resolve(out)
-    return (one.weights, other.weights) if one.kind.name == "HF" else (other.weights, one.weights)
+    return (one.weights, other.weights) if one.kind is Kind.HF else (other.weights, one.weights)

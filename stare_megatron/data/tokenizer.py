@@ -12,12 +12,18 @@ from stare_megatron.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "spiece.model", "vocab.txt")
+# Any of these holds a vocabulary.
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
+# All that decides which ids a text becomes.
+FILES = (
+    *_VOCABULARIES,
+    *("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+)
 
 
 def has_tokenizer(model: Path) -> bool:
     """Whether the folder holds a tokenizer's files."""
-    return any((model / name).is_file() for name in _FILES)
+    return any((model / name).is_file() for name in _VOCABULARIES)
 
 
 def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
@@ -32,7 +38,7 @@ def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
     vocab_size = read_vocab_size(model)
     if not has_tokenizer(model):  # AutoTokenizer would make an empty one
         raise UserError(
-            f"{model}: no tokenizer: none of {', '.join(_FILES)}; copy the tokenizer of the base model here"
+            f"{model}: no tokenizer: none of {', '.join(_VOCABULARIES)}; copy the tokenizer of the base model here"
         )
     # AutoTokenizer of transformers 5 rebuilds the tokenizer of some architectures (qwen2 among them) with its own
     # splitting rules, whatever tokenizer.json says: wrong for DeepSeek-R1-Distill-Qwen and for our word-level ones.
@@ -76,5 +82,6 @@ def read_vocab_size(model: Path) -> int:
     return size
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """Of what an error says; its type where it says nothing."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

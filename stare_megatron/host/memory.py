@@ -24,17 +24,20 @@ def host_memory() -> HostMemory:
     process has mapped. Proportional set sizes would count everything once, but the kernel takes seconds to add them up.
     """
     me = psutil.Process()
-    sizes = [_resident(p.pid) for p in [me, *me.children(recursive=True)]]
+    sizes = [status_bytes(p.pid, "RssAnon", "RssShmem") for p in [me, *me.children(recursive=True)]]
     own = sum(anonymous for anonymous, _ in sizes)
     return HostMemory(own + max(shared for _, shared in sizes), psutil.virtual_memory().available)
 
 
-def _resident(pid: int) -> tuple[int, int]:
-    """Anonymous and shared memory of a process, bytes (Linux); zeros when it has ended."""
+def status_bytes(pid: int, *names: str) -> list[int]:
+    """Sizes that `/proc/PID/status` gives of a process, bytes (Linux); zeros when it has ended.
+
+    Example:
+        status_bytes(os.getpid(), "RssAnon", "VmHWM")
+    """
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
-        return 0, 0
+        return [0] * len(names)
     fields = dict(line.split(":", 1) for line in status.splitlines())
-    anonymous, shared = (int(fields.get(name, "0 kB").split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
-    return anonymous, shared
+    return [int(fields.get(name, "0 kB").split()[0]) * 1024 for name in names]

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stare_megatron.config import InferenceConfig
-from stare_megatron.config.engine_args import check_engine_args
+from stare_megatron.config.upstream import check_engine_args
 from stare_megatron.errors import RunError
 from stare_megatron.host import device
 from stare_megatron.inference.processes import ChildProcesses

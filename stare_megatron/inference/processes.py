@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import psutil
+
+from stare_megatron.host.memory import status_bytes
 
 GRACE = 5.0
 """Seconds between the polite signal and the last one."""
@@ -22,7 +22,7 @@ class ChildProcesses:
     def peak_memory_bytes(self) -> int:
         """Largest resident sizes of this process and of those it started, summed; shared pages count in each."""
         started = [p for p in _descendants() if p not in (self._before or set())]
-        return sum(_peak(p.pid) for p in [psutil.Process(), *started])
+        return sum(status_bytes(p.pid, "VmHWM")[0] for p in [psutil.Process(), *started])
 
     def end(self) -> None:
         """Terminate what is still there, kill what does not listen; returns when all are gone."""
@@ -48,16 +48,6 @@ def _descendants() -> list[psutil.Process]:
         except psutil.Error:  # gone, or a zombie without a command line
             continue
     return found
-
-
-def _peak(pid: int) -> int:
-    """VmHWM of a process, bytes; 0 if it has ended."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0
-    fields = dict(line.split(":", 1) for line in status.splitlines())
-    return int(fields.get("VmHWM", "0 kB").split()[0]) * 1024
 
 
 def _signal(process: psutil.Process, kill: bool) -> None:

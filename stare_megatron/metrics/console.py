@@ -92,6 +92,10 @@ class ConsoleSink:
         if self._live is None:
             self._print(plain_line(step, self._total, row, self._has_target))
 
+    def amend(self, metrics: Sequence[Metric]) -> None:
+        """Replace values of the newest step."""
+        self._rows[-1] |= by_name(metrics)
+
     def evaluated(self, step: int, lines: Sequence[str]) -> None:
         """Show an evaluation of the policy of `step`; a live display keeps the newest."""
         self._evaluation = [f"step {step}: {line}" for line in lines]

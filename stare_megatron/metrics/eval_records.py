@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from stare_megatron.errors import UserError
+from stare_megatron.host.files import whole_folder
 from stare_megatron.metrics import jsonl
 from stare_megatron.metrics.catalogue import Metric
 from stare_megatron.metrics.eval_results import Result
@@ -79,16 +79,8 @@ def write(
     rows: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> None:
     """Replace `folder` with one that holds the results and a file of rows a benchmark."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    fill(partial, {"step": step, "fingerprint": fingerprint}, results, rows)
-    stale = folder.with_name(folder.name + ".stale.partial")
-    shutil.rmtree(stale, ignore_errors=True)
-    if folder.exists():
-        os.rename(folder, stale)
-    os.rename(partial, folder)
-    shutil.rmtree(stale, ignore_errors=True)
+    with whole_folder(folder) as partial:
+        fill(partial, {"step": step, "fingerprint": fingerprint}, results, rows)
 
 
 def append(run: Path, step: int, metrics: Sequence[Metric]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,20 +30,37 @@ class JsonlSink:
     def __init__(self, path: Path, restored_step: int) -> None:
         if path.exists():
             cut(path, restored_step)
-        self._file = path.open("a")
+        self._file = path.open("r+b" if path.exists() else "w+b")
+        self._newest = self._file.seek(0, os.SEEK_END)  # where the newest line begins
+        self._row: dict[str, float | str] = {}
 
     def log(self, step: int, metrics: Sequence[Metric]) -> None:
-        self._file.write(line(step, metrics))
-        self._file.flush()
+        self._newest = self._file.seek(0, os.SEEK_END)
+        self._row = row(step, metrics)
+        self._write()
+
+    def amend(self, metrics: Sequence[Metric]) -> None:
+        """Replace values of the newest step, in place: the line is written again in one piece, at least as long as it
+        was, so that a process that is killed meanwhile leaves the old line or the new one."""
+        self._row |= {name: to_json(value) for name, value in by_name(metrics).items()}
+        self._write(pad=self._file.seek(0, os.SEEK_END) - self._newest)
+
+    def _write(self, pad: int = 0) -> None:
+        text = json.dumps(self._row, allow_nan=False)
+        os.pwrite(self._file.fileno(), f"{text:<{max(pad - 1, 0)}}\n".encode(), self._newest)
 
     def close(self) -> None:
         self._file.close()
 
 
+def row(step: int, metrics: Sequence[Metric]) -> dict[str, float | str]:
+    """One step as JSON has it."""
+    return {"step": step} | {name: to_json(value) for name, value in by_name(metrics).items()}
+
+
 def line(step: int, metrics: Sequence[Metric]) -> str:
     """One step as a line of the file."""
-    row = {"step": step} | {name: to_json(value) for name, value in by_name(metrics).items()}
-    return json.dumps(row, allow_nan=False) + "\n"
+    return json.dumps(row(step, metrics), allow_nan=False) + "\n"
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ TARGET_METHODS = {"stare", "adaptive_entropy"}  # those with a target entropy
 
 class Sink(Protocol):
     def log(self, step: int, metrics: Sequence[Metric]) -> None:
-        """Write one finished step. Steps come in rising order, each once; an evaluation may follow its step."""
+        """Write one finished step. Steps come in rising order; further values of a step may follow it."""
         ...
 
     def close(self) -> None:
@@ -30,11 +30,10 @@ class Sink(Protocol):
 class Sinks:
     """All sinks of a run, as one. `close` closes each, also when one of them fails."""
 
-    def __init__(self, console: ConsoleSink, record: Sink, plotted: Sequence[Sink]) -> None:
+    def __init__(self, console: ConsoleSink, record: jsonl.JsonlSink, plotted: Sequence[Sink]) -> None:
         self._console = console
+        self._record = record
         self._plotted = tuple(plotted)
-        # The record on disk comes before the display.
-        self._all: tuple[Sink, ...] = (record, *plotted, console)
 
     def status(self, text: str) -> None:
         """Tell the user what is going on now."""
@@ -48,9 +47,20 @@ class Sinks:
         """Show a sampled trajectory, as one line."""
         self._console.sample(text)
 
-    def log(self, step: int, metrics: Sequence[Metric]) -> None:
-        for sink in self._all:
+    def log(self, step: int, metrics: Sequence[Metric], late: Sequence[Metric]) -> None:
+        """A step that is done. `late`: metrics that are only settled when it has been saved and evaluated, as they are
+        now: the record must not lack the step if the run dies meanwhile, nor the display show it late."""
+        self._record.log(step, [*metrics, *late])
+        for sink in self._plotted:
             sink.log(step, metrics)
+        self._console.log(step, [*metrics, *late])
+
+    def complete(self, step: int, late: Sequence[Metric]) -> None:
+        """The settled values of `late`."""
+        self._record.amend(late)
+        for sink in self._plotted:
+            sink.log(step, late)
+        self._console.amend(late)
 
     def log_evaluation(self, step: int, metrics: Sequence[Metric], lines: Sequence[str]) -> None:
         """An evaluation, on record elsewhere: to the plotting sinks, and `lines` to the display."""
@@ -60,7 +70,7 @@ class Sinks:
 
     def close(self) -> None:
         with contextlib.ExitStack() as stack:
-            for sink in self._all:
+            for sink in (self._record, *self._plotted, self._console):
                 stack.callback(sink.close)
 
 

@@ -6,30 +6,23 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 import torch
 
 from stare_megatron.host import manifest
 
+T = TypeVar("T")
 # Name, dtype and full shape of one tensor.
 Spec = tuple[str, torch.dtype, tuple[int, ...]]
 
 INDEX = "model.safetensors.index.json"
 _WEIGHTS = (
-    ".safetensors",
-    ".safetensors.index.json",
-    ".bin",
-    ".bin.index.json",
-    ".pt",
-    ".pth",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".partial",
+    *(".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth"),
+    *(".gguf", ".h5", ".msgpack", ".onnx", ".partial"),
 )
 _FOLDERS = ("additional_chat_templates",)
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -56,25 +49,36 @@ def copy_companions(source: Path, target: Path, dtype: torch.dtype) -> None:
     config = target / "config.json"
     tree = json.loads(config.read_text())
     key = "torch_dtype" if "torch_dtype" in tree else "dtype"
-    tree[key] = str(dtype).removeprefix("torch.")
+    tree[key] = dtype_name(dtype)
     config.write_text(json.dumps(tree, indent=2) + "\n")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As configurations write it: `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def spec_bytes(spec: Spec) -> int:
     return math.prod(spec[2]) * spec[1].itemsize
 
 
-def files(specs: Sequence[Spec], limit: int) -> dict[str, list[Spec]]:
-    """Consecutive tensors of at most `limit` bytes a file (or one larger tensor), by the file's customary name."""
-    groups: list[list[Spec]] = [[]]
+def grouped(items: Iterable[T], bytes_of: Callable[[T], int], limit: int) -> list[list[T]]:
+    """Consecutive items of at most `limit` bytes a group (or one larger item)."""
+    groups: list[list[T]] = [[]]
     size = 0
-    for spec in specs:
-        own = spec_bytes(spec)
+    for item in items:
+        own = bytes_of(item)
         if groups[-1] and size + own > limit:
             groups.append([])
             size = 0
-        groups[-1].append(spec)
+        groups[-1].append(item)
         size += own
+    return groups
+
+
+def files(specs: Sequence[Spec], limit: int) -> dict[str, list[Spec]]:
+    """Tensors grouped into files of at most `limit` bytes, by the file's customary name."""
+    groups = grouped(specs, spec_bytes, limit)
     if len(groups) == 1:
         return {"model.safetensors": groups[0]}
     return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}

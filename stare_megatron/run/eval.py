@@ -1,4 +1,4 @@
-"""The composition root of `stare-megatron eval`: engines on a policy, every benchmark once, a folder of results."""
+"""An evaluation alone: engines that hold a policy, every benchmark once, a folder of results."""
 
 from __future__ import annotations
 
@@ -6,27 +6,25 @@ import contextlib
 import functools
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from stare_megatron import checkpoint
-from stare_megatron.cluster import placement, runtime
+from stare_megatron.cluster import runtime
 from stare_megatron.cluster.engines import EngineGroup
-from stare_megatron.cluster.sandboxes import Sandboxes
-from stare_megatron.cluster.trainers import TrainerGroup
 from stare_megatron.config import Config
 from stare_megatron.data.benchmarks import Benchmark, load_benchmarks
 from stare_megatron.data.tokenizer import decoder, load_tokenizer
 from stare_megatron.errors import RunError, UserError
-from stare_megatron.host import device
 from stare_megatron.metrics import eval_records, eval_results
-from stare_megatron.rollout.groups import check_env, make_runner
+from stare_megatron.rollout.groups import check_env
 from stare_megatron.run import folder as run_folder
 from stare_megatron.run import preflight
 from stare_megatron.run.evaluation import Evaluation, Evaluator, fingerprint
+from stare_megatron.run.session import open_session
 
 
 @dataclass(frozen=True)
@@ -71,13 +69,14 @@ def _trained(config: Config, folder: Path) -> Policy:
     return Policy(config.model.path, folder, checkpoint.read(folder).step)
 
 
-def evaluate(config: Config, *, model: Path | None, out: Path | None) -> int:
-    """Check everything, evaluate, print and write what was found; returns the exit code.
+def evaluate(config: Config, *, model: Path | None, out: Path | None) -> Path:
+    """Check everything, evaluate, print and write what was found; returns the folder of the results.
 
     Raises:
         UserError: before anything is started. RunError: the evaluation had to stop; its logs stay, in OUT.partial.
     """
     console = Console()
+    say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
     policy = find_policy(config, model)
     changes: dict[str, object] = {"model": config.model.model_copy(update={"path": policy.model})}
     if policy.checkpoint is None:  # nobody to share devices with
@@ -87,18 +86,17 @@ def evaluate(config: Config, *, model: Path | None, out: Path | None) -> int:
     if sandbox := preflight.check_sandbox(config):
         notes = (*notes, f"sandbox: {sandbox}")
     if policy.checkpoint is not None:
-        note = checkpoint.verify(policy.checkpoint, contents=config.checkpoint.verify)
-        notes = (*notes, note) if note else notes
+        checkpoint.verify(policy.checkpoint, contents=config.checkpoint.verify)
     for note in notes:
-        console.print(f"note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        say(f"note: {note}", style="yellow")
     tokenizer = load_tokenizer(config.model.path)
     check_env(config.env, tokenizer)
     benchmarks = load_benchmarks(config, tokenizer)
     folder = out or config.folder.with_name(f"{config.folder.name}-eval")
     partial = _make(folder)
     try:
-        with _engines(config, policy, partial / "logs", console) as engines:
-            evaluator = Evaluator(config, benchmarks, engines, lambda ref: runtime.fetch([ref])[0], decoder(tokenizer))
+        with _engines(config, policy, partial / "logs", say) as engines:
+            evaluator = Evaluator(config, benchmarks, engines, runtime.fetch, decoder(tokenizer))
             done = evaluator.evaluate()
     except (UserError, KeyboardInterrupt):
         shutil.rmtree(partial)
@@ -107,10 +105,9 @@ def evaluate(config: Config, *, model: Path | None, out: Path | None) -> int:
         raise RunError(f"{e} (logs: {partial / 'logs'})") from e
     _write(config, policy, benchmarks, done, partial)
     os.rename(partial, folder)
-    for line in eval_results.text(done.results):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    console.print(f"results: {folder}", markup=False, highlight=False, soft_wrap=True)
-    return 0
+    for line in (*eval_results.text(done.results), f"results: {folder}"):
+        say(line)
+    return folder
 
 
 def _make(folder: Path) -> Path:
@@ -127,34 +124,14 @@ def _make(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _engines(config: Config, policy: Policy, logs: Path, console: Console) -> Iterator[EngineGroup]:
+def _engines(config: Config, policy: Policy, logs: Path, status: Callable[[str], None]) -> Iterator[EngineGroup]:
     """Engines that hold the policy, for as long as they are needed."""
-    trainers = policy.checkpoint is not None
-    transport = device.weight_transport(colocated=config.inference.placement == "colocated")
-    with contextlib.ExitStack() as stack:
-        ranks = config.trainer.world_size if trainers else 0
-        console.print("starting Ray and engines")
-        stack.enter_context(runtime.cluster(config.cluster, placement.actors(config, ranks)))
-        places = placement.plan(config, trainers=trainers)
-        stack.callback(places.release)
-        sandboxes = Sandboxes(config.sandbox, logs, wanted=config.uses_sandbox)
-        stack.callback(sandboxes.close)
-        runner = functools.partial(make_runner, config)
-        engines = EngineGroup(config, places.engines, transport, runner, sandboxes.actors, logs)
-        stack.callback(engines.close)
-        sandboxes.ready(config.cluster.start_timeout)
-        if policy.checkpoint is None:
-            engines.ready()
-        else:
-            group = TrainerGroup(config, places.trainers, logs)
-            stack.callback(group.close)
-            group.ready()
-            engines.ready()
-            group.connect(engines, transport)
-            console.print(f"loading {policy.checkpoint}", markup=False, highlight=False, soft_wrap=True)
-            group.push(group.restore(policy.checkpoint / "trainer"))
-        console.print("evaluating")
-        yield engines
+    with open_session(config, logs, status, trainers=policy.checkpoint is not None) as session:
+        if policy.checkpoint is not None:
+            status(f"loading {policy.checkpoint}")
+            session.trainers.push(session.trainers.restore(policy.checkpoint / "trainer"))
+        status("evaluating")
+        yield session.engines
 
 
 def _write(config: Config, policy: Policy, benchmarks: tuple[Benchmark, ...], done: Evaluation, folder: Path) -> None:

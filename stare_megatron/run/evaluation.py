@@ -17,7 +17,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from stare_megatron.config import Config
 from stare_megatron.data.benchmarks import Benchmark
-from stare_megatron.metrics import eval_records
+from stare_megatron.metrics import eval_records, eval_results
 from stare_megatron.metrics.catalogue import Metric
 from stare_megatron.metrics.eval_results import WHOLE, Result, result, result_metrics
 from stare_megatron.rollout.collect import GroupDispatcher
@@ -60,7 +60,7 @@ class Evaluator(Generic[Ref]):
     """Evaluates the policy that the engines hold.
 
     Args:
-        fetch: the group a reference stands for.
+        fetch: groups by the references that stand for them.
         decode: token ids -> text.
     """
 
@@ -69,7 +69,7 @@ class Evaluator(Generic[Ref]):
         config: Config,
         benchmarks: Sequence[Benchmark],
         dispatcher: Dispatcher[Ref],
-        fetch: Callable[[Ref], Group],
+        fetch: Callable[[Sequence[Ref]], Sequence[Group]],
         decode: eval_records.Decode,
     ) -> None:
         self._config = config
@@ -88,7 +88,7 @@ class Evaluator(Generic[Ref]):
         for request, ref, summary in self._dispatcher.run([q.request for q in questions]):
             setting = questions[request.order].setting
             limit = self._config.eval.responses if setting == SAMPLED else 1
-            rows[request.order] = eval_records.response_row(self._fetch(ref), setting, limit, self._decode)
+            rows[request.order] = eval_records.response_row(self._fetch([ref])[0], setting, limit, self._decode)
             summaries[request.order] = summary
             del ref
         self._dispatcher.reset_prefix_cache()
@@ -153,15 +153,24 @@ def fingerprint(config: Config, benchmarks: Sequence[Benchmark]) -> str:
 class Evaluations(Generic[Ref]):
     """The evaluations of a training run: when one is due, and their record in the run's folder.
 
+    `log`: is told the step, the metrics and the lines of each.
+
     Raises:
         UserError: the record of an earlier start is damaged.
     """
 
     def __init__(
-        self, config: Config, benchmarks: Sequence[Benchmark], evaluator: Evaluator[Ref], folder: Path, restored: int
+        self,
+        config: Config,
+        benchmarks: Sequence[Benchmark],
+        evaluator: Evaluator[Ref],
+        log: Callable[[int, Sequence[Metric], Sequence[str]], None],
+        folder: Path,
+        restored: int,
     ) -> None:
         self._config = config
         self._evaluator = evaluator
+        self._log = log
         self._folder = folder
         self._any = bool(benchmarks)
         self._fingerprint = fingerprint(config, benchmarks)
@@ -174,11 +183,11 @@ class Evaluations(Generic[Ref]):
         ends = (e.at_start and step == 0) or (e.at_end and step == self._config.run.steps)
         return self._any and (by_number or ends) and step not in self._done
 
-    def evaluate(self, step: int) -> Evaluation:
-        """Evaluate and record. A record is in the table when all of it is on disk."""
+    def evaluate(self, step: int) -> None:
+        """Evaluate, record and log. A record is in the table when all of it is on disk."""
         done = self._evaluator.evaluate()
         folder = eval_records.step_folder(self._folder / eval_records.FOLDER, step)
         eval_records.write(folder, self._fingerprint, step, done.results, done.rows)
         eval_records.append(self._folder, step, done.metrics)
         self._done |= {step}
-        return done
+        self._log(step, done.metrics, eval_results.text(done.results))

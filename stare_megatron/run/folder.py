@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from stare_megatron.config import Config
 from stare_megatron.errors import UserError
 from stare_megatron.host import device
-from stare_megatron.host.files import write_atomic
+from stare_megatron.host.files import free_bytes, write_atomic
 
 _PACKAGES = (
     "stare_megatron",
@@ -50,7 +50,6 @@ _CHECKPOINT_BYTES = 16
 _SLACK_MB = 256
 
 CHECKPOINTS = "checkpoints"
-EXPORTS = "exports"
 
 
 @dataclass(frozen=True)
@@ -97,6 +96,10 @@ class RunFolder:
         return self.path / "hf"
 
     @property
+    def exports(self) -> Path:
+        return self.path / "exports"
+
+    @property
     def logs(self) -> Path:
         return self.path / "logs"
 
@@ -110,7 +113,7 @@ class RunFolder:
             ("wandb", self.wandb),
             ("checkpoints", self.checkpoints),
             ("policy (Hugging Face)", self.export),
-            ("earlier policies", self.path / EXPORTS),
+            ("earlier policies", self.exports),
             ("configuration", self.config),
             ("logs", self.logs),
         )
@@ -181,8 +184,7 @@ def check_disk(config: Config) -> None:
         UserError: less than `run.min_free_mb`, or than the estimate when that is 0.
     """
     need = config.run.min_free_mb or disk_need_mb(config)
-    place = next(p for p in (config.folder.absolute(), *config.folder.absolute().parents) if p.exists())
-    free = shutil.disk_usage(place).free // 2**20
+    free = free_bytes(config.folder) // 2**20
     if free < need:
         saves, exports = _most_on_disk(config)
         raise UserError(

@@ -1,116 +1,101 @@
-"""The training loop. What happens in a step and in which order; how is behind `Run`."""
+"""The training loop: what happens in a step, in which order, and who has the devices meanwhile.
+
+            engines                      driver                        trainer ranks
+               |       residency: the engines have the devices               |
+    rollout  sample  <------ prompts of the next batch                       :
+               | -------- groups with rewards ------> |                      :
+               :       residency: the trainer has the devices                |
+    score      :                                      | ---- load, score ->  |
+               :                  controller: gate <--|---- mean entropy --- |
+    update     :                                      | ---- control ----->  | optimizer steps
+    push       | <---------------- weights of the new version -------------- |
+               |       residency: the engines have the devices               :
+               | ---- probe: both give a prompt the same log-probs --------> |
+             record the step; evaluate, save and export when due
+
+Each arrow waits for the one before: nobody samples while the ranks train. How each part works is behind `Run`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import Generic, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-from stare_megatron.types import Control, EntropyReading, ScoreSummary, StepStats, UpdateStats
+from stare_megatron.rollout.collect import Collected
+from stare_megatron.run.sampling import Sampler
 
-Batch = TypeVar("Batch")
+if TYPE_CHECKING:
+    from stare_megatron.algo.algorithm import EntropyController
+    from stare_megatron.cluster.trainers import TrainerGroup
+    from stare_megatron.run.evaluation import Evaluations
+    from stare_megatron.run.recorder import Recorder
+    from stare_megatron.run.residency import Residency
+    from stare_megatron.run.saving import Saving
+    from stare_megatron.run.stop import StopSignal
+    from stare_megatron.run.weights import Weights
+
+Ref = TypeVar("Ref")
 
 
-class Run(Protocol, Generic[Batch]):
-    """Everything a step needs, put together in `build.py`."""
+@dataclass(frozen=True)
+class Run(Generic[Ref]):
+    """Everything a step needs, put together in `train.py`. `steps`: of the whole run."""
 
     steps: int
-
-    def restore(self) -> int:
-        """Load the checkpoint to resume from, if any; returns the number of steps done."""
-        ...
-
-    def push(self, version: int) -> float:
-        """Stream the weights into the engines; returns the probe's mean |log-prob difference|, nats."""
-        ...
-
-    def phase(self, name: str) -> AbstractContextManager[None]:
-        """Time a phase; when devices are shared, give them to whoever works in it."""
-        ...
-
-    def collect(self, step: int) -> Batch:
-        """Sample groups with rewards."""
-        ...
-
-    def load(self, batch: Batch) -> None:
-        """Hand the groups to the trainer ranks."""
-        ...
-
-    def score(self) -> EntropyReading:
-        """Log-probs and entropies of the policy about to be updated, or an estimate of their mean."""
-        ...
-
-    def observe(self, reading: EntropyReading) -> Control:
-        """The gate."""
-        ...
-
-    def update(self, control: Control) -> StepStats:
-        """Weigh tokens, take the optimizer steps."""
-        ...
-
-    def report(
-        self,
-        step: int,
-        batch: Batch,
-        scores: ScoreSummary,
-        control: Control,
-        updates: Sequence[UpdateStats],
-        probe: float,
-    ) -> None:
-        """Log the step."""
-        ...
-
-    def eval_due(self, step: int) -> bool: ...
-
-    def evaluate(self, step: int) -> None:
-        """Sample and grade held-out prompts with the policy of `step`, which the engines have; log it."""
-        ...
-
-    def save_due(self, step: int) -> bool: ...
-
-    def save(self, step: int) -> None:
-        """Save a checkpoint; it may be written while the loop goes on."""
-        ...
-
-    def export_due(self, step: int) -> bool: ...
-
-    def export(self, step: int) -> None:
-        """Write the policy for others to use."""
-        ...
-
-    def stopping(self) -> bool:
-        """The user asked for an end."""
-        ...
+    sampler: Sampler[Collected[Ref]]
+    trainers: TrainerGroup
+    controller: EntropyController
+    residency: Residency
+    weights: Weights
+    recorder: Recorder[Ref]
+    evaluations: Evaluations[Ref]
+    saving: Saving
+    stop: StopSignal
 
 
-def train(run: Run[Batch]) -> int:
+def train(run: Run[Ref]) -> int:
     """Train until `run.steps` are done or the user asks for an end; returns the number of steps done."""
-    step = run.restore()
-    with run.phase("push"):
-        run.push(step)
-    if run.eval_due(step):
-        with run.phase("eval"):
-            run.evaluate(step)
-    while step < run.steps and not run.stopping():
-        with run.phase("rollout"):
-            batch = run.collect(step)
-        with run.phase("score"):
-            run.load(batch)
-            reading = run.score()
-        control = run.observe(reading)
-        with run.phase("update"):
-            done = run.update(control)
+    step = run.saving.restore()
+    _push(run, step)
+    _evaluate_when_due(run, step)
+    run.recorder.close(step)
+    stopping = run.stop.asked
+    while step < run.steps and not stopping:
+        with run.recorder.phase("rollout"):
+            with run.saving.rescue(step):
+                batch = run.sampler.next_batch(step)
+            run.residency.to_trainer()
+        with run.recorder.phase("score"):
+            run.trainers.load(batch)
+            reading = run.trainers.score()
+        control = run.controller.observe(reading)
         step += 1
-        with run.phase("push"):
-            probe = run.push(step)
-        run.report(step, batch, done.scores, control, done.updates, probe)
-        if run.eval_due(step):
-            with run.phase("eval"):
-                run.evaluate(step)
-        if run.save_due(step) or run.stopping():
-            with run.phase("save"):
-                run.save(step)
-        if run.export_due(step):
-            with run.phase("save"):
-                run.export(step)
+        with run.recorder.phase("update"):
+            done = run.trainers.update(control, keep_tokens=run.recorder.shows_tokens(step))
+        probe = _push(run, step)
+        run.saving.poll()
+        run.recorder.record(step, batch, control, done, probe)
+        _evaluate_when_due(run, step)
+        stopping = run.stop.asked  # read once: a wish that comes later is granted one step later, and that step saved
+        if run.saving.due(step) or stopping:
+            with run.recorder.phase("save"):
+                run.saving.save(step, last=stopping or step == run.steps)
+        if run.saving.export_due(step):
+            with run.recorder.phase("save"):
+                run.saving.export(step)
+        run.recorder.close(step)
     return step
+
+
+def _push(run: Run[Ref], version: int) -> float:
+    with run.recorder.phase("push"):
+        with run.residency.to_engines():
+            run.weights.push(version)
+        return run.weights.probe(version)
+
+
+def _evaluate_when_due(run: Run[Ref], step: int) -> None:
+    # What a stop leaves out is due when the run goes on.
+    if run.evaluations.due(step) and not run.stop.asked:
+        with run.recorder.phase("eval"), run.saving.rescue(step):
+            run.evaluations.evaluate(step)

@@ -6,41 +6,30 @@ What a TOML file can say wrong by itself is `config.py`'s; malformed rows of dat
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import importlib.metadata
 import importlib.util
 import json
-import os
 import socket
+from collections.abc import Coroutine
 from pathlib import Path
-
-import psutil
+from typing import Any, TypeVar
 
 from stare_megatron.config import Config, upstream
-from stare_megatron.config.engine_args import check_engine_args
+from stare_megatron.config.upstream import check_engine_args
 from stare_megatron.errors import UserError
-from stare_megatron.host import device
 from stare_megatron.models import layout
 from stare_megatron.models.families import read_hf_config
 from stare_megatron.models.shape import ModelShape
 from stare_megatron.rewards import check_reward
-from stare_megatron.run import folder as run_folder
+from stare_megatron.run.machine import check_engine_machine, check_machine
 from stare_megatron.sandbox.detect import detect
 from stare_megatron.sandbox.level import Level
 from stare_megatron.sandbox.remote import RemoteSandbox
 
-_GIB = 2**30
-_CONNECT_SECONDS = 1.0
+T = TypeVar("T")
 
-# Resident memory of processes before any model, measured on Linux with torch 2.13, bytes.
-_DRIVER_BYTES = 0.8 * _GIB
-_RAY_BYTES = 0.5 * _GIB
-_RANK_BYTES = 0.45 * _GIB
-# An engine's process, its KV cache (VLLM_CPU_KVCACHE_SPACE) included.
-_ENGINE_BYTES = 1.3 * _GIB + 1.0 * _GIB
-# Of the logits of a micro-batch: themselves, a softmax, their gradient; float32.
-_LOGITS_BYTES = 3 * 4
-# vLLM's attention on a CPU refuses smaller heads.
-_CPU_MIN_HEAD_DIM = 32
+_CONNECT_SECONDS = 1.0
 
 
 def check(config: Config) -> tuple[str, ...]:
@@ -114,13 +103,19 @@ def check_sandbox(config: Config) -> str:
     if not config.uses_sandbox:
         return ""
     if s.url:
-        asyncio.run(_try_server(config))
+        _finish(_try_server(config))
         return f"server {s.url}"
     if config.cluster.address != "local":
         return f"{s.actors} actors of {s.workers} workers, at level {s.require} or stronger"
-    found = asyncio.run(detect(Level(s.require)))
+    found = _finish(detect(Level(s.require)))
     landlock = " with Landlock" if found.level is Level.NAMESPACES and found.landlock else ""
     return f"level {found.level.value}{landlock}, {s.actors} actors of {s.workers} workers"
+
+
+def _finish(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Its result. In a thread of its own, since a notebook's main thread already runs an event loop."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, coroutine).result()
 
 
 async def _try_server(config: Config) -> None:
@@ -267,116 +262,6 @@ def port_is_free(port: int) -> bool:
         except OSError:
             return False
     return True
-
-
-def check_machine(config: Config, shape: ModelShape) -> tuple[str, ...]:
-    """Ranks and engines against this machine's GPUs, or its memory; a cluster is checked when it is joined.
-
-    Returns notes.
-
-    Raises:
-        UserError: they do not fit.
-    """
-    gpus = _visible_gpus(config)
-    t, i = config.trainer, config.inference
-    if gpus or config.cluster.address != "local":
-        if i.placement == "colocated" and i.engines * i.tensor_parallel > t.world_size:
-            raise UserError(
-                f"inference.engines {i.engines} x inference.tensor_parallel {i.tensor_parallel} = "
-                f"{i.engines * i.tensor_parallel} GPUs, but colocated engines share the trainer's "
-                f"{t.world_size} (trainer.world_size); lower one, or set inference.placement=separate"
-            )
-        if config.cluster.address == "local":
-            _check_gpus(config, gpus)
-        return ()
-    _check_cpu_heads(config, shape)
-    return _check_cpu_memory(config, shape)
-
-
-def check_engine_machine(config: Config, shape: ModelShape) -> None:
-    """Raises: UserError: engines alone do not fit this machine; a cluster is checked when it is joined."""
-    gpus, i = _visible_gpus(config), config.inference
-    if config.cluster.address != "local":
-        return
-    if not gpus:
-        _check_cpu_heads(config, shape)
-    elif i.engines * i.tensor_parallel > gpus:
-        raise UserError(
-            f"inference.engines {i.engines} x inference.tensor_parallel {i.tensor_parallel} = "
-            f"{i.engines * i.tensor_parallel} GPUs, this machine shows {gpus}; lower one, or join a cluster with "
-            "cluster.address"
-        )
-
-
-def _visible_gpus(config: Config) -> int:
-    forced = os.environ.get("STARE_DEVICE", "")
-    if forced not in ("", *(d.value for d in device.Device)):
-        raise UserError(f"STARE_DEVICE = {forced!r}: use cpu, cuda, or leave it unset")
-    gpus = len(device.gpu_names())
-    if forced == device.Device.CUDA.value and not gpus and config.cluster.address == "local":
-        raise UserError("STARE_DEVICE = 'cuda': no GPU is visible; unset it, or see what `nvidia-smi` says")
-    return gpus
-
-
-def _check_cpu_heads(config: Config, shape: ModelShape) -> None:
-    if shape.head_dim < _CPU_MIN_HEAD_DIM:
-        raise UserError(
-            f"{config.model.path / 'config.json'}: head size {shape.head_dim}: vLLM needs at least "
-            f"{_CPU_MIN_HEAD_DIM} on a CPU; use another model"
-        )
-
-
-def cpu_memory_bytes(config: Config, shape: ModelShape) -> int:
-    """Estimated peak memory of a whole run on a CPU: driver, Ray, ranks, engines. Bytes."""
-    t = config.trainer
-    params = run_folder.parameter_count(config.model.path)
-    weight = 4 if config.model.dtype == "float32" else 2
-    split = t.tensor_parallel * t.pipeline_parallel
-    # Adam's moments, and a float32 copy of weights that are not float32.
-    optimizer = 8 if config.model.dtype == "float32" else 12
-    if t.distributed_optimizer:
-        optimizer /= t.data_parallel * t.context_parallel
-    pack = min(
-        max(t.micro_batch_tokens, config.window),
-        config.rollout.prompts_per_step * config.rollout.group_size * config.window // t.data_parallel,
-    )
-    logits = pack // t.context_parallel * shape.vocab // t.tensor_parallel * _LOGITS_BYTES
-    # Gradients are float32. The logits exist on the last pipeline stage only.
-    ranks = t.world_size * (_RANK_BYTES + params / split * (weight + 4 + optimizer))
-    ranks += t.world_size // t.pipeline_parallel * logits
-    # vLLM keeps a second, repacked copy of what its matrix kernels read.
-    engines = config.inference.engines * (_ENGINE_BYTES + params * weight * 2)
-    return int(_DRIVER_BYTES + _RAY_BYTES + config.cluster.object_store_mb * 2**20 + ranks + engines)
-
-
-def _check_gpus(config: Config, gpus: int) -> None:
-    t, i = config.trainer, config.inference
-    own = i.engines * i.tensor_parallel if i.placement == "separate" else 0
-    if t.world_size + own > gpus:
-        engines = f" + inference.engines {i.engines} x inference.tensor_parallel {i.tensor_parallel}" if own else ""
-        cure = "lower one, or set inference.placement=colocated" if own else "lower it"
-        raise UserError(
-            f"trainer.world_size {t.world_size}{engines} = {t.world_size + own} GPUs, this machine shows {gpus}; "
-            f"{cure}, or join a cluster with cluster.address"
-        )
-
-
-def _check_cpu_memory(config: Config, shape: ModelShape) -> tuple[str, ...]:
-    need = cpu_memory_bytes(config, shape)
-    memory = psutil.virtual_memory()
-    sizes = (
-        f"trainer.world_size {config.trainer.world_size} ranks and inference.engines {config.inference.engines} need "
-        f"about {need / _GIB:.1f} GiB of memory"
-    )
-    if need > memory.total:
-        raise UserError(
-            f"{sizes}, this machine has {memory.total / _GIB:.1f}; lower them, trainer.micro_batch_tokens "
-            f"{config.trainer.micro_batch_tokens} or cluster.object_store_mb {config.cluster.object_store_mb}, or use "
-            "a smaller model"
-        )
-    if need > memory.available:
-        return (f"{sizes}, {memory.available / _GIB:.1f} are free now: it may swap or be killed",)
-    return ()
 
 
 def _installed(distribution: str) -> bool:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from stare_megatron.host.memory import HostMemory
-from stare_megatron.metrics import jsonl
 from stare_megatron.metrics.catalogue import Metric, member, metrics
 from stare_megatron.rollout.collect import Collected, CollectStats, SourceStats
 from stare_megatron.types import Control, GateDuty, Observed, ScoreSummary, UpdateStats
@@ -27,12 +25,6 @@ class StepCosts:
     driver_peak: int
     host: HostMemory
     trained_total: int
-
-
-def gate_duty(run_folder: Path) -> GateDuty:
-    """Of the steps logged in a run's folder, cut to where the run goes on."""
-    rows = jsonl.read(run_folder / jsonl.FILE)
-    return GateDuty(len(rows), sum(row.get("stare/gate", 0.0) == 1.0 for row in rows))
 
 
 QUADRANTS = ("pos_likely", "pos_unlikely", "neg_likely", "neg_unlikely")  # in the order of types.Dynamics

@@ -20,7 +20,7 @@ from typing import IO, Any
 
 import psutil
 
-from stare_megatron.compare.load import flatten
+from stare_megatron.config import flatten
 from stare_megatron.errors import RunError, UserError
 from stare_megatron.metrics import jsonl
 from stare_megatron.study.spec import Job, Study
@@ -67,7 +67,7 @@ class Progress:
 
 
 def default_jobs() -> int:
-    """How many runs of a tiny model this machine bears at a time: one a core, as far as memory goes."""
+    """How many runs of a tiny model fit on this machine at a time: one per core, as far as memory allows."""
     return max(1, min(os.cpu_count() or 1, psutil.virtual_memory().total // _MEMORY_PER_JOB))
 
 

@@ -76,11 +76,6 @@ class WeightPusher:
         self._client.version = version
         self._engine.send_weights()
 
-    def close(self) -> None:
-        if self._engine is not None:
-            self._engine.shutdown()
-            self._engine = None
-
     def _only_iterates(self) -> bool:
         """A rank other than 0 of a broadcasting backend only takes part in the passes over the stream, so it can do
         without vLLM (9 s and hundreds of MB). With ipc every rank shares its GPU's memory."""

@@ -16,7 +16,6 @@ from stare_megatron.tasks.base import Split, TaskPrompt, split_of
 
 SOURCE = "arithmetic"
 STOP = "\n"
-MAX_RESPONSE_TOKENS = 8
 
 _OPERATIONS = {"+": operator.add, "*": operator.mul}
 _SHOTS = 4

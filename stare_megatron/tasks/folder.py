@@ -59,7 +59,7 @@ def reuse_or_build(
 
 
 def write_prompts(path: Path, source: str, prompts: list[TaskPrompt], *, append: bool = False) -> None:
-    """One JSON object a line, under the default keys of the `[data]` table; `append`: after the file's own lines."""
+    """One JSON object per line, under the default keys of the `[data]` table; `append`: after the file's own lines."""
     rows = [{"id": p.id, "source": source, "prompt": p.text, "answer": p.answer} for p in prompts]
     kept = path.read_text() if append and path.exists() else ""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def _intact(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
         if record["settings"] == dict(settings) and record["sha256"] == _checksum(out):
             return record["made"]
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # missing, or not a whole folder of ours: it is made anew
+        pass  # missing, or not a complete folder of ours: it is made again
     return None
 
 

@@ -3,7 +3,7 @@
 Prompt `3 9 4 1 :`, a right response `9 + 1 = 10 4 + 10 = 14 3 + 14 = 17`. Every step uses two numbers that are still
 there and puts their sum back; three steps leave one number. A prompt of four numbers has 12 x 6 x 2 = 144 right
 responses (fewer distinct ones when numbers repeat), so a policy can be right and diverse at once: uniform over them is
-ln(144) / 16 = 0.31 nats a token.
+ln(144) / 16 = 0.31 nats per token.
 """
 
 from __future__ import annotations

@@ -90,10 +90,10 @@ def packed(
     for b in _plan(lengths, q_THD.device):
         if b.whole:
             shape = (*b.take_BL.shape, -1)
-            return _sdpa(*(x.unflatten(0, shape[:2]) for x in (q_THD, k_TGD, v_TGD)), scale).flatten(0, 1)
+            return _sdpa(*(x.unflatten(0, shape[:2]) for x in (q_THD, k_TGD, v_TGD)), scale).flatten(0, 1)  # pyright: ignore[reportCallIssue]
         flat = b.take_BL.flatten()
         batch = (x.index_select(0, flat).unflatten(0, b.take_BL.shape) for x in (q_THD, k_TGD, v_TGD))
-        attended_MHD = _sdpa(*batch, scale).flatten(0, 1).index_select(0, b.put_M)
+        attended_MHD = _sdpa(*batch, scale).flatten(0, 1).index_select(0, b.put_M)  # pyright: ignore[reportCallIssue]
         if out is None:
             out = attended_MHD.new_zeros((tokens, *attended_MHD.shape[1:]))
         out = out.index_copy(0, b.tokens_M, attended_MHD)
@@ -180,7 +180,7 @@ class SdpaAttention(MegatronModule):
         if packed_seq_params is None:
             if self._cp.size() > 1:
                 raise ValueError("context parallelism needs packed sequences (PackedSeqParams)")
-            out = _sdpa(*(x.transpose(0, 1) for x in (query, key, value)), self._scale)
+            out = _sdpa(*(x.transpose(0, 1) for x in (query, key, value)), self._scale)  # pyright: ignore[reportCallIssue]
             return out.transpose(0, 1).flatten(2)
         lengths = _lengths(packed_seq_params)
         if self._cp.size() > 1:

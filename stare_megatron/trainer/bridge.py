@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -14,6 +15,7 @@ from torch.distributed import ProcessGroup
 from stare_megatron.models.entries import ParameterEntry, entries, hf_names, local_entries
 from stare_megatron.models.shape import ModelShape, Split
 from stare_megatron.models.shards import Checkpoint, merge, read_shard
+from stare_megatron.trainer.parallel import ep_group, etp_group, pp_group, tp_group
 
 
 def _shape(chunks: Sequence[torch.nn.Module]) -> ModelShape:
@@ -24,39 +26,39 @@ class _Local:
     """The parameters on this rank, by global layer and Megatron-Core name."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
-        self._by_place: dict[tuple[int | None, str], torch.nn.Parameter] = {}
+        self._parameters: dict[tuple[int | None, str], torch.nn.Parameter] = {}
         for chunk in chunks:
-            model = chunk
+            model: Any = chunk
             while not hasattr(model, "decoder"):
-                model = model.module  # type: ignore[assignment]
-            globals_ = [layer.layer_number - 1 for layer in model.decoder.layers]  # type: ignore[union-attr]
+                model = model.module
+            globals_ = [layer.layer_number - 1 for layer in model.decoder.layers]
             for name, parameter in model.named_parameters():
                 parts = name.split(".")
                 if parts[:2] == ["decoder", "layers"]:
-                    self._by_place[globals_[int(parts[2])], ".".join(parts[3:])] = parameter
+                    self._parameters[globals_[int(parts[2])], ".".join(parts[3:])] = parameter
                 else:
-                    self._by_place[None, name] = parameter
+                    self._parameters[None, name] = parameter
 
     def find(self, entry: ParameterEntry, expert: int = 0) -> torch.nn.Parameter | None:
         """`expert`: its number on this rank."""
         for name in (entry.tensor.local, entry.tensor.fused):
-            found = name and self._by_place.get((entry.layer, name.format(e=expert)))
+            found = name and self._parameters.get((entry.layer, name.format(e=expert)))
             if isinstance(found, torch.nn.Parameter):
                 return found
         return None
 
     def places(self) -> set[tuple[int | None, str]]:
-        return set(self._by_place)
+        return set(self._parameters)
 
     def place_of(self, parameter: torch.nn.Parameter) -> tuple[int | None, str]:
-        return next(place for place, p in self._by_place.items() if p is parameter)
+        return next(place for place, p in self._parameters.items() if p is parameter)
 
 
 def _groups(entry: ParameterEntry) -> ProcessGroup:
     """The ranks that split this parameter (each expert, for experts)."""
     if entry.of_experts:
-        return parallel_state.get_expert_tensor_parallel_group()
-    return parallel_state.get_tensor_model_parallel_group()
+        return etp_group()
+    return tp_group()
 
 
 def _local_experts(shape: ModelShape, entry: ParameterEntry) -> range:
@@ -83,7 +85,7 @@ def mark_split(chunks: Sequence[torch.nn.Module]) -> None:
             parameter = local.find(entry, here)
             if parameter is not None:
                 for name in ("tensor_model_parallel", "partition_dim", "partition_stride"):
-                    parameter.__dict__.pop(name, None)
+                    vars(parameter).pop(name, None)
                 set_tensor_model_parallel_attributes(parameter, True, dimension, 1)
 
 
@@ -136,7 +138,7 @@ def export(chunks: Sequence[torch.nn.Module], dtype: torch.dtype) -> Iterator[tu
     layer's experts) is held at a time.
     """
     shape, local = _shape(chunks), _Local(chunks)
-    place = next(chunks[0].parameters()).device
+    device = next(chunks[0].parameters()).device
     for entry, owner in zip(entries(shape), _owners(local, shape), strict=True):
         wants = entry.wants(shape)
         mine = owner == parallel_state.get_pipeline_model_parallel_rank()
@@ -144,11 +146,10 @@ def export(chunks: Sequence[torch.nn.Module], dtype: torch.dtype) -> Iterator[tu
             stacks = _gather(local, entry, shape, dtype)
         else:
             number = entry.experts(shape)
-            stacks = [torch.empty((number, *want), dtype=dtype, device=place) for want in wants]
+            stacks = [torch.empty((number, *want), dtype=dtype, device=device) for want in wants]
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-            pipeline = parallel_state.get_pipeline_model_parallel_group()
             for stack in stacks:
-                torch.distributed.broadcast(stack, group_src=owner, group=pipeline)
+                torch.distributed.broadcast(stack, group_src=owner, group=pp_group())
         for expert in range(len(stacks[0])):
             for name, stack in zip(entry.names(expert), stacks, strict=True):
                 yield name, stack[expert]
@@ -157,9 +158,8 @@ def export(chunks: Sequence[torch.nn.Module], dtype: torch.dtype) -> Iterator[tu
 def _owners(local: _Local, shape: ModelShape) -> list[int]:
     """Pipeline rank that holds each entry; the first one, where several do."""
     here = [local.find(entry) is not None for entry in entries(shape)]
-    group = parallel_state.get_pipeline_model_parallel_group()
-    everywhere: list[list[bool]] = [[]] * group.size()
-    torch.distributed.all_gather_object(everywhere, here, group=group)
+    everywhere: list[list[bool]] = [[]] * pp_group().size()
+    torch.distributed.all_gather_object(everywhere, here, group=pp_group())
     return [column.index(True) for column in zip(*everywhere, strict=True)]
 
 
@@ -177,9 +177,8 @@ def _gather(local: _Local, entry: ParameterEntry, shape: ModelShape, dtype: torc
         stacks = _all_gather(torch.stack(shards), group)
     whole = [merge(entry.tensor.layout, [s[e] for s in stacks], shape) for e in range(len(shards))]
     tensors = [torch.stack(column).contiguous() for column in zip(*whole, strict=True)]
-    experts = parallel_state.get_expert_model_parallel_group()
-    if entry.of_experts and experts.size() > 1:
-        tensors = [torch.cat(_all_gather(t, experts)) for t in tensors]
+    if entry.of_experts and ep_group().size() > 1:
+        tensors = [torch.cat(_all_gather(t, ep_group())) for t in tensors]
     return tensors
 
 

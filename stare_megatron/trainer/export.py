@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,13 +10,8 @@ import torch.distributed as dist
 
 from stare_megatron.errors import RunError
 from stare_megatron.host import manifest
-from stare_megatron.models.hf_folder import (
-    SafetensorsWriter,
-    Spec,
-    copy_companions,
-    files,
-    write_index,
-)
+from stare_megatron.host.files import whole_folder
+from stare_megatron.models.hf_folder import SafetensorsWriter, Spec, copy_companions, files, write_index
 
 SHARD_BYTES = 5 * 10**9
 
@@ -33,7 +27,8 @@ def export_hf(folder: Path, source: Path, specs: Sequence[Spec], tensors: Iterat
     fault = ""
     if dist.get_rank() == 0:
         try:
-            _write(folder, source, specs, tensors)
+            with whole_folder(folder) as partial:
+                _write(partial, source, specs, tensors)
         except OSError as e:
             fault = f"{folder}: cannot write the exported policy: {e}"
     for _ in tensors:  # the other ranks, and rank 0 after a fault: each tensor is gathered by all
@@ -44,10 +39,7 @@ def export_hf(folder: Path, source: Path, specs: Sequence[Spec], tensors: Iterat
         raise RunError(faults[0])
 
 
-def _write(folder: Path, source: Path, specs: Sequence[Spec], tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+def _write(partial: Path, source: Path, specs: Sequence[Spec], tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
     copy_companions(source, partial, specs[0][1])
     content = files(specs, SHARD_BYTES)
     sums: dict[str, manifest.FileEntry] = {}
@@ -60,9 +52,3 @@ def _write(folder: Path, source: Path, specs: Sequence[Spec], tensors: Iterator[
         sums[file] = writer.entry()
     write_index(partial, content)
     manifest.write(partial, sums)
-    stale = folder.with_name(folder.name + ".stale.partial")
-    shutil.rmtree(stale, ignore_errors=True)
-    if folder.exists():
-        folder.rename(stale)
-    partial.rename(folder)
-    shutil.rmtree(stale, ignore_errors=True)

@@ -49,7 +49,7 @@ class PolicyModel(GPTModel):
         """The output layer's weight on this rank, [V_local, H]; the embedding's when tied."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
+        return self.output_layer.weight  # pyright: ignore[reportReturnType]
 
     def logits(self, hidden_RH: torch.Tensor) -> torch.Tensor:
         """[R, H] to [R, V_local]; the gradient of the hidden states is summed over TP."""

@@ -167,8 +167,8 @@ def partials(
             RAW=raw,
             LANES=LANES,
             WIDTH=LOAD_BYTES // logits_TV.element_size(),
-            num_warps=FORWARD_WARPS,
-            enable_fp_fusion=True,
+            num_warps=FORWARD_WARPS,  # pyright: ignore[reportCallIssue]
+            enable_fp_fusion=True,  # pyright: ignore[reportCallIssue]
         )
     return partial_KT
 
@@ -204,6 +204,6 @@ def backward_in_place(
         1.0 / tau,
         ENTROPY=grad_entropy_T is not None,
         BLOCK=BACKWARD_BLOCK,
-        num_warps=BACKWARD_WARPS,
-        enable_fp_fusion=True,
+        num_warps=BACKWARD_WARPS,  # pyright: ignore[reportCallIssue]
+        enable_fp_fusion=True,  # pyright: ignore[reportCallIssue]
     )

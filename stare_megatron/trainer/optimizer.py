@@ -7,7 +7,7 @@ The order within a step: `zero_grad`, the forward-backward schedule (which reduc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import megatron.core.optimizer as upstream
 import torch
@@ -76,7 +76,8 @@ def step(optimizer: MegatronOptimizer, settings: OptimizerConfig, lr: float) -> 
     for group in optimizer.param_groups:
         group["lr"] = lr
         group["weight_decay"] = settings.weight_decay * group["wd_mult"]
-    _, grad_norm, _ = optimizer.step()
+    done: Any = optimizer.step()
+    _, grad_norm, _ = done
     if isinstance(grad_norm, torch.Tensor):
         grad_norm = grad_norm.item()
     assert grad_norm is not None

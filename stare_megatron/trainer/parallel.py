@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -75,24 +76,39 @@ def shutdown() -> None:
         torch.distributed.destroy_process_group()
 
 
+def _group(found: Any) -> ProcessGroup:
+    """Upstream says of its groups that they may also be numbers or lists: they are not."""
+    return found
+
+
 def tp_group() -> ProcessGroup:
     """Ranks that split each layer."""
-    return parallel_state.get_tensor_model_parallel_group()
+    return _group(parallel_state.get_tensor_model_parallel_group())
 
 
 def pp_group() -> ProcessGroup:
     """Ranks that split the layers into stages."""
-    return parallel_state.get_pipeline_model_parallel_group()
+    return _group(parallel_state.get_pipeline_model_parallel_group())
+
+
+def etp_group() -> ProcessGroup:
+    """Ranks that split each expert."""
+    return _group(parallel_state.get_expert_tensor_parallel_group())
+
+
+def ep_group() -> ProcessGroup:
+    """Ranks that hold different experts."""
+    return _group(parallel_state.get_expert_model_parallel_group())
 
 
 def cp_group() -> ProcessGroup:
     """Ranks that split each sequence."""
-    return parallel_state.get_context_parallel_group()
+    return _group(parallel_state.get_context_parallel_group())
 
 
 def dp_cp_group() -> ProcessGroup:
     """Ranks that hold the same parameters and different tokens."""
-    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return _group(parallel_state.get_data_parallel_group(with_context_parallel=True))
 
 
 def tensor_parallel_rank() -> int:

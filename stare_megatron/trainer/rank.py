@@ -96,7 +96,7 @@ class TrainerRank:
         vocab = vocab_shard(self._shape.vocab, columns, parallel.tp_group())
         self._runner = Runner(
             chunks=self._chunks,
-            head=Head(self._chunks[-1].module, vocab, trainer.logits_chunk_tokens),
+            head=Head(self._chunks[-1].module, vocab, trainer.logits_chunk_tokens),  # pyright: ignore[reportArgumentType]
             comm=comm(parallel.dp_cp_group()),
             context_comm=comm(parallel.cp_group()),
             pipeline=parallel.pp_group(),
@@ -299,13 +299,8 @@ class TrainerRank:
         writing, self._writing = self._writing, None
         return writing.finish()
 
-    def save(self, folder: Path, step: int) -> None:
-        """`begin_save`, and wait until every rank is done."""
-        self.begin_save(folder, step)
-        self.finish_save()
-
     def restore(self, folder: Path) -> int:
-        """Load what `save` wrote, at any layout; returns the loop's step.
+        """Load what `begin_save` wrote, at any layout; returns the loop's step.
 
         Raises:
             UserError: no such checkpoint, or one of another model.

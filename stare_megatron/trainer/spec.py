@@ -82,15 +82,15 @@ def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBl
             num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
         )
         norm = RMSNorm
-        layer.submodules.input_layernorm = norm
-        layer.submodules.pre_mlp_layernorm = norm
-        attention = layer.submodules.self_attention.submodules
+        parts: Any = layer.submodules
+        parts.input_layernorm = parts.pre_mlp_layernorm = norm
+        attention = parts.self_attention.submodules
         attention.core_attention = SdpaAttention
         attention.q_layernorm = attention.k_layernorm = norm if config.qk_layernorm else IdentityOp
         if config.num_moe_experts is not None:
             # Upstream renames the norm before experts in checkpoints as if it were fused into a dense MLP, which
             # Transformer Engine's layers, where no linear follows it, do not: they could not load each other's.
-            renamed = layer.submodules.sharded_state_dict_keys_map
-            layer.submodules.sharded_state_dict_keys_map = {k: v for k, v in renamed.items() if "pre_mlp" not in k}
+            renamed = parts.sharded_state_dict_keys_map
+            parts.sharded_state_dict_keys_map = {k: v for k, v in renamed.items() if "pre_mlp" not in k}
     layers = get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)

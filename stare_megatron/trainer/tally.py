@@ -57,4 +57,4 @@ class Tally:
         everything = runner.from_last_stage(torch.cat([self.sums, self.ratio_max, self.counts])).tolist()
         loss, ratio_max, chosen = everything[0], everything[5], [int(n) for n in everything[6:]]
         clipped, kl, correction, bounded = (x / num_action_tokens for x in everything[1:5])
-        return LossStats(loss, clipped, ratio_max, kl, *chosen, correction, bounded)
+        return LossStats(loss, clipped, ratio_max, kl, *chosen, correction, bounded)  # pyright: ignore[reportCallIssue]

@@ -145,8 +145,8 @@ def _write_copy(transforms: list[Any], number: int, copy: concurrent.futures.Fut
 
 
 def _write(transforms: list[Any], number: int, bucket: Any) -> _File:
-    results: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    counter: queue.Queue[int] = queue.Queue()
+    results: Any = queue.SimpleQueue()
+    counter: Any = queue.Queue()
     counter.put(number)
     # Positional but for what upstream itself names.
     filesystem_async.FileSystemWriterAsync.write_preloaded_data(

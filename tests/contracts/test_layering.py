@@ -51,7 +51,8 @@ ALLOWED: dict[str, set[str]] = {
         "inference",
     },
     "__main__": CONTRACTS | {"run", "metrics", "study", "compare", "convert", "data", "tasks"},
-    "__init__": set(),
+    # The Python API, imported when asked for.
+    "__init__": {"run", "config", "errors"},
     "patches": {"host"},
 }
 
@@ -84,8 +85,6 @@ THIRD_PARTY: dict[str, set[str]] = {
     "jinja2": {"data", "envs", "compare"},
     "markupsafe": {"compare"},
     "plotly": {"compare"},
-    # Reads the records of wandb files.
-    "google": {"metrics"},
     "math_verify": {"rewards"},
     "latex2sympy2_extended": {"rewards"},
     "sympy": {"rewards"},
@@ -106,6 +105,7 @@ THIRD_PARTY: dict[str, set[str]] = {
         "rewards",
         "envs",
         "rollout",
+        "run",
         "trainer",
         "inference",
         "sync",

@@ -46,3 +46,16 @@ def test_exceptions_are_still_needed():
     assert LONG_FILES.keys() - long_files().keys() == set()
     assert LONG_FUNCTIONS.keys() - long_functions().keys() == set()
     assert all([*LONG_FILES.values(), *LONG_FUNCTIONS.values()])
+
+
+def test_functions_of_a_run_take_few_parameters():
+    """At most eight, `self` included: more belong together in a type."""
+    found = {}
+    for file in files("stare_megatron/run"):
+        for node in nodes(file):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                a = node.args
+                count = len([*a.posonlyargs, *a.args, *a.kwonlyargs])
+                if count > 8:
+                    found[f"{relative(file)}:{node.name}"] = count
+    assert found == {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.contracts.source import ROOT
 
 # Folders of tests/unit for what is no package of stare_megatron.
-OTHERS = {"examples", "tools"}
+OTHERS = {"docs", "examples", "tools"}
 
 
 def test_unit_tests_mirror_the_package():

@@ -35,7 +35,7 @@ def kill_engine() -> None:
 def arm(phase: str, step: int) -> None:
     """Make the loop of this process end so."""
     from stare_megatron.checkpoint import store
-    from stare_megatron.run import train as build
+    from stare_megatron.run.recorder import Recorder
 
     if phase == "save":
         finish = store.finish
@@ -50,10 +50,10 @@ def arm(phase: str, step: int) -> None:
     die = kill
     if phase == "engine":
         phase, die = "rollout", kill_engine
-    enter, begun = build.StareRun.phase, [0]
+    enter, begun = Recorder.phase, [0]
 
     @contextlib.contextmanager
-    def enter_and_die(run: build.StareRun, name: str) -> Iterator[None]:
+    def enter_and_die(run: Recorder[Any], name: str) -> Iterator[None]:
         # The first push comes before the first step.
         begun[0] += name == phase
         if name == phase and begun[0] == step + 1 + (phase == "push"):
@@ -61,7 +61,7 @@ def arm(phase: str, step: int) -> None:
         with enter(run, name):
             yield
 
-    build.StareRun.phase = enter_and_die
+    Recorder.phase = enter_and_die
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from stare_megatron.compare.html import number
 from stare_megatron.compare.load import load
 from stare_megatron.compare.report import REPORT, Options, compare
 from stare_megatron.errors import UserError
-from tests.unit.compare.run_folders import write_run, write_samples
+from tests.unit.compare.run_folders import write_run, write_sample_records
 
 STEPS, NOW = 70, 2e9
 WIDTHS = (1400, 800, 390, 320)
@@ -61,7 +61,7 @@ def runs(tmp_path_factory):
     for line in lines:
         del line["update/grad_norm"]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 26, "rew')
-    write_samples(made[0], 10, "</pre><script>alert(1)</script> " + "x" * 300)
+    write_sample_records(made[0], 10, ["</pre><script>alert(1)</script> ", "x" * 300])
     return made
 
 

@@ -10,7 +10,7 @@ from selenium.webdriver.common.keys import Keys
 
 from stare_megatron.compare.report import REPORT, Options, compare
 from tests.e2e.test_compare_browser import driver, resize
-from tests.unit.compare.run_folders import write_run, write_sample_records, write_samples
+from tests.unit.compare.run_folders import write_run, write_sample_records
 
 HOSTILE = [
     "</script><script>window.pwned = 1</script>",
@@ -40,7 +40,7 @@ KEYS = {
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     run = write_run(folder, "a <b>", steps=20)
-    write_samples(run, 1, HOSTILE[0] + HOSTILE[1])
+    write_sample_records(run, 1, HOSTILE[:2])
     return run, [write_sample_records(run, step, HOSTILE) for step in (10, 20)]
 
 

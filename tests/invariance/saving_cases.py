@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import Rank, free_port
-from step_cases import Overrides, Ports, load, make_config, make_groups, start
+from step_cases import Overrides, Ports, load, make_config, make_groups, save, start
 
 from stare_megatron import checkpoint
 from stare_megatron.algo.controller import ControllerState
@@ -57,7 +57,7 @@ def unstarted(rank: Rank, *, checkpoint: Path, layout: Overrides, out: Path) -> 
     """Two steps by a trainer that was saved before the first, and by one restored from there."""
     ports, config = Ports(rank), make_config(checkpoint, layout)
     trainer = start(ports.next(), config)
-    trainer.save(out, 0)
+    save(trainer, out, 0)
     found = [step(trainer, config, 1), step(trainer, config, 2)]
     trainer.close()
     trainer = start(ports.next(), config)
@@ -84,7 +84,7 @@ def in_background(rank: Rank, *, checkpoint: Path, layout: Overrides, folder: Pa
     said: list[bool] = []
     for number in range(3):
         step(trainer, config, 1)
-        trainer.save(folder / f"at_once-{number}", 7)
+        save(trainer, folder / f"at_once-{number}", 7)
         allowed.clear()
         writing._write = write_later
         trainer.begin_save(folder / f"later-{number}", 7, snapshot=True)
@@ -113,7 +113,7 @@ def unwritable(rank: Rank, *, checkpoint: Path, layout: Overrides, folder: Path)
         writing.manifest = _Full()  # type: ignore[assignment]
     said = ""
     try:
-        trainer.save(folder, 1)
+        save(trainer, folder, 1)
     except RunError as e:
         said = str(e)
     trainer.close()

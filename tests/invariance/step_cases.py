@@ -117,6 +117,11 @@ def start(rank: Rank, config: Config) -> TrainerRank:
     return TrainerRank(config, **dataclasses.asdict(rank))
 
 
+def save(trainer: TrainerRank, folder: Path, step: int) -> None:
+    trainer.begin_save(folder, step)
+    trainer.finish_save()
+
+
 def first_tokens(groups: list[Group]) -> dict[tuple[str, int], int]:
     """Global id of each trajectory's first token, by prompt and sample, when `groups` come in this order."""
     (plan,) = plan_updates(
@@ -295,7 +300,7 @@ def resume(
         config = make_config(checkpoint, first)
         trainer = start(ports.next(), config)
         _step(trainer, config, 1)
-        trainer.save(folder / name / "trainer", 7)
+        save(trainer, folder / name / "trainer", 7)
         trainer.export_hf(folder / name / "hf")
         seen: dict[str, Any] = {"probe": trainer.score_tokens(PROBE), "went_on": _step(trainer, config, 2)}
         trainer.close()

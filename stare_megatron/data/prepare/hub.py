@@ -10,6 +10,7 @@ import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from stare_megatron.data.prepare.types import Recipe
+from stare_megatron.data.tokenizer import first_line
 from stare_megatron.errors import UserError
 
 
@@ -34,10 +35,9 @@ def download(recipe: Recipe, repository: str, revision: str, split: str) -> Sour
             huggingface_hub.snapshot_download(repository, repo_type="dataset", revision=revision, allow_patterns=wanted)
         )
     except (HfHubHTTPError, HFValidationError, OSError) as e:  # no network is an OSError of the hub's client
-        why = str(e).strip().splitlines()[0]
         raise UserError(
-            f"{where}: cannot be fetched from the hub: {why:.200}; check the name and the network, or fetch its files "
-            "yourself and give them with --file"
+            f"{where}: cannot be fetched from the hub: {first_line(e):.200}; check the name and the network, or fetch "
+            "its files yourself and give them with --file"
         ) from e
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     chosen = choose(recipe, names, split)

@@ -46,7 +46,7 @@ def prepare(recipe: Recipe, source: Source, settings: Settings, out: Path, repor
         report(f"and {len(found.malformed) - _SHOWN} more")
     if found.malformed and not settings.skip_malformed:
         raise UserError(
-            f"{len(found.malformed)} of {found.rows} rows are malformed; mend the file, or leave them out "
+            f"{len(found.malformed)} of {found.rows} rows are malformed; fix the file, or leave them out "
             "(and have them listed) with --skip-malformed"
         )
     removed: list[Removed] = []

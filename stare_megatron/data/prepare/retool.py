@@ -22,7 +22,7 @@ _ANSWER = re.compile(r"\s*<answer>\s*(.*?)\s*</answer>\s*\Z", re.DOTALL)
 def conversation(row: RawRow, system: str) -> dict[str, Any]:
     """A row for supervised training.
 
-    `messages`: system, user, assistant; the assistant's tool output is spelt as `env.parser = "retool"` spells it.
+    `messages`: system, user, assistant; the assistant's tool output is written as `env.parser = "retool"` writes it.
     `parts`: the assistant's message in pieces, `{"text": ..., "learn": bool}`; tool output has `learn` false.
 
     Raises:

@@ -105,8 +105,6 @@ def _replace_or_remove(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _described(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
+        digest = hashlib.file_digest(file, "sha256")
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stare_megatron.algo import controller
-from stare_megatron.algo.advantages import group_relative, leave_one_out
+from stare_megatron.algo.advantages import group_relative
 from stare_megatron.algo.comm import OneRank
 from stare_megatron.algo.controller import ControllerState
 from stare_megatron.algo.reduce import fixed_point_sum, from_fixed_point, token_factors
@@ -61,12 +61,6 @@ def test_check_golden_sees_a_wrong_number_and_an_unknown_method(tmp_path):
 
 def test_equal_rewards_have_no_advantage_and_no_sign():
     assert group_relative([0.1] * 3, normalize_std=True) == (0.0, 0.0, 0.0)  # fsum / 3 is not 0.1
-    assert leave_one_out([0.1] * 3) == (0.0, 0.0, 0.0)
-
-
-def test_leave_one_out_is_reward_minus_mean_of_the_others():
-    assert leave_one_out([1.0, 0.0, 0.0, 2.0]) == pytest.approx((1 - 2 / 3, -1.0, -1.0, 2 - 1 / 3))
-    assert leave_one_out([0.7]) == (0.7,)
 
 
 def test_ratio_is_finite_however_far_the_policies_are():

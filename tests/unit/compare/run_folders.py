@@ -118,18 +118,6 @@ def write_run(
     return run
 
 
-def write_samples(run: Path, step: int, response: str = "1 + 1 = 2 <eos>") -> None:
-    folder = run / "samples"
-    folder.mkdir(exist_ok=True)
-    (folder / f"step_{step:06d}.txt").write_text(
-        f"step {step}: 2 of 64 trajectories\n"
-        "\n=== task-00011 sample 2: reward 1, correct, completed, 6 action tokens, policy version 0, seed 5\n"
-        f"--- prompt\n<bos> 1 1 :\n--- response\n{response}\n--- answer\n2\n"
-        "\n=== task-00011 sample 3: reward 0, wrong, truncated, 6 action tokens, policy version 0, seed 6\n"
-        "--- prompt\n<bos> 1 1 :\n--- response\n1 + 1 = 3\n--- answer\n2\n--- note\nno last number\n"
-    )
-
-
 def write_sample_records(run: Path, step: int, pieces: list[str]) -> Path:
     """A trajectory with a tool's answer, trained on, and one that failed; `pieces`: of the first's first turn."""
     rng = random.Random(step)

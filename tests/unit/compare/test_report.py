@@ -19,7 +19,7 @@ from stare_megatron.compare.series import encode
 from stare_megatron.compare.stats import band
 from stare_megatron.compare.viewer import trajectories
 from stare_megatron.errors import UserError
-from tests.unit.compare.run_folders import rows, write_run, write_sample_records, write_samples
+from tests.unit.compare.run_folders import rows, write_run, write_sample_records
 
 NOW = 2e9
 
@@ -110,7 +110,7 @@ def _plotly() -> str:
 
 def test_names_cannot_break_the_page(tmp_path):
     path = write_run(tmp_path, "a", steps=3)
-    write_samples(path, 1, "</script><b>bold</b> & more")
+    write_sample_records(path, 1, ["</script><b>bold</b> & more"])
     page = render(gather([path], Options(title="<i>t</i>"), NOW))
     assert r"\u003c/script>\u003cb>bold" in page
     assert "</script><b>bold" not in page
@@ -120,26 +120,24 @@ def test_names_cannot_break_the_page(tmp_path):
 def test_samples(tmp_path):
     path = write_run(tmp_path, "a", steps=3)
     for step in (1, 10, 20, 30):
-        write_samples(path, step)
+        write_sample_records(path, step, ["x"])
     found = read_samples(path, 3)
     assert [s.step for s in found] == [1, 20, 30]
     good, bad = found[0].samples
-    assert (good.prompt, good.sample, good.reward) == ("task-00011", 2, 1.0)
-    assert [(s.kind, s.pieces) for s in bad.spans] == [("prompt", ("<bos> 1 1 :",)), ("action", ("1 + 1 = 3",))]
-    assert (bad.answer, bad.note, bad.advantage) == ("2", "no last number", None)
-    assert read_samples(path, 0) == []
-    (path / "samples" / "step_x.txt").write_text("")
-    with pytest.raises(UserError, match=r"step_x\.txt: not a file of samples"):
+    assert (good.prompt, good.sample, good.reward) == ("p <i>", 0, 1.0)
+    assert [(s.kind, s.pieces) for s in bad.spans] == [("prompt", ("What is",)), ("action", ("I", "", "é"))]
+    assert (bad.answer, bad.note, bad.advantage) == ("42", "no answer", None)
+    assert [[s.step for s in read_samples(path, n)] for n in (0, 1, 2, 9)] == [[], [30], [1, 30], [1, 10, 20, 30]]
+    (path / "samples" / "step_x.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"step_x\.jsonl: not a file of samples"):
         read_samples(path, 9)
 
 
 def test_samples_as_data(tmp_path):
     path = write_run(tmp_path, "a", steps=3)
-    write_samples(path, 1)
-    write_samples(path, 2)
     write_sample_records(path, 2, ["x", "\u2028", "y"])
-    text, data = read_samples(path, 9)
-    assert (text.step, data.step, text.samples[0].advantage, data.samples[0].advantage) == (1, 2, None, 0.5)
+    (data,) = read_samples(path, 9)
+    assert (data.step, data.samples[0].advantage) == (2, 0.5)
     action = data.samples[0].spans[1]
     assert (action.kind, action.pieces, action.token_ids) == ("action", ("x", "\u2028", "y"), (100, 101, 102))
     assert action.columns["rollout_logprobs"][2] is None

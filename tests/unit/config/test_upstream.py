@@ -19,7 +19,7 @@ def test_fields_are_those_of_the_installed_dataclass():
 
 
 def test_reserved_names_exist_upstream():
-    assert upstream.RESERVED.keys() - upstream.megatron_fields() == set()
+    assert upstream.MEGATRON_RESERVED.keys() - upstream.megatron_fields() == set()
 
 
 def test_known_key_passes():

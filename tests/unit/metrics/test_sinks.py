@@ -111,7 +111,7 @@ def test_wandb_offline_keeps_one_id(tmp_path):
     runs = [p for p in (tmp_path / "wandb").iterdir() if p.name.startswith("offline-run-")]
     name = (tmp_path / "wandb" / "run_id").read_text()
     assert len(runs) == 2
-    assert all((run / f"run-{name}.wandb").stat().st_size > 0 for run in runs)
+    assert all(b"reward/mean" in (run / f"run-{name}.wandb").read_bytes() for run in runs)
 
 
 def test_wandb_is_told_entity_group_tags_and_notes(tmp_path, monkeypatch):
@@ -138,15 +138,40 @@ def test_open_sinks_writes_everywhere_and_closes(tmp_path):
     sinks.status("starting engines")
     sinks.status("rollout")
     values = {"reward/mean": 0.25, "policy/entropy": 0.4, "policy/target_entropy": 0.3, "stare/gate": 0.0}
-    sinks.log(1, metrics(values))
+    sinks.log(1, metrics(values), metrics({"time/save": 0.0}))
+    sinks.complete(1, metrics({"time/save": 12.5}))
     sinks.close()
     assert out.getvalue().splitlines() == [
         "starting engines",
         "step 1/10  reward 0.250  entropy 0.400  target 0.300  gate 0",
     ]
-    assert jsonl.read(tmp_path / "metrics.jsonl")[0]["reward/mean"] == 0.25
+    (row,) = jsonl.read(tmp_path / "metrics.jsonl")
+    assert (row["reward/mean"], row["time/save"]) == (0.25, 12.5)
     assert list((tmp_path / "tensorboard").iterdir())
     assert not (tmp_path / "wandb").exists()
+
+
+def test_a_line_is_amended_in_place(tmp_path):
+    """Whatever the new values are: longer, or shorter than what they replace."""
+    path = tmp_path / "m.jsonl"
+    sink = JsonlSink(path, 0)
+    for step, seconds in enumerate((1234.5678, 0.0, 5.25), start=1):
+        sink.log(step, metrics({"reward/mean": step / 10, "time/save": 0.125, "time/eval": 0.0}))
+        sink.amend(metrics({"time/save": seconds}))
+        sink.amend(metrics({"time/eval": seconds}))
+    sink.close()
+    rows = jsonl.read(path)
+    assert [(row["step"], row["time/save"], row["time/eval"]) for row in rows] == [
+        (1, 1234.5678, 1234.5678),
+        (2, 0.0, 0.0),
+        (3, 5.25, 5.25),
+    ]
+    assert path.read_text().count("\n") == 3
+    # A resumed run goes on behind it, and cuts whole lines.
+    again = JsonlSink(path, 2)
+    again.log(3, metrics({"reward/mean": 0.9}))
+    again.close()
+    assert [row["reward/mean"] for row in jsonl.read(path)] == [0.1, 0.2, 0.9]
 
 
 def test_close_reaches_every_sink_when_one_fails():

@@ -88,7 +88,7 @@ def config_of(tmp_path, files, **tables):
 
 def evaluate(config, engines):
     benchmarks = load_benchmarks(config, TOKENIZER)
-    return Evaluator(config, benchmarks, engines, lambda group: group, TOKENIZER.decode).evaluate()
+    return Evaluator(config, benchmarks, engines, list, TOKENIZER.decode).evaluate()
 
 
 def test_seeds_are_of_the_prompt_alone(tmp_path, bench):
@@ -181,10 +181,10 @@ def test_the_dispatcher_may_answer_in_any_order(tmp_path, bench):
     assert one.results == other.results
 
 
-def evaluations(config, engines, folder, restored=0):
+def evaluations(config, engines, folder, restored=0, log=lambda *_: None):
     benchmarks = load_benchmarks(config, TOKENIZER)
-    evaluator = Evaluator(config, benchmarks, engines, lambda group: group, TOKENIZER.decode)
-    return Evaluations(config, benchmarks, evaluator, folder, restored)
+    evaluator = Evaluator(config, benchmarks, engines, list, TOKENIZER.decode)
+    return Evaluations(config, benchmarks, evaluator, log, folder, restored)
 
 
 def test_due_at_the_start_by_number_and_at_the_end(tmp_path, bench):
@@ -201,9 +201,12 @@ def test_due_at_the_start_by_number_and_at_the_end(tmp_path, bench):
 
 def test_a_resumed_run_repeats_and_loses_no_evaluation(tmp_path, bench):
     config = config_of(tmp_path, [bench], eval={"every": 2})
-    first = evaluations(config, Engines(), tmp_path)
+    logged = []
+    first = evaluations(config, Engines(), tmp_path, log=lambda step, found, lines: logged.append((step, lines)))
     for step in (0, 2, 4):
         first.evaluate(step)
+    assert [step for step, _ in logged] == [0, 2, 4]
+    assert all(line.startswith("bench") for _, lines in logged for line in lines)
     table = (tmp_path / "eval.jsonl").read_text().splitlines(keepends=True)
     assert [row["step"] for row in jsonl.read(tmp_path / "eval.jsonl")] == [0, 2, 4]
     assert (tmp_path / "eval/step-000004/bench.jsonl").read_text().count("\n") == 12

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from stare_megatron import config
 from stare_megatron.errors import UserError
 from stare_megatron.host import device
-from stare_megatron.run import preflight
+from stare_megatron.run import machine, preflight
 
 SHAPE = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -253,7 +253,7 @@ memory = namedtuple("memory", "total available")
 
 
 def test_too_little_memory(make, monkeypatch):
-    monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: memory(4 * 2**30, 4 * 2**30))
+    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: memory(4 * 2**30, 4 * 2**30))
     refused(
         make(trainer={"world_size": 4}),
         "trainer.world_size 4",
@@ -264,7 +264,7 @@ def test_too_little_memory(make, monkeypatch):
 
 
 def test_scarce_memory_is_a_note(make, monkeypatch):
-    monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: memory(64 * 2**30, 2**30))
+    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: memory(64 * 2**30, 2**30))
     (note,) = preflight.check(make())
     assert "1.0 are free now" in note
 
@@ -274,7 +274,7 @@ def test_memory_estimate_counts_ranks_engines_and_logits(make):
     shape = preflight.read_hf_config(base.model.path)
 
     def gib(**tables):
-        return preflight.cpu_memory_bytes(make(**tables), shape) / 2**30
+        return machine.cpu_memory_bytes(make(**tables), shape) / 2**30
 
     alone = gib()
     assert gib(trainer={"world_size": 2}) - alone == pytest.approx(0.45, abs=0.01)

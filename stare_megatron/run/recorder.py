@@ -1,0 +1,182 @@
+"""What is written down of a run: the seconds and metrics of each step, and samples of it."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from stare_megatron.config import Config
+from stare_megatron.host.memory import host_memory
+from stare_megatron.metrics.catalogue import Metric, metrics
+from stare_megatron.metrics.sample_records import write_sample_records
+from stare_megatron.metrics.samples import FOLDER, Decode, choose, excerpt, pick, write_samples
+from stare_megatron.metrics.sinks import Sinks
+from stare_megatron.rollout.collect import Collected
+from stare_megatron.run.sampling import Sampler
+from stare_megatron.run.step_metrics import StepCosts, observed, step_metrics
+from stare_megatron.types import UNOBSERVED, Control, GateDuty, Group, Observed, StepStats
+
+if TYPE_CHECKING:
+    from stare_megatron.run.session import Session
+
+Ref = TypeVar("Ref")
+
+
+class Clock:
+    """Seconds of the phases of a step. A step begins where the one before was closed."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self.restart()
+
+    def restart(self) -> None:
+        """A step begins."""
+        self.seconds: dict[str, float] = {}
+        self._step_start = time.monotonic()
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the seconds within to those of `name`, also when they end in an error."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+
+    @property
+    def step_seconds(self) -> float:
+        """Of the step so far, without evaluating."""
+        return time.monotonic() - self._step_start - self.seconds.get("eval", 0.0)
+
+    @property
+    def elapsed(self) -> float:
+        """Since the clock was made."""
+        return time.monotonic() - self._start
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """What metrics need of earlier steps: action tokens trained on, the step before, how often the gate was open."""
+
+    trained_tokens: int
+    before: Observed
+    duty: GateDuty
+
+
+class Recorder(Generic[Ref]):
+    """Writes to the sinks and to `samples/`.
+
+    Args:
+        labels: of the sources of the prompts, for metrics.
+        fetch: groups by the references that stand for them.
+        decode: token ids -> text.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        session: Session,
+        sampler: Sampler[Collected[Ref]],
+        sinks: Sinks,
+        labels: Mapping[str, str],
+        fetch: Callable[[Sequence[Ref]], Sequence[Group]],
+        decode: Decode,
+    ) -> None:
+        self._config = config
+        self._session = session
+        self._sampler = sampler
+        self._sinks = sinks
+        self._labels = labels
+        self._fetch = fetch
+        self._decode = decode
+        self._clock = Clock()
+        self._open: tuple[int, int] | None = None  # a step that is recorded and not closed, tokens sampled for it
+        self.remembered = Remembered(0, UNOBSERVED, GateDuty(0, 0))
+
+    def status(self, text: str) -> None:
+        """Tell the user what is going on."""
+        self._sinks.status(text)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a phase of the step, and tell the user of it."""
+        self.status(name)
+        with self._clock.phase(name):
+            yield
+
+    def shows_tokens(self, step: int) -> bool:
+        """Whether samples of `step` are written."""
+        every = self._config.logging.samples_every
+        return bool(every) and (step % every == 0 or step == 1)
+
+    def record(self, step: int, batch: Collected[Ref], control: Control, done: StepStats, probe: float) -> None:
+        """Log the step and write its samples. What it takes from here on is added by `close`."""
+        past = self.remembered
+        past = Remembered(past.trained_tokens + done.scores.num_action_tokens, past.before, past.duty.after(control))
+        costs = StepCosts(
+            seconds=self._clock.seconds,
+            step_seconds=self._clock.step_seconds,
+            elapsed=self._clock.elapsed,
+            trainer_peak=self._session.trainers.peak_memory_bytes(),
+            engine_peak=self._session.engines.peak_memory_bytes(),
+            driver_peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            host=host_memory(),
+            trained_total=past.trained_tokens,
+        )
+        epoch = self._sampler.state().epoch
+        values = step_metrics(
+            step,
+            batch,
+            done.scores,
+            control,
+            done.updates,
+            probe,
+            costs,
+            epoch,
+            past.before,
+            past.duty,
+            self._labels,
+        )
+        self._open = step, batch.stats.tokens_sampled
+        late = self._late()
+        names = {m.name for m in late}
+        self._sinks.log(step, [m for m in values if m.name not in names], late)
+        self.remembered = Remembered(past.trained_tokens, observed(done.scores, done.updates), past.duty)
+        if self.shows_tokens(step):
+            self._write_samples(step, batch)
+
+    def close(self, step: int) -> None:
+        """The step is over: log what saving and evaluating took, and begin the next."""
+        if self._open is not None:
+            self._sinks.complete(step, self._late())
+            self._open = None
+        self._clock.restart()
+
+    def _late(self) -> tuple[Metric, ...]:
+        """The metrics that are known when the step is over; as they are now."""
+        assert self._open is not None
+        step_seconds = self._clock.step_seconds
+        return metrics(
+            {
+                "time/save": self._clock.seconds.get("save", 0.0),
+                "time/eval": self._clock.seconds.get("eval", 0.0),
+                "time/step": step_seconds,
+                "throughput/tokens_per_second": self._open[1] / step_seconds,
+            }
+        )
+
+    def _write_samples(self, step: int, batch: Collected[Ref]) -> None:
+        """Some trajectories of the step, as text and as data with what the update knew of their tokens."""
+        folder, size = self._config.folder / FOLDER, self._config.rollout.group_size
+        places = choose([summary for _, summary in batch.groups], self._config.logging.samples, step)
+        wanted = sorted({group for group, _ in places})
+        groups = dict(zip(wanted, self._fetch([batch.groups[i][0] for i in wanted]), strict=True))
+        picked = pick(groups, places)
+        records = self._session.trainers.token_records(places)
+        write_samples(folder, step, picked, len(batch.groups) * size, batch.stats.groups_sampled * size, self._decode)
+        write_sample_records(folder, step, picked, records, self._decode)
+        self._sinks.sample(excerpt(picked[step % len(picked)], self._decode))

@@ -1,0 +1,111 @@
+"""When a run saves and exports, what it saves, and how it goes on from there."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stare_megatron import checkpoint
+from stare_megatron.algo.algorithm import EntropyController
+from stare_megatron.config import Config
+from stare_megatron.data.prompts import StreamState
+from stare_megatron.errors import RunError
+from stare_megatron.metrics import eval_records, jsonl, wandb_id
+from stare_megatron.run.folder import RunFolder
+from stare_megatron.run.recorder import Recorder, Remembered
+from stare_megatron.run.sampling import Sampler
+
+if TYPE_CHECKING:
+    from stare_megatron.cluster.trainers import TrainerGroup
+
+
+class Saving:
+    """Saves and exports as `[checkpoint]` says. `resume_from`: the checkpoint to go on from; None: a new run."""
+
+    def __init__(
+        self,
+        config: Config,
+        saver: checkpoint.Saver,
+        trainers: TrainerGroup,
+        sampler: Sampler[Any],
+        controller: EntropyController,
+        recorder: Recorder[Any],
+        resume_from: Path | None,
+    ) -> None:
+        self._config = config
+        self._folder = RunFolder(config.folder, fresh=False)
+        self._saver = saver
+        self._trainers = trainers
+        self._sampler = sampler
+        self._controller = controller
+        self._recorder = recorder
+        self._resume_from = resume_from
+
+    def restore(self) -> int:
+        """Load the checkpoint to go on from, if any; the prompts were put in place before. Returns the steps done.
+
+        Raises:
+            UserError: it cannot be loaded into this model.
+        """
+        if self._resume_from is None:
+            return 0
+        self._recorder.status(f"restoring {self._resume_from}")
+        state = checkpoint.read(self._resume_from)
+        self._trainers.restore(self._resume_from / "trainer")
+        self._controller.state = state.controller
+        self._recorder.remembered = Remembered(state.trained_tokens, state.before, state.duty)
+        return state.step
+
+    def due(self, step: int) -> bool:
+        every = self._config.checkpoint.every
+        return step == self._config.run.steps or bool(every and step % every == 0)
+
+    def save(self, step: int, *, last: bool) -> None:
+        """Save `step`. `last`: wait until it is on disk."""
+        self._saver.save(self._state(step, self._sampler.state()))
+        if last:
+            self._saver.wait()
+
+    def poll(self) -> None:
+        if self._saver.pending:
+            with self._recorder.phase("save"):
+                self._saver.poll()
+
+    @contextlib.contextmanager
+    def rescue(self, step: int) -> Iterator[None]:
+        """Where sampling after `step` fails, the ranks have not: save what they have learned since the last save."""
+        stream = self._sampler.state()
+        try:
+            yield
+        except RunError:
+            self._saver.rescue(self._state(step, stream))
+            raise
+
+    def export_due(self, step: int) -> bool:
+        keep = self._config.checkpoint
+        by_number = bool(keep.export_every and step % keep.export_every == 0)
+        return by_number or (keep.export_final and step == self._config.run.steps)
+
+    def export(self, step: int) -> None:
+        """Write the policy as a Hugging Face checkpoint: the final one to `hf/`, others to `exports/`."""
+        keep = self._config.checkpoint
+        if keep.export_every and step % keep.export_every == 0:
+            self._trainers.export_hf(self._folder.exports / f"step_{step:06d}")
+        if keep.export_final and step == self._config.run.steps:
+            self._recorder.status("exporting the policy")
+            self._trainers.export_hf(self._folder.export)
+
+    def _state(self, step: int, stream: StreamState) -> checkpoint.LoopState:
+        past = self._recorder.remembered
+        wandb_run = wandb_id.read(self._folder.path)
+        return checkpoint.LoopState(
+            step, past.trained_tokens, stream, self._controller.state, past.before, past.duty, wandb_run
+        )
+
+
+def metric_by_step(folder: Path, metric: str) -> dict[int, float]:
+    """A metric of the run so far, or of its evaluations, by step."""
+    tables = [t for t in (folder / jsonl.FILE, folder / eval_records.TABLE) if t.exists()]
+    return {int(row["step"]): row[metric] for table in tables for row in jsonl.read(table) if metric in row}

@@ -1,0 +1,71 @@
+"""What a run needs up and running: Ray, devices, sandboxes, engines, trainer ranks; as one context manager."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from stare_megatron.cluster import placement, runtime
+from stare_megatron.cluster.engines import EngineGroup
+from stare_megatron.cluster.sandboxes import Sandboxes
+from stare_megatron.cluster.trainers import TrainerGroup
+from stare_megatron.config import Config
+from stare_megatron.host import device
+from stare_megatron.rollout.groups import make_runner
+
+
+class Session:
+    """Engines that can sample and, unless it was opened without, trainer ranks that are connected to them."""
+
+    def __init__(self, engines: EngineGroup, trainers: TrainerGroup | None) -> None:
+        self.engines = engines
+        self._trainers = trainers
+
+    @property
+    def trainers(self) -> TrainerGroup:
+        """Raises:
+        RuntimeError: the session was opened without ranks.
+        """
+        if self._trainers is None:
+            raise RuntimeError("this session has no trainer ranks")
+        return self._trainers
+
+
+@contextlib.contextmanager
+def open_session(
+    config: Config, logs: Path, status: Callable[[str], None], *, trainers: bool = True
+) -> Iterator[Session]:
+    """Start everything, at once where it does not depend on each other, and end it on leaving.
+
+    `logs`: folder for the logs of all processes; `status`: is told what is waited for.
+
+    Raises:
+        UserError: the cluster, the model or the layout does not allow it. RunError: something did not start.
+    """
+    ranks = config.trainer.world_size if trainers else 0
+    timeout = config.cluster.start_timeout
+    transport = device.weight_transport(colocated=config.inference.placement == "colocated")
+    with contextlib.ExitStack() as stack:
+        status("starting Ray")
+        stack.enter_context(runtime.cluster(config.cluster, placement.actors(config, ranks)))
+        places = placement.plan(config, trainers=trainers)
+        stack.callback(places.release)
+        sandboxes = Sandboxes(config.sandbox, logs, wanted=config.uses_sandbox)
+        stack.callback(sandboxes.close)
+        status("starting engines and trainer ranks" if trainers else "starting engines")
+        runner = functools.partial(make_runner, config)
+        engines = EngineGroup(config, places.engines, transport, runner, sandboxes.actors, logs)
+        stack.callback(engines.close)
+        group = None
+        if trainers:
+            group = TrainerGroup(config, places.trainers, logs)
+            stack.callback(group.close)
+        sandboxes.ready(timeout)
+        if group is not None:
+            group.ready()
+        engines.ready()
+        if group is not None:
+            group.connect(engines, transport)
+        yield Session(engines, group)

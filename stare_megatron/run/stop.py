@@ -1,0 +1,37 @@
+"""Ctrl-C and SIGTERM."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+
+class StopSignal:
+    """The first Ctrl-C or SIGTERM asks for an end after the current step, the second ends at once."""
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self._note = note
+        self.asked = False
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Handle the signals within the context. Enter it after Ray has started, which sets a handler of its own for
+        SIGTERM. Outside of the main thread, where Python delivers no signal, nothing is done."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        self._note("stopping after this step; once more to stop at once")

@@ -1,0 +1,208 @@
+"""The loop on fakes: in which order things happen, who has the devices, and what a stop or a failure leads to."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+
+from stare_megatron.errors import RunError
+from stare_megatron.run import loop
+from stare_megatron.types import EntropyReading, Mismatch, ScoreSummary, StepStats
+
+SUMMARY = ScoreSummary(10, 0.3, 0.3, 0.3, Mismatch(0, 0, 0, 1, 1, 1, 1))
+
+
+class Everything:
+    """Every part of a run at once; writes down what is asked of it."""
+
+    def __init__(self, restored=0, stop_at=None, fail_at=None, evaluate=(), save=(), export=()):
+        self.said: list[str] = []
+        self.asked = False
+        self._restored, self._stop_at, self._fail_at = restored, stop_at, fail_at
+        self._evaluate, self._save, self._export = evaluate, save, export
+
+    # sampler
+    def next_batch(self, version):
+        if version == self._fail_at:
+            raise RunError("engine 0: its process died")
+        self.said.append(f"sample {version}")
+        return f"batch {version}"
+
+    def state(self): ...
+
+    # trainer
+    def load(self, batch):
+        self.said.append(f"load {batch}")
+
+    def score(self):
+        return EntropyReading(10, 0.3)
+
+    def update(self, control, *, keep_tokens):
+        self.said.append(f"update {control}{' keep' if keep_tokens else ''}")
+        return StepStats(SUMMARY, ())
+
+    # controller
+    def observe(self, reading):
+        return f"H={reading.entropy}"
+
+    # residency
+    def to_trainer(self):
+        self.said.append("devices: trainer")
+
+    @contextlib.contextmanager
+    def to_engines(self):
+        self.said.append("devices: both")
+        yield
+        self.said.append("devices: engines")
+
+    # weights
+    def push(self, version):
+        self.said.append(f"push {version}")
+
+    def probe(self, version):
+        self.said.append(f"probe {version}")
+        return 1e-6 * version
+
+    # recorder
+    @contextlib.contextmanager
+    def phase(self, name):
+        yield
+
+    def shows_tokens(self, step):
+        return step == 2
+
+    def record(self, step, batch, control, done, probe):
+        assert done.scores is SUMMARY
+        self.said.append(f"record {step} {batch} {control} {probe:.0e}")
+        self.asked = self.asked or step == self._stop_at
+
+    def close(self, step):
+        self.said.append(f"close {step}")
+
+    # saving
+    def restore(self):
+        return self._restored
+
+    @contextlib.contextmanager
+    def rescue(self, step):
+        try:
+            yield
+        except RunError:
+            self.said.append(f"rescue {step}")
+            raise
+
+    def poll(self):
+        self.said.append("poll")
+
+    def save(self, step, *, last):
+        self.said.append(f"save {step}{' last' if last else ''}")
+
+    def export_due(self, step):
+        return step in self._export
+
+    def export(self, step):
+        self.said.append(f"export {step}")
+
+
+class Evaluations:
+    def __init__(self, parts, steps):
+        self._parts, self._steps = parts, steps
+
+    def due(self, step):
+        return step in self._steps
+
+    def evaluate(self, step):
+        self._parts.said.append(f"evaluate {step}")
+
+
+class Saving:
+    """`due` is evaluations' too, so this one has its own."""
+
+    def __init__(self, parts, steps):
+        self._parts, self._steps = parts, steps
+
+    def due(self, step):
+        return step in self._steps
+
+    def __getattr__(self, name):
+        return getattr(self._parts, name)
+
+
+def run(parts: Everything, steps: int = 2) -> int:
+    return loop.train(
+        loop.Run(
+            steps=steps,
+            sampler=parts,
+            trainers=parts,
+            controller=parts,
+            residency=parts,
+            weights=parts,
+            recorder=parts,
+            evaluations=Evaluations(parts, parts._evaluate),
+            saving=Saving(parts, parts._save),
+            stop=parts,
+        )
+    )
+
+
+STEP_1 = [
+    "sample 0",
+    "devices: trainer",
+    "load batch 0",
+    "update H=0.3",
+    "devices: both",
+    "push 1",
+    "devices: engines",
+    "probe 1",
+    "poll",
+    "record 1 batch 0 H=0.3 1e-06",
+]
+
+
+def test_the_order_of_a_run():
+    parts = Everything(evaluate=(0, 2), save=(2,), export=(2,))
+    assert run(parts) == 2
+    before = ["devices: both", "push 0", "devices: engines", "probe 0", "evaluate 0", "close 0"]
+    step_2 = [
+        "sample 1",
+        "devices: trainer",
+        "load batch 1",
+        "update H=0.3 keep",
+        "devices: both",
+        "push 2",
+        "devices: engines",
+        "probe 2",
+        "poll",
+        "record 2 batch 1 H=0.3 2e-06",
+        "evaluate 2",
+        "save 2 last",
+        "export 2",
+        "close 2",
+    ]
+    assert parts.said == [*before, *STEP_1, "close 1", *step_2]
+
+
+def test_a_wish_to_stop_is_granted_after_the_step_which_is_saved_and_not_evaluated():
+    parts = Everything(stop_at=1, evaluate=(0, 1))
+    assert run(parts, steps=5) == 1
+    assert parts.said[-len(STEP_1) - 2 :] == [*STEP_1, "save 1 last", "close 1"]
+
+
+def test_a_restored_run_goes_on_where_it_was():
+    parts = Everything(restored=3)
+    assert run(parts, steps=4) == 4
+    assert [said for said in parts.said if said.startswith(("push", "sample"))] == ["push 3", "sample 3", "push 4"]
+
+
+def test_a_run_that_is_done_only_pushes():
+    parts = Everything(restored=2)
+    assert run(parts) == 2
+    assert [said for said in parts.said if said.startswith(("push", "sample"))] == ["push 2"]
+
+
+def test_engines_that_fail_cost_no_step():
+    parts = Everything(fail_at=1)
+    with pytest.raises(RunError, match="engine 0"):
+        run(parts, steps=5)
+    assert parts.said[-1] == "rescue 1"

@@ -1,0 +1,151 @@
+"""When a run saves and exports, what is in a save, and what is saved when sampling fails."""
+
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+
+from stare_megatron.algo.controller import ControllerState
+from stare_megatron.config import parse
+from stare_megatron.data.prompts import StreamState
+from stare_megatron.errors import RunError
+from stare_megatron.run.recorder import Remembered
+from stare_megatron.run.saving import Saving, metric_by_step
+from stare_megatron.types import GateDuty, Observed
+
+
+class Saver:
+    def __init__(self):
+        self.said = []
+        self.pending = False
+
+    def save(self, state):
+        self.said.append(("save", state))
+
+    def rescue(self, state):
+        self.said.append(("rescue", state))
+
+    def wait(self):
+        self.said.append(("wait", None))
+
+    def poll(self):
+        self.said.append(("poll", None))
+
+
+class Recorder:
+    remembered = Remembered(70, Observed(0.4, -0.1), GateDuty(7, 3))
+
+    def __init__(self):
+        self.phases = []
+
+    @contextlib.contextmanager
+    def phase(self, name):
+        self.phases.append(name)
+        yield
+
+    def status(self, text): ...
+
+
+@pytest.fixture
+def parts(tmp_path):
+    def make(**checkpoint):
+        config = parse(
+            {
+                "run": {"dir": str(tmp_path), "name": "unit", "steps": 10},
+                "model": {"path": "m"},
+                "data": {"train": ["a.jsonl"]},
+                "reward": {"name": "math"},
+                "checkpoint": checkpoint,
+            },
+            "test",
+        )
+        exported = []
+        made = SimpleNamespace(
+            saver=Saver(),
+            recorder=Recorder(),
+            trainers=SimpleNamespace(export_hf=exported.append),
+            sampler=SimpleNamespace(cursor=0),
+            controller=SimpleNamespace(state=ControllerState(1.1, 0.9)),
+            exported=exported,
+        )
+        made.sampler.state = lambda: StreamState(0, made.sampler.cursor, 1, "x")
+        made.saving = Saving(
+            config, made.saver, made.trainers, made.sampler, made.controller, made.recorder, resume_from=None
+        )
+        return made
+
+    return make
+
+
+def test_due_by_number_and_at_the_end(parts):
+    assert [s for s in range(1, 11) if parts(every=4).saving.due(s)] == [4, 8, 10]
+    assert [s for s in range(1, 11) if parts().saving.due(s)] == [10]
+
+
+def test_a_save_holds_what_the_loop_knows(parts):
+    made = parts()
+    made.sampler.cursor = 5
+    made.saving.save(7, last=False)
+    ((what, state),) = made.saver.said
+    assert what == "save"
+    assert (state.step, state.trained_tokens, state.stream.cursor, state.duty) == (7, 70, 5, GateDuty(7, 3))
+    assert (state.controller, state.before) == (ControllerState(1.1, 0.9), Observed(0.4, -0.1))
+    made.saving.save(8, last=True)  # nothing follows that it could be written beside
+    assert [what for what, _ in made.saver.said] == ["save", "save", "wait"]
+
+
+def test_what_was_sampled_for_a_failed_batch_is_sampled_again(parts):
+    """The prompts that the failed batch took are those of the save before it."""
+    made = parts()
+
+    def sample():
+        made.sampler.cursor = 32
+        raise RunError("engine 1: its process died")
+
+    with pytest.raises(RunError), made.saving.rescue(3):
+        sample()
+    ((what, state),) = made.saver.said
+    assert (what, state.step, state.stream.cursor) == ("rescue", 3, 0)
+
+
+def test_other_errors_are_not_rescued(parts):
+    made = parts()
+    with pytest.raises(ValueError, match="bug"), made.saving.rescue(3):
+        raise ValueError("bug")
+    assert made.saver.said == []
+
+
+def test_a_save_under_way_is_looked_at_once_a_step(parts):
+    made = parts()
+    made.saving.poll()
+    assert (made.saver.said, made.recorder.phases) == ([], [])
+    made.saver.pending = True
+    made.saving.poll()
+    assert (made.saver.said, made.recorder.phases) == ([("poll", None)], ["save"])
+
+
+def test_exports(parts, tmp_path):
+    def of(**checkpoint):
+        made = parts(**checkpoint)
+        for step in range(1, 11):
+            if made.saving.export_due(step):
+                made.saving.export(step)
+        return [path.relative_to(tmp_path / "unit").as_posix() for path in made.exported]
+
+    assert of() == ["hf"]
+    assert of(export_final=False) == []
+    assert of(export_every=5) == ["exports/step_000005", "exports/step_000010", "hf"]
+
+
+def test_nothing_to_restore_is_step_0(parts):
+    assert parts().saving.restore() == 0
+
+
+def test_values_of_the_best_metric_come_from_steps_and_evaluations(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 0.5}\n{"step": 2, "reward/mean": "NaN"}\n')
+    assert metric_by_step(tmp_path, "eval/avg") == {}
+    (tmp_path / "eval.jsonl").write_text('{"step": 2, "eval/avg": 0.25}\n')
+    assert metric_by_step(tmp_path, "eval/avg") == {2: 0.25}
+    assert metric_by_step(tmp_path, "reward/mean")[1] == 0.5

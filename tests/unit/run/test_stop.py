@@ -1,0 +1,41 @@
+"""Signals: the first asks, the second ends at once, and handlers are put back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+
+from stare_megatron.run.stop import StopSignal
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_asks_and_the_second_ends(number):
+    notes: list[str] = []
+    stop = StopSignal(notes.append)
+    before = signal.getsignal(number)
+    with stop.installed():
+        assert not stop.asked
+        os.kill(os.getpid(), number)
+        assert stop.asked
+        assert notes == ["stopping after this step; once more to stop at once"]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+    assert signal.getsignal(number) is before
+
+
+def test_a_thread_installs_nothing():
+    """Python delivers signals to the main thread only: a run in a thread is ended by its caller."""
+    stop, found = StopSignal(lambda _: None), []
+
+    def run():
+        with stop.installed():
+            found.append(signal.getsignal(signal.SIGTERM))
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [before]

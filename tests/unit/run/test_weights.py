@@ -1,0 +1,43 @@
+"""The probe after a push: when, on what, and whom it names."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from stare_megatron.config import SyncConfig
+from stare_megatron.errors import RunError
+from stare_megatron.run.weights import Weights
+
+TOKENS = np.array([3, 9, 4], np.int32)
+OURS = np.array([-1.0, -2.0], np.float32)
+
+
+def weights(gaps=(0.0, 0.0), **sync) -> Weights:
+    def asked(tokens):
+        assert tokens is TOKENS
+        return OURS
+
+    trainers = SimpleNamespace(score_tokens=asked, checksums=lambda: {"embed": "1", "norm": "2"})
+    engines = SimpleNamespace(
+        logprobs=lambda tokens: [OURS + np.float32(gap) for gap in gaps],
+        checksums=lambda: [{"embed": "1", "norm": "2"}, {"embed": "1", "norm": "3"}],
+    )
+    return Weights(SyncConfig(**sync), trainers, engines, lambda: TOKENS)
+
+
+def test_the_largest_difference_of_the_engines():
+    assert weights((1e-4, 2e-4)).probe(3) == pytest.approx(2e-4, rel=1e-3)
+
+
+def test_probed_every_nth_version():
+    assert [v for v in range(5) if not math.isnan(weights(probe_every=2).probe(v))] == [0, 2, 4]
+    assert math.isnan(weights(probe_every=0).probe(0))
+
+
+def test_engine_and_parameter_are_named():
+    with pytest.raises(RunError, match=r"engine 1 disagrees .* version 4: .* is 'norm'"):
+        weights((0.0, 0.1)).probe(4)
