@@ -6,13 +6,19 @@ Exit codes: 0 done; 1 the run had to stop; 2 the user's configuration, files or 
 from __future__ import annotations
 
 import argparse
+import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from stare_megatron import __version__
 from stare_megatron.convert import arguments
+from stare_megatron.data.prepare.recipes import RECIPES
+from stare_megatron.data.prepare.settings import INSTRUCTION
 from stare_megatron.errors import RunError, UserError
+
+Handler = Callable[[argparse.Namespace, list[str]], int]
 
 
 def _train(args: argparse.Namespace, rest: list[str]) -> int:
@@ -51,7 +57,8 @@ def _plot(args: argparse.Namespace, rest: list[str]) -> int:
 def _study(args: argparse.Namespace, rest: list[str]) -> int:
     from stare_megatron.study import command
 
-    return command.run(args.study, form=args.form, only=args.only, jobs=args.jobs, folder=args.dir)
+    how = {"form": args.form, "only": args.only, "jobs": args.jobs, "folder": args.dir, "dry_run": args.dry_run}
+    return command.run(args.study, **how)
 
 
 def _compare(args: argparse.Namespace, rest: list[str]) -> int:
@@ -69,7 +76,9 @@ def _compare(args: argparse.Namespace, rest: list[str]) -> int:
         png=args.png,
         json_file=args.json,
     )
-    for file in compare(args.runs, args.out, options):
+    report, *others = compare(args.runs, args.out, options)
+    print(f"open {report}")
+    for file in others if args.verbose else ():
         print(file)
     return 0
 
@@ -86,77 +95,218 @@ def _inspect(args: argparse.Namespace, rest: list[str]) -> int:
     return command.inspect(args)
 
 
+def _config(args: argparse.Namespace, rest: list[str]) -> int:
+    from stare_megatron.config.describe import describe
+
+    print(describe(args.key))
+    return 0
+
+
+def _methods(args: argparse.Namespace, rest: list[str]) -> int:
+    from stare_megatron.config.describe import methods
+
+    for name, meaning in methods().items():
+        print(f"{name:<20}{meaning}")
+    return 0
+
+
+def _version(args: argparse.Namespace, rest: list[str]) -> int:
+    from stare_megatron.run.folder import hardware, package_versions
+
+    for name, version in package_versions().items():
+        print(f"{name:<20}{version}")
+    print(f"{'python':<20}{platform.python_version()}\n{'hardware':<20}{hardware()}")
+    return 0
+
+
+def _shipped(args: argparse.Namespace, rest: list[str]) -> int:
+    from stare_megatron.host.shipped import shipped
+
+    print(shipped(args.folder, args.name).rstrip())
+    return 0
+
+
+def _make_tiny_model(args: argparse.Namespace, rest: list[str]) -> int:
+    from stare_megatron.tasks import command
+
+    print(command.run(args))
+    return 0
+
+
+def _prepare_data(args: argparse.Namespace, rest: list[str]) -> int:
+    from stare_megatron.data.prepare import command
+
+    print(command.run(args, lambda line: print(line, file=sys.stderr)))
+    return 0
+
+
+_START = """start here, on a machine without a GPU:
+  stare-megatron make-tiny-model --out .cache/demo
+  stare-megatron example demo_cpu/run.toml > demo.toml
+  stare-megatron train demo.toml
+"""
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="stare-megatron", description="Reinforcement learning of language models with STARE."
+        prog="stare-megatron",
+        description="Reinforcement learning of language models with STARE.",
+        epilog=_START,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    train = commands.add_parser("train", help="train a policy", description="Train a policy.")
-    train.add_argument("config", type=Path, help="TOML file; every key is in docs/configuration.md")
-    train.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a key of the file")
-    train.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
-    train.add_argument("--quiet", action="store_true", help="one plain line a step instead of the live display")
-    train.set_defaults(handler=_train)
-
-    evaluate = commands.add_parser(
-        "eval",
-        help="evaluate a policy on held-out prompts",
-        description="avg@k and pass@k of a policy on the prompts of eval.benchmarks.",
-    )
-    evaluate.add_argument("config", type=Path, help="TOML file of a run")
-    evaluate.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a key of the file")
-    evaluate.add_argument(
-        "--model", type=Path, help="Hugging Face folder, training checkpoint or run folder; else the file's model.path"
-    )
-    evaluate.add_argument("--out", type=Path, help="new folder for the results; else RUN.DIR/RUN.NAME-eval")
-    evaluate.set_defaults(handler=_eval)
-
-    plot = commands.add_parser("plot", help="draw a run's curves", description="Draw a run's curves from its metrics.")
-    plot.add_argument("run", type=Path, help="run folder")
-    plot.set_defaults(handler=_plot)
-
-    study = commands.add_parser(
-        "study",
-        help="run several variants over seeds and compare them",
-        description="Run what a study file says and is not done yet; called again, it goes on where it stopped.",
-    )
-    study.add_argument("study", type=Path, help="TOML file, see docs/studies.md")
-    study.add_argument("--form", default="", metavar="NAME", help="a smaller form of the study, e.g. quick")
-    study.add_argument("--dir", type=Path, metavar="FOLDER", help="where run folders go; default: the study's dir")
-    study.add_argument("--only", default="*", metavar="PATTERN", help="only runs whose name matches, e.g. 'stare*'")
-    study.add_argument("--jobs", type=int, default=0, metavar="N", help="runs at a time; default: as the machine bears")
-    study.set_defaults(handler=_study)
+    _add_runs(commands)
+    _add_study(commands)
     _add_compare(commands)
 
-    about = "Turn a Hugging Face checkpoint into a Megatron-Core one, or a Megatron-Core or training checkpoint back."
-    convert = commands.add_parser("convert", help="convert a checkpoint", description=about)
-    arguments.add_convert(convert)
-    convert.set_defaults(handler=_convert)
-
-    about = "Tell what a checkpoint holds, or how two differ."
-    inspect = commands.add_parser("inspect", help="look into a checkpoint, or compare two", description=about)
-    arguments.add_inspect(inspect)
-    inspect.set_defaults(handler=_inspect)
+    about = "turn a Hugging Face checkpoint into a Megatron-Core one, or a Megatron-Core or training checkpoint back"
+    arguments.add_convert(_command(commands, "convert", _convert, about, "convert Qwen3-8B Qwen3-8B-mcore"))
+    about = "show what a checkpoint contains, or how two differ"
+    arguments.add_inspect(
+        _command(commands, "inspect", _inspect, about, "inspect Qwen3-8B", "inspect runs/demo Qwen3-8B")
+    )
+    _add_make_tiny_model(commands)
+    _add_prepare_data(commands)
+    add = _command(
+        commands, "config", _config, "explain a key of the configuration", "config", "config trainer.scoring"
+    ).add_argument
+    add("key", nargs="?", default="", help="a key or a table; without it, the tables")
+    _command(commands, "methods", _methods, "list the methods of algorithm.method", "methods")
+    for name, folder, what in (("docs", "docs", "a page of the documentation"), ("example", "examples", "an example")):
+        add = _command(
+            commands, name, _shipped, f"print {what}", name, f"{name} {_SHIPPED[name]}", folder=folder
+        ).add_argument
+        add("name", nargs="?", default="", help="without it, the names")
+    _command(commands, "version", _version, "versions of this package and of what it runs on", "version")
     return parser
 
 
+_SHIPPED = {"docs": "checkpoints", "example": "demo_cpu/run.toml > demo.toml"}
+
+
+def _command(commands: Any, name: str, handler: Handler, about: str, *examples: str, **defaults: str) -> Any:
+    """Add a command; returns its parser."""
+    lines = "\n".join(f"  stare-megatron {example}" for example in examples)
+    parser = commands.add_parser(
+        name,
+        help=about,
+        description=f"{about[0].upper()}{about[1:]}.",
+        epilog=f"examples:\n{lines}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(handler=handler, **defaults)
+    return parser
+
+
+def _add_runs(commands: Any) -> None:
+    examples = (
+        "train run.toml",
+        "train run.toml run.name=wider rollout.group_size=16",
+        "train run.toml run.resume=auto",
+    )
+    add = _command(commands, "train", _train, "train a policy", *examples).add_argument
+    add("config", type=Path, help="TOML file; `stare-megatron config` explains its keys")
+    add("overrides", nargs="*", metavar="key.sub=value", help="override a key of the file")
+    add("--print-config", action="store_true", help="print the resolved configuration, every key in use, and exit")
+    add("--quiet", action="store_true", help="one line per step instead of the live display")
+
+    about = "evaluate a policy on the held-out prompts of eval.benchmarks: avg@k and pass@k"
+    examples = ("eval run.toml --model runs/demo", "eval run.toml eval.benchmarks=aime24.jsonl eval.samples=32")
+    add = _command(commands, "eval", _eval, about, *examples).add_argument
+    add("config", type=Path, help="TOML file of a run")
+    add("overrides", nargs="*", metavar="key.sub=value", help="override a key of the file")
+    policy = "Hugging Face folder, training checkpoint or run folder (default: the file's model.path)"
+    add("--model", type=Path, metavar="FOLDER", help=policy)
+    add("--out", type=Path, metavar="FOLDER", help="new folder for the results (default: RUN.DIR/RUN.NAME-eval)")
+
+    add = _command(commands, "plot", _plot, "draw a run's curves from its metrics", "plot runs/demo").add_argument
+    add("run", type=Path, help="run folder")
+
+
+def _add_study(commands: Any) -> None:
+    about = "run several variants over seeds and compare them; called again, it continues where it stopped"
+    examples = (
+        "study study.toml --dry-run",
+        "study study.toml --form quick",
+        "study study.toml --only 'stare*' --jobs 2",
+    )
+    add = _command(commands, "study", _study, about, *examples).add_argument
+    add("study", type=Path, help="TOML file; `stare-megatron docs studies` describes it")
+    add("--form", default="", metavar="NAME", help="a smaller form of the study, e.g. quick")
+    add("--dir", type=Path, metavar="FOLDER", help="where run folders go (default: the study's dir)")
+    add("--only", default="*", metavar="PATTERN", help="only runs whose name matches, e.g. 'stare*'")
+    add("--jobs", type=int, default=0, metavar="N", help="runs at a time (default: as many as fit)")
+    add("--dry-run", action="store_true", help="list the runs and their settings, run nothing")
+
+
 def _add_compare(commands: Any) -> None:
-    text = "Lay runs side by side: one HTML report that needs no network, PNGs and the numbers."
-    compare = commands.add_parser("compare", help="compare runs in one report", description=text)
-    compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder, wandb folder, or one of such")
-    compare.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where report.html and png/ go")
-    compare.add_argument("--align", choices=("step", "tokens", "time"), default="step", help="x axis (default: step)")
-    compare.add_argument("--smooth", type=int, default=1, metavar="N", help="moving average of N steps (default: none)")
-    compare.add_argument("--last", type=int, default=10, metavar="N", help="steps end values average (default: 10)")
-    compare.add_argument("--target", type=float, metavar="NATS", help="H_tgt for methods that do not act on one")
-    compare.add_argument("--ignore", action="append", default=[], metavar="KEY", help="key that does not part groups")
-    compare.add_argument("--title", default="", help="title of the report")
-    compare.add_argument("--samples", type=int, default=3, metavar="N", help="files of samples a run (default: 3)")
-    compare.add_argument("--json", type=Path, metavar="FILE", help="write the table's numbers there")
-    compare.add_argument("--no-png", dest="png", action="store_false", help="the report only")
-    compare.set_defaults(handler=_compare)
+    about = "compare runs side by side: one HTML report that needs no network, PNGs and the numbers"
+    examples = ("compare runs/grpo runs/stare --out report", "compare runs/* --out report --align tokens --smooth 10")
+    add = _command(commands, "compare", _compare, about, *examples).add_argument
+    add("runs", type=Path, nargs="+", metavar="RUN", help="run folder, wandb folder, or a folder of these")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="where report.html and png/ go")
+    add("--align", choices=("step", "tokens", "time"), default="step", help="x axis (default: step)")
+    add("--smooth", type=int, default=1, metavar="N", help="moving average over N steps (default: none)")
+    add("--last", type=int, default=10, metavar="N", help="final values are means of the last N steps (default: 10)")
+    add("--target", type=float, metavar="NATS", help="target entropy to draw for methods without one")
+    add("--ignore", action="append", default=[], metavar="KEY", help="key that does not separate groups")
+    add("--title", default="", help="title of the report")
+    add("--samples", type=int, default=3, metavar="N", help="files of samples per run (default: 3)")
+    add("--json", type=Path, metavar="FILE", help="write the table's numbers there")
+    add("--no-png", dest="png", action="store_false", help="the report only")
+    add("--verbose", action="store_true", help="list every file that was written")
+
+
+def _add_make_tiny_model(commands: Any) -> None:
+    about = "make and warm up a tiny checkpoint and its task's prompts, on a CPU"
+    add = _command(
+        commands, "make-tiny-model", _make_tiny_model, about, "make-tiny-model --out .cache/demo"
+    ).add_argument
+    files = "folder to make: model/, train.jsonl, eval.jsonl, test.jsonl"
+    add("--out", type=Path, required=True, metavar="FOLDER", help=files)
+    add("--task", default="order_free_sum", help="generated task (default: order_free_sum); a wrong name lists them")
+    add("--layers", type=int, default=2)
+    add("--hidden", type=int, default=64)
+    add("--heads", type=int, default=2, help="hidden / heads is the head size; vLLM's CPU build: >= 32")
+    add("--kv-heads", type=int, default=2)
+    add("--mlp", type=int, default=192)
+    add("--seed", type=int, default=0)
+    add("--stop-accuracy", type=float, help="sampled accuracy that ends the warm-up (default: the task's)")
+    add("--random", action="store_true", help="no warm-up: random weights")
+    add("--train-prompts", type=int, default=4096)
+    add("--eval-prompts", type=int, default=300, help="in each of eval.jsonl, test.jsonl")
+
+
+def _add_prepare_data(commands: Any) -> None:
+    about = (
+        "turn a published data set of mathematical problems into a prompt file, from the Hugging Face hub or --file; "
+        "`stare-megatron docs data` describes data sets and steps"
+    )
+    examples = (
+        "prepare-data aime24 --out data/aime24.jsonl",
+        "prepare-data gsm8k --file gsm8k_train.jsonl --out data/gsm8k.jsonl",
+        "prepare-data dapo-math-17k --out data/dapo.jsonl --against data/aime24.jsonl data/math500.jsonl",
+    )
+    add = _command(commands, "prepare-data", _prepare_data, about, *examples).add_argument
+    add("dataset", choices=RECIPES, metavar="DATASET", help=f"one of: {', '.join(RECIPES)}")
+    add("--out", type=Path, required=True, metavar="FILE", help="prompt file to write, JSONL")
+    add("--file", type=Path, nargs="+", help="published files, instead of the hub's")
+    add("--hub", metavar="REPOSITORY", help="repository on the hub (default: the data set's)")
+    add("--revision", default="main", help="branch, tag or commit there")
+    add("--split", help="split, where files are named by it (default: the data set's)")
+    add("--form", choices=("text", "chat"), default="text", help="prompts as text or chat messages")
+    add("--instruction", default=INSTRUCTION, help=f"line after each problem (default: {INSTRUCTION!r})")
+    add("--system", default="", help="system message, with --form chat")
+    add("--source", default="", help="the rows' source (default: the data set's name)")
+    add("--against", type=Path, nargs="+", default=[], metavar="FILE", help="prepared files to keep out of this one")
+    add("--ngram", type=int, default=13, help="words in an n-gram")
+    add("--overlap", type=float, default=0.5, help="fraction of n-grams from which a problem is left out")
+    phrases = "n-grams of this many problems of --against are phrases and do not count"
+    add("--common", type=int, default=5, help=phrases)
+    conflicts = "a problem with several answers: drop it, or keep the first"
+    add("--conflicts", choices=("drop", "first"), default="drop", help=conflicts)
+    add("--skip-malformed", action="store_true", help="list malformed rows in a file and go on")
 
 
 def main(argv: list[str] | None = None) -> int:

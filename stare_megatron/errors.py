@@ -5,11 +5,18 @@
 * `UserError`: the user's configuration, files or machine are wrong. Raised before anything is started, printed as one
   line that names the culprit and the cure, exit code 2.
 * `RunError`: the run cannot go on (non-finite loss, an engine that disagrees with the trainer, a dead actor). The run
-  stops with one line that names the culprit, exit code 1; it resumes from its last checkpoint.
+  stops with one line that names the culprit, and where its logs are and how to resume it below; exit code 1.
 * Anything else is a bug, and shows its traceback.
 """
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+
+_NEAR = 0.6  # of difflib's ratio; below it two words have little in common
+_NO_SYNONYMS: Mapping[str, str] = MappingProxyType({})
 
 
 class UserError(Exception):
@@ -18,3 +25,22 @@ class UserError(Exception):
 
 class RunError(Exception):
     """The run must stop. The message is one line naming the culprit."""
+
+
+def nearest(word: str, candidates: Iterable[str], synonyms: Mapping[str, str] = _NO_SYNONYMS) -> str:
+    """The candidate that `word` most likely means, "" where none is near.
+
+    `synonyms`: what others call it -> the candidate, or several, separated by spaces.
+    """
+    found = difflib.get_close_matches(word, list(candidates), n=1, cutoff=_NEAR)
+    return synonyms.get(word) or (found[0] if found else "")
+
+
+def suggest(word: str, candidates: Iterable[str], synonyms: Mapping[str, str] = _NO_SYNONYMS) -> str:
+    """The end of a message about an unknown `word`: "; did you mean 'x'?", or "" where none is near.
+
+    Example:
+        suggest("clip_ratio", keys, {"clip_ratio": "clip_low clip_high"}) == "; did you mean 'clip_low' or 'clip_high'?"
+    """
+    found = nearest(word, candidates, synonyms).split()
+    return f"; did you mean {' or '.join(map(repr, found))}?" if found else ""

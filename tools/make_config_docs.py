@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import types
-import typing
 from pathlib import Path
 
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
-
-from stare_megatron.config import Config, Section, all_keys, section_of
+from stare_megatron.config import all_keys
+from stare_megatron.config.describe import default_of, field_of, models_to, type_name
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 
@@ -35,8 +31,8 @@ def page() -> str:
     tables: dict[str, list[str]] = {}
     for key, meaning in all_keys().items():
         section, _, name = key.rpartition(".")
-        field = _field(key)
-        line = f"| `{name}` | {_type(field.annotation)} | {_default(field)} | {_cell(meaning)} |"
+        field = field_of(key)
+        line = f"| `{name}` | {type_name(field.annotation)} | {default_of(field)} | {_cell(meaning)} |"
         tables.setdefault(section, []).append(line)
     parts = [_HEAD]
     for section, lines in tables.items():
@@ -46,60 +42,13 @@ def page() -> str:
     return "".join(parts)
 
 
-def _models(section: str) -> list[type[Section]]:
-    """The models from the root to the one of `section`."""
-    found: list[type[Section]] = [Config]
-    for name in section.split("."):
-        model = section_of(found[-1].model_fields[name].annotation)
-        if model is None:
-            raise TypeError(f"{section} is no section")
-        found.append(model)
-    return found
-
-
 def _one_table(section: str) -> bool:
-    return isinstance(_field(section).annotation, type) if "." in section else True
+    return isinstance(field_of(section).annotation, type) if "." in section else True
 
 
 def _about(section: str) -> str:
-    parent = _models(section)[-2]
+    parent = models_to(section)[-2]
     return parent.model_fields[section.rpartition(".")[2]].description or ""
-
-
-def _field(key: str) -> FieldInfo:
-    section, _, name = key.rpartition(".")
-    return _models(section)[-1].model_fields[name]
-
-
-def _type(annotation: object) -> str:
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Literal:
-        return " or ".join(f"`{a}`" for a in args)
-    if origin is list and section_of(annotation) is not None:
-        return "list of paths or tables"
-    if origin is list:
-        return f"list of {_type(args[0])}s"
-    if origin is dict:
-        return "table"
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_type(a) for a in args)
-    names = {str: "string", int: "integer", float: "number", bool: "true or false", Path: "path"}
-    if not isinstance(annotation, type) or annotation not in names:
-        raise TypeError(f"no name for the type {annotation}")
-    return names[annotation]
-
-
-def _default(field: FieldInfo) -> str:
-    if field.is_required():
-        return "required"
-    value = field.get_default(call_default_factory=True)
-    if value is PydanticUndefined:
-        raise TypeError("a field without a default must be required")
-    if isinstance(value, bool):
-        return f"`{str(value).lower()}`"
-    if isinstance(value, list | dict | str):
-        return "empty" if not value else f"`{value}`"
-    return f"`{value}`"
 
 
 def _cell(text: str) -> str:

@@ -118,7 +118,7 @@ def find(root: Path, resume: str) -> Path | None:
         return whole[-1] if whole else None
     folder = Path(resume)
     if not (folder / loop.FILE).is_file() or not (folder / TRAINER).is_dir():
-        raise UserError(f"run.resume = {resume!r}: not a checkpoint folder (it must hold loop.json and trainer/)")
+        raise UserError(f"run.resume = {resume!r}: neither never, auto nor a checkpoint folder (loop.json, trainer/)")
     if folder.suffix == PARTIAL:
         raise UserError(f"run.resume = {resume!r}: was not written to its end; resume from another checkpoint")
     return folder

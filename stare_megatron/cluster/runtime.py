@@ -78,7 +78,7 @@ def get(ref: ray.ObjectRef, name: str) -> Any:
             raise type(e.cause)(f"{name}: {e.cause}") from e
         raise
     except ray.exceptions.RayActorError as e:
-        raise RunError(f"{name}: its process died: {first_line(e)}; its log is in the run folder's logs/") from e
+        raise RunError(f"{name}: its process died: {first_line(e).rstrip('.')}") from e
     except ray.exceptions.OutOfMemoryError as e:
         raise RunError(
             f"{name}: Ray ended its process: {first_line(e)}; run less beside it, or spread the run over more nodes"

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_of_one(cls, tree: Any) -> Any:
+        """`train = "a.jsonl"` says `train = ["a.jsonl"]`."""
+        lists = {key for key, f in cls.model_fields.items() if typing.get_origin(f.annotation) is list}
+        if not isinstance(tree, dict) or not lists:
+            return tree
+        return {k: [v] if k in lists and isinstance(v, str | Path) else v for k, v in tree.items()}
 
 
 def section_of(annotation: Any) -> type[Section] | None:

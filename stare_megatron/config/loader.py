@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,40 @@ from pydantic import ValidationError
 
 from stare_megatron.config.base import Section, section_of
 from stare_megatron.config.config import Config
-from stare_megatron.errors import UserError
+from stare_megatron.config.methods import METHODS
+from stare_megatron.errors import UserError, nearest, suggest
+
+# What others call a key, by its last part.
+_SYNONYMS = {
+    "clip_ratio": "algorithm.clip_low algorithm.clip_high",
+    "learning_rate": "trainer.optimizer.lr",
+    "batch_size": "rollout.prompts_per_step",
+    "num_generations": "rollout.group_size",
+    "max_tokens": "rollout.max_response_tokens",
+    "save_every": "checkpoint.every",
+    "epochs": "run.steps",
+    "tp": "trainer.tensor_parallel inference.tensor_parallel",
+}
+# pydantic's type of an error, or its first word -> what the value must be.
+_MUST = {
+    "bool": "be true or false",
+    "dict": "be a table",
+    "finite": "be a finite number",
+    "float": "be a number",
+    "greater_than": "be above {gt}",
+    "greater_than_equal": "be at least {ge}",
+    "int": "be a whole number",
+    "less_than": "be below {lt}",
+    "less_than_equal": "be at most {le}",
+    "list": 'be a list, e.g. ["a", "b"]',
+    "literal": "be {expected}",
+    "model": "be a table",
+    "path": "be a path, in quotes",
+    "string_pattern_mismatch": "match {pattern}",
+    "string_too_short": "not be empty",
+    "string": "be a string, in quotes",
+    "too_short": "have at least {min_length} entry",
+}
 
 
 def load(path: Path, overrides: list[str]) -> Config:
@@ -79,16 +111,27 @@ def _explain(error: ValidationError, origin: str) -> str:
     first = error.errors()[0]
     key = ".".join(part for part in first["loc"] if isinstance(part, str))
     if first["type"] == "extra_forbidden":
-        keys = all_keys()
-        tables = {k.rpartition(".")[0] for k in keys}
-        near = difflib.get_close_matches(key, [*keys, *tables], n=1, cutoff=0.5)
-        if not near:
-            leaf = {k.rpartition(".")[2]: k for k in keys}
-            near = [leaf[n] for n in difflib.get_close_matches(key.rpartition(".")[2], leaf, n=1)]
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"{origin}: unknown key {key!r}{hint}"
+        return f"{origin}: unknown key {key!r}{hint(key)}"
     if first["type"] == "missing":
         return f"{origin}: key {key!r} is missing: {all_keys().get(key, 'a table is required')}"
     message = first["msg"].removeprefix("Value error, ")
+    must = _MUST.get(first["type"]) or _MUST.get(first["type"].partition("_")[0])
+    if must:
+        message = "must " + must.format(**first.get("ctx", {}))
     value = "" if first["type"] == "value_error" else f" = {first['input']!r}"
     return f"{origin}: {key}{value}: {message}" if key else f"{origin}: {message}"
+
+
+def hint(key: str) -> str:
+    """What an unknown key may have meant: one or two of that name elsewhere, or one of its table that is near."""
+    table, _, name = key.rpartition(".")
+    if table == "algorithm" and name in METHODS:
+        common = ", ".join(sorted(METHODS[name].uses))
+        return f"; {name} has no table of its own, its settings are keys of [algorithm]: {common}"
+    every = dict.fromkeys([*all_keys(), *(k.rpartition(".")[0] for k in all_keys())])
+    named: dict[str, list[str]] = {}
+    for k in every:
+        named.setdefault(k.rpartition(".")[2], []).append(k)
+    beside = {n: k for n, keys in named.items() for k in keys if k.rpartition(".")[0] == table}
+    elsewhere = " ".join(named.get(name, [])) if len(named.get(name, [])) <= 2 else ""
+    return suggest(name, (), {name: _SYNONYMS.get(name) or elsewhere or beside.get(nearest(name, beside), "")})

@@ -29,6 +29,10 @@ class LoggingConfig(Section):
     tensorboard: bool = Field(default=True, description="Write TensorBoard event files.")
     wandb: Literal["offline", "online", "disabled"] = Field(default="offline", description="Weights & Biases mode.")
     wandb_project: str = Field(default="stare_megatron", description="Weights & Biases project.")
+    wandb_entity: str = Field(default="", description="Its user or team; empty: the one logged in.")
+    wandb_group: str = Field(default="", description="Group that its pages put the run in; empty: none.")
+    wandb_tags: list[str] = Field(default_factory=list, description="Its tags of the run.")
+    wandb_notes: str = Field(default="", description="Its notes on the run.")
     samples_every: int = Field(
         default=10, ge=0, description="Write sampled trajectories, as text and as data, every n steps; 0: never."
     )

@@ -7,14 +7,13 @@ Megatron-Core costs seconds and, without a GPU, needs patches; importing vLLM co
 from __future__ import annotations
 
 import ast
-import difflib
 import functools
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stare_megatron.errors import UserError
+from stare_megatron.errors import UserError, nearest, suggest
 
 _SHAPE = "it follows from the checkpoint, config.json in model.path"
 _RUN = "the run sets it itself"
@@ -113,8 +112,8 @@ def _check(table: Mapping[str, Any], name: str, what: str, reserved: Mapping[str
         if key in reserved:
             raise UserError(f"{name}.{key} = {value!r}: not settable here: {reserved[key]}")
         if key not in known:
-            near = difflib.get_close_matches(key, known - reserved.keys(), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            cure = reserved.get(nearest(key, known))
+            hint = suggest(key, known) + (f" It is not settable here: {cure}" if cure else "")
             raise UserError(f"{name}.{key}: {what} has no such field{hint}")
 
 

@@ -58,6 +58,12 @@ def gpu_names() -> tuple[str, ...]:
     return names[: len([item for item in visible.split(",") if item.strip() not in ("", "-1")])]
 
 
+def gpu_summary() -> str:
+    """`gpu_names` as text, "8 x NVIDIA H100, ..."; "" where there are none."""
+    gpus = gpu_names()
+    return ", ".join(f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus))
+
+
 def torch_device(local_rank: int) -> torch.device:
     """The device of a trainer rank; selects it as current on a GPU."""
     import torch

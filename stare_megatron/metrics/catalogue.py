@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
+from stare_megatron.errors import suggest
 from stare_megatron.types import QUADRANTS
 
 
@@ -238,6 +238,7 @@ _FAMILIES = (
 CATALOGUE: Mapping[str, Entry] = {entry.name: entry for entry in _ENTRIES}
 FAMILIES: Mapping[str, Entry] = {entry.name: entry for entry in _FAMILIES}
 
+_SYNONYMS = {"accuracy": "reward/correct eval/avg", "kl": "update/kl"}  # what others call it
 _LABEL, _COUNT = r"[A-Za-z0-9._-]+", r"[1-9][0-9]*"
 _PARTS = {"{source}": _LABEL, "{benchmark}": _LABEL, "{name}": _LABEL, "{k}": _COUNT}
 
@@ -261,8 +262,7 @@ def entry(name: str) -> Entry:
     for matcher, found in _MATCHERS:
         if matcher.fullmatch(name):
             return found
-    near = difflib.get_close_matches(name, [*CATALOGUE, *FAMILIES], n=1, cutoff=0.0)
-    raise ValueError(f"no metric {name!r} in metrics/catalogue.py; nearest is {near[0]!r}")
+    raise ValueError(f"no metric {name!r} in metrics/catalogue.py{suggest(name, [*CATALOGUE, *FAMILIES], _SYNONYMS)}")
 
 
 def member(family: str, **parts: str | int) -> str:

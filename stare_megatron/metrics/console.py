@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
+from rich.measure import Measurement
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -18,7 +21,23 @@ from stare_megatron.metrics.catalogue import Metric, by_name
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _PHASES = ("rollout", "score", "update", "push", "save", "eval")
-_SPARK_WIDTH = 40
+
+
+@dataclass(frozen=True)
+class Spark:
+    """A sparkline as wide as there is room, or values, behind a `prefix`; for a rich table."""
+
+    values: Sequence[float]
+    style: str = ""
+    prefix: str = ""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = max(1, options.max_width - len(self.prefix))
+        yield Text(self.prefix + sparkline(self.values, width), style=self.style, no_wrap=True)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        most = len(self.prefix) + len(self.values)
+        return Measurement(1, most).with_maximum(options.max_width)
 
 
 class ConsoleSink:
@@ -27,14 +46,14 @@ class ConsoleSink:
     Without a terminal, or when `quiet`, each step is one line of text and each status but the phases of a step too.
 
     Args:
-        total: steps of the whole run. restored_step: steps done before this start.
+        folder: the run's. total: steps of the whole run. restored_step: steps done before this start.
         has_target: the method seeks a target entropy, H_tgt.
     """
 
     def __init__(
         self,
         console: Console,
-        name: str,
+        folder: Path,
         total: int,
         restored_step: int,
         has_target: bool,
@@ -42,13 +61,14 @@ class ConsoleSink:
         history: Sequence[dict[str, float]] = (),
     ) -> None:
         self._console = console
-        self._name = name
+        self._folder = folder
         self._total = total
         self._first = self._step = restored_step
         self._has_target = has_target
         self._rows = list(history)
         self._status = ""
         self._evaluation: list[str] = []
+        self._sample = ""
         self._began = time.monotonic()
         self._live: Live | None = None
         if console.is_terminal and not quiet:
@@ -83,6 +103,10 @@ class ConsoleSink:
             for line in self._evaluation:
                 self._print(f"eval {line}")
 
+    def sample(self, text: str) -> None:
+        """A sampled trajectory in one line, for a live display."""
+        self._sample = text
+
     def close(self) -> None:
         self._status = ""
         if self._live is not None:
@@ -94,8 +118,8 @@ class ConsoleSink:
 
     def _render(self) -> RenderableType:
         table = Table.grid(padding=(0, 2))
-        for justify in ("left", "left", "left"):
-            table.add_column(justify=justify)
+        for style in ("dim", "", ""):
+            table.add_column(style=style)
         if self._rows:
             self._add_curves(table)
             self._add_costs(table)
@@ -108,10 +132,20 @@ class ConsoleSink:
             ProgressBar(total=max(self._total, 1), completed=self._step),
             self._times(),
         )
-        now = Text(f"now: {self._status}" if self._status else "", style="dim")
+        lines = [f"eval {line}" for line in self._evaluation]
+        if self._sample:
+            lines.append(f"sample {self._sample}")
+        saved = last_checkpoint(self._folder)
+        kept = f"{self._folder}, last checkpoint {saved.name}" if saved else f"{self._folder}, no checkpoint yet"
+        now = f"now: {self._status}" if self._status else ""
         return Panel(
-            Group(bar, table, *(Text(f"eval {line}", overflow="fold") for line in self._evaluation), now),
-            title=f"stare-megatron {self._name}",
+            Group(
+                bar,
+                table,
+                *(Text(line, overflow="fold") for line in lines),
+                *(Text(line, overflow="fold", style="dim") for line in (kept, now)),
+            ),
+            title=f"stare-megatron {self._folder.name}",
             title_align="left",
             border_style="dim",
         )
@@ -127,14 +161,21 @@ class ConsoleSink:
 
     def _add_curves(self, table: Table) -> None:
         row = self._rows[-1]
-        table.add_row("reward", f"{_mean(self._rows[-10:], 'reward/mean'):.3f}", self._spark("reward/mean", "green"))
-        entropy = f"{row.get('policy/entropy', math.nan):.3f}"
-        if self._has_target:
-            gate = "open" if row.get("stare/gate") else "shut"
-            entropy += f" target {row.get('policy/target_entropy', math.nan):.3f}, gate {gate}"
-        table.add_row("entropy", entropy, self._spark("policy/entropy", "cyan"))
-        length = f"{row.get('response/length_mean', math.nan):.0f} tokens"
-        table.add_row("response", length, self._spark("response/length_mean", "blue"))
+        curves = (
+            ("reward", "reward/mean", "{:.3f}", "green"),
+            ("correct", "reward/correct", "{:.1%}", "green"),
+            ("entropy", "policy/entropy", "{:.3f}", "cyan"),
+            ("response", "response/length_mean", "{:.0f} tokens", "blue"),
+            ("grad norm", "update/grad_norm", "{:.3f}", "magenta"),
+        )
+        for label, name, form, style in curves:
+            values = [row[name] for row in self._rows if name in row]
+            # Means of a batch are noisy: the last ten steps of what is a mean over prompts.
+            shown = mean(self._rows[-10:], name) if name.startswith("reward/") else row.get(name, math.nan)
+            table.add_row(label, form.format(shown), Spark(values, style))
+            if name == "policy/entropy" and self._has_target:
+                gate = "open" if row.get("stare/gate") else "closed"
+                table.add_row("target", f"{row.get('policy/target_entropy', math.nan):.3f}", f"gate {gate}")
 
     def _add_costs(self, table: Table) -> None:
         row = self._rows[-1]
@@ -142,10 +183,9 @@ class ConsoleSink:
         speed = f"{row.get('throughput/tokens_per_second', math.nan):,.0f} tokens/s"
         table.add_row("speed", speed, Text(f"{phases} s", style="dim"))
         mismatch = f"{row.get('mismatch/mean', math.nan):.1e} nats"
-        table.add_row("engine vs trainer", mismatch, Text(f"max {row.get('mismatch/max', math.nan):.1e}", style="dim"))
-
-    def _spark(self, name: str, style: str) -> Text:
-        return Text(sparkline([row[name] for row in self._rows if name in row], _SPARK_WIDTH), style=style)
+        table.add_row(
+            "mismatch", mismatch, Text(f"engine vs trainer, max {row.get('mismatch/max', math.nan):.1e}", style="dim")
+        )
 
 
 def plain_line(step: int, total: int, row: dict[str, float], has_target: bool) -> str:
@@ -193,6 +233,14 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
 
 
-def _mean(rows: Sequence[dict[str, float]], name: str) -> float:
+def mean(rows: Sequence[Mapping[str, float]], name: str) -> float:
+    """Mean of a metric over the steps that have it; NaN without one."""
     values = [row[name] for row in rows if name in row]
     return sum(values) / len(values) if values else math.nan
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a run, None before there is one."""
+    root = folder / "checkpoints"
+    latest = root / "latest"
+    return root / latest.read_text().strip() if latest.is_file() else None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from stare_megatron.host.files import write_atomic
-from stare_megatron.types import Group, Score, SpanKind, Trajectory
+from stare_megatron.types import Group, GroupSummary, Score, SpanKind, Trajectory
 
 FOLDER = "samples"
 
@@ -24,27 +25,40 @@ class Picked:
     score: Score
 
 
-def pick(groups: Sequence[Group], limit: int) -> list[Picked]:
-    """At most `limit` trajectories, of as many groups as possible: first the best of each group, then the worst."""
-    ranked = [_ranked(place, group) for place, group in enumerate(groups)]
-    best = [own[0] for own in ranked]
-    worst = [own[-1] for own in ranked if len(own) > 1]
-    return [*best, *worst, *(p for own in ranked for p in own[1:-1])][:limit]
+def choose(groups: Sequence[GroupSummary], limit: int, step: int) -> list[tuple[int, int]]:
+    """Places (`Picked.place`) of at most `limit` trajectories: the best of a group and the worst of another in turn.
+
+    The groups come in an order that the step alone decides, for their best first those in which there is a success,
+    for their worst those in which there is a failure; after all ends the rest.
+    """
+    order = random.Random(step).sample(range(len(groups)), len(groups))
+    ranked = {g: sorted(range(len(groups[g].rewards)), key=lambda i: (-groups[g].rewards[i], i)) for g in order}
+    low, high = min(min(g.rewards) for g in groups), max(max(g.rewards) for g in groups)
+    best = sorted(order, key=lambda g: max(groups[g].rewards) == low)
+    order.reverse()  # so that a group's best and its worst are far apart
+    worst = sorted(order, key=lambda g: min(groups[g].rewards) == high)
+    ends = (((b, ranked[b][0]), (w, ranked[w][-1])) for b, w in zip(best, worst, strict=True))
+    places = dict.fromkeys(place for pair in ends for place in pair)
+    return list(places | dict.fromkeys((g, i) for g in order for i in ranked[g]))[:limit]
 
 
-def _ranked(place: int, group: Group) -> list[Picked]:
-    pairs = enumerate(zip(group.trajectories, group.scores, strict=True))
-    own = [Picked((place, i), group, trajectory, score) for i, (trajectory, score) in pairs]
-    return sorted(own, key=lambda p: (-p.score.reward, p.trajectory.sample))
+def pick(groups: Mapping[int, Group], places: Sequence[tuple[int, int]]) -> list[Picked]:
+    """The trajectories at `places`, of groups by their place in the batch."""
+    return [Picked((g, i), groups[g], groups[g].trajectories[i], groups[g].scores[i]) for g, i in places]
 
 
-def write_samples(folder: Path, step: int, picked: Sequence[Picked], total: int, decode: Decode) -> Path:
-    """Write the trajectories picked of `total`. `decode` turns token ids into text.
+def write_samples(
+    folder: Path, step: int, picked: Sequence[Picked], trained: int, sampled: int, decode: Decode
+) -> Path:
+    """Write the trajectories picked of the `trained` ones of the update batch, for which `sampled` were sampled.
 
-    Returns the file, which is replaced whole.
+    `decode` turns token ids into text. Returns the file, which is replaced whole.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    text = f"step {step}: {len(picked)} of {total} trajectories\n"
+    text = (
+        f"step {step}: {len(picked)} trajectories, the best and the worst of groups in turn, of the {trained} in the "
+        f"update batch; {sampled} were sampled\n"
+    )
     for p in picked:
         text += "\n" + _format(p.group, p.trajectory, p.score, decode)
     file = folder / f"step_{step:06d}.txt"
@@ -62,6 +76,13 @@ def _format(group: Group, trajectory: Trajectory, score: Score, decode: Decode) 
     body = "".join(f"--- {_LABEL[span.kind]}\n{decode(span.token_ids.tolist())}\n" for span in trajectory.spans)
     note = f"--- note\n{score.note}\n" if score.note else ""
     return f"{head}{body}--- answer\n{group.prompt.answer}\n{note}"
+
+
+def excerpt(picked: Picked, decode: Decode, length: int = 240) -> str:
+    """Prompt, response and reward of a trajectory in one line; of a long one the end."""
+    text = " ".join(decode(picked.trajectory.token_ids().tolist()).split())
+    short = text if len(text) <= length else f"...{text[-length:]}"
+    return f"{picked.trajectory.prompt_id}, reward {picked.score.reward:g}: {short}"
 
 
 _LABEL = {SpanKind.PROMPT: "prompt", SpanKind.ACTION: "response", SpanKind.OBSERVATION: "observation"}

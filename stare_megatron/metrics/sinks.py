@@ -43,6 +43,10 @@ class Sinks:
         """Tell the user something that stays on the screen."""
         self._console.note(text)
 
+    def sample(self, text: str) -> None:
+        """Show a sampled trajectory, as one line."""
+        self._console.sample(text)
+
     def log(self, step: int, metrics: Sequence[Metric], late: Sequence[Metric]) -> None:
         """A step that is done. `late`: metrics that are only settled when it has been saved and evaluated, as they are
         now: the record must not lack the step if the run dies meanwhile, nor the display show it late."""
@@ -90,18 +94,12 @@ def open_sinks(config: Config, folder: Path, restored_step: int, quiet: bool, co
             from stare_megatron.metrics import wandb
 
             others.append(
-                wandb.WandbSink(
-                    folder / wandb.FOLDER,
-                    config.logging.wandb,
-                    config.logging.wandb_project,
-                    config.run.name,
-                    config.model_dump(mode="json"),
-                )
+                wandb.WandbSink(folder / wandb.FOLDER, config.logging, config.run.name, config.model_dump(mode="json"))
             )
         opened.pop_all()
     display = ConsoleSink(
         console,
-        config.run.name,
+        folder,
         config.run.steps,
         restored_step,
         config.algorithm.method in TARGET_METHODS,

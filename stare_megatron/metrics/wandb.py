@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import wandb
 
+from stare_megatron.config import LoggingConfig
 from stare_megatron.errors import UserError
 from stare_megatron.metrics import wandb_id
 from stare_megatron.metrics.catalogue import Metric, by_name
@@ -22,15 +23,13 @@ class WandbSink:
 
     Args:
         folder: where wandb keeps its files.
-        config: the resolved configuration, as nested JSON-like values.
+        logging: its mode is not `disabled`. config: the resolved configuration, as nested JSON-like values.
 
     Raises:
         UserError: wandb refuses to start (no login for `online`, no network).
     """
 
-    def __init__(
-        self, folder: Path, mode: Literal["offline", "online"], project: str, name: str, config: dict[str, Any]
-    ) -> None:
+    def __init__(self, folder: Path, logging: LoggingConfig, name: str, config: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         wandb_id.keep(folder.parent, wandb_id.new())
         settings = wandb.Settings(
@@ -41,18 +40,21 @@ class WandbSink:
                 id=wandb_id.read(folder.parent),
                 # wandb calls its folder "wandb" itself.
                 dir=str(folder.parent),
-                mode=mode,
-                project=project,
+                mode=logging.wandb,
+                project=logging.wandb_project,
+                entity=logging.wandb_entity or None,
+                group=logging.wandb_group or None,
+                tags=logging.wandb_tags,
+                notes=logging.wandb_notes or None,
                 name=name,
                 config=config,
-                resume="allow" if mode == "online" else None,
+                resume="allow" if logging.wandb == "online" else None,
                 settings=settings,
             )
         except wandb.Error as e:
             first = str(e).strip().splitlines()[0]
-            raise UserError(
-                f"logging.wandb = {mode!r}: wandb does not start: {first}; use logging.wandb=offline or disabled"
-            ) from e
+            key = f"logging.wandb = {logging.wandb!r}"
+            raise UserError(f"{key}: wandb does not start: {first}; use logging.wandb=offline or disabled") from e
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 

@@ -23,7 +23,10 @@ def read_hf_config(path: Path) -> ModelShape:
     Raises:
         UserError: no readable config.json, an unsupported architecture, or a field that is not understood.
     """
-    file = Path(path) / "config.json"
+    file = path / "config.json"
+    if not path.exists() and len(path.parts) == 2 and not path.is_absolute():
+        fetch = f"hf download {path.as_posix()} --local-dir {path.as_posix()}"
+        raise UserError(f"model.path = {str(path)!r}: no such folder; to fetch it from the Hugging Face hub: {fetch}")
     try:
         fields = json.loads(file.read_text())
     except OSError as e:

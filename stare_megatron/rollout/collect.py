@@ -40,6 +40,11 @@ class Collected(Generic[Ref]):
     tokens_sampled: int
     measured: tuple[Measured, ...]
 
+    @property
+    def groups_sampled(self) -> int:
+        """All that were sampled for it."""
+        return sum(int(part.total) for part in self.measured if part.name == "groups/sampled")
+
 
 class Collector(Generic[Ref]):
     """Samples update batches. What it collects depends on the stream, the seed and the step, not on timing."""

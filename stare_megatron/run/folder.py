@@ -280,9 +280,7 @@ def git_state(folder: Path) -> tuple[str, bool]:
 def hardware() -> str:
     """One line without the machine's name: logical CPUs, memory, GPUs."""
     memory = psutil.virtual_memory().total / 2**30
-    gpus = device.gpu_names()
-    named = ", ".join(f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)) or "no GPU"
-    return f"{os.cpu_count()} CPUs ({platform.machine()}), {memory:.0f} GiB memory, {named}"
+    return f"{os.cpu_count()} CPUs ({platform.machine()}), {memory:.0f} GiB memory, {device.gpu_summary() or 'no GPU'}"
 
 
 def _create(folder: RunFolder, config: Config, record: StartRecord) -> None:
@@ -310,9 +308,14 @@ def _refuse_other(folder: RunFolder, config: Config) -> None:
     if not is_used(folder) or config.run.resume == "auto":
         return
     if config.run.resume == "never":
+        saved = any(folder.checkpoints.glob("step_*"))
+        cure = (
+            "continue it with run.resume=auto"
+            if saved
+            else "it saved no checkpoint: start it over with run.resume=auto"
+        )
         raise UserError(
-            f"{folder.path}: run.name = {config.run.name!r} has already run; continue it with run.resume=auto, or "
-            "choose another run.name"
+            f"{folder.path}: run.name = {config.run.name!r} has already run; {cure}, or choose another run.name"
         )
     if not Path(config.run.resume).resolve().is_relative_to(folder.path.resolve()):
         raise UserError(

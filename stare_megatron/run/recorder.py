@@ -13,7 +13,7 @@ from stare_megatron.config import Config
 from stare_megatron.host.memory import host_memory
 from stare_megatron.metrics.catalogue import Metric
 from stare_megatron.metrics.sample_records import write_sample_records
-from stare_megatron.metrics.samples import FOLDER, Decode, pick, write_samples
+from stare_megatron.metrics.samples import FOLDER, Decode, choose, excerpt, pick, write_samples
 from stare_megatron.metrics.sinks import Sinks
 from stare_megatron.rollout.collect import Collected
 from stare_megatron.run.sampling import Sampler
@@ -147,9 +147,12 @@ class Recorder(Generic[Ref]):
 
     def _write_samples(self, step: int, batch: Collected[Ref]) -> None:
         """Some trajectories of the step, as text and as data with what the update knew of their tokens."""
-        limit, folder = self._config.logging.samples, self._config.folder / FOLDER
-        groups = self._fetch([ref for ref, _ in batch.groups[:limit]])
-        picked = pick(groups, limit)
-        records = self._session.trainers.token_records([p.place for p in picked])
-        write_samples(folder, step, picked, sum(len(g.trajectories) for g in groups), self._decode)
+        folder, size = self._config.folder / FOLDER, self._config.rollout.group_size
+        places = choose([summary for _, summary in batch.groups], self._config.logging.samples, step)
+        wanted = sorted({group for group, _ in places})
+        groups = dict(zip(wanted, self._fetch([batch.groups[i][0] for i in wanted]), strict=True))
+        picked = pick(groups, places)
+        records = self._session.trainers.token_records(places)
+        write_samples(folder, step, picked, len(batch.groups) * size, batch.groups_sampled * size, self._decode)
         write_sample_records(folder, step, picked, records, self._decode)
+        self._sinks.sample(excerpt(picked[step % len(picked)], self._decode))

@@ -19,11 +19,11 @@ from stare_megatron.config import Config
 from stare_megatron.data.benchmarks import Benchmark, load_benchmarks, source_labels
 from stare_megatron.data.prompts import PromptStream, load_prompts
 from stare_megatron.data.tokenizer import decoder, load_tokenizer
-from stare_megatron.errors import UserError
+from stare_megatron.errors import RunError, UserError
 from stare_megatron.metrics import catalogue, wandb_id
 from stare_megatron.metrics.plot import plot
 from stare_megatron.metrics.sinks import Sinks, open_sinks
-from stare_megatron.metrics.summary import render, summarize
+from stare_megatron.metrics.summary import how_to_resume, next_steps, opening, opening_notes, render, summarize
 from stare_megatron.rollout.collect import Collector
 from stare_megatron.rollout.groups import check_env
 from stare_megatron.run import folder as run_folder
@@ -70,18 +70,26 @@ def train(config: Config, *, quiet: bool, command: list[str]) -> int:
     prepared = prepare(config, console)
     folder = run_folder.open_run(config, command, prepared.sandbox)
     wandb_id.keep(folder.path, prepared.wandb_run)
+    say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    held_out = {benchmark.name: len(benchmark.prompts) for benchmark in prepared.benchmarks}
+    parameters = run_folder.parameter_count(config.model.path)
+    say(opening(config, parameters, len(prepared.stream.prompts), held_out))
     for note in prepared.notes:
-        console.print(f"note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        say(f"note: {note}", style="yellow")
     try:
         with contextlib.closing(open_sinks(config, folder.path, prepared.restored, quiet, console)) as sinks:
             done = _run(prepared, folder, sinks)
     except (UserError, KeyboardInterrupt):
         run_folder.discard(folder)
         raise
+    except RunError as e:
+        raise RunError(f"{e}\nlogs       {folder.logs}\n{how_to_resume(folder.path)}") from e
+    finished = done >= config.run.steps
     if run_folder.is_used(folder):
         plot(folder.path)
-        console.print(render(summarize(folder.path), config.run.name, folder.outputs()))
-    return 0 if done >= config.run.steps else 130
+        console.print(render(summarize(folder.path), config.run.name, folder.outputs(), finished=finished))
+        say(next_steps(config, finished=finished))
+    return 0 if finished else 130
 
 
 def prepare(config: Config, console: Console) -> Prepared:
@@ -98,11 +106,7 @@ def prepare(config: Config, console: Console) -> Prepared:
     tokenizer = load_tokenizer(config.model.path)
     check_env(config.env, tokenizer)
     prompts = load_prompts(config.data, tokenizer)
-    if prompts.dropped:
-        notes.append(
-            f"{prompts.dropped} of {prompts.dropped + len(prompts)} prompts are longer than data.max_prompt_tokens = "
-            f"{config.data.max_prompt_tokens} and were dropped"
-        )
+    notes += opening_notes(config, len(prompts), prompts.dropped)
     benchmarks = load_benchmarks(config, tokenizer)
     stream = PromptStream(prompts, seed=config.run.seed, shuffle=config.data.shuffle)
     if config.sync.probe_every:

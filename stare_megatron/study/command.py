@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from rich.console import Console
@@ -15,17 +16,23 @@ from stare_megatron.study.jobs import Progress, Runner, State, default_jobs, log
 INTERRUPTED = 130
 
 
-def run(file: Path, *, form: str, only: str, jobs: int, folder: Path | None) -> int:
+def run(file: Path, *, form: str, only: str, jobs: int, folder: Path | None, dry_run: bool) -> int:
     """Run what is not done; returns the exit code: 0, 1 if a run failed, 130 if stopped.
+
+    `dry_run`: only list the runs and their settings.
 
     Raises:
         UserError: before anything is started. RunError: a command of `prepare` failed.
     """
     if jobs < 0:
-        raise UserError(f"--jobs {jobs}: runs at a time; 0: as the machine bears")
+        raise UserError(f"--jobs {jobs}: runs at a time; 0: as many as fit")
     study = spec.load(file, form, only, folder)
-    jobs = jobs or default_jobs()
     console = Console()
+    if dry_run:
+        for job in study.jobs:
+            console.print(f"{job.name}: {shlex.join(job.settings)}", markup=False, highlight=False, soft_wrap=True)
+        return 0
+    jobs = jobs or default_jobs()
     console.print(f"{len(study.jobs)} runs in {study.folder}, {jobs} at a time", highlight=False)
     with Display(console) as display:
         progress = Runner(study, jobs, display.show).run()

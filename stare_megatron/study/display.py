@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from stare_megatron.metrics.console import clock, sparkline
+from stare_megatron.metrics.console import Spark, clock
 from stare_megatron.study.jobs import Progress, State
 
 _STYLES = {
@@ -20,7 +20,7 @@ _STYLES = {
     State.FAILED: "red",
     State.STOPPED: "yellow",
 }
-_SPARK = 24
+_CURVE = 30  # columns of a value and its sparkline
 _EVERY = 60.0  # seconds between lines of progress without a terminal
 
 
@@ -71,8 +71,10 @@ def line(p: Progress) -> str:
 def table(progress: list[Progress]) -> Table:
     """All runs, one a row."""
     found = Table(box=None, padding=(0, 2), header_style="dim")
-    for name, justify in (("run", "left"), ("", "left"), ("step", "right"), ("entropy", "left"), ("reward", "left")):
-        found.add_column(name, justify=justify, no_wrap=True)  # pyright: ignore[reportArgumentType]
+    for name in ("run", "", "step"):
+        found.add_column(name, no_wrap=True)
+    for name in ("entropy", "reward"):
+        found.add_column(name, max_width=_CURVE)
     found.add_column("left", justify="right", no_wrap=True)
     for p in progress:
         found.add_row(
@@ -87,9 +89,9 @@ def table(progress: list[Progress]) -> Table:
     return found
 
 
-def _curve(p: Progress, name: str) -> str:
+def _curve(p: Progress, name: str) -> Spark:
     values = [row[name] for row in p.rows if name in row]
-    return f"{values[-1]:.3f} {sparkline(values, _SPARK)}" if values else ""
+    return Spark(values, prefix=f"{values[-1]:.3f} " if values else "")
 
 
 def _last(p: Progress, name: str) -> float:

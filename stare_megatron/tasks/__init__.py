@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-
-from stare_megatron.errors import UserError
+from stare_megatron.errors import UserError, suggest
 from stare_megatron.tasks import number_walk, order_free_sum, tool_arithmetic
 from stare_megatron.tasks.base import Task
 
@@ -16,9 +14,8 @@ def get(name: str) -> Task:
     """The task of that name.
 
     Raises:
-        UserError: there is none; names the nearest.
+        UserError: there is none.
     """
     if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.0)[0]
-        raise UserError(f"unknown task {name!r}; did you mean {near!r}? Known: {', '.join(sorted(TASKS))}")
+        raise UserError(f"unknown task {name!r} (there are {', '.join(sorted(TASKS))}){suggest(name, TASKS)}")
     return TASKS[name]

@@ -50,7 +50,7 @@ ALLOWED: dict[str, set[str]] = {
         "checkpoint",
         "inference",
     },
-    "__main__": {"run", "config", "metrics", "study", "compare", "convert", "errors"},
+    "__main__": CONTRACTS | {"run", "metrics", "study", "compare", "convert", "data", "tasks"},
     # The Python API, imported when asked for.
     "__init__": {"run", "config", "errors"},
     "patches": {"host"},

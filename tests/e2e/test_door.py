@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from stare_megatron.__main__ import main
+from stare_megatron.config.methods import METHODS
 from stare_megatron.tasks.make import make
 from stare_megatron.tasks.tiny_model import default_settings
+from tests.contracts.source import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,24 @@ def test_missing_configuration_file(tmp_path, capsys):
 
 def test_missing_data_file(files, capsys):
     assert "nowhere.jsonl" in refused(files, capsys, f'data.train=["{files / "nowhere.jsonl"}"]')
+
+
+def test_a_model_of_the_hub_names_the_command_that_fetches_it(files, capsys):
+    assert "hf download Qwen/Nowhere-1B" in refused(files, capsys, "model.path=Qwen/Nowhere-1B")
+
+
+def test_a_resume_that_is_no_checkpoint(files, capsys):
+    assert "run.resume = 'yes': neither never, auto nor" in refused(files, capsys, "run.resume=yes")
+
+
+def test_a_refusal_of_wandb_leaves_no_folder(files, capsys, monkeypatch):
+    import wandb
+
+    def init(**_):
+        raise wandb.Error("no API key configured")
+
+    monkeypatch.setattr(wandb, "init", init)
+    assert "no API key configured" in refused(files, capsys, "logging.wandb=online")
 
 
 def test_malformed_jsonl_names_file_and_line(files, capsys):
@@ -197,3 +217,59 @@ def test_print_config_shows_every_resolved_key(files, capsys):
     out = capsys.readouterr().out
     assert "group_size = 16" in out
     assert "target_entropy = 0.3" in out
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(list(arguments)) == 0
+    return capsys.readouterr().out
+
+
+def test_keys_and_methods_are_explained(capsys):
+    assert said(capsys, "config", "checkpoint.every").startswith(
+        "checkpoint.every (integer; default 0)\n    Save every"
+    )
+    assert "run.steps (integer; required)" in said(capsys, "config", "run")
+    assert "[trainer]  " in said(capsys, "config")
+    assert main(["config", "trainer.tensor_paralel"]) == 2
+    assert "did you mean 'trainer.tensor_parallel'?" in capsys.readouterr().err
+    lines = said(capsys, "methods").splitlines()
+    assert {line.split()[0] for line in lines} == METHODS.keys()
+    assert all(len(line.split()) > 5 for line in lines)
+
+
+def test_the_package_brings_its_docs_and_examples(capsys):
+    assert "checkpoints" in said(capsys, "docs").splitlines()
+    assert said(capsys, "docs", "algorithms/stare") == (ROOT / "docs/algorithms/stare.md").read_text()
+    assert said(capsys, "example", "demo_cpu/run.toml") == (ROOT / "examples/demo_cpu/run.toml").read_text()
+    assert main(["docs", "checkpoint"]) == 2
+    assert "did you mean 'checkpoints'?" in capsys.readouterr().err
+
+
+def test_version_names_what_it_runs_on(capsys):
+    assert {"stare_megatron", "torch", "ray", "python", "hardware"} <= {
+        line.split()[0] for line in said(capsys, "version").splitlines()
+    }
+
+
+def test_a_dry_run_of_a_study_lists_runs_and_settings(files, capsys):
+    lines = said(
+        capsys, "study", str(ROOT / "examples/entropy_band/study.toml"), "--form", "quick", "--dry-run"
+    ).splitlines()
+    assert any(line.startswith("stare_o1-seed1: run.dir=") and "run.seed=1" in line for line in lines)
+    assert not (files / "runs").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "plot", "study", "compare", "config", "docs", "example"])
+def test_help_gives_examples(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert f"examples:\n  stare-megatron {command}" in capsys.readouterr().out
+
+
+def test_a_tiny_model_is_made_by_the_command(tmp_path, capsys):
+    out = tmp_path / "made"
+    sizes = ("--train-prompts", "8", "--eval-prompts", "4", "--random")
+    assert f"{out}: order_free_sum, 2 layers, " in said(capsys, "make-tiny-model", "--out", str(out), *sizes)
+    assert (out / "model/config.json").is_file()
+    assert main(["make-tiny-model", "--out", str(out), "--task", "nowhere"]) == 2
+    assert "unknown task 'nowhere' (there are " in capsys.readouterr().err

@@ -168,9 +168,10 @@ def test_the_newest_trajectories_are_kept_within_the_limit(tmp_path):
 def test_the_command_writes_all_of_it(two_methods, tmp_path, capsys):
     out, numbers = tmp_path / "out", tmp_path / "n.json"
     arguments = ["compare", str(two_methods), "--out", str(out), "--json", str(numbers), "--align", "tokens"]
-    assert main(arguments) == 0
-    printed = capsys.readouterr().out.split()
-    assert printed[:2] == [str(out / "report.html"), str(numbers)]
+    assert main([*arguments, "--verbose"]) == 0
+    first, *printed = capsys.readouterr().out.splitlines()
+    assert first == f"open {out / 'report.html'}"
+    assert printed[0] == str(numbers)
     pictures = sorted(p.name for p in (out / "png").iterdir())
     assert {"overview.png", "policy_entropy.png", "eval_held_out_avg_at_8.png", "phases.png"} <= set(pictures)
     saved = json.loads(numbers.read_text())

@@ -26,6 +26,11 @@ def test_known_key_passes():
     upstream.check_megatron({"attention_softmax_in_fp32": True})
 
 
+def test_a_misspelt_reserved_key_says_why_it_is_reserved():
+    with pytest.raises(UserError, match=r"did you mean 'hidden_size'\? It is not settable here: it follows"):
+        upstream.check_megatron({"hiden_size": 8})
+
+
 def test_unknown_key_names_the_nearest():
     with pytest.raises(UserError, match=r"trainer\.megatron\.atention_softmax_in_fp32: .*'attention_softmax_in_fp32'"):
         upstream.check_megatron({"atention_softmax_in_fp32": True})

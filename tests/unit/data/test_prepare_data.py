@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import runpy
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from stare_megatron.__main__ import main
 from stare_megatron.config import DataConfig
 from stare_megatron.data.prepare import extract, overlap
 from stare_megatron.data.prepare.overlap import Contamination, Reference
@@ -19,7 +19,6 @@ from stare_megatron.errors import UserError
 from stare_megatron.tasks import get
 from stare_megatron.tasks.tiny_model import make_tokenizer
 
-TOOL = Path(__file__).resolve().parents[3] / "tools" / "prepare_data.py"
 BEFORE = (
     "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
     "$Answer (without quotes) where $Answer is the answer to the problem.\n\n"
@@ -113,11 +112,10 @@ def write(folder: Path, rows: list, name: str) -> Path:
 @pytest.fixture
 def tool(tmp_path, capsys):
     """Runs the tool on rows; returns its exit code, what it wrote to both streams, and the output's path."""
-    main = runpy.run_path(str(TOOL))["main"]
 
     def run(dataset: str, rows: list | Path, *options: str | Path, name: str = "in.jsonl", out: str = "out.jsonl"):
         path = rows if isinstance(rows, Path) else write(tmp_path, rows, name)
-        code = main([str(x) for x in (dataset, "--file", path, "--out", tmp_path / out, *options)])
+        code = main([str(x) for x in ("prepare-data", dataset, "--file", path, "--out", tmp_path / out, *options)])
         said = capsys.readouterr()
         return code, said.out + said.err, tmp_path / out
 
@@ -196,7 +194,7 @@ def test_malformed_rows_are_refused_or_listed(tool):
     assert code == 2
     assert "in.jsonl:2: field 'answer': null\n" in said
     assert "in.jsonl:3: not valid JSON" in said
-    assert "prepare_data: 2 of 3 rows are malformed" in said
+    assert "stare-megatron: 2 of 3 rows are malformed" in said
     assert not out.exists()
     code, said, out = tool("math", rows, "--skip-malformed")
     assert (code, len(lines(out))) == (0, 1)

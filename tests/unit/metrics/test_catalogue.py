@@ -17,6 +17,13 @@ def test_unknown_name_is_an_error_that_names_the_nearest():
         metrics({"policy/entrpy": 0.2})
 
 
+def test_unknown_name_far_from_any_gets_no_suggestion_but_a_known_synonym_does():
+    with pytest.raises(ValueError, match=r"catalogue\.py$"):
+        metrics({"xyzzy": 0.2})
+    with pytest.raises(ValueError, match=r"did you mean 'reward/correct' or 'eval/avg'\?"):
+        metrics({"accuracy": 0.2})
+
+
 def test_wrong_unit_is_an_error():
     with pytest.raises(ValueError, match=r"policy/entropy: unit 'bits', the catalogue says 'nats/token'"):
         Metric("policy/entropy", 0.2, "bits")

@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from stare_megatron.config import parse
 from stare_megatron.errors import UserError
 from stare_megatron.metrics import plot, summary
 from stare_megatron.metrics.catalogue import metrics
 from stare_megatron.metrics.jsonl import JsonlSink
-from stare_megatron.metrics.samples import pick, write_samples
+from stare_megatron.metrics.samples import choose, excerpt, pick, write_samples
 from stare_megatron.types import QUADRANTS, Group, Prompt, Score, Span, SpanKind, Status, Trajectory
 
 
@@ -98,12 +99,72 @@ def test_summary_is_one_screen_and_lists_what_exists(tmp_path):
     write_run(tmp_path, 3)
     out = io.StringIO()
     paths = [("metrics", tmp_path / "metrics.jsonl"), ("wandb", tmp_path / "wandb")]
-    Console(file=out, width=200).print(summary.render(summary.summarize(tmp_path), "unit", paths))
+    Console(file=out, width=200).print(summary.render(summary.summarize(tmp_path), "unit", paths, finished=False))
     text = out.getvalue()
+    assert "unit: interrupted" in text
     assert "0.010 -> 0.030 (+0.020; first and last 1 of 3 steps)" in text
     assert str(tmp_path / "metrics.jsonl") in text
     assert "wandb" not in text
     assert len(text.splitlines()) < 24
+
+
+def configured(tmp_path, **tables):
+    tree = {
+        "run": {"name": "unit", "steps": 30, "dir": str(tmp_path)},
+        "model": {"path": "m"},
+        "data": {"train": ["a.jsonl"]},
+        "reward": {"name": "math"},
+    }
+    return parse({key: tree.get(key, {}) | tables.get(key, {}) for key in tree | tables}, "test")
+
+
+def test_a_start_says_what_is_about_to_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("STARE_DEVICE", "cpu")
+    config = configured(tmp_path, trainer={"world_size": 4, "tensor_parallel": 2}, rollout={"group_size": 8})
+    said = summary.opening(config, 114752, 4096, {"aime24": 30})
+    for part in ("m, 114,752 parameters", "no GPU found: running on the CPU", "4 ranks: TP 2, PP 1, CP 1, EP 1, DP 2"):
+        assert part in said
+    for part in ("engines    1, TP 1, colocated", "4,096 prompts", "aime24 (30)", str(tmp_path / "unit")):
+        assert part in said
+
+
+def test_notes_of_a_start(tmp_path):
+    config = configured(tmp_path, rollout={"prompts_per_step": 32})
+    few, unsaved = summary.opening_notes(config, 1, 0)
+    assert "1 prompt, fewer than the 32 of a step (rollout.prompts_per_step)" in few
+    assert unsaved.startswith("checkpoint.every = 0: nothing is saved before the last step")
+    config = configured(tmp_path, rollout={"prompts_per_step": 32}, checkpoint={"every": 5})
+    assert summary.opening_notes(config, 32, 0) == []
+    (dropped,) = summary.opening_notes(config, 40, 2)
+    assert "2 of 42 prompts are longer than data.max_prompt_tokens = 1024" in dropped
+
+
+def test_the_end_names_the_next_commands(tmp_path):
+    config = configured(tmp_path, eval={"benchmarks": ["b.jsonl"]})
+    run = config.folder
+    done = summary.next_steps(config, finished=True)
+    for command in (
+        f"tensorboard --logdir {run}/tensorboard",
+        f"wandb sync {run}/wandb/offline-run-*",
+        f"stare-megatron compare {run} --out",
+        f"stare-megatron eval {run}/config.toml --model {run}",
+    ):
+        assert command in done
+    assert "resume" not in done
+    quiet = configured(tmp_path, logging={"tensorboard": False, "wandb": "disabled"})
+    assert summary.next_steps(quiet, finished=True).splitlines() == [
+        f"report     stare-megatron compare {run} --out {run}-report"
+    ]
+
+
+def test_a_run_that_stopped_early_says_how_to_go_on(tmp_path):
+    run = configured(tmp_path).folder
+    assert "no checkpoint was saved" in summary.next_steps(configured(tmp_path), finished=False)
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "latest").write_text("step_000003\n")
+    said = summary.next_steps(configured(tmp_path), finished=False)
+    assert str(run / "checkpoints" / "step_000003") in said
+    assert f"stare-megatron train {run}/config.toml run.resume=auto" in said
 
 
 def group(name, rewards):
@@ -126,11 +187,39 @@ def group(name, rewards):
     return Group(prompt, trajectories, tuple(Score(r, r == 1.0, "checked") for r in rewards))
 
 
-def test_samples_show_best_then_worst_of_each_group(tmp_path):
-    groups = [group("a", (0.0, 0.5, 1.0)), group("b", (0.0, 0.0, 0.0))]
-    picked = pick(groups, 3)
-    assert [p.place for p in picked] == [(0, 2), (1, 0), (0, 0)]
-    file = write_samples(tmp_path / "samples", 10, picked, 6, lambda ids: " ".join(f"<{i}>" for i in ids))
+def summaries(*rewards):
+    return [group(str(i), own).summary() for i, own in enumerate(rewards)]
+
+
+def test_successes_and_failures_are_shown_in_turn_and_of_different_groups():
+    groups = summaries(*[(0.0, 1.0, 0.5)] * 32)
+    for step in range(20):
+        places = choose(groups, 6, step)
+        assert [i for _, i in places] == [1, 0] * 3
+        assert len({g for g, _ in places}) == 6
+    assert len({choose(groups, 1, step)[0][0] for step in range(20)}) > 5, "always the same groups"
+    assert choose(groups, 6, 3) == choose(groups, 6, 3)
+
+
+@pytest.mark.parametrize("step", range(5))
+def test_rare_failures_and_rare_successes_are_found(step):
+    places = choose(summaries(*[(1.0, 1.0)] * 30, (1.0, 0.0)), 4, step)
+    assert places[1] == (30, 1)
+    places = choose(summaries(*[(0.0, 0.0)] * 30, (1.0, 0.0)), 4, step)
+    assert places[0] == (30, 0)
+
+
+def test_every_trajectory_is_chosen_once_when_there_is_room():
+    places = choose(summaries((0.0, 0.5, 1.0), (1.0,), (0.0, 0.0)), 99, 1)
+    assert sorted(places) == [(0, 0), (0, 1), (0, 2), (1, 0), (2, 0), (2, 1)]
+
+
+def test_samples_say_how_many_they_are_taken_from(tmp_path):
+    groups = {0: group("a", (0.0, 0.5, 1.0)), 4: group("b", (0.0, 0.0, 0.0))}
+    picked = pick(groups, [(0, 2), (4, 0), (0, 0)])
+    assert excerpt(picked[0], lambda ids: " ".join(map(str, ids))) == "a, reward 1: 5 6 12 7"
+    assert excerpt(picked[0], lambda ids: "x" * 500, length=5) == "a, reward 1: ...xxxxx"
+    file = write_samples(tmp_path / "samples", 10, picked, 6, 20, lambda ids: " ".join(f"<{i}>" for i in ids))
     assert file.name == "step_000010.txt"
     text = file.read_text()
     heads = [line for line in text.splitlines() if line.startswith("===")]
@@ -139,5 +228,6 @@ def test_samples_show_best_then_worst_of_each_group(tmp_path):
         "=== b sample 0: reward 0, wrong, truncated, 1 action tokens, policy version 3, seed 0",
         "=== a sample 0: reward 0, wrong, truncated, 1 action tokens, policy version 3, seed 0",
     ]
-    assert text.splitlines()[0] == "step 10: 3 of 6 trajectories"
+    assert text.startswith("step 10: 3 trajectories, the best and the worst of groups in turn, of the 6 in the update ")
+    assert "batch; 20 were sampled\n" in text
     assert "--- prompt\n<5> <6>\n--- response\n<12>\n--- observation\n<7>\n--- answer\n2\n--- note\nchecked\n" in text

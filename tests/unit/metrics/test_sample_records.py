@@ -89,7 +89,9 @@ def test_a_line_a_trajectory(tmp_path):
     trained = record(
         known, [0, -0.2, -2, 0, 0, -1], [0, 0.5, 0.5, 0, 0, 0.5], [False, False, True, False, False, False]
     )
-    file = write_sample_records(tmp_path, 10, pick(groups, 2), {(0, 0): trained}, decode)
+    file = write_sample_records(
+        tmp_path, 10, pick(dict(enumerate(groups)), [(0, 0), (0, 1)]), {(0, 0): trained}, decode
+    )
     assert file.name == "step_000010.jsonl"
     good, failed = (json.loads(line) for line in file.read_text().splitlines())
     assert (good["prompt_id"], good["sample"], good["reward"], good["correct"]) == ("p", 0, 1.0, True)

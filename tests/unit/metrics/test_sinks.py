@@ -1,7 +1,9 @@
 import io
 import math
+from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
 from stare_megatron.config import Config
@@ -97,7 +99,7 @@ def test_wandb_offline_keeps_one_id(tmp_path):
     from stare_megatron.metrics.wandb import WandbSink
 
     for _ in range(2):
-        sink = WandbSink(tmp_path / "wandb", "offline", "p", "n", {"run": {"steps": 1}})
+        sink = WandbSink(tmp_path / "wandb", config().logging, "n", {"run": {"steps": 1}})
         sink.log(1, metrics({"reward/mean": 0.5}))
         sink.close()
     runs = [p for p in (tmp_path / "wandb").iterdir() if p.name.startswith("offline-run-")]
@@ -106,6 +108,24 @@ def test_wandb_offline_keeps_one_id(tmp_path):
     files = [(run / f"run-{name}.wandb").read_bytes() for run in runs]
     assert all(files)
     assert any(b"reward/mean" in file for file in files)  # of two runs in one second wandb keeps one's values
+
+
+def test_wandb_is_told_entity_group_tags_and_notes(tmp_path, monkeypatch):
+    import wandb
+
+    from stare_megatron.metrics.wandb import WandbSink
+
+    told = {}
+
+    def refuse(**kwargs):
+        told.update(kwargs)
+        raise wandb.Error("no API key configured")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    settings = config(wandb_entity="team", wandb_group="sweep", wandb_tags="first", wandb_notes="why").logging
+    with pytest.raises(UserError, match="no API key configured; use"):
+        WandbSink(tmp_path / "wandb", settings, "n", {})
+    assert [told[key] for key in ("entity", "group", "tags", "notes")] == ["team", "sweep", ["first"], "why"]
 
 
 def test_open_sinks_writes_everywhere_and_closes(tmp_path):
@@ -164,7 +184,7 @@ def test_close_reaches_every_sink_when_one_fails():
             self.closed = True
 
     watched = Watched()
-    console = ConsoleSink(Console(file=io.StringIO()), "unit", 1, 0, False, quiet=True)
+    console = ConsoleSink(Console(file=io.StringIO()), Path("unit"), 1, 0, False, quiet=True)
     with pytest.raises(OSError, match="disk gone"):
         Sinks(console, watched, [Failing(), Watched()]).close()
     assert watched.closed
@@ -173,22 +193,47 @@ def test_close_reaches_every_sink_when_one_fails():
 def test_live_display_shows_progress_and_ends_clean():
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=110, height=30, color_system=None)
-    sink = ConsoleSink(console, "unit", 4, 0, True, quiet=False)
+    sink = ConsoleSink(console, Path("runs/unit"), 4, 0, True, quiet=False)
     sink.status("rollout")
     common = {"policy/target_entropy": 0.3, "time/step": 2.0}
     sink.log(1, metrics({"reward/mean": 0.1, "policy/entropy": 0.5, "stare/gate": 0.0} | common))
     sink.log(2, metrics({"reward/mean": 0.3, "policy/entropy": 0.2, "stare/gate": 1.0} | common))
     sink.close()
     last = out.getvalue()[out.getvalue().rindex("stare-megatron unit") :]
-    for text in ("step 2/4", "0:04 left", "0.200 target 0.300, gate open", "0.200", "▁█", "█▁"):
+    for text in ("step 2/4", "0:04 left", "0.300", "gate open", "0.200", "no checkpoint yet", "▁█", "█▁"):
         assert text in last, text
     assert out.getvalue().endswith("\x1b[?25h"), "the cursor must be shown again"
+
+
+@pytest.mark.parametrize("width", [160, 80, 50])
+def test_curves_fit_the_terminal_and_keep_the_newest_steps(tmp_path, width):
+    """Rendered as a terminal would: the last step's block stands at the right, at any width."""
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=width, height=40, color_system=None)
+    sink = ConsoleSink(console, tmp_path, 200, 0, True, quiet=False)
+    common = {"policy/target_entropy": 0.3, "stare/gate": 1.0, "throughput/tokens_per_second": 12345.0}
+    for step in range(1, 121):
+        # Flat but for the newest tenth.
+        sink.log(step, metrics({"reward/mean": float(step > 108), "policy/entropy": 0.5} | common))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "latest").write_text("step_000100\n")
+    sink.sample("p, reward 0: 1 + 1 = 3")
+    sink.close()
+    text = out.getvalue()
+    last = text[text.rindex("stare-megatron ") :]
+    (reward,) = [line for line in last.splitlines() if "reward     " in line]
+    assert "…" not in last
+    assert reward.rstrip(" │").endswith("█")
+    assert all(cell_len(line) <= width for line in last.splitlines()[1:-1])
+    said = " ".join(last.replace("│", " ").split())
+    assert "last checkpoint step_000100" in said
+    assert "sample p, reward 0: 1 + 1 = 3" in said
 
 
 def test_quiet_never_starts_the_live_display():
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=110, color_system=None)
-    sink = ConsoleSink(console, "unit", 4, 0, False, quiet=True)
+    sink = ConsoleSink(console, Path("unit"), 4, 0, False, quiet=True)
     sink.log(1, metrics({"reward/mean": 0.1}))
     sink.close()
     assert out.getvalue() == "step 1/4  reward 0.100\n"

@@ -227,6 +227,8 @@ def test_the_file_may_hold_what_is_computed_or_tied_and_nothing_else(tmp_path: P
 def test_no_configuration(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot read"):
         read_hf_config(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"hf download Qwen/Nowhere-1B --local-dir Qwen/Nowhere-1B$"):
+        read_hf_config(Path("Qwen/Nowhere-1B"))
 
 
 @pytest.mark.parametrize(

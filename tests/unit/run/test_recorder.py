@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from stare_megatron.config import parse
+from stare_megatron.config import RolloutConfig, parse
 from stare_megatron.metrics.catalogue import by_name, metrics
 from stare_megatron.run import recorder as module
 from stare_megatron.run.recorder import Recorder, Remembered
@@ -47,6 +47,9 @@ def group(name: str, rewards=(1.0, 0.0)) -> Group:
     return Group(prompt, tuple(trajectory(i) for i in range(len(rewards))), scores)
 
 
+SIZE = RolloutConfig().group_size
+
+
 class Time:
     """A clock that the test moves."""
 
@@ -75,6 +78,7 @@ def made(tmp_path, monkeypatch):
     )
     logged: list[tuple] = []
     asked: list[list[tuple[int, int]]] = []
+    shown: list[str] = []
 
     def token_records(wanted):
         asked.append(list(wanted))
@@ -82,10 +86,11 @@ def made(tmp_path, monkeypatch):
 
     trainers = SimpleNamespace(peak_memory_bytes=lambda: [1 << 20], token_records=token_records)
     groups = [group("a"), group("b")]
-    batch = SimpleNamespace(groups=tuple((g, g.summary()) for g in groups), tokens_sampled=600)
+    batch = SimpleNamespace(groups=tuple((g, g.summary()) for g in groups), tokens_sampled=600, groups_sampled=5)
     sinks = SimpleNamespace(
         status=lambda text: None,
         log=lambda step, values, late: logged.append((step, by_name(values), by_name(late))),
+        sample=shown.append,
         complete=lambda step, late: logged.append((step, by_name(late))),
     )
     recorder = Recorder(
@@ -98,7 +103,7 @@ def made(tmp_path, monkeypatch):
         lambda ids: " ".join(map(str, ids)),
     )
     return SimpleNamespace(
-        recorder=recorder, time=time, logged=logged, asked=asked, batch=batch, folder=tmp_path / "unit"
+        recorder=recorder, time=time, logged=logged, asked=asked, shown=shown, batch=batch, folder=tmp_path / "unit"
     )
 
 
@@ -151,3 +156,6 @@ def test_samples_are_written_when_due_with_what_the_update_knew(made):
     names = sorted(p.name for p in (made.folder / "samples").glob("*.txt"))
     assert names == ["step_000001.txt", "step_000002.txt"]
     assert [sorted(wanted) for wanted in made.asked] == [[(0, 0), (0, 1), (1, 0), (1, 1)]] * 2
+    head = (made.folder / "samples" / names[0]).read_text().partition("\n")[0]
+    assert head.endswith(f"of the {2 * SIZE} in the update batch; {5 * SIZE} were sampled")
+    assert len(made.shown) == 2

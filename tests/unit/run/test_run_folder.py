@@ -67,7 +67,8 @@ def test_to_toml_round_trips_every_key(make):
 def test_a_run_with_steps_is_refused_with_the_cure(make):
     folder = run_folder.open_run(make(), [])
     folder.metrics.write_text('{"step": 1}\n')
-    with pytest.raises(UserError, match=r"run\.name = 'unit' has already run; .*run\.resume=auto, or choose another"):
+    over = r"run\.name = 'unit' has already run; it saved no checkpoint: start it over with run\.resume=auto, or choose"
+    with pytest.raises(UserError, match=over):
         run_folder.open_run(make(), [])
     assert folder.metrics.read_text() == '{"step": 1}\n'
 
@@ -75,7 +76,7 @@ def test_a_run_with_steps_is_refused_with_the_cure(make):
 def test_a_run_with_a_checkpoint_is_refused(make):
     folder = run_folder.open_run(make(), [])
     (folder.checkpoints / "step_000001").mkdir(parents=True)
-    with pytest.raises(UserError, match="has already run"):
+    with pytest.raises(UserError, match=r"has already run; continue it with run\.resume=auto, or choose another"):
         run_folder.open_run(make(), [])
 
 

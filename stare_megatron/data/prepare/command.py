@@ -1,0 +1,51 @@
+"""`stare-megatron prepare-data`: from a published data set of mathematical problems to a prompt file."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from stare_megatron.data.prepare.hub import Source, download
+from stare_megatron.data.prepare.pipeline import prepare
+from stare_megatron.data.prepare.recipes import RECIPES
+from stare_megatron.data.prepare.settings import Settings
+from stare_megatron.data.prepare.types import Counts
+from stare_megatron.errors import UserError
+
+
+def run(args: argparse.Namespace, say: Callable[[str], None]) -> str:
+    """Write the prompt file; returns what it holds. `say` is given a line about each fault on the way.
+
+    Raises:
+        UserError: options that contradict each other, and as `hub.download` and `pipeline.prepare`.
+    """
+    recipe, settings = RECIPES[args.dataset], _settings(args)
+    if args.file:
+        source = Source("", tuple(args.file))
+    else:
+        source = download(recipe, args.hub or recipe.hub, args.revision, args.split or recipe.split)
+    return f"{args.out}: {_told(prepare(recipe, source, settings, args.out, say))}"
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    if args.system and args.form != "chat":
+        raise UserError("--system needs --form chat")
+    if args.ngram < 1 or args.common < 2 or not 0 < args.overlap <= 1:
+        raise UserError("--ngram must be at least 1, --common at least 2, --overlap above 0 and at most 1")
+    given: dict[str, Any] = {field.name: vars(args)[field.name] for field in dataclasses.fields(Settings)}
+    given["against"] = tuple(args.against)
+    return Settings(**given)
+
+
+def _told(counts: Counts) -> str:
+    left_out = {
+        "malformed": counts.malformed,
+        "repeated": counts.repeated,
+        "with conflicting answers": counts.conflicting,
+        "equal to a problem of --against": counts.same,
+        "overlapping with one": counts.overlapping,
+    }
+    told = ", ".join(f"{count} {what}" for what, count in left_out.items() if count)
+    return f"{counts.written} of {counts.rows} rows" + (f"; left out: {told}" if told else "")

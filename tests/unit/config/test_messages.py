@@ -1,0 +1,54 @@
+"""What a mistake in a configuration is answered with."""
+
+import pytest
+
+from stare_megatron import config
+from stare_megatron.errors import UserError
+
+
+def load(tmp_path, *overrides):
+    file = tmp_path / "run.toml"
+    file.write_text(
+        'run.steps = 1\nmodel.path = "m"\ndata.train = ["a.jsonl"]\nreward.name = "math"\n[eval]\nbenchmarks = []\n'
+    )
+    return config.load(file, list(overrides))
+
+
+@pytest.mark.parametrize(
+    ("override", "answer"),
+    [
+        ("trainer.tensor_paralel=2", "did you mean 'trainer.tensor_parallel'?"),
+        ("algorithm.clip_ratio=0.2", "did you mean 'algorithm.clip_low' or 'algorithm.clip_high'?"),
+        ("algorithm.gspo.clip=1", "gspo has no table of its own, its settings are keys of [algorithm]: clip_high,"),
+        ("algorithm.temperature=1", "did you mean 'rollout.temperature' or 'eval.temperature'?"),
+        ("trainer.lr=1", "did you mean 'trainer.optimizer.lr'?"),
+        ("trainr.world_size=1", "unknown key 'trainr'; did you mean 'trainer'?"),
+        ('eval.benchmarks=[{path="a", smaples=1}]', "did you mean 'eval.benchmarks.samples'?"),
+        ("data.train=3", 'data.train = 3: must be a list, e.g. ["a", "b"]'),
+        ("data.train=[]", "must have at least 1 entry"),
+        ("data=3", "data = 3: must be a table"),
+        ("run.steps=x", "run.steps = 'x': must be a whole number"),
+        ("run.steps=0", "must be at least 1"),
+        ("trainer.optimizer.lr=0", "must be above 0"),
+        ("run.resume=true", "must be a string, in quotes"),
+        ("logging.wandb=on", "must be 'offline', 'online' or 'disabled'"),
+        ("algorithm.normalize_std=ja", "must be true or false"),
+    ],
+)
+def test_a_mistake_is_answered_in_words_of_the_configuration(tmp_path, override, answer):
+    with pytest.raises(UserError) as refused:
+        load(tmp_path, override)
+    assert answer in str(refused.value)
+    assert "Input should" not in str(refused.value)
+
+
+def test_nothing_is_suggested_where_nothing_is_near(tmp_path):
+    with pytest.raises(UserError, match=r"unknown key 'algorithm\.stare\.beta_kl'$"):
+        load(tmp_path, "algorithm.stare.beta_kl=1")
+
+
+def test_a_string_is_a_list_of_one(tmp_path):
+    read = load(tmp_path, "data.train=b.jsonl", "eval.benchmarks=c.jsonl", "run.resume_allow=data")
+    assert [str(p) for p in read.data.train] == ["b.jsonl"]
+    assert [b.name for b in read.eval.benchmarks] == ["c"]
+    assert read.run.resume_allow == ["data"]
