@@ -111,14 +111,7 @@ def numbers(content: Content) -> dict[str, Any]:
                 ],
                 "settings": {key: values[i] for key, values in unlike.items()},
                 "measures": {
-                    row.measure.key: {
-                        "unit": row.measure.unit,
-                        "meaning": row.measure.meaning,
-                        "n": row.cells[i].n,
-                        "mean": row.cells[i].mean,
-                        "std": row.cells[i].std,
-                        "values": dict(row.cells[i].values),
-                    }
+                    row.measure.key: {"unit": row.measure.unit, "meaning": row.measure.meaning} | vars(row.cells[i])
                     for row in content.rows
                 },
             }

@@ -58,14 +58,7 @@ def _newest_first(samples: Mapping[str, Sequence[SampledStep]]) -> Iterator[tupl
 
 
 def _item(sample: Sample) -> dict[str, Any]:
-    return {
-        "prompt": sample.prompt,
-        "sample": sample.sample,
-        "reward": sample.reward,
-        "facts": sample.facts,
-        "answer": sample.answer,
-        "note": sample.note,
-        "advantage": sample.advantage,
+    return vars(sample) | {
         "turns": [{"calls": [vars(call) for call in turn.calls], "void": turn.void} for turn in sample.turns],
         "spans": [_span(span) for span in sample.spans],
     }

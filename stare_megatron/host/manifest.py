@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
@@ -113,17 +113,10 @@ def read(folder: Path) -> dict[str, FileEntry] | None:
         raise UserError(f"{file}: damaged: not a manifest ({e}); copy the folder again") from e
 
 
-def verify(
-    folder: Path,
-    names: Iterable[str] | None = None,
-    *,
-    contents: bool = True,
-    threads: int = 2,
-    progress: Callable[[int], object] = int,
-) -> bool:
+def verify(folder: Path, *, contents: bool = True, threads: int = 2, progress: Callable[[int], object] = int) -> bool:
     """Compare the files with the manifest. False where there is none; files it does not name are not looked at.
 
-    `names`: only these. `contents`: also the checksums, which reads every byte; without it, presence and sizes.
+    `contents`: also the checksums, which reads every byte; without it, presence and sizes.
 
     Raises:
         UserError: a file is missing, of another size, or of another content; the message names the first.
@@ -131,8 +124,7 @@ def verify(
     entries = read(folder)
     if entries is None:
         return False
-    chosen = {name: entries[name] for name in names if name in entries} if names is not None else entries
-    for name, entry in chosen.items():
+    for name, entry in entries.items():
         file = folder / name
         try:
             size = file.stat().st_size
@@ -146,8 +138,8 @@ def verify(
     if not contents:
         return True
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        found = pool.map(lambda name: checksum(folder / name, progress), chosen)
-        for (name, entry), now in zip(chosen.items(), found, strict=True):
+        found = pool.map(lambda name: checksum(folder / name, progress), entries)
+        for (name, entry), now in zip(entries.items(), found, strict=True):
             if now != entry:
                 raise UserError(
                     f"{folder / name}: damaged: checksum {now.checksum}, {entry.checksum} when it was written; copy "

@@ -72,7 +72,7 @@ class Engine:
             **config.vllm,
         }
         self._llm: AsyncLLM | None = None
-        self._brood = ChildProcesses()
+        self._children = ChildProcesses()
         self._ids = itertools.count()
         self._asleep = False
 
@@ -85,7 +85,7 @@ class Engine:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        self._brood.begin()
+        self._children.begin()
         os.environ["STARE_ENGINE_PARENT"] = str(os.getpid())  # see sync.plugin
         try:
             self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._args))
@@ -207,14 +207,14 @@ class Engine:
 
     def peak_memory_bytes(self) -> int:
         """Sum over this process and those of the engine of each one's largest resident size so far (Linux)."""
-        return self._brood.peak_memory_bytes()
+        return self._children.peak_memory_bytes()
 
     async def close(self) -> None:
         """End the engine and every process it started. Harmless when repeated or never started."""
         llm, self._llm = self._llm, None
         if llm is not None:
             llm.shutdown()
-        await asyncio.to_thread(self._brood.end)
+        await asyncio.to_thread(self._children.end)
 
     def _running(self) -> AsyncLLM:
         if self._llm is None:

@@ -172,9 +172,8 @@ class Fields:
                 f"{self.path}: rope_parameters = {table!r} and rope_scaling = {old!r} contradict each other"
             )
         inner = Fields(self.path, table or old)
-        theta = self._agreeing(
-            inner.take("rope_theta", float, None), self.take("rope_theta", float, None), "rope_theta"
-        )
+        thetas = inner.take("rope_theta", float, None), self.take("rope_theta", float, None)
+        theta = self._agreeing(*thetas, "rope_theta")
         kinds = inner.take("rope_type", str, None), inner.take("type", str, None)
         kind = self._agreeing(*kinds, "rope_type") or "default"
         scaling = inner._rope_scaling(kind)
@@ -244,14 +243,8 @@ class Fields:
 def dense_attention(shape: ModelShape) -> tuple[Tensor, ...]:
     """The attention half of a layer, in the order of Hugging Face's files."""
     hf, mc = "self_attn", "self_attention"
-    tensors = [
-        Tensor(
-            Split.REPLICATED,
-            ("input_layernorm.weight",),
-            "input_layernorm.weight",
-            f"{mc}.linear_qkv.layer_norm_weight",
-        )
-    ]
+    norm = "input_layernorm.weight"
+    tensors = [Tensor(Split.REPLICATED, (norm,), norm, f"{mc}.linear_qkv.layer_norm_weight")]
     for part in ("weight", "bias") if shape.qkv_bias else ("weight",):
         names = tuple(f"{hf}.{x}_proj.{part}" for x in "qkv")
         tensors.append(Tensor(Split.QKV, names, f"{mc}.linear_qkv.{part}"))
@@ -263,13 +256,9 @@ def dense_attention(shape: ModelShape) -> tuple[Tensor, ...]:
 
 def dense_mlp(shape: ModelShape) -> tuple[Tensor, ...]:
     """The gated MLP half of a layer."""
+    norm = ("post_attention_layernorm.weight",)
     return (
-        Tensor(
-            Split.REPLICATED,
-            ("post_attention_layernorm.weight",),
-            "pre_mlp_layernorm.weight",
-            "mlp.linear_fc1.layer_norm_weight",
-        ),
+        Tensor(Split.REPLICATED, norm, "pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
         Tensor(Split.GATED, ("mlp.gate_proj.weight", "mlp.up_proj.weight"), "mlp.linear_fc1.weight"),
         Tensor(Split.ROW, ("mlp.down_proj.weight",), "mlp.linear_fc2.weight"),
     )
@@ -296,14 +285,13 @@ def read_dense(
     *,
     qkv_bias: bool,
     qk_norm: bool,
-    tied: bool = False,
     kv_groups: int | None = None,
     head_dim: int | None = None,
 ) -> ModelShape:
     """The fields all supported families share.
 
-    `tied`, `kv_groups`, `head_dim`: the family's defaults of `tie_word_embeddings`, `num_key_value_heads` (None: as
-    many as heads) and `head_dim` (None: hidden size / heads) where config.json leaves them out.
+    `kv_groups`, `head_dim`: the family's defaults of `num_key_value_heads` (None: as many as heads) and `head_dim`
+    (None: hidden size / heads) where config.json leaves them out.
     """
     heads, hidden = f.take("num_attention_heads", int), f.take("hidden_size", int)
     layers = f.take("num_hidden_layers", int)
@@ -322,7 +310,7 @@ def read_dense(
         kv_groups=f.take("num_key_value_heads", int, kv_groups or heads),
         head_dim=f.take("head_dim", int, head_dim or hidden // heads),
         vocab=f.take("vocab_size", int),
-        tied=f.take("tie_word_embeddings", bool, tied),
+        tied=f.take("tie_word_embeddings", bool, False),
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
         norm_eps=f.take("rms_norm_eps", float, 1e-6),

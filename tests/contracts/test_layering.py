@@ -101,6 +101,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "numpy": {
         "types",
         "data",
+        "metrics",
         "tasks",
         "rewards",
         "envs",
