@@ -269,7 +269,7 @@ def test_written_configuration_can_be_read(method):
 @pytest.mark.parametrize(
     ("algorithm", "message"),
     [
-        ({"method": "gpso"}, r"method = 'gpso' .*did you mean 'gspo'"),
+        ({"method": "gpso"}, r"method = 'gpso' is not registered .did you mean 'gspo'"),
         ({"method": "gspo", "dual_clip": 10.0}, r"dual_clip is not used by method 'gspo'"),
         ({"method": "dr_grpo", "normalize_std": True}, r"normalize_std is not used .*it is False there"),
         ({"method": "stare", "stare": {"band": 0.1}}, r"stare.band is for stare.controller"),
