@@ -9,7 +9,8 @@ from pathlib import Path
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from stare_megatron.config import Config, Section, all_keys, section_of
+from stare_megatron.config import Config, Section, section_of
+from stare_megatron.config.loader import walk
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 
@@ -33,10 +34,10 @@ Written by `python tools/make_config_docs.py` from `stare_megatron/config.py`.
 def page() -> str:
     """The whole page."""
     tables: dict[str, list[str]] = {}
-    for key, meaning in all_keys().items():
-        section, _, name = key.rpartition(".")
-        field = _field(key)
-        line = f"| `{name}` | {_type(field.annotation)} | {_default(field)} | {_cell(meaning)} |"
+    for key in walk():
+        section, _, name = key.name.rpartition(".")
+        meaning = _cell(key.field.description or "")
+        line = f"| `{name}` | {_type(key.field.annotation)} | {_default(key.field)} | {meaning} |"
         tables.setdefault(section, []).append(line)
     parts = [_HEAD]
     for section, lines in tables.items():
