@@ -18,9 +18,7 @@ class _Algorithms(dict[str, Algorithm]):
         algorithm = METHODS[name].algorithm
         if not isinstance(algorithm, Algorithm):
             found = type(algorithm).__name__
-            raise UserError(
-                f"algorithm.method = {name!r}: its algorithm is a {found}, want an Algorithm of algo.algorithm"
-            )
+            raise UserError(f"algorithm.method = {name!r}: its algorithm is of type {found}, want Algorithm")
         return algorithm
 
 

@@ -152,8 +152,8 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Differe
         found.append(Difference("run.steps", old.get("run.steps"), new.get("run.steps")))
     for chooser in ("algorithm.method", "reward.name", "env.name"):  # what it chooses has settings of its own
         if any(d.key == chooser for d in found):
-            table = chooser.partition(".")[0] + "."
-            found = [d for d in found if d.key == chooser or not d.key.startswith(table)]
+            follows = (chooser.partition(".")[0] + ".", "data.extra_keys")
+            found = [d for d in found if d.key == chooser or not d.key.startswith(follows)]
     return found
 
 
