@@ -185,7 +185,7 @@ class Choice(Section):
     @classmethod
     def sections(cls, tree: Mapping[str, Any] | None) -> list[type[Section]]:
         """The settings of the object that a table names; of all registered ones for None, or if it names none."""
-        name = tree and tree.get(cls.chooser, cls.model_fields[cls.chooser].default)
+        name = None if tree is None else tree.get(cls.chooser, cls.model_fields[cls.chooser].default)
         chosen = [cls.kinds()[name]] if isinstance(name, str) else cls.kinds().values()
         return list(dict.fromkeys(kind.settings for kind in chosen))
 
@@ -215,7 +215,7 @@ class OpenTable(Choice):
     @classmethod
     def _open(cls, tree: Any) -> Any:
         name = tree.get("name", cls.model_fields["name"].default) if isinstance(tree, dict) else None
-        if not isinstance(name, str) or isinstance(tree.get("settings"), Section):
+        if not isinstance(name, str):
             return tree
         name, kinds = absolute(name), cls.kinds()
         kind = kinds[name]
@@ -223,13 +223,13 @@ class OpenTable(Choice):
         if taken := own & kind.settings.model_fields.keys():
             raise ValueError(f"name = {name!r} has a setting {min(taken)!r}, which the table has itself; rename it")
         rest = {key: value for key, value in tree.items() if key not in own}
-        for key in rest.keys() - kind.settings.model_fields.keys():
-            users = [n for n, k in kinds.items() if key in k.settings.model_fields]
-            if not users:
-                continue
+        if isinstance(given := rest.get("settings"), Section):  # from Python, not from a file
+            rest = given.model_dump()
+        for key in sorted(rest.keys() - kind.settings.model_fields.keys()) if name in kinds else ():
+            user = next((n for n, k in kinds.items() if key in k.settings.model_fields), None)
             # Folders of runs of earlier versions hold the default of every key.
-            if rest.pop(key) != kinds[users[0]].settings.model_fields[key].get_default() or is_address(name):
-                raise ValueError(f'{key} is not used by name = "{name}"; set name = "{users[0]}"')
+            if user and rest.pop(key) != kinds[user].settings.model_fields[key].get_default():
+                raise ValueError(f'{key} is not used by name = "{name}"; set name = "{user}"')
         settled = {key: value for key, value in tree.items() if key in own} | {"name": name}
         return settled | {"settings": kind.settings.model_validate(rest)}
 
