@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stare_megatron.config import all_keys
-from stare_megatron.config.describe import default_of, field_of, models_to, type_name
+from pydantic.fields import FieldInfo
+
+from stare_megatron.config.describe import default_of, models_to, type_name
+from stare_megatron.config.loader import walk
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 
@@ -22,17 +24,17 @@ The tables `[trainer.megatron]` and `[inference.vllm]` take further fields of Me
 vLLM's `EngineArgs` by their upstream names, checked against the installed packages. Fields that have a key here, or
 that the checkpoint or the run decides, are refused there.
 
-Written by `python tools/make_config_docs.py` from `stare_megatron/config.py`.
+Written by `python tools/make_config_docs.py` from `stare_megatron/config/`.
 """
 
 
 def page() -> str:
     """The whole page."""
     tables: dict[str, list[str]] = {}
-    for key, meaning in all_keys().items():
-        section, _, name = key.rpartition(".")
-        field = field_of(key)
-        line = f"| `{name}` | {type_name(field.annotation)} | {default_of(field)} | {_cell(meaning)} |"
+    for key in walk():
+        section, _, name = key.name.rpartition(".")
+        meaning = _cell(key.field.description or "")
+        line = f"| `{name}` | {type_name(key.field.annotation)} | {default_of(key.field)} | {meaning} |"
         tables.setdefault(section, []).append(line)
     parts = [_HEAD]
     for section, lines in tables.items():
@@ -43,12 +45,15 @@ def page() -> str:
 
 
 def _one_table(section: str) -> bool:
-    return isinstance(field_of(section).annotation, type) if "." in section else True
+    return "." not in section or isinstance(_field(section).annotation, type)
 
 
 def _about(section: str) -> str:
-    parent = models_to(section)[-2]
-    return parent.model_fields[section.rpartition(".")[2]].description or ""
+    return _field(section).description or ""
+
+
+def _field(section: str) -> FieldInfo:
+    return models_to(section)[-2].model_fields[section.rpartition(".")[2]]
 
 
 def _cell(text: str) -> str:

@@ -1,59 +1,26 @@
 """What made a checkpoint, kept with it, and whether a run that wants to go on from there is the same run.
 
-Keys that say where things are and how they run may differ. Every other key changes what is trained: so do those that
-are added later, unless they are listed here.
+Keys that say where things are and how they run may differ: those of the type `Free` in the configuration. Files are
+compared by content: prompts by `StreamState.fingerprint`, the model's configuration and tokenizer, and the files of the
+user's own objects, by `Settings`; the weights are the checkpoint's own.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stare_megatron.config import Config, all_keys, flatten, section_of
+from stare_megatron.config import Config, all_keys, flatten
+from stare_megatron.config.loader import walk
 from stare_megatron.data.tokenizer import FILES
 from stare_megatron.errors import UserError
 from stare_megatron.host import manifest
 from stare_megatron.host.files import write_atomic
 
 FILE = "settings.json"
-
-# Keys and tables that may differ. Files are compared by content: prompts by `StreamState.fingerprint`, the model's
-# configuration and tokenizer by `Settings.files`; the weights are the checkpoint's own.
-FREE = (
-    "run.name",
-    "run.dir",
-    "run.steps",
-    "run.min_free_mb",
-    "run.resume",
-    "run.resume_allow",
-    "model.path",
-    "model.weights",
-    "data.train",
-    "data.overlong_prompts",
-    "reward.processes",
-    "reward.memory_mb",
-    "trainer.world_size",
-    "trainer.tensor_parallel",
-    "trainer.pipeline_parallel",
-    "trainer.virtual_pipeline",
-    "trainer.context_parallel",
-    "trainer.expert_parallel",
-    "trainer.sequence_parallel",
-    "trainer.distributed_optimizer",
-    "trainer.micro_batch_tokens",
-    "trainer.logits_chunk_tokens",
-    "trainer.recompute",
-    "inference",
-    "sync",
-    "checkpoint",
-    "logging",
-    "eval",
-    "cluster",
-    "sandbox",
-)
 _MODEL = "config.json"
 _SHOWN = 8
 
@@ -61,10 +28,11 @@ _SHOWN = 8
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """`config`: the resolved configuration, nested; `files`: checksum of each file of `model.path` that is not weights
-    and decides what the model or its tokens are."""
+    and decides what the model or its tokens are; `code`: of the file of each object of the user's, by its key."""
 
     config: dict[str, Any]
     files: dict[str, str]
+    code: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def settings_of(config: Config) -> Settings:
@@ -80,7 +48,8 @@ def settings_of(config: Config) -> Settings:
         }
     except OSError as e:
         raise UserError(f"model.path = {str(folder)!r}: cannot be read: {e}") from e
-    return Settings(config.model_dump(mode="json"), files)
+    code = {key: manifest.checksum(file).checksum for key, file in config.own_files().items()}
+    return Settings(config.model_dump(mode="json"), files, code)
 
 
 def write(folder: Path, settings: Settings) -> None:
@@ -95,7 +64,7 @@ def check_settings(folder: Path, now: Settings, allow: Sequence[str]) -> None:
     Raises:
         UserError: names what differs; an unknown name in `allow`; a missing or damaged file.
     """
-    known = all_keys()
+    known = all_keys() | all_keys(now.config)
     tables = {".".join(key.split(".")[:n]) for key in known for n in range(1, key.count(".") + 1)}
     for name in allow:
         # Free tables, such as [trainer.megatron], have keys that are not ours.
@@ -104,7 +73,7 @@ def check_settings(folder: Path, now: Settings, allow: Sequence[str]) -> None:
     file = folder / FILE
     try:
         tree = json.loads(file.read_text())
-        then = Settings(dict(tree["config"]), {str(k): str(v) for k, v in tree["files"].items()})
+        then = Settings(dict(tree["config"]), dict(tree["files"]), dict(tree["code"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{file}: not the settings of a checkpoint: {type(e).__name__}: {e}") from e
     changed = [n for n in sorted(then.files.keys() | now.files.keys()) if then.files.get(n) != now.files.get(n)]
@@ -116,6 +85,12 @@ def check_settings(folder: Path, now: Settings, allow: Sequence[str]) -> None:
             f'there; give the {what} that the run began with, or set run.resume_allow=["model.path"]'
         )
     found = [d for d in differences(then.config, now.config) if not _covered(d.key, allow)]
+    for key in now.code.keys() & then.code.keys() - {d.key for d in found}:
+        if now.code[key] != then.code[key] and not _covered(key, allow):
+            raise UserError(
+                f"{folder}: the file of {key} = {flatten(now.config)[key]!r} has changed since; give it as it was, "
+                f'start a new run, or say that this is meant: run.resume_allow=["{key}"]'
+            )
     if found:
         more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         keys = ", ".join(f'"{d.key}"' for d in found[:_SHOWN])
@@ -143,35 +118,29 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Differe
     A key that only one of them has counts with its default in the other: it came with a later version, or belongs to
     another method.
     """
-    old, new, defaults = flatten(then), flatten(now), _defaults()
+    keys = {key.name: key for key in [*walk(), *walk(now)]}
+    fixed = {key.name.partition(".")[0] for key in keys.values() if not key.free}
+    free = [key.name for key in keys.values() if key.free]
+    free += {name.partition(".")[0] for name in free} - fixed  # also keys of such a table that are gone
+    defaults = {key.name: key.default for key in keys.values()}
+    old, new = flatten(then), flatten(now)
     found: list[Difference] = []
     for key in dict.fromkeys([*new, *old]):
         a, b = (side.get(key, defaults.get(key)) for side in (old, new))
-        if a != b and not _covered(key, FREE):
+        if a != b and not _covered(key, free):
             found.append(Difference(key, a, b))
     # A schedule over the run's length is another one when the length changes.
     if old.get("run.steps") != new.get("run.steps") and new.get("trainer.optimizer.schedule") != "constant":
         found.append(Difference("run.steps", old.get("run.steps"), new.get("run.steps")))
-    methods = [d for d in found if d.key == "algorithm.method"]
-    if methods:  # its own settings follow from it
-        found = [d for d in found if d.key == "algorithm.method" or not d.key.startswith("algorithm.")]
+    for chooser in ("algorithm.method", "reward.name", "env.name"):  # what it chooses has settings of its own
+        if any(d.key == chooser for d in found):
+            follows = (chooser.partition(".")[0] + ".", "data.extra_keys")
+            found = [d for d in found if d.key == chooser or not d.key.startswith(follows)]
     return found
 
 
 def _covered(key: str, names: Sequence[str]) -> bool:
     return any(key == name or key.startswith(name + ".") for name in names)
-
-
-def _defaults() -> dict[str, Any]:
-    def walk(model: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-        for name, field in model.model_fields.items():
-            kind = section_of(field.annotation)
-            if kind is not None and kind is field.annotation:
-                yield from walk(kind, f"{prefix}{name}.")
-            elif not field.is_required():
-                yield prefix + name, field.get_default(call_default_factory=True)
-
-    return dict(walk(Config, ""))
 
 
 def _text(value: Any) -> str:

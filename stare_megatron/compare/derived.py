@@ -8,10 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from stare_megatron.compare.load import Run, Series
+from stare_megatron.config.methods import METHODS
 from stare_megatron.metrics.catalogue import entry
-
-# Methods whose controller or bonus steers by H_tgt; for the others the logged target is a line to compare with.
-STEERED = ("stare", "adaptive_entropy")
 
 
 @dataclass(frozen=True)
@@ -68,9 +66,10 @@ def series(run: Run, name: str) -> Series | None:
 
 
 def steered(run: Run) -> bool:
-    """Whether the run's method acts on its entropy target; also when the method is not known."""
+    """Whether the run's method acts on its entropy target; also when nothing is known of the method. For the others
+    the logged target is a line to compare with."""
     method = run.settings.get("algorithm.method")
-    return method is None or method in STEERED
+    return method not in METHODS or METHODS[str(method)].seeks_target
 
 
 def target(run: Run, reference: float | None) -> Series | None:

@@ -1,7 +1,7 @@
 """The configuration of a run: one file a table, `config.py` the whole, `loader.py` reads it."""
 
 from stare_megatron.config.algorithm import AlgorithmConfig
-from stare_megatron.config.base import Section, flatten, section_of
+from stare_megatron.config.base import Free, Section, flatten, section_of
 from stare_megatron.config.checkpoint import CheckpointConfig
 from stare_megatron.config.cluster import ClusterConfig
 from stare_megatron.config.config import Config
@@ -30,6 +30,7 @@ __all__ = [
     "DataConfig",
     "EnvConfig",
     "EvalConfig",
+    "Free",
     "InferenceConfig",
     "LoggingConfig",
     "ModelConfig",

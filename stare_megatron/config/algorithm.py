@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    Field,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from stare_megatron.config import methods
 from stare_megatron.config.base import Section
 from stare_megatron.config.methods import CorrectionConfig, StareConfig
+from stare_megatron.config.registry import Choice
 
 
-class AlgorithmConfig(Section):
+class AlgorithmConfig(Choice):
     """Defaults that a method's paper has otherwise are in `methods.METHODS`."""
 
+    chooser: ClassVar[str] = "method"
+    registry: ClassVar[str] = "stare_megatron.config.methods:METHODS"
+
     method: str = Field(
-        default="stare", description="Method, a name from the registry; its page is docs/algorithms/NAME.md."
+        default="stare",
+        description="Method: a name from the registry, its page is docs/algorithms/NAME.md; or your own, "
+        "`package.module:object` or `path/to/file.py:object`, docs/adding_a_method.md.",
+    )
+    settings: SerializeAsAny[Section] = Field(
+        default_factory=Section, validate_default=True, description="Settings of a method of your own."
     )
     normalize_std: bool = Field(
         default=True, description="Divide the group-relative advantage by the group's std + 1e-6."
@@ -68,8 +85,14 @@ class AlgorithmConfig(Section):
     def _settle(cls, tree: Any) -> Any:
         return methods.settle(tree, cls.model_fields["method"].default) if isinstance(tree, dict) else tree
 
+    @field_validator("settings", mode="before")
+    @classmethod
+    def _own(cls, tree: Any, info: ValidationInfo) -> Any:
+        kind = cls.kinds()[info.data["method"]].settings if "method" in info.data else Section
+        return tree if type(tree) is kind else kind.model_validate({} if isinstance(tree, Section) else tree)
+
     @model_serializer(mode="wrap")
     def _settings_in_use(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without what the method does not use, so that what was written can be read."""
         kept = methods.METHODS[self.method].uses | methods.EVERY_METHOD | {self.method}
-        return {key: value for key, value in handler(self).items() if key in kept}
+        return {key: value for key, value in handler(self).items() if key in kept and value != {}}

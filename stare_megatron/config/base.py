@@ -5,9 +5,15 @@ from __future__ import annotations
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, model_validator
+
+T = TypeVar("T")
+FREE_ON_RESUME = "free on resume"
+# The type of a key or table that may differ from the checkpoint's when a run is resumed: it does not change what is
+# trained, or is compared by its content. Every other key does: so does one that is added later.
+Free = Annotated[T, FREE_ON_RESUME]
 
 
 class Section(BaseModel):

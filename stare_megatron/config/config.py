@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from stare_megatron.config import methods
 from stare_megatron.config.algorithm import AlgorithmConfig
-from stare_megatron.config.base import Section
+from stare_megatron.config.base import Free, Section
 from stare_megatron.config.checkpoint import CheckpointConfig
 from stare_megatron.config.cluster import ClusterConfig
 from stare_megatron.config.data import DataConfig
@@ -21,6 +21,7 @@ from stare_megatron.config.eval import EvalConfig
 from stare_megatron.config.inference import InferenceConfig
 from stare_megatron.config.logging import LoggingConfig
 from stare_megatron.config.model import ModelConfig
+from stare_megatron.config.registry import source_file
 from stare_megatron.config.reward import RewardConfig
 from stare_megatron.config.rollout import RolloutConfig
 from stare_megatron.config.run import RunConfig
@@ -38,18 +39,21 @@ class Config(Section):
     reward: RewardConfig = Field(description="The reward.")
     rollout: RolloutConfig = Field(default_factory=lambda: RolloutConfig(), description="Sampling.")
     env: EnvConfig = Field(default_factory=lambda: EnvConfig(), description="What the policy acts in.")
-    sandbox: SandboxConfig = Field(
+    sandbox: Free[SandboxConfig] = Field(
         default_factory=lambda: SandboxConfig(),
-        description='Where code that the policy writes is run, docs/sandbox.md; for `env.name = "tool_use"`.',
+        description="Where code that the policy writes is run, docs/sandbox.md; for an environment that needs it.",
     )
     algorithm: AlgorithmConfig = Field(default_factory=lambda: AlgorithmConfig(), description="The objective.")
     trainer: TrainerConfig = Field(default_factory=lambda: TrainerConfig(), description="Megatron-Core ranks.")
-    inference: InferenceConfig = Field(default_factory=lambda: InferenceConfig(), description="vLLM engines.")
-    sync: SyncConfig = Field(default_factory=lambda: SyncConfig(), description="Weight pushes.")
-    checkpoint: CheckpointConfig = Field(default_factory=lambda: CheckpointConfig(), description="What is saved.")
-    logging: LoggingConfig = Field(default_factory=lambda: LoggingConfig(), description="Where metrics go.")
-    eval: EvalConfig = Field(default_factory=lambda: EvalConfig(), description="Evaluation on held-out prompts.")
-    cluster: ClusterConfig = Field(default_factory=lambda: ClusterConfig(), description="Ray.")
+    inference: Free[InferenceConfig] = Field(default_factory=lambda: InferenceConfig(), description="vLLM engines.")
+    sync: Free[SyncConfig] = Field(default_factory=lambda: SyncConfig(), description="Weight pushes.")
+    checkpoint: Free[CheckpointConfig] = Field(default_factory=lambda: CheckpointConfig(), description="What is saved.")
+    logging: Free[LoggingConfig] = Field(default_factory=lambda: LoggingConfig(), description="Where metrics go.")
+    eval: Free[EvalConfig] = Field(
+        default_factory=lambda: EvalConfig(),
+        description="Evaluation on held-out prompts.",
+    )
+    cluster: Free[ClusterConfig] = Field(default_factory=lambda: ClusterConfig(), description="Ray.")
 
     @property
     def window(self) -> int:
@@ -64,7 +68,13 @@ class Config(Section):
     @property
     def uses_sandbox(self) -> bool:
         """Whether code that the policy writes is run."""
-        return self.env.name == "tool_use"
+        return self.env.kind.needs_sandbox
+
+    def own_files(self) -> dict[str, Path]:
+        """The files that the user's objects come from, by the key that names them."""
+        named = {"reward.name": self.reward.name, "env.name": self.env.name, "algorithm.method": self.algorithm.method}
+        found = {key: source_file(name) for key, name in named.items()}
+        return {key: file for key, file in found.items() if file}
 
     @property
     def folder(self) -> Path:
@@ -85,10 +95,11 @@ class Config(Section):
                 f"eval.max_response_tokens {self.eval.max_response_tokens} leaves no room for a prompt in the window "
                 f"of {self.window} tokens; lower it or set inference.max_model_len"
             )
-        if self.uses_sandbox and self.sandbox.url and self.env.keep_state:
+        session = self.env.kind.session_key
+        if self.sandbox.url and session and self.env.settings.model_dump()[session]:
             raise ValueError(
-                f"env.keep_state = true: the server at sandbox.url = {self.sandbox.url!r} keeps no state across calls; "
-                "set env.keep_state = false, or leave sandbox.url empty"
+                f"env.{session} = true: the server at sandbox.url = {self.sandbox.url!r} keeps no state across calls; "
+                f"set env.{session} = false, or leave sandbox.url empty"
             )
         if self.sandbox.node_resource and self.cluster.address == "local":
             raise ValueError(
@@ -123,6 +134,10 @@ class Config(Section):
             fault = fault or methods.rollout_scoring_fault(*settings)
         if fault:
             raise ValueError(fault)
+        wanted = (*self.reward.kind.columns, *self.env.kind.columns)
+        if missing := [c for c in dict.fromkeys(wanted) if c not in self.data.extra_keys]:
+            extra = {"extra_keys": [*self.data.extra_keys, *missing]}
+            object.__setattr__(self, "data", self.data.model_copy(update=extra))
         if not self.algorithm.response_tokens:
             length = {"response_tokens": r.max_response_tokens}
             object.__setattr__(self, "algorithm", self.algorithm.model_copy(update=length))  # frozen from here on

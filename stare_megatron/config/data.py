@@ -7,22 +7,28 @@ from typing import Literal
 
 from pydantic import Field
 
-from stare_megatron.config.base import Section
+from stare_megatron.config.base import Free, Section
 
 
 class DataConfig(Section):
-    train: list[Path] = Field(min_length=1, description="Prompt files, JSONL or parquet.")
+    train: Free[list[Path]] = Field(min_length=1, description="Prompt files, JSONL or parquet.")
     prompt_key: str = Field(
         default="prompt", description="Column with the prompt: a string, or a list of chat messages."
     )
     answer_key: str = Field(default="answer", description="Column with the reference answer given to the reward.")
     id_key: str = Field(default="id", description="Column with a unique id; rows without it are numbered `file:line`.")
     source_key: str = Field(default="source", description="Column with the row's source; the file's stem if absent.")
+    extra_keys: list[str] = Field(
+        default_factory=list,
+        description="Further columns that reward and environment read, as `prompt.extra`; those that your own objects "
+        "declare are added.",
+    )
     chat_template: bool = Field(
         default=False, description="Wrap a string prompt as a user message in the chat template."
     )
     shuffle: bool = Field(default=True, description="Shuffle prompts anew each epoch (seeded).")
     max_prompt_tokens: int = Field(default=1024, ge=1, description="Longest prompt, tokens.")
-    overlong_prompts: Literal["drop", "refuse"] = Field(
-        default="drop", description="What to do with longer prompts: drop and count them, or refuse to start."
+    overlong_prompts: Free[Literal["drop", "refuse"]] = Field(
+        default="drop",
+        description="What to do with longer prompts: drop and count them, or refuse to start.",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import types
 import typing
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from pydantic.fields import FieldInfo
 
 from stare_megatron.config.base import Section, section_of
 from stare_megatron.config.config import Config
-from stare_megatron.config.loader import all_keys, hint
+from stare_megatron.config.loader import hint, walk
 from stare_megatron.config.methods import METHODS
 from stare_megatron.errors import UserError
 
@@ -23,7 +24,7 @@ def describe(name: str) -> str:
     Raises:
         UserError: no such key or table.
     """
-    keys = all_keys()
+    keys = {key.name: key.field for key in walk()}
     if not name:
         return "\n".join(f"[{table}]  {field.description}" for table, field in Config.model_fields.items())
     found = [key for key in keys if key == name or key.startswith(f"{name}.")]
@@ -31,9 +32,9 @@ def describe(name: str) -> str:
         raise UserError(f"no key or table {name!r}{hint(name)}")
     lines = []
     for key in found:
-        default = default_of(field_of(key))
-        value = f"{type_name(field_of(key).annotation)}; {'' if default == 'required' else 'default '}{default}"
-        lines.append(f"{key} ({value.replace('`', '')})\n    {keys[key]}")
+        default = default_of(keys[key])
+        value = f"{type_name(keys[key].annotation)}; {'' if default == 'required' else 'default '}{default}"
+        lines.append(f"{key} ({value.replace('`', '')})\n    {keys[key].description}")
     return "\n".join(lines)
 
 
@@ -54,11 +55,6 @@ def models_to(table: str) -> list[type[Section]]:
     return found
 
 
-def field_of(key: str) -> FieldInfo:
-    table, _, name = key.rpartition(".")
-    return models_to(table)[-1].model_fields[name]
-
-
 def type_name(annotation: object) -> str:
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
@@ -69,6 +65,8 @@ def type_name(annotation: object) -> str:
         return f"list of {type_name(args[0])}s"
     if origin is dict:
         return "table"
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(type_name(a) for a in args)
     assert isinstance(annotation, type), f"no name for the type {annotation}"
     return _NAMES[annotation]
 

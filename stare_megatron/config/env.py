@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from stare_megatron.config.base import Section
+from stare_megatron.config.registry import Kind, OpenTable
 
 
-class EnvConfig(Section):
-    name: Literal["single_turn", "tool_use"] = Field(
-        default="single_turn",
-        description="`single_turn`: one response a prompt; `tool_use`: code the policy writes is run and it goes on, "
-        "docs/tool_use.md. The other keys are for `tool_use`.",
-    )
+@dataclass(frozen=True, kw_only=True)
+class EnvFacts(Kind):
+    """`needs_sandbox`: it runs code that the policy writes. `session_key`: the setting (true or false) under which it
+    keeps state across calls, which a server at `sandbox.url` cannot; empty: it never does."""
+
+    needs_sandbox: bool = False
+    session_key: str = ""
+
+
+class ToolUseConfig(Section):
+    """Settings of `tool_use`."""
+
     parser: Literal["hermes", "retool", "fenced"] = Field(
         default="hermes",
         description="How a call is written: `<tool_call>` JSON between chat turns, `<code>` ... `<interpreter>`, or a "
@@ -61,23 +69,35 @@ class EnvConfig(Section):
         description="Regular expression of what a final answer holds, e.g. `\\\\boxed`; a last turn without it is "
         "void. Empty: any text is an answer.",
     )
-    void_turns: Literal["train", "mask"] = Field(
-        default="train",
-        description="Trajectories with a void turn, neither a call nor a final answer in it: learned from, or left out "
-        "(SimpleTIR).",
-    )
 
     @model_validator(mode="after")
-    def _fits(self) -> EnvConfig:
+    def _fits(self) -> ToolUseConfig:
         try:
             re.compile(self.final_answer)
         except re.error as e:
             raise ValueError(f"final_answer = {self.final_answer!r} is no regular expression: {e}") from e
         if self.parallel_calls and self.parser != "hermes":
             raise ValueError(f'parallel_calls is for parser = "hermes", not {self.parser!r}: take it out')
-        # Defaults may be written: a run's folder holds every key.
-        defaults = {key: field.get_default() for key, field in type(self).model_fields.items()}
-        unused = [key for key in sorted(self.model_fields_set - {"name"}) if getattr(self, key) != defaults[key]]
-        if self.name == "single_turn" and unused:
-            raise ValueError(f'{unused[0]} is not used by name = "single_turn"; set name = "tool_use"')
         return self
+
+
+class EnvConfig(OpenTable):
+    registry: ClassVar[str] = "stare_megatron.envs:ENVS"
+
+    name: str = Field(
+        default="single_turn",
+        description="`single_turn`: one response a prompt; `tool_use`: code the policy writes is run and it goes on, "
+        "docs/tool_use.md; or your own, `package.module:object` or `path/to/file.py:object`, "
+        "docs/adding_an_environment.md. The other keys but `void_turns` are its settings; those listed here are for "
+        "`tool_use`.",
+    )
+    void_turns: Literal["train", "mask"] = Field(
+        default="train",
+        description="Trajectories with a void turn, neither a call nor a final answer in it: learned from, or left out "
+        "(SimpleTIR).",
+    )
+
+    @property
+    def kind(self) -> EnvFacts:
+        """What the configuration knows of the environment."""
+        return self.kinds()[self.name]

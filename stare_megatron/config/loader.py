@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
-from stare_megatron.config.base import Section, section_of
+from stare_megatron.config.base import FREE_ON_RESUME, Section, section_of
 from stare_megatron.config.config import Config
 from stare_megatron.config.methods import METHODS
+from stare_megatron.config.registry import Choice, OpenTable
 from stare_megatron.errors import UserError, nearest, suggest
 
 # What others call a key, by its last part.
@@ -70,7 +74,9 @@ def parse(tree: dict[str, Any], origin: str) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as e:
-        raise UserError(_explain(e, origin)) from e
+        raise UserError(_explain(e, origin, tree)) from e
+    except UserError as e:  # of an object that the configuration names
+        raise UserError(f"{origin}: {e}") from e
 
 
 def _override(tree: dict[str, Any], item: str) -> None:
@@ -90,30 +96,56 @@ def _override(tree: dict[str, Any], item: str) -> None:
     node[parts[-1]] = value
 
 
-def all_keys() -> dict[str, str]:
-    """Every dotted key with its description, in order."""
-    found: dict[str, str] = {}
+@dataclass(frozen=True)
+class Key:
+    """A key of the configuration. `free`: a resumed run may have another value there."""
 
-    def walk(model: type[Section], prefix: str) -> None:
-        for name, field in model.model_fields.items():
-            kind = section_of(field.annotation)
-            if kind is None or kind is not field.annotation:
-                found[prefix + name] = field.description or ""
-            if kind is not None:
-                walk(kind, f"{prefix}{name}.")
+    name: str
+    field: FieldInfo
+    free: bool
 
-    walk(Config, "")
-    return found
+    @property
+    def default(self) -> Any:
+        """None where there is none."""
+        return None if self.field.is_required() else self.field.get_default(call_default_factory=True)
 
 
-def _explain(error: ValidationError, origin: str) -> str:
+def walk(tree: Mapping[str, Any] | None = None) -> Iterator[Key]:
+    """Every key, dotted, in order. What a table's `name` decides: the keys of the objects that `tree` names; without
+    one, of all registered ones."""
+    return _walk(Config, tree, "", free=False)
+
+
+def _walk(model: type[Section], tree: Mapping[str, Any] | None, prefix: str, *, free: bool) -> Iterator[Key]:
+    for name, field in model.model_fields.items():
+        held = free or FREE_ON_RESUME in field.metadata
+        if field.annotation is Section and issubclass(model, Choice):
+            inner = prefix if issubclass(model, OpenTable) else f"{prefix}{name}."
+            for section in model.sections(tree):
+                yield from _walk(section, {}, inner, free=held)
+            continue
+        kind = section_of(field.annotation)
+        if kind is None or kind is not field.annotation:
+            yield Key(prefix + name, field, held)
+        if kind is not None:
+            below = {} if tree is None else tree.get(name, {})
+            node = None if tree is None else below if isinstance(below, Mapping) else {}
+            yield from _walk(kind, node, f"{prefix}{name}.", free=held)
+
+
+def all_keys(tree: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """Every dotted key with its description, in order; `tree` as in `walk`."""
+    return {key.name: key.field.description or "" for key in walk(tree)}
+
+
+def _explain(error: ValidationError, origin: str, tree: Mapping[str, Any]) -> str:
     """The first fault, as one line."""
     first = error.errors()[0]
     key = ".".join(part for part in first["loc"] if isinstance(part, str))
     if first["type"] == "extra_forbidden":
-        return f"{origin}: unknown key {key!r}{hint(key)}"
+        return f"{origin}: unknown key {key!r}{hint(key, tree)}"
     if first["type"] == "missing":
-        return f"{origin}: key {key!r} is missing: {all_keys().get(key, 'a table is required')}"
+        return f"{origin}: key {key!r} is missing: {all_keys(tree).get(key, 'a table is required')}"
     message = first["msg"].removeprefix("Value error, ")
     must = _MUST.get(first["type"]) or _MUST.get(first["type"].partition("_")[0])
     if must:
@@ -122,13 +154,14 @@ def _explain(error: ValidationError, origin: str) -> str:
     return f"{origin}: {key}{value}: {message}" if key else f"{origin}: {message}"
 
 
-def hint(key: str) -> str:
+def hint(key: str, tree: Mapping[str, Any] | None = None) -> str:
     """What an unknown key may have meant: one or two of that name elsewhere, or one of its table that is near."""
     table, _, name = key.rpartition(".")
     if table == "algorithm" and name in METHODS:
         common = ", ".join(sorted(METHODS[name].uses))
         return f"; {name} has no table of its own, its settings are keys of [algorithm]: {common}"
-    every = dict.fromkeys([*all_keys(), *(k.rpartition(".")[0] for k in all_keys())])
+    keys = all_keys(tree)
+    every = dict.fromkeys([*keys, *(k.rpartition(".")[0] for k in keys)])
     named: dict[str, list[str]] = {}
     for k in every:
         named.setdefault(k.rpartition(".")[2], []).append(k)

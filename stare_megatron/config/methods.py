@@ -1,11 +1,11 @@
 """The registry of methods: which settings of `[algorithm]` each uses and its paper's defaults. No torch in here.
 
-A method is one line of METHODS and one file, `stare_megatron/algo/losses/<name>.py`; see docs/adding_a_method.md.
+A method of the package is one line of METHODS and one file, `stare_megatron/algo/losses/<name>.py`; a user's is one
+`Method` in a file of theirs. See docs/adding_a_method.md.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from stare_megatron.config.base import Section
+from stare_megatron.config.registry import Kind, Registry, absolute, is_address
 
 Selector = Literal["surprisal", "relative", "sensitivity"]
 TokenValue = Literal["entropy", "sensitivity"]  # what the trainer's scoring pass knows of a token, and no engine does
@@ -203,18 +204,25 @@ class CorrectionConfig(Section):
 
 
 @dataclass(frozen=True)
-class Method:
-    """`uses`: common settings that the method reads, besides the section of its own name, if it has one. `defaults`:
-    its paper's, where they are not those of the key; a key that is only here cannot be set. `reads`: what its `weigh`
-    takes of each token before the update, besides the log-prob; `stare` reads what its selector does. (The entropy
-    that a loss takes is the update pass's own.)"""
+class Method(Kind):
+    """`uses`: common settings that the method reads, besides its own. `defaults`: its paper's, where they are not those
+    of the key; a key that is only here cannot be set. `reads`: what its `weigh` takes of each token before the update,
+    besides the log-prob; `stare` reads what its selector does. (The entropy that a loss takes is the update pass's
+    own.) `seeks_target`: it steers towards a target entropy.
+
+    A method of the package has its settings in the section of `[algorithm]` with its name, and its `Algorithm` in its
+    file. A user's brings both here: `settings`, the table `[algorithm.settings]`, and `algorithm`.
+    """
 
     uses: frozenset[str]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     reads: frozenset[TokenValue] = frozenset()
+    seeks_target: bool = False
+    algorithm: Any = None
 
 
-def _uses(names: str) -> frozenset[str]:
+def uses(names: str) -> frozenset[str]:
+    """The keys of a string, which are separated by spaces."""
     return frozenset(names.split())
 
 
@@ -223,11 +231,11 @@ _GROUP = "normalize_std reduction"
 _PPO = f"{_GROUP} {_CLIP} dual_clip"
 NO_DUAL_CLIP = 1e9  # above every ratio, which is at most e^20
 
-METHODS: dict[str, Method] = {
-    "grpo": Method(_uses(_PPO)),
-    "dapo": Method(_uses(f"{_PPO} response_tokens")),
+_REGISTERED: dict[str, Method] = {
+    "grpo": Method(uses(_PPO)),
+    "dapo": Method(uses(f"{_PPO} response_tokens")),
     "dr_grpo": Method(
-        _uses(f"{_CLIP} dual_clip response_tokens"),
+        uses(f"{_CLIP} dual_clip response_tokens"),
         {
             "normalize_std": False,
             "reduction": "sequence-mean-constant-length",
@@ -236,38 +244,44 @@ METHODS: dict[str, Method] = {
         },
     ),
     "gspo": Method(
-        _uses(f"{_GROUP} {_CLIP}"), {"clip_low": 3e-4, "clip_high": 4e-4, "reduction": "sequence-mean-token-mean"}
+        uses(f"{_GROUP} {_CLIP}"), {"clip_low": 3e-4, "clip_high": 4e-4, "reduction": "sequence-mean-token-mean"}
     ),
     "gmpo": Method(
-        _uses(f"normalize_std {_CLIP}"), {"clip_low": 0.4, "clip_high": 0.4, "reduction": "sequence-mean-token-mean"}
+        uses(f"normalize_std {_CLIP}"), {"clip_low": 0.4, "clip_high": 0.4, "reduction": "sequence-mean-token-mean"}
     ),
-    "cispo": Method(_uses(f"{_GROUP} {_CLIP}"), {"clip_low": 1.0, "clip_high": 4.0}),
-    "clip_cov": Method(_uses(f"{_GROUP} {_CLIP}"), {"clip_low": 1.0, "clip_high": 1.0}),
-    "kl_cov": Method(_uses(_GROUP)),
-    "entropy_bonus": Method(_uses(_PPO)),
-    "adaptive_entropy": Method(_uses(_PPO), {"clip_high": 0.2, "dual_clip": NO_DUAL_CLIP}),
-    "entropy_advantage": Method(_uses(_PPO), reads=frozenset({"entropy"})),
+    "cispo": Method(uses(f"{_GROUP} {_CLIP}"), {"clip_low": 1.0, "clip_high": 4.0}),
+    "clip_cov": Method(uses(f"{_GROUP} {_CLIP}"), {"clip_low": 1.0, "clip_high": 1.0}),
+    "kl_cov": Method(uses(_GROUP)),
+    "entropy_bonus": Method(uses(_PPO)),
+    "adaptive_entropy": Method(uses(_PPO), {"clip_high": 0.2, "dual_clip": NO_DUAL_CLIP}, seeks_target=True),
+    "entropy_advantage": Method(uses(_PPO), reads=frozenset({"entropy"})),
     "high_entropy_tokens": Method(
-        _uses(f"normalize_std {_CLIP} dual_clip"), {"reduction": "token-mean"}, reads=frozenset({"entropy"})
+        uses(f"normalize_std {_CLIP} dual_clip"), {"reduction": "token-mean"}, reads=frozenset({"entropy"})
     ),
-    "w_reinforce": Method(_uses(f"reduction {_CLIP} dual_clip"), {"clip_high": 0.2, "dual_clip": NO_DUAL_CLIP}),
-    "stare": Method(_uses(_PPO)),
+    "w_reinforce": Method(uses(f"reduction {_CLIP} dual_clip"), {"clip_high": 0.2, "dual_clip": NO_DUAL_CLIP}),
+    "stare": Method(uses(_PPO), seeks_target=True),
 }
 
-EVERY_METHOD = frozenset({"method", "correction"})  # keys that all methods have
+
+METHODS = Registry("algorithm.method", Method, _REGISTERED)
+
+EVERY_METHOD = frozenset({"method", "correction", "settings"})  # keys that all methods have
 
 
 def settle(tree: Mapping[str, Any], default: str) -> dict[str, Any]:
-    """The table `[algorithm]` with the defaults of its method filled in.
+    """The table `[algorithm]` with the defaults of its method filled in, and the path of a user's file made absolute.
 
     Raises:
-        ValueError: no such method (names the nearest), or a setting that the method does not use.
+        UserError: no such method (names the nearest).
+        ValueError: a setting that the method does not use.
     """
     name = tree.get("method", default)
-    if name not in METHODS:
-        near = difflib.get_close_matches(str(name), METHODS, n=1, cutoff=0.0)
-        raise ValueError(f"method = {name!r} is none of {', '.join(METHODS)}; did you mean {near[0]!r}?")
+    if not isinstance(name, str):
+        return dict(tree)
+    name = absolute(name)
     method = METHODS[name]
+    if is_address(name) and method.algorithm is None:
+        raise ValueError(f"method = {name!r} has no algorithm; give one: Method(..., algorithm=Algorithm(loss))")
     common = frozenset().union(*(m.uses | m.defaults.keys() for m in METHODS.values()))
     for key in tree:
         # The section of another method says by its name whom it is for: one file can be run with several methods.
@@ -276,7 +290,7 @@ def settle(tree: Mapping[str, Any], default: str) -> dict[str, Any]:
             raise ValueError(
                 f"{key} is not used by method {name!r}{fixed}; take it out, or choose a method that uses it"
             )
-    return {**method.defaults, **tree}
+    return {**method.defaults, **tree, "method": name}
 
 
 _RAW = "engines record log-probs of the untempered, untruncated distribution, which is then not the one that sampled"

@@ -7,12 +7,12 @@ from typing import Literal
 
 from pydantic import Field
 
-from stare_megatron.config.base import Section
+from stare_megatron.config.base import Free, Section
 
 
 class ModelConfig(Section):
-    path: Path = Field(description="Hugging Face checkpoint folder: config.json, safetensors, tokenizer.")
-    weights: str = Field(
+    path: Free[Path] = Field(description="Hugging Face checkpoint folder: config.json, safetensors, tokenizer.")
+    weights: Free[str] = Field(
         default="",
         description="Megatron-Core checkpoint folder whose weights the policy begins with instead of those in "
         "`model.path`: a converted one, or `.../checkpoints/step_N/trainer` of another run; empty: none.",

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 
-from stare_megatron.config.base import Section
+from stare_megatron.config.base import Free, Section
+from stare_megatron.config.registry import OpenTable
 
 
-class RewardConfig(Section):
-    name: str = Field(description="Reward function, a name from the rewards registry, e.g. `math`, `order_free_sum`.")
+class MathConfig(Section):
+    """Settings of `math`."""
+
     timeout: float = Field(
         default=10.0,
         gt=0,
-        description="Seconds one answer may take to grade (`math`); then it counts as not graded and carries no loss.",
+        description="`math`: seconds one answer may take to grade; then it counts as not graded and carries no loss.",
     )
-    processes: int = Field(default=2, ge=1, description="Grading processes of each engine (`math`).")
-    memory_mb: int = Field(
+    processes: Free[int] = Field(default=2, ge=1, description="`math`: grading processes of each engine.")
+    memory_mb: Free[int] = Field(
         default=1024,
         ge=256,
-        description="Memory of a grading process, MB; an answer that takes more counts as not graded.",
+        description="`math`: memory of a grading process, MB; an answer that takes more counts as not graded.",
+    )
+
+
+class RewardConfig(OpenTable):
+    registry: ClassVar[str] = "stare_megatron.rewards:REWARDS"
+
+    name: str = Field(
+        description="Reward: a name from the registry, e.g. `math`, `order_free_sum`, or your own, "
+        "`package.module:object` or `path/to/file.py:object`, docs/adding_a_reward.md. The other keys are its settings."
     )

@@ -6,27 +6,27 @@ from pathlib import Path
 
 from pydantic import Field
 
-from stare_megatron.config.base import Section
+from stare_megatron.config.base import Free, Section
 
 
 class RunConfig(Section):
-    name: str = Field(
+    name: Free[str] = Field(
         default="run", min_length=1, pattern=r"^[A-Za-z0-9._-]+$", description="Name of the run and its folder."
     )
-    dir: Path = Field(default=Path("runs"), description="Folder that holds run folders.")
-    steps: int = Field(ge=1, description="Optimizer steps to train for.")
+    dir: Free[Path] = Field(default=Path("runs"), description="Folder that holds run folders.")
+    steps: Free[int] = Field(ge=1, description="Optimizer steps to train for.")
     seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of everything random in the run.")
-    min_free_mb: int = Field(
+    min_free_mb: Free[int] = Field(
         default=0,
         ge=0,
         description="Free disk space a start asks for, MB; 0: estimated from the model and `[checkpoint]`.",
     )
-    resume: str = Field(
+    resume: Free[str] = Field(
         default="never",
         description="`never`: refuse a run folder that already has a checkpoint; `auto`: continue from its newest one; "
         "or the path of a checkpoint folder.",
     )
-    resume_allow: list[str] = Field(
+    resume_allow: Free[list[str]] = Field(
         default_factory=list,
         description="Keys or tables that may differ from those of the checkpoint although they change what is trained; "
         "see docs/checkpoints.md.",

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from stare_megatron.config.base import Section
+from stare_megatron.config.base import Free, Section
 
 
 class OptimizerConfig(Section):
@@ -24,22 +24,26 @@ class OptimizerConfig(Section):
 
 
 class TrainerConfig(Section):
-    world_size: int = Field(default=1, ge=1, description="Trainer ranks over all nodes; one GPU each.")
-    tensor_parallel: int = Field(default=1, ge=1, description="TP: ranks that split each layer.")
-    pipeline_parallel: int = Field(default=1, ge=1, description="PP: ranks that split the layers.")
-    virtual_pipeline: int = Field(
+    world_size: Free[int] = Field(default=1, ge=1, description="Trainer ranks over all nodes; one GPU each.")
+    tensor_parallel: Free[int] = Field(default=1, ge=1, description="TP: ranks that split each layer.")
+    pipeline_parallel: Free[int] = Field(default=1, ge=1, description="PP: ranks that split the layers.")
+    virtual_pipeline: Free[int] = Field(
         default=1, ge=1, description="Model chunks per pipeline rank (interleaved 1F1B when > 1)."
     )
-    context_parallel: int = Field(default=1, ge=1, description="CP: ranks that split each sequence.")
-    expert_parallel: int = Field(default=1, ge=1, description="EP: ranks that split the experts (MoE).")
-    sequence_parallel: bool = Field(default=False, description="Split norms and dropout over the TP ranks, by tokens.")
-    distributed_optimizer: bool = Field(default=True, description="Split optimizer state over the data-parallel ranks.")
-    micro_batch_tokens: int = Field(
+    context_parallel: Free[int] = Field(default=1, ge=1, description="CP: ranks that split each sequence.")
+    expert_parallel: Free[int] = Field(default=1, ge=1, description="EP: ranks that split the experts (MoE).")
+    sequence_parallel: Free[bool] = Field(
+        default=False, description="Split norms and dropout over the TP ranks, by tokens."
+    )
+    distributed_optimizer: Free[bool] = Field(
+        default=True, description="Split optimizer state over the data-parallel ranks."
+    )
+    micro_batch_tokens: Free[int] = Field(
         default=8192,
         ge=1,
         description="Token budget of a packed micro-batch; a longer sequence gets a micro-batch of its own.",
     )
-    logits_chunk_tokens: int = Field(
+    logits_chunk_tokens: Free[int] = Field(
         default=0,
         ge=0,
         description="Rows of logits that exist at a time; they are made again in the backward pass. Bounds memory for "
@@ -53,7 +57,9 @@ class TrainerConfig(Section):
         description="Log-probs and entropy before an update: of a forward pass, or, for one update a batch, of the "
         "engines, without a pass; see docs/scoring.md.",
     )
-    recompute: Literal["none", "selective", "full"] = Field(default="none", description="Activation recomputation.")
+    recompute: Free[Literal["none", "selective", "full"]] = Field(
+        default="none", description="Activation recomputation."
+    )
     optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(), description="Optimizer settings.")
     megatron: dict[str, Any] = Field(
         default_factory=dict, description="Further Megatron-Core TransformerConfig fields, by their upstream names."

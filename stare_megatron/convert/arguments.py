@@ -19,24 +19,9 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     add("source", type=Path, help=_CHECKPOINT)
     add("out", type=Path, help="folder to make; it appears complete or not at all")
     add("--to", choices=["hf", "mcore"], help="kind of the new checkpoint (default: the other kind)")
-<<<<<<< HEAD
-    add(
-        "--hf",
-        type=Path,
-        metavar="FOLDER",
-        help="Hugging Face folder with config.json and tokenizer, where the source does not name one",
-    )
-    add(
-        "--dtype",
-        choices=["keep", "float32", "bfloat16", "float16"],
-        default="keep",
-        help="of the new weights (default: as they are)",
-    )
-=======
     add("--hf", type=Path, metavar="FOLDER", help="with config.json and tokenizer, where the source leads to none")
     dtypes = ["keep", "float32", "bfloat16", "float16"]
     add("--dtype", choices=dtypes, default="keep", help="of the new weights (default: as they are)")
->>>>>>> del
     add("--processes", type=positive, default=os.cpu_count() or 1, metavar="N", help="files written at a time")
     add("--file-gb", type=float, default=4.0, metavar="GB", help="size of a file, at most (default: 4)")
     add(

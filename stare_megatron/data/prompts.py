@@ -28,7 +28,8 @@ _CHUNK = 1024  # rows tokenised in one call
 
 @dataclass(frozen=True)
 class _Row:
-    """A row before tokenisation: `text` is what the tokenizer gets, `rendered` whether a chat template wrote it."""
+    """A row before tokenisation: `text` is what the tokenizer gets, `rendered` whether a chat template wrote it;
+    `extra`: the further columns as one JSON object, "" for none."""
 
     where: str
     id: str
@@ -36,20 +37,22 @@ class _Row:
     text: str
     rendered: bool
     answer: str
+    extra: str
 
 
 @dataclass(frozen=True, eq=False)
 class PromptSet:
     """All prompts of a run, compact: text in Arrow arrays, tokens of prompt i at `tokens[ends[i - 1]:ends[i]]`.
 
-    `tokens` int32 [total], `ends` int64 [prompts]. `dropped`: prompts left out for their length. `fingerprint`: hash
-    of every id, prompt and answer in order.
+    `tokens` int32 [total], `ends` int64 [prompts]. `extras`: JSON objects, empty without further columns. `dropped`:
+    prompts left out for their length. `fingerprint`: hash of every id, prompt, answer and further column in order.
     """
 
     ids: pa.Array
     sources: pa.Array
     texts: pa.Array
     answers: pa.Array
+    extras: pa.Array
     tokens: npt.NDArray[np.int32]
     ends: npt.NDArray[np.int64]
     dropped: int
@@ -65,6 +68,7 @@ class PromptSet:
             text=self.texts[index].as_py(),
             token_ids=tuple(self.token_ids(index).tolist()),
             answer=self.answers[index].as_py(),
+            extra=json.loads(self.extras[index].as_py()) if len(self.extras) else {},
         )
 
     def token_ids(self, index: int) -> npt.NDArray[np.int32]:
@@ -83,7 +87,7 @@ def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prom
         UserError: a file is missing or malformed, a row lacks a column or has a value of another kind, an id occurs
             twice, no prompt is left, or (under `data.overlong_prompts = "refuse"`) a prompt is too long.
     """
-    columns: dict[str, list[str]] = {"ids": [], "sources": [], "texts": [], "answers": []}
+    columns: dict[str, list[str]] = {"ids": [], "sources": [], "texts": [], "answers": [], "extras": []}
     tokens: list[npt.NDArray[np.int32]] = []
     seen: dict[str, str] = {}
     digest = hashlib.blake2b(digest_size=16)
@@ -96,8 +100,10 @@ def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prom
             if _overlong(config, row, len(token_ids)):
                 dropped += 1
                 continue
-            digest.update(json.dumps([row.id, row.text, row.answer]).encode())
+            extra = [row.extra] if row.extra else []
+            digest.update(json.dumps([row.id, row.text, row.answer, *extra]).encode())
             tokens.append(np.asarray(token_ids, np.int32))
+            columns["extras"] += extra
             for name, value in (("ids", row.id), ("sources", row.source), ("texts", row.text), ("answers", row.answer)):
                 columns[name].append(value)
     if not tokens:
@@ -109,6 +115,7 @@ def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prom
         sources=pa.array(columns["sources"], pa.large_string()).dictionary_encode(),
         texts=pa.array(columns["texts"], pa.large_string()),
         answers=pa.array(columns["answers"], pa.large_string()),
+        extras=pa.array(columns["extras"], pa.large_string()),
         tokens=np.concatenate(tokens),
         ends=np.cumsum([len(t) for t in tokens], dtype=np.int64),
         dropped=dropped,
@@ -173,7 +180,17 @@ def _row(config: DataConfig, tokenizer: PreTrainedTokenizerBase, path: Path, num
         text=text,
         rendered=rendered,
         answer=_text(_lookup(raw, config.answer_key, where), config.answer_key, where),
+        extra=_extra(raw, config.extra_keys, where),
     )
+
+
+def _extra(raw: dict[str, Any], keys: list[str], where: str) -> str:
+    """The further columns as one JSON object; "" for none."""
+    extra = {key: _lookup(raw, key, where) for key in keys}
+    try:
+        return json.dumps(extra) if extra else ""
+    except (TypeError, ValueError) as e:
+        raise UserError(f"{where}: data.extra_keys: a value that JSON cannot hold: {e}") from e
 
 
 def _lookup(raw: dict[str, Any], key: str, where: str) -> Any:

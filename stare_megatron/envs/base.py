@@ -3,14 +3,25 @@ encoded once, by the environment, and never re-rendered with the text before it.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from stare_megatron.config import Section
+from stare_megatron.config.env import EnvFacts
+from stare_megatron.sandbox.client import SandboxClient
 from stare_megatron.types import Completion, Prompt, Status, Turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# How an environment may end an episode. The other statuses are the reward's and the run's to give.
+ENDS = frozenset({Status.COMPLETED, Status.TRUNCATED, Status.FAILED, Status.INEXACT})
+S = TypeVar("S", bound=Section)
 
 
 @dataclass(frozen=True)
@@ -68,3 +79,46 @@ class Env(Protocol):
 
 
 MakeEnv = Callable[[Prompt], Env]
+
+
+@dataclass(frozen=True)
+class EnvContext(Generic[S]):
+    """What the environments of a run are made with. `box`: an open sandbox, None where the kind needs none."""
+
+    settings: S
+    tokenizer: PreTrainedTokenizerBase
+    box: SandboxClient | None = None
+
+
+def nothing_to_check(context: EnvContext[Any]) -> None:
+    """Of an environment that works with every tokenizer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvKind(EnvFacts):
+    """What `env.name` names. `make(prompt, context)`: the environment of one episode. `statuses`: how its `End`s may
+    end an episode. `check(context)`, without a box, raises UserError before anything is started.
+
+    Example:
+        EnvKind(make=Guess, settings=GuessSettings, statuses=frozenset({Status.COMPLETED, Status.TRUNCATED}))
+    """
+
+    make: Callable[[Prompt, EnvContext[Any]], Env]
+    statuses: frozenset[Status] = frozenset({Status.COMPLETED, Status.TRUNCATED})
+    check: Callable[[EnvContext[Any]], None] = nothing_to_check
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if strange := set(self.statuses) - ENDS:
+            names = ", ".join(sorted(str(status) for status in strange))
+            raise TypeError(f"statuses has {names}; an environment ends an episode with one of {_names(ENDS)}")
+        if self.session_key and self.session_key not in self.settings.model_fields:
+            raise TypeError(f"session_key = {self.session_key!r} is none of the settings")
+        try:
+            inspect.signature(self.make).bind(None, None)
+        except (TypeError, ValueError) as e:
+            raise TypeError(f"make = {self.make!r} cannot be called as make(prompt, context): {e}") from e
+
+
+def _names(statuses: frozenset[Status]) -> str:
+    return ", ".join(sorted(status.name for status in statuses))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from stare_megatron.envs.base import End
+from stare_megatron.envs.base import End, EnvKind
 from stare_megatron.types import Completion, Prompt, Status, Turn
 
 
@@ -31,3 +31,6 @@ class SingleTurn:
 
     async def close(self) -> None:
         return None
+
+
+ENV = EnvKind(make=lambda prompt, context: SingleTurn(prompt), statuses=frozenset({Status.COMPLETED}))

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from stare_megatron.config.env import EnvConfig
-from stare_megatron.envs.base import End, EnvError
+from stare_megatron.config.env import ToolUseConfig
+from stare_megatron.envs.base import End, EnvContext, EnvError, EnvKind
 from stare_megatron.envs.parsers import make_parser
 from stare_megatron.envs.parsers.base import Encoder, Malformed, Parsed, Request
 from stare_megatron.sandbox.client import SandboxClient
@@ -47,7 +47,7 @@ class ToolUse:
     """One episode; single use. `box`: an open sandbox, shared by the episodes."""
 
     def __init__(
-        self, prompt: Prompt, box: SandboxClient, tokenizer: PreTrainedTokenizerBase, config: EnvConfig
+        self, prompt: Prompt, box: SandboxClient, tokenizer: PreTrainedTokenizerBase, config: ToolUseConfig
     ) -> None:
         """Raises:
         UserError: the tokenizer's chat template cannot render what `config.parser` needs.
@@ -172,6 +172,26 @@ class ToolUse:
         note = encode(_CUT)[:most]
         room = most - len(note)
         return [*head[: room - room // 2], *note, *tail[len(tail) - room // 2 :]]
+
+
+def _make(prompt: Prompt, context: EnvContext[ToolUseConfig]) -> ToolUse:
+    assert context.box
+    return ToolUse(prompt, context.box, context.tokenizer, context.settings)
+
+
+def _check(context: EnvContext[ToolUseConfig]) -> None:
+    """Raises: UserError: the tokenizer lacks what `env.parser` needs."""
+    make_parser(context.settings, context.tokenizer)
+
+
+ENV = EnvKind(
+    make=_make,
+    settings=ToolUseConfig,
+    needs_sandbox=True,
+    session_key="keep_state",
+    statuses=frozenset({Status.COMPLETED, Status.TRUNCATED, Status.INEXACT}),
+    check=_check,
+)
 
 
 def _text(result: Result) -> str:

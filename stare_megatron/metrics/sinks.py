@@ -14,8 +14,6 @@ from stare_megatron.metrics import jsonl, tensorboard
 from stare_megatron.metrics.catalogue import Metric
 from stare_megatron.metrics.console import ConsoleSink
 
-TARGET_METHODS = {"stare", "adaptive_entropy"}  # those with a target entropy
-
 
 class Sink(Protocol):
     def log(self, step: int, metrics: Sequence[Metric]) -> None:
@@ -102,7 +100,7 @@ def open_sinks(config: Config, folder: Path, restored_step: int, quiet: bool, co
         folder,
         config.run.steps,
         restored_step,
-        config.algorithm.method in TARGET_METHODS,
+        config.algorithm.kind.seeks_target,
         quiet,
         history=jsonl.read(folder / jsonl.FILE),
     )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from stare_megatron.config.registry import Kind
 from stare_megatron.types import Prompt, Score, SpanKind, Trajectory
 
 if TYPE_CHECKING:
@@ -26,6 +29,22 @@ class Reward(Protocol):
             RewardError: it cannot be graded. Any other exception is a bug and ends the run.
         """
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardKind(Kind):
+    """What `reward.name` names. `make(settings)`: a new reward; `settings` is an instance of the class of that name.
+
+    Example:
+        RewardKind(make=Grader, settings=GraderSettings, columns=("tests",))
+    """
+
+    make: Callable[[Any], Reward]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not callable(self.make):
+            raise TypeError(f"make = {self.make!r} cannot be called; want a function of the settings")
 
 
 def response_text(trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase, *, skip_special_tokens: bool) -> str:

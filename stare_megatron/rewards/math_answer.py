@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stare_megatron.config import RewardConfig
+from stare_megatron.config.reward import MathConfig
 from stare_megatron.data.boxed import last_boxed
-from stare_megatron.rewards.base import RewardError, response_text
+from stare_megatron.rewards.base import RewardError, RewardKind, response_text
 from stare_megatron.rewards.workers import WorkerError, WorkerLimits, WorkerPool
 from stare_megatron.types import Prompt, Score, Trajectory
 
@@ -21,7 +21,7 @@ class MathReward:
     """1 if the last `\\boxed{...}` of the response (without one: the last answer math-verify finds in it) is
     mathematically equal to the reference answer, else 0. docs/rewards.md has the rules."""
 
-    def __init__(self, config: RewardConfig) -> None:
+    def __init__(self, config: MathConfig) -> None:
         limits = WorkerLimits(config.timeout, config.memory_mb << 20)
         self._pool = WorkerPool("stare_megatron.rewards.math_worker", config.processes, limits)
 
@@ -42,3 +42,6 @@ class MathReward:
     async def close(self) -> None:
         """End the worker processes; they also end with the process that made them."""
         await self._pool.close()
+
+
+REWARD = RewardKind(make=MathReward, settings=MathConfig)

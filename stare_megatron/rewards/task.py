@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stare_megatron.rewards.base import response_text
+from stare_megatron.rewards.base import RewardKind, response_text
 from stare_megatron.tasks.base import Task
 from stare_megatron.types import Prompt, Score, Status, Trajectory
 
@@ -24,3 +24,8 @@ class TaskReward:
         return self._task.verify(
             prompt.text, prompt.answer, response_text(trajectory, tokenizer, skip_special_tokens=False)
         )
+
+
+def task_reward(task: Task) -> RewardKind:
+    """The verifier of a task as a reward without settings."""
+    return RewardKind(make=lambda settings: TaskReward(task))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from stare_megatron.envs.base import End, Env, EnvError, MakeEnv
+from stare_megatron.envs.base import ENDS, End, Env, EnvError, MakeEnv
 from stare_megatron.rewards.base import Reward, RewardError
 from stare_megatron.rollout.sampler import SampleError, Sampler
 from stare_megatron.rollout.seeds import derive_seed
@@ -63,7 +63,7 @@ class _Stream:
 
 
 async def run_episode(
-    prompt: Prompt, sample: int, env: Env, sampler: Sampler, sampling: Sampling
+    prompt: Prompt, sample: int, env: Env, sampler: Sampler, sampling: Sampling, statuses: frozenset[Status] = ENDS
 ) -> tuple[Trajectory, str]:
     """Play one episode: sample, observe, sample on, until the environment ends it or the tokens run out.
 
@@ -71,13 +71,16 @@ async def run_episode(
     seeds derived from it the later ones. An `EnvError` or `SampleError` makes the trajectory FAILED; returned with it
     is that error's text, or what the environment says of its end. Other exceptions are bugs, or end the run: they
     propagate. The environment's stop strings are added to those of `sampling`.
+
+    Raises:
+        ValueError: the environment ends the episode with a status that is none of `statuses`.
     """
     stream = _Stream(np.asarray(prompt.token_ids, np.int32), sampling.max_tokens)
     versions: list[int] = []
     sampling = dataclasses.replace(sampling, stop=sampling.stop + env.stop)
     try:
         stream = _Stream(await env.reset(), sampling.max_tokens)
-        end = await _turns(stream, versions, env, sampler, sampling)
+        end = await _turns(stream, versions, env, sampler, sampling, statuses)
     except (EnvError, SampleError) as e:
         end = End(Status.FAILED, f"{type(e).__name__}: {e}")
     finally:
@@ -87,7 +90,14 @@ async def run_episode(
     return Trajectory(prompt.id, sample, spans, end.status, version, sampling.seed, env.turns), end.note
 
 
-async def _turns(stream: _Stream, versions: list[int], env: Env, sampler: Sampler, sampling: Sampling) -> End:
+async def _turns(
+    stream: _Stream,
+    versions: list[int],
+    env: Env,
+    sampler: Sampler,
+    sampling: Sampling,
+    statuses: frozenset[Status],
+) -> End:
     while True:
         turn = len(versions)
         seed = derive_seed(sampling.seed, turn) if turn else sampling.seed
@@ -100,6 +110,11 @@ async def _turns(stream: _Stream, versions: list[int], env: Env, sampler: Sample
             return End(completion.status)
         observation = await env.step(completion)
         if isinstance(observation, End):
+            if observation.status not in statuses:
+                given = ", ".join(sorted(status.name for status in statuses))
+                raise ValueError(
+                    f"{type(env).__name__} ended an episode with {observation.status}; its kind's statuses: {given}"
+                )
             return observation
         if len(observation) >= stream.left:  # no room for a token after it
             return End(Status.TRUNCATED)
@@ -115,17 +130,19 @@ async def run_group(
     reward: Reward,
     tokenizer: PreTrainedTokenizerBase,
     masks: Masks = NO_MASKS,
+    statuses: frozenset[Status] = ENDS,
 ) -> Group:
     """Sample and score every trajectory of a group at once.
 
     Sample i draws with `derive_seed(request.sampling.seed, i)`. A FAILED or INEXACT trajectory, and one whose reward
     raises `RewardError` and which becomes UNGRADED, are not graded: they score 0 with a note and carry no loss. Other
-    exceptions cancel the group and propagate. `masks` apply after grading.
+    exceptions cancel the group and propagate. `masks` apply after grading. `statuses`: as of `run_episode`.
     """
 
     async def one(sample: int) -> tuple[Trajectory, Score]:
         own = dataclasses.replace(request.sampling, seed=derive_seed(request.sampling.seed, sample))
-        trajectory, note = await run_episode(request.prompt, sample, make_env(request.prompt), sampler, own)
+        env = make_env(request.prompt)
+        trajectory, note = await run_episode(request.prompt, sample, env, sampler, own, statuses)
         if trajectory.status in (Status.FAILED, Status.INEXACT):
             return trajectory, Score(0.0, False, note or "the engine failed the request", graded=False)
         try:

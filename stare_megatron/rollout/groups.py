@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from stare_megatron.config import Config
 from stare_megatron.config.env import EnvConfig
 from stare_megatron.data.tokenizer import load_tokenizer
-from stare_megatron.envs.base import MakeEnv
-from stare_megatron.envs.parsers import make_parser
-from stare_megatron.envs.single_turn import SingleTurn
-from stare_megatron.envs.tool_use import ToolUse
+from stare_megatron.envs import ENVS, EnvContext
 from stare_megatron.rewards import make_reward
 from stare_megatron.rewards.base import response_text
 from stare_megatron.rollout.episode import Masks, run_group
@@ -35,19 +31,29 @@ def make_runner(
     a tool.
 
     Raises:
-        UserError: no tokenizer in the checkpoint, one without what `env.parser` needs, or an unknown reward.
-        ValueError: `env.name = "tool_use"` without a box.
+        UserError: no tokenizer in the checkpoint, or one without what the environment needs.
+        ValueError: an environment that needs a sandbox, without a box.
     """
     reward = make_reward(config.reward)
     tokenizer = load_tokenizer(config.model.path)
     words = config.logging.reflection_words
     count = word_counter(words)
-    make_env = _env_maker(config.env, box, tokenizer)
+    kind = ENVS[config.env.name]
+    if kind.needs_sandbox and box is None:
+        raise ValueError(f"env.name = {config.env.name!r} needs a sandbox")
+    check_env(config.env, tokenizer)
+    context = EnvContext(config.env.settings, tokenizer, box)
     masks = Masks(overlong=config.rollout.overlong == "mask", void=config.env.void_turns == "mask")
 
     async def run(request: GroupRequest) -> tuple[Group, GroupSummary]:
         group = await run_group(
-            request, make_env=make_env, sampler=sampler, reward=reward, tokenizer=tokenizer, masks=masks
+            request,
+            make_env=lambda prompt: kind.make(prompt, context),
+            sampler=sampler,
+            reward=reward,
+            tokenizer=tokenizer,
+            masks=masks,
+            statuses=kind.statuses,
         )
         # Here, where the tokens are: the driver gets the count.
         texts = [response_text(t, tokenizer, skip_special_tokens=True) if words else "" for t in group.trajectories]
@@ -58,16 +64,6 @@ def make_runner(
 
 def check_env(config: EnvConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises:
-    UserError: the tokenizer lacks what `env.parser` needs.
+    UserError: the tokenizer lacks what the environment needs.
     """
-    if config.name == "tool_use":
-        make_parser(config, tokenizer)
-
-
-def _env_maker(config: EnvConfig, box: SandboxClient | None, tokenizer: PreTrainedTokenizerBase) -> MakeEnv:
-    if config.name == "single_turn":
-        return SingleTurn
-    if box is None:
-        raise ValueError('env.name = "tool_use" needs a sandbox')
-    check_env(config, tokenizer)
-    return functools.partial(ToolUse, box=box, tokenizer=tokenizer, config=config)
+    ENVS[config.name].check(EnvContext(config.settings, tokenizer))

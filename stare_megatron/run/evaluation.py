@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from stare_megatron.config import Config
+from stare_megatron.config.registry import is_address
 from stare_megatron.data.benchmarks import Benchmark
 from stare_megatron.metrics import eval_records, eval_results
 from stare_megatron.metrics.catalogue import Metric
@@ -146,7 +147,9 @@ def fingerprint(config: Config, benchmarks: Sequence[Benchmark]) -> str:
         "benchmarks": [[b.name, b.samples, b.prompts.fingerprint] for b in benchmarks],
     }
     if config.env.name != "single_turn":
-        settings["env"] = config.env.model_dump()
+        settings["env"] = config.env.model_dump(mode="json")
+    if is_address(config.reward.name):
+        settings["reward"] = config.reward.model_dump(mode="json")
     return hashlib.blake2b(json.dumps(settings).encode(), digest_size=16).hexdigest()
 
 

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 
 from stare_megatron.config import Config
 from stare_megatron.errors import UserError
-from stare_megatron.host import device
+from stare_megatron.host import device, manifest
 from stare_megatron.host.files import free_bytes, write_atomic
 
 _PACKAGES = (
@@ -122,7 +122,8 @@ class RunFolder:
 @dataclass(frozen=True)
 class StartRecord:
     """One start of a run, as kept in `run.json`. `commit`: of the checkout the package runs from, or ""; `sandbox`:
-    where and at which level code is run, "" where none is."""
+    where and at which level code is run, "" where none is; `code`: checksum of the file of each object of the user's,
+    by the key that names it."""
 
     time: str
     command: list[str]
@@ -133,6 +134,7 @@ class StartRecord:
     dirty: bool
     hardware: str
     sandbox: str
+    code: dict[str, str]
 
 
 def open_run(config: Config, command: list[str], sandbox: str = "") -> RunFolder:
@@ -250,6 +252,7 @@ def start_record(config: Config, command: list[str], sandbox: str) -> StartRecor
         dirty=dirty,
         hardware=hardware(),
         sandbox=sandbox,
+        code={key: manifest.checksum(file).checksum for key, file in config.own_files().items()},
     )
 
 

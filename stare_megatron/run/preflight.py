@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from stare_megatron.config import Config, upstream
+from stare_megatron.config.registry import is_address
 from stare_megatron.config.upstream import check_engine_args
 from stare_megatron.errors import UserError
 from stare_megatron.models import layout
 from stare_megatron.models.families import read_hf_config
 from stare_megatron.models.shape import ModelShape
-from stare_megatron.rewards import check_reward
 from stare_megatron.run.machine import check_engine_machine, check_machine
 from stare_megatron.sandbox.detect import detect
 from stare_megatron.sandbox.level import Level
@@ -43,7 +43,6 @@ def check(config: Config) -> tuple[str, ...]:
     check_packages()
     upstream.check_megatron(config.trainer.megatron)
     check_engine_args(config.inference.vllm)
-    check_reward(config.reward.name)
     check_data(config)
     shape = read_hf_config(config.model.path)
     check_weights(config.model.path)
@@ -55,7 +54,15 @@ def check(config: Config) -> tuple[str, ...]:
 
 
 def check_method(config: Config) -> tuple[str, ...]:
-    """A note on a method that these settings leave without effect."""
+    """A note on a method that these settings leave without effect.
+
+    Raises:
+        UserError: a user's method without its `Algorithm`.
+    """
+    if is_address(config.algorithm.method):
+        from stare_megatron.algo.registry import ALGORITHMS  # imports torch, which the user's file has done already
+
+        ALGORITHMS[config.algorithm.method]
     if config.algorithm.method == "kl_cov" and config.trainer.updates_per_batch == 1:
         return (
             "algorithm.method = 'kl_cov' with trainer.updates_per_batch = 1 trains as GRPO does: at a ratio of 1 its "
@@ -76,7 +83,6 @@ def check_eval(config: Config, *, trainers: bool) -> tuple[str, ...]:
         raise UserError("eval.benchmarks is empty: name at least one file of held-out prompts")
     check_packages()
     check_engine_args(config.inference.vllm)
-    check_reward(config.reward.name)
     check_benchmarks(config)
     shape = read_hf_config(config.model.path)
     check_weights(config.model.path)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
 
 class SpanKind(enum.Enum):
@@ -42,7 +46,7 @@ class Status(enum.Enum):
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row of a data set, tokenised.
+    """One row of a data set, tokenised. `extra`: the columns of `data.extra_keys`, as JSON has them.
 
     Example:
         Prompt(id="sum-00017", source="order_free_sum", text="3 9 4 1 :", token_ids=(1, 15, 21, 16, 13, 5), answer="17")
@@ -53,6 +57,7 @@ class Prompt:
     text: str
     token_ids: tuple[int, ...]
     answer: str
+    extra: Mapping[str, Json] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if not self.token_ids:

@@ -112,7 +112,6 @@ THIRD_PARTY: dict[str, set[str]] = {
         "sync",
         "cluster",
         "compare",
-        "metrics",
     },
 }
 

@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 
-from stare_megatron.config.env import EnvConfig
+from stare_megatron.config.env import ToolUseConfig
 from stare_megatron.config.sandbox import SandboxConfig
 from stare_megatron.envs.tool_use import ToolUse
 from stare_megatron.rollout.episode import run_episode
@@ -37,7 +37,7 @@ def play(codes: tuple[str, ...], **settings) -> tuple[list[str], list[str]]:
     async def main():
         sandbox = SandboxConfig(require="limits", workers=1, wall_seconds=60, cpu_seconds=20, preload=[])
         async with open_sandbox(sandbox) as box:
-            env = ToolUse(PROMPT, box, TOKENIZER, EnvConfig.model_validate({"name": "tool_use", **settings}))
+            env = ToolUse(PROMPT, box, TOKENIZER, ToolUseConfig.model_validate(settings))
             return (await run_episode(PROMPT, 0, env, Script(*codes), Sampling(6000, 1.0, 1.0, (), 0)))[0]
 
     trajectory = asyncio.run(main())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
-from stare_megatron.config.env import EnvConfig
+from stare_megatron.config.env import ToolUseConfig
 from stare_megatron.envs.parsers.base import Parser
 from stare_megatron.envs.parsers.fenced import Fenced
 from stare_megatron.envs.parsers.hermes import Hermes
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def make_parser(config: EnvConfig, tokenizer: PreTrainedTokenizerBase) -> Parser:
+def make_parser(config: ToolUseConfig, tokenizer: PreTrainedTokenizerBase) -> Parser:
     """The parser that `[env]` asks for; one for all episodes with these settings and this tokenizer.
 
     Raises:

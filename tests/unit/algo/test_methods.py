@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-import runpy
+import pickle
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,10 @@ from stare_megatron.algo.stare import ScoredCandidates
 from stare_megatron.config import AlgorithmConfig, CorrectionConfig, parse
 from stare_megatron.config.methods import METHODS
 from stare_megatron.errors import UserError
+from stare_megatron.run import preflight
 from stare_megatron.types import Control
 from tests.configs import MINIMAL
+from tests.guide import blocks
 from tests.unit.algo.test_algo_selection import on_ranks
 
 OPEN = Control(True, 1.5, 0.5, 0.2, 0.3, 0.004)
@@ -90,15 +93,55 @@ def test_page_gives_every_setting_with_its_default(method):
         assert f"| `{key}` | `{shown}` |" in page
 
 
-def test_the_example_of_the_guide_works(tmp_path):
-    """The file in docs/adding_a_method.md, taken from the page, is a method."""
-    page = (ROOT / "docs" / "adding_a_method.md").read_text()
-    file = tmp_path / "certainty.py"
-    file.write_text(page.partition("```python\n")[2].partition("```")[0])
-    method = runpy.run_path(str(file))["ALGORITHM"]
-    weights = method.weigh(candidates(), OPEN, config("grpo"), OneRank())
-    assert torch.equal(weights.weight_T, torch.exp(-ENTROPY_T))
+def test_the_example_of_the_guide_works(tmp_path, monkeypatch):
+    """The file and the table of docs/adding_a_method.md, taken from the page, are a method, in no file of the
+    package."""
+    page = blocks("adding_a_method")
+    (tmp_path / "certainty.py").write_text(page["python"][0])
+    monkeypatch.chdir(tmp_path)
+    run = parse(MINIMAL | tomllib.loads(page["toml"][0]), "x.toml")
+    address = f"{tmp_path}/certainty.py:CERTAINTY"
+    assert run.algorithm.method == address
+    assert (run.algorithm.clip_low, run.algorithm.clip_high) == (0.1, 0.2)
+    method = ALGORITHMS[address]
+    weights = method.weigh(candidates(), OPEN, run.algorithm, OneRank())
+    assert torch.equal(weights.weight_T, torch.exp(-ENTROPY_T / 0.5))
     assert method.loss is ALGORITHMS["stare"].loss
+    assert not run.algorithm.kind.seeks_target
+    assert pickle.loads(pickle.dumps(run)) == run
+    written = run.model_dump(mode="json")
+    assert written["algorithm"]["settings"] == {"tau": 0.5}
+    assert "dapo" not in written["algorithm"]
+    assert parse(written, "again") == run
+
+    for table, message in (
+        ({"settings": {"tua": 1}}, "unknown key 'algorithm.settings.tua'; did you mean 'algorithm.settings.tau'"),
+        ({"settings": {"tau": 0}}, "algorithm.settings.tau = 0: Input should be greater than 0"),
+        ({"response_tokens": 9}, "response_tokens is not used by method"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse(MINIMAL | {"algorithm": {"method": address} | table}, "x.toml")
+    with pytest.raises(UserError, match="knows no entropy of a token before its update"):
+        parse(MINIMAL | {"algorithm": {"method": address}, "trainer": {"scoring": "rollout"}}, "x.toml")
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("M = 3", "is of type int, want Method"),
+        ("from stare_megatron.config.methods import Method, uses\nM = Method(uses('reduction'))", "has no algorithm"),
+        ("from stare_megatron.config.methods import Method, uses\nM = Method(uses('reduction'), algorithm=1)", None),
+    ],
+)
+def test_a_method_of_another_kind_is_refused(tmp_path, code, message):
+    (tmp_path / "own.py").write_text(code)
+    tree = MINIMAL | {"algorithm": {"method": f"{tmp_path}/own.py:M"}}
+    if message:
+        with pytest.raises(UserError, match=message):
+            parse(tree, "x.toml")
+    else:
+        with pytest.raises(UserError, match="its algorithm is of type int, want Algorithm"):
+            preflight.check_method(parse(tree, "x.toml"))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -262,7 +305,7 @@ def test_written_configuration_can_be_read(method):
 @pytest.mark.parametrize(
     ("algorithm", "message"),
     [
-        ({"method": "gpso"}, r"method = 'gpso' .*did you mean 'gspo'"),
+        ({"method": "gpso"}, r"method = 'gpso' is not registered .did you mean 'gspo'"),
         ({"method": "gspo", "dual_clip": 10.0}, r"dual_clip is not used by method 'gspo'"),
         ({"method": "dr_grpo", "normalize_std": True}, r"normalize_std is not used .*it is False there"),
         ({"method": "stare", "stare": {"band": 0.1}}, r"stare.band is for stare.controller"),

@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import numpy as np
@@ -59,6 +60,34 @@ def test_ids_and_sources_have_defaults(load, tmp_path):
 def test_nested_keys(load):
     nested = load({"q": {"text": "5 :"}, "rm": {"truth": 5}}, prompt_key="q.text", answer_key="rm.truth")
     assert (nested[0].text, nested[0].answer) == ("5 :", "5")
+
+
+def test_further_columns_reach_the_prompt(load):
+    rows = [row(1, tests=["a", {"b": 1.5}], rubric={"clear": None}, big="x"), row(2, tests=[], rubric={"clear": True})]
+    prompts = load(*rows, extra_keys=["tests", "rubric.clear"])
+    assert prompts[0].extra == {"tests": ["a", {"b": 1.5}], "rubric.clear": None}
+    assert prompts[1].extra == {"tests": [], "rubric.clear": True}
+    assert hash(prompts[0]) != hash(prompts[1])
+    plain = load(*rows)
+    assert plain[0].extra == {}
+    assert prompts.fingerprint != plain.fingerprint
+    with pytest.raises(UserError, match=r"p\.jsonl:1: no key 'test'; the row has 'id'"):
+        load(*rows, extra_keys=["test"])
+
+
+def test_without_further_columns_the_fingerprint_is_that_of_earlier_versions(load):
+    """Else no run could be resumed."""
+    digest = hashlib.blake2b(digest_size=16)
+    for number in (1, 2):
+        digest.update(json.dumps([f"r{number}", f"{number} :", str(number)]).encode())
+    assert load(row(1), row(2, more=3)).fingerprint == digest.hexdigest()
+
+
+def test_values_that_json_cannot_hold_are_refused(tmp_path, tokenizer):
+    path = tmp_path / "p.parquet"
+    pq.write_table(pa.Table.from_pylist([row(1, raw=b"bytes")]), path)
+    with pytest.raises(UserError, match=r"p\.parquet:1: data\.extra_keys: a value that JSON cannot hold"):
+        load_prompts(DataConfig(train=[path], extra_keys=["raw"]), tokenizer)
 
 
 def test_chat_prompts_go_through_the_template_once(load):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from stare_megatron.config import parse
-from stare_megatron.config.env import EnvConfig
+from stare_megatron.config.env import ToolUseConfig
 from stare_megatron.envs.parsers import make_parser
 from stare_megatron.envs.parsers.base import Encoder, Malformed, Parsed, Request
 from stare_megatron.envs.tool_use import ToolUse
@@ -91,7 +91,7 @@ def said(text: str, status: Outcome = Outcome.OK, stderr: str = "", value: str =
 
 
 def play(script: Script, box: Box | None = None, **settings):
-    config = EnvConfig.model_validate({"name": "tool_use", **settings})
+    config = ToolUseConfig.model_validate(settings)
     env = ToolUse(PROMPT, box or Box(), TOKENIZER, config)
     trajectory, note = asyncio.run(run_episode(PROMPT, 0, env, script, SAMPLING))
     observed = [TOKENIZER.decode(s.token_ids.tolist()) for s in trajectory.spans if s.kind is SpanKind.OBSERVATION]
@@ -126,7 +126,7 @@ def test_an_end_of_sequence_after_a_call_is_not_written_twice():
 
 def test_an_end_of_sequence_that_is_not_the_templates_cannot_be_followed():
     tokenizer = byte_tokenizer.make(eos="<|endoftext|>")
-    parser = make_parser(EnvConfig(name="tool_use"), tokenizer)
+    parser = make_parser(ToolUseConfig(), tokenizer)
     assert parser.render(call("1"), [[1]], ended=True) is None
     assert parser.render(call("1"), [[1]], ended=False) is not None
 
@@ -181,7 +181,7 @@ def test_a_call_that_cannot_be_read_is_answered_with_its_error(text, error):
     ],
 )
 def test_forms_within_an_answer(parser, text, parsed):
-    made = make_parser(EnvConfig(name="tool_use", parser=parser), TOKENIZER)
+    made = make_parser(ToolUseConfig(parser=parser), TOKENIZER)
     assert made.parse(text, ended=False) == parsed
 
 
@@ -294,7 +294,7 @@ def settled(masks: Masks, *texts: str) -> tuple[Status, Score]:
         assert trajectory.status in (Status.COMPLETED, Status.TRUNCATED)  # graded for what it is, then left out
         return Score(1.0, True, "")
 
-    config = EnvConfig(name="tool_use", max_turns=2, final_answer="4")
+    config = ToolUseConfig(max_turns=2, final_answer="4")
     request = GroupRequest(0, PROMPT, 1, SAMPLING)
     group = asyncio.run(
         run_group(
@@ -337,7 +337,7 @@ def test_episodes_interleave():
     box = Slow()
 
     async def one(name: str) -> None:
-        env = ToolUse(PROMPT, box, TOKENIZER, EnvConfig(name="tool_use"))
+        env = ToolUse(PROMPT, box, TOKENIZER, ToolUseConfig())
         await run_episode(PROMPT, 0, env, Script(call(name), call(name), "x<|im_end|>"), SAMPLING)
         order.append(name)
 
@@ -372,5 +372,5 @@ def test_faulty_settings_are_refused(settings, message):
 def test_a_template_without_tools_is_refused():
     tokenizer = byte_tokenizer.make("{% for m in messages %}{{ m.content if m.role != 'tool' }}{% endfor %}")
     with pytest.raises(UserError, match=r'env\.parser = "hermes"'):
-        make_parser(EnvConfig(name="tool_use"), tokenizer)
-    assert make_parser(EnvConfig(name="tool_use", parser="retool"), tokenizer).stop == ("</code>",)
+        make_parser(ToolUseConfig(), tokenizer)
+    assert make_parser(ToolUseConfig(parser="retool"), tokenizer).stop == ("</code>",)

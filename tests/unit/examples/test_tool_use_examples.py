@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stare_megatron import config, tasks
-from stare_megatron.config.env import EnvConfig
+from stare_megatron.config.env import ToolUseConfig
 from stare_megatron.envs.tool_use import ToolUse
 from stare_megatron.models.families import read_hf_config
 from stare_megatron.run import preflight
@@ -39,10 +39,11 @@ def test_the_large_example_fits_qwen_7b(tmp_path: Path):
     shape = read_hf_config(tmp_path)
     preflight.check_layout(made, shape)
     preflight.check_window(made, shape)
-    preflight.check_reward(made.reward.name)
     preflight.check_engine_args(made.inference.vllm)
     assert preflight.check_sandbox(made) == "4 actors of 16 workers, at level landlock or stronger"
-    assert made.rollout.max_response_tokens > made.env.max_calls * made.env.max_observation_tokens
+    assert isinstance(made.env.settings, ToolUseConfig)
+    settings = made.env.settings
+    assert made.rollout.max_response_tokens > settings.max_calls * settings.max_observation_tokens
 
 
 @pytest.mark.parametrize("call", ["<code>print(347*582)</code>", "<code>h=582*347\nprint(h)</code>"])
@@ -60,7 +61,7 @@ def test_the_warm_up_saw_what_the_environment_writes(call: str):
             return Result(Status.OK, "201954\n", "", "", 0, 1.0, 1.0)
 
     made = config.load(ROOT / "examples/tool_use_cpu/run.toml", [])
-    assert isinstance(made.env, EnvConfig)
+    assert isinstance(made.env.settings, ToolUseConfig)
     task = tasks.get(made.reward.name)
     tokenizer = make_tokenizer(task)
     prompt = TaskPrompt("p", "347*582=", "201954")
@@ -69,7 +70,7 @@ def test_the_warm_up_saw_what_the_environment_writes(call: str):
         Prompt(prompt.id, "s", prompt.text, tuple(tokenizer.encode(prompt.text)), prompt.answer),
         Interpreter(),  # type: ignore[arg-type]
         tokenizer,
-        made.env,
+        made.env.settings,
     )
 
     async def answer():

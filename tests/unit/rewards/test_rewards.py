@@ -43,7 +43,7 @@ class Text:
 
 
 def test_unknown_reward_names_the_nearest():
-    with pytest.raises(UserError, match=r"reward.name = 'maths': unknown reward; did you mean 'math'\?"):
+    with pytest.raises(UserError, match=r"reward.name = 'maths' is not registered \(did you mean 'math'\?\)"):
         make_reward(RewardConfig(name="maths"))
 
 

@@ -202,10 +202,6 @@ def test_a_folder_is_no_data_file(make, files):
     refused(make(data={"train": [str(files / "folder.jsonl")]}), "folder.jsonl: cannot read it: Is a directory")
 
 
-def test_unknown_reward(make):
-    refused(make(reward={"name": "maths"}), "reward.name = 'maths'", "did you mean 'math'")
-
-
 def test_pass_through_tables(make):
     refused(make(trainer={"megatron": {"num_layers": 2}}), "trainer.megatron.num_layers = 2", "config.json")
     refused(make(trainer={"megatron": {"softmax_scal": 2}}), "trainer.megatron.softmax_scal", "'softmax_scale'")

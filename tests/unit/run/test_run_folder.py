@@ -55,7 +55,18 @@ def test_record_does_not_name_the_machine(make):
     name = socket.gethostname()
     record = json.loads(run_folder.open_run(make(), []).record.read_text())["starts"][0]
     assert name not in record["hardware"].split()
-    assert set(record) == {"time", "command", "seed", "python", "packages", "commit", "dirty", "hardware", "sandbox"}
+    assert set(record) == {
+        "time",
+        "command",
+        "seed",
+        "python",
+        "packages",
+        "commit",
+        "dirty",
+        "hardware",
+        "sandbox",
+        "code",
+    }
 
 
 def test_to_toml_round_trips_every_key(make):

@@ -15,7 +15,7 @@ from tokenizers.decoders import DecodeStream
 
 from stare_megatron.algo.registry import ALGORITHMS
 from stare_megatron.config import AlgorithmConfig
-from stare_megatron.config.env import EnvConfig
+from stare_megatron.config.env import ToolUseConfig
 from stare_megatron.data.packing import plan_updates
 from stare_megatron.envs.tool_use import ToolUse
 from stare_megatron.rollout.episode import run_group
@@ -120,7 +120,7 @@ async def reward(prompt, trajectory, tokenizer) -> Score:
 )
 def test_trained_tokens_are_the_sampled_ones(parser, call, groups):
     tokenizer = qwen_tokenizer.load()
-    config = EnvConfig(name="tool_use", parser=parser, max_observation_tokens=60, max_turns=6)
+    config = ToolUseConfig(parser=parser, max_observation_tokens=60, max_turns=6)
     rng = random.Random(parser)
     seen: list[Status] = []
     respelt = 0
