@@ -71,8 +71,9 @@ class EnvConfig(Section):
     def _fits(self) -> EnvConfig:
         try:
             re.compile(self.final_answer)
-        except re.error as e:
-            raise ValueError(f"final_answer = {self.final_answer!r} is no regular expression: {e}") from e
+        except (re.error, OverflowError, RecursionError) as e:
+            why = str(e).replace("\n", " ")
+            raise ValueError(f"final_answer = {self.final_answer!r:.200} is no regular expression: {why}") from e
         if self.parallel_calls and self.parser != "hermes":
             raise ValueError(f'parallel_calls is for parser = "hermes", not {self.parser!r}: take it out')
         # Defaults may be written: a run's folder holds every key.

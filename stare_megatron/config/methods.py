@@ -264,7 +264,7 @@ def settle(tree: Mapping[str, Any], default: str) -> dict[str, Any]:
         ValueError: no such method (names the nearest), or a setting that the method does not use.
     """
     name = tree.get("method", default)
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         near = difflib.get_close_matches(str(name), METHODS, n=1, cutoff=0.0)
         raise ValueError(f"method = {name!r} is none of {', '.join(METHODS)}; did you mean {near[0]!r}?")
     method = METHODS[name]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from stare_megatron.config.base import Section
+from stare_megatron.config.base import OpenTable, Section
 
 
 class OptimizerConfig(Section):
@@ -55,7 +55,7 @@ class TrainerConfig(Section):
     )
     recompute: Literal["none", "selective", "full"] = Field(default="none", description="Activation recomputation.")
     optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(), description="Optimizer settings.")
-    megatron: dict[str, Any] = Field(
+    megatron: OpenTable = Field(
         default_factory=dict, description="Further Megatron-Core TransformerConfig fields, by their upstream names."
     )
 

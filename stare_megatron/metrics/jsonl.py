@@ -73,7 +73,7 @@ def read_record(path: Path) -> Record:
     for number, line in enumerate(lines, 1):
         try:
             rows.append(_row(line))
-        except (ValueError, OverflowError) as e:
+        except (ValueError, OverflowError, RecursionError) as e:
             if number == len(lines):
                 return Record(rows, torn=True)
             raise UserError(f"{path}:{number}: not a line of metrics: {e}; remove the line") from e
@@ -96,7 +96,7 @@ def _text(path: Path) -> str:
 
 def _row(line: str) -> Row:
     """Raises:
-    ValueError, OverflowError: what is wrong with the line."""
+    ValueError, OverflowError, RecursionError: what is wrong with the line."""
     found = json.loads(line)
     if not isinstance(found, dict):
         raise ValueError("not a JSON object")
