@@ -123,5 +123,5 @@ def cut(path: Path, restored_step: int) -> None:
     """Keep the lines of steps up to `restored_step`, byte for byte; the file is replaced whole."""
     kept = [row["step"] <= restored_step for row in read(path)]
     lines = path.read_text().splitlines(keepends=True)
-    text = "".join(line for line, keep in zip(lines, kept, strict=False) if keep)
+    text = "".join(line.rstrip("\n") + "\n" for line, keep in zip(lines, kept, strict=False) if keep)
     write_atomic(path, text)
