@@ -32,7 +32,7 @@ smollm2: $(STAMP)
 	$(BIN)/stare-megatron train examples/smollm2_arithmetic/run.toml run.name=smollm2-$$(date +%Y%m%d-%H%M%S)
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest --lanes $(PYTEST_ARGS)
 
 test-slow: $(STAMP)
 	@$(SMOLLM2)
