@@ -1,5 +1,5 @@
-"""`--lanes`: two lanes of tests at a time, one report. Tests that keep one core busy run in a process beside this one,
-which runs those that start ranks and engines and often wait for them.
+"""`--beside=PATHS`: two lanes of tests at a time, one report. The tests of these paths run in a process beside this
+one.
 
 The other process sends its reports through a file; they are shown, counted and timed here like those of this process.
 """
@@ -18,20 +18,25 @@ from typing import Any
 
 import pytest
 
-BESIDE = ["tests/contracts", "tests/unit", "tests/sandbox", "tests/patches"]
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--lanes", action="store_true", help="run quick tests in a process beside this one")
+    parser.addoption("--beside", default="", help="paths, separated by spaces: run these in a process beside this one")
     parser.addoption("--reports-to", help="for the process beside: the file to write reports to")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if path := config.getoption("--reports-to"):
         config.pluginmanager.register(_Sender(config, Path(path)))
-    elif config.getoption("--lanes") and config.args_source is pytest.Config.ArgsSource.TESTPATHS:
-        config.args = [path for path in config.args if path not in BESIDE]
-        config.pluginmanager.register(_Beside(config))
+        return
+    asked = [config.rootpath / a for a in config.args]
+    beside = [
+        p for p in config.getoption("--beside").split() if any((config.rootpath / p).is_relative_to(a) for a in asked)
+    ]
+    here = [a for a in config.args if a not in beside]
+    if beside and here:
+        config.option.ignore = [*(config.option.ignore or ()), *beside]
+        config.pluginmanager.register(_Beside(config, beside))
+        config.args = here
 
 
 class _Sender:
@@ -59,7 +64,7 @@ class _Sender:
 class _Beside:
     """Starts the other process, and shows its reports between the tests of this one."""
 
-    def __init__(self, config: pytest.Config) -> None:
+    def __init__(self, config: pytest.Config, paths: list[str]) -> None:
         self._config = config
         self._folder = tempfile.TemporaryDirectory(prefix="lanes-")
         self._log = Path(self._folder.name, "log")
@@ -67,10 +72,11 @@ class _Beside:
         reports.touch()
         self._reports = reports.open()
         self._line = ""
-        arguments = [a for a in config.invocation_params.args if a != "--lanes"]
+        given = [str(a) for a in config.invocation_params.args]
+        options = [a for a in given if a not in config.args and not a.startswith("--beside")]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "pytest", *map(str, arguments), "--reports-to", str(reports), *BESIDE],
+                [sys.executable, "-m", "pytest", *options, "--reports-to", str(reports), *paths],
                 cwd=config.rootpath,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
