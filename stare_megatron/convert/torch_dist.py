@@ -60,7 +60,7 @@ class Box:
     def inside(self, outer: Box) -> bool:
         """Whether this block is a part of `outer`. Raises ValueError for another number of dimensions."""
         bounds = zip(self.offsets, self.sizes, outer.offsets, outer.sizes, strict=True)
-        return all(b <= a and 0 <= n and a + n <= b + m for a, n, b, m in bounds)
+        return all(b <= a and n >= 0 and a + n <= b + m for a, n, b, m in bounds)
 
     def within(self, outer: Box) -> tuple[slice, ...]:
         """The index of this block in a tensor that is `outer`."""
@@ -116,7 +116,9 @@ class TorchDist:
 
     def _take(self, index: Metadata) -> None:
         """The index's tensors and where they lie; a damaged index raises whatever of `_DAMAGE`."""
-        where = {(i.fqn, tuple(i.offset or ())): info for i, info in (index.storage_data or {}).items()}
+        where: dict[tuple[str, tuple[int, ...]], Any] = {
+            (i.fqn, tuple(i.offset or ())): info for i, info in (index.storage_data or {}).items()
+        }
         for key, value in index.state_dict_metadata.items():
             if isinstance(value, BytesStorageMetadata):
                 continue

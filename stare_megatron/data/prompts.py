@@ -201,7 +201,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Any], key: str, w
     if not messages or not all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
     ):
-        raise UserError(f"{where}: key {key!r}: want messages with 'role' and 'content', both text, got {messages!r:.60}")
+        raise UserError(f"{where}: key {key!r}: want messages with 'role' and 'content', texts, got {messages!r:.60}")
     if not tokenizer.chat_template:
         raise UserError(f"{where}: a chat prompt, but the checkpoint's tokenizer has no chat template")
     try:
