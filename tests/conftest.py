@@ -7,6 +7,7 @@ The other process sends its reports through a file; they are shown, counted and 
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -105,8 +106,13 @@ class _Beside:
         return done
 
     def pytest_sessionfinish(self) -> None:
-        self._process.terminate()
-        self._process.wait()
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)  # fixtures are torn down
+            try:
+                self._process.wait(60)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
         self._reports.close()
         self._folder.cleanup()
 
