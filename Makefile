@@ -1,6 +1,7 @@
 # make demo    train a tiny model with STARE on this machine's CPU, about five minutes with the set-up
 # make smollm2 the same on a real pretrained model of 135M parameters, a few steps
 # make test    the test suite       make test-slow   also wide sweeps and long runs
+#                                   make test-unit   unit and contract tests alone
 # make lint    ruff and pyright     make docs        pages that are written from code
 # make clean   remove the environment, caches and the demo's model; runs/ stays
 #
@@ -16,8 +17,9 @@ STAMP := $(VENV)/.made
 BIN := $(VENV)/bin
 DEMO := .cache/demo
 PYTEST_ARGS ?=
+BESIDE := checkpoint cluster compare data metrics rewards trainer
 
-.PHONY: demo smollm2 test test-slow lint docs venv clean
+.PHONY: demo smollm2 test test-unit test-slow lint docs venv clean
 
 demo: $(STAMP)
 	@$(BIN)/python tools/make_tiny_model.py --out $(DEMO)
@@ -32,7 +34,10 @@ smollm2: $(STAMP)
 	$(BIN)/stare-megatron train examples/smollm2_arithmetic/run.toml run.name=smollm2-$$(date +%Y%m%d-%H%M%S)
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest --beside="tests/contracts tests/unit tests/sandbox tests/patches" $(PYTEST_ARGS)
+
+test-unit: $(STAMP)
+	@$(BIN)/python -m pytest --beside="$(addprefix tests/unit/,$(BESIDE))" tests/contracts tests/unit $(PYTEST_ARGS)
 
 test-slow: $(STAMP)
 	@$(SMOLLM2)

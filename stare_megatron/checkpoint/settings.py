@@ -74,7 +74,7 @@ def check_settings(folder: Path, now: Settings, allow: Sequence[str]) -> None:
     try:
         tree = json.loads(file.read_text())
         then = Settings(dict(tree["config"]), dict(tree["files"]), dict(tree["code"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"{file}: not the settings of a checkpoint: {type(e).__name__}: {e}") from e
     changed = [n for n in sorted(then.files.keys() | now.files.keys()) if then.files.get(n) != now.files.get(n)]
     path = now.config["model"]["path"]

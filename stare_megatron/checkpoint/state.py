@@ -6,6 +6,8 @@ import dataclasses
 import json
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from stare_megatron.algo.controller import ControllerState
 from stare_megatron.data.prompts import StreamState
 from stare_megatron.errors import UserError
@@ -43,7 +45,7 @@ def read(folder: Path) -> LoopState:
     file = folder / FILE
     try:
         tree = json.loads(file.read_text())
-        return LoopState(
+        state = LoopState(
             step=int(tree["step"]),
             trained_tokens=int(tree["trained_tokens"]),
             stream=StreamState(**tree["stream"]),
@@ -52,8 +54,10 @@ def read(folder: Path) -> LoopState:
             duty=GateDuty(**tree["duty"]),
             wandb_run=str(tree["wandb_run"]),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{file}: not the loop state of a checkpoint: {type(e).__name__}: {e}") from e
+        return TypeAdapter(LoopState).validate_python(dataclasses.asdict(state))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
+        why = " ".join(str(e).split())
+        raise UserError(f"{file}: not the loop state of a checkpoint: {type(e).__name__}: {why}") from e
 
 
 def write(folder: Path, state: LoopState) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 
 T = TypeVar("T")
 FREE_ON_RESUME = "free on resume"
@@ -41,3 +42,17 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in tree.items():
         flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
     return flat
+
+
+def _writable(value: Any) -> Any:
+    """Raises:
+    ValueError: a value that `config.toml` cannot hold, or would give back as another."""
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            _writable(inner)
+    elif not isinstance(value, str | int | float) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"holds {value!r}; want text, finite numbers, true, false, and lists and tables of them")
+    return value
+
+
+PassThrough = Annotated[dict[str, Any], AfterValidator(_writable)]  # keys are those of a library

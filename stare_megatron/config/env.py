@@ -74,8 +74,9 @@ class ToolUseConfig(Section):
     def _fits(self) -> ToolUseConfig:
         try:
             re.compile(self.final_answer)
-        except re.error as e:
-            raise ValueError(f"final_answer = {self.final_answer!r} is no regular expression: {e}") from e
+        except (re.error, OverflowError, RecursionError) as e:
+            why = str(e).replace("\n", " ")
+            raise ValueError(f"final_answer = {self.final_answer!r:.200} is no regular expression: {why}") from e
         if self.parallel_calls and self.parser != "hermes":
             raise ValueError(f'parallel_calls is for parser = "hermes", not {self.parser!r}: take it out')
         return self

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from stare_megatron.config.base import Section
+from stare_megatron.config.base import PassThrough, Section
 
 
 class InferenceConfig(Section):
@@ -18,4 +18,4 @@ class InferenceConfig(Section):
     max_model_len: int = Field(
         default=0, ge=0, description="Engine window, tokens; 0: longest prompt + longest response."
     )
-    vllm: dict[str, Any] = Field(default_factory=dict, description="Further vLLM EngineArgs, by their upstream names.")
+    vllm: PassThrough = Field(default_factory=dict, description="Further vLLM EngineArgs, by their upstream names.")

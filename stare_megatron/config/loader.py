@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ def load(path: Path, overrides: list[str]) -> Config:
         tree = tomllib.loads(path.read_text())
     except OSError as e:
         raise UserError(f"{path}: cannot read the configuration: {e.strerror}") from e
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+    except (ValueError, RecursionError) as e:  # no UTF-8 and numbers of thousands of digits among them
         raise UserError(f"{path}: not valid TOML: {e}") from e
     for item in overrides:
         _override(tree, item)
@@ -72,7 +73,12 @@ def load(path: Path, overrides: list[str]) -> Config:
 def parse(tree: dict[str, Any], origin: str) -> Config:
     """Validate a nested mapping; `origin` names it in errors."""
     try:
+        json.dumps(tree, ensure_ascii=False, default=str).encode()
         return Config.model_validate(tree)
+    except UnicodeEncodeError as e:
+        raise UserError(f"{origin}: {e.object[max(0, e.start - 20) : e.end]!r} is not UTF-8 text") from e
+    except RecursionError as e:
+        raise UserError(f"{origin}: nested too deep") from e
     except ValidationError as e:
         raise UserError(_explain(e, origin, tree)) from e
     except UserError as e:  # of an object that the configuration names
@@ -86,7 +92,7 @@ def _override(tree: dict[str, Any], item: str) -> None:
         raise UserError(f"command line: {item!r} is not key.sub=value")
     try:
         value = tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text
     node = tree
     for part in parts[:-1]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from stare_megatron.config.base import Free, Section
+from stare_megatron.config.base import Free, PassThrough, Section
 
 
 class OptimizerConfig(Section):
@@ -61,7 +61,7 @@ class TrainerConfig(Section):
         default="none", description="Activation recomputation."
     )
     optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(), description="Optimizer settings.")
-    megatron: dict[str, Any] = Field(
+    megatron: PassThrough = Field(
         default_factory=dict, description="Further Megatron-Core TransformerConfig fields, by their upstream names."
     )
 

@@ -12,6 +12,7 @@ import io
 import json
 import math
 import pickle
+import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +37,8 @@ INDEX, FORMAT, COMMON = ".metadata", "metadata.json", "common.pt"
 _AGAIN = "copy or convert the checkpoint again"
 # What a damaged pickle may raise while it is read.
 _DAMAGE = (
-    pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, ValueError, TypeError,
-    OverflowError, MemoryError, AssertionError,
+    OSError, RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError,
+    ValueError, TypeError, OverflowError, MemoryError, AssertionError, struct.error,
 )  # fmt: skip
 
 
@@ -56,6 +57,11 @@ class Box:
         ]
         sizes = tuple(h - a for a, h in zip(low, high, strict=True))
         return Box(low, sizes) if all(n > 0 for n in sizes) else None
+
+    def inside(self, outer: Box) -> bool:
+        """Whether this block is a part of `outer`. Raises ValueError for another number of dimensions."""
+        bounds = zip(self.offsets, self.sizes, outer.offsets, outer.sizes, strict=True)
+        return all(b <= a and n >= 0 and a + n <= b + m for a, n, b, m in bounds)
 
     def within(self, outer: Box) -> tuple[slice, ...]:
         """The index of this block in a tensor that is `outer`."""
@@ -86,26 +92,41 @@ class TorchDist:
         _check_format(folder)
         index = _read_index(folder / INDEX)
         self.tensors: dict[str, TensorInfo] = {}
-        self.objects: tuple[str, ...] = tuple(
-            key for key, value in index.state_dict_metadata.items() if isinstance(value, BytesStorageMetadata)
-        )
         self._pieces: dict[str, list[Stored]] = {}
         self._cached: tuple[Stored | None, torch.Tensor] = (None, torch.empty(0))
+        try:
+            self.objects: tuple[str, ...] = tuple(
+                key for key, value in index.state_dict_metadata.items() if isinstance(value, BytesStorageMetadata)
+            )
+            self._take(index)
+        except _DAMAGE as e:
+            raise UserError(f"{folder / INDEX}: damaged: {type(e).__name__}: {first_line(e)}; {_AGAIN}") from e
+        self._check_files()
+
+    def _take(self, index: Metadata) -> None:
+        """The index's tensors and where they lie; a damaged index raises whatever of `_DAMAGE`."""
         where: dict[tuple[str, tuple[int, ...]], Any] = {
             (i.fqn, tuple(i.offset or ())): info for i, info in (index.storage_data or {}).items()
         }
         for key, value in index.state_dict_metadata.items():
             if isinstance(value, BytesStorageMetadata):
                 continue
-            self.tensors[key] = TensorInfo(value.properties.dtype, tuple(value.size))
+            if not isinstance(value, TensorStorageMetadata) or not isinstance(value.properties.dtype, torch.dtype):
+                raise ValueError(f"{key!r} is neither a tensor nor an object")
+            whole = Box((0,) * len(value.size), tuple(map(int, value.size)))
+            self.tensors[key] = TensorInfo(value.properties.dtype, whole.sizes)
             self._pieces[key] = []
             for chunk in value.chunks:
                 info = where.get((key, tuple(chunk.offsets)))
                 if info is None:
-                    raise UserError(f"{folder / INDEX}: a piece of {key!r} is placed in no file; {_AGAIN}")
-                box = Box(tuple(chunk.offsets), tuple(chunk.sizes))
-                self._pieces[key].append(Stored(key, box, info.relative_path, info.offset, info.length))
-        self._check_files()
+                    raise UserError(f"{self.folder / INDEX}: a piece of {key!r} is placed in no file; {_AGAIN}")
+                box = Box(tuple(map(int, chunk.offsets)), tuple(map(int, chunk.sizes)))
+                if not box.inside(whole):
+                    raise ValueError(f"a piece of {key!r} reaches beyond the tensor")
+                file, offset, length = str(info.relative_path), int(info.offset), int(info.length)
+                if Path(file).name != file or offset < 0 or length < 0:
+                    raise ValueError(f"a piece of {key!r} lies outside the folder")
+                self._pieces[key].append(Stored(key, box, file, offset, length))
 
     def _check_files(self) -> None:
         """Every file is there and long enough."""
@@ -168,7 +189,7 @@ class TorchDist:
             with file.open("rb") as f:
                 window: Any = _Window(f, piece.offset, piece.length)
                 value = torch.load(window, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, *_DAMAGE) as e:
+        except _DAMAGE as e:
             raise _damaged(file, f"cannot read {piece.key!r}: {first_line(e)}") from e
         if not isinstance(value, torch.Tensor) or tuple(value.shape) != piece.box.sizes:
             raise _damaged(file, f"{piece.key!r} is not the tensor that {INDEX} describes")
@@ -186,7 +207,7 @@ class TorchDist:
             tree = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except FileNotFoundError as e:
             raise UserError(f"{file}: missing; {_AGAIN}") from e
-        except (OSError, RuntimeError, *_DAMAGE) as e:
+        except _DAMAGE as e:
             raise _damaged(file, first_line(e)) from e
         if not isinstance(tree, dict):
             raise _damaged(file, "not a dictionary")
@@ -237,7 +258,7 @@ def _check_format(folder: Path) -> None:
         kind = json.loads(file.read_text())["sharded_backend"]
     except FileNotFoundError as e:
         raise UserError(f"{folder}: not a Megatron-Core checkpoint (no {FORMAT})") from e
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise _damaged(file, "not the format of a Megatron-Core checkpoint") from e
     if kind != "torch_dist":
         raise UserError(f"{file}: sharded_backend = {kind!r} is not supported (only 'torch_dist')")
@@ -246,25 +267,37 @@ def _check_format(folder: Path) -> None:
 class _IndexUnpickler(pickle.Unpickler):
     """Makes what an index is made of, and nothing that could run code."""
 
-    _ALLOWED = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
-    _NAMES: Mapping[str, tuple[str, ...]] = {
-        "torch": ("Size", "device"),
-        "torch.serialization": ("_get_layout",),
-        "torch._utils": ("_get_layout",),
-        "collections": ("OrderedDict", "defaultdict"),
-        "builtins": ("dict", "list", "set"),
-        "pathlib": ("PosixPath", "Path"),
+    _NAMES: Mapping[str, frozenset[str]] = {
+        "torch.distributed.checkpoint.metadata": frozenset(
+            {
+                "BytesStorageMetadata",
+                "ChunkStorageMetadata",
+                "Metadata",
+                "MetadataIndex",
+                "StorageMeta",
+                "TensorProperties",
+                "TensorStorageMetadata",
+                "_MEM_FORMAT_ENCODING",
+            }
+        ),
+        "torch.distributed.checkpoint.filesystem": frozenset({"_StorageInfo", "_StoragePrefix"}),
+        # Megatron-Core keeps the plan of the save.
+        "torch.distributed.checkpoint.planner": frozenset(
+            {"BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"}
+        ),
+        "torch": frozenset({"Size", "device"}),
+        "torch.serialization": frozenset({"_get_layout"}),
+        "torch._utils": frozenset({"_get_layout"}),
+        "collections": frozenset({"OrderedDict", "defaultdict"}),
+        "builtins": frozenset({"dict", "list", "set"}),
+        "pathlib": frozenset({"Path", "PosixPath"}),
     }
 
     def find_class(self, module: str, name: str) -> Any:
         dtype = module == "torch" and isinstance(torch.__dict__.get(name), torch.dtype | torch.layout)
-        known = name in self._NAMES.get(module, ()) or module.startswith(self._ALLOWED)
-        if not dtype and not (known and "." not in name):
+        if not dtype and name not in self._NAMES.get(module, ()):
             raise pickle.UnpicklingError(f"{module}.{name} does not belong in an index")
-        found = super().find_class(module, name)
-        if module.startswith(self._ALLOWED) and not isinstance(found, type):
-            raise pickle.UnpicklingError(f"{module}.{name} is not a class")
-        return found
+        return super().find_class(module, name)
 
 
 def _read_index(file: Path) -> Metadata:
@@ -273,7 +306,7 @@ def _read_index(file: Path) -> Metadata:
             index = _IndexUnpickler(f).load()
     except FileNotFoundError as e:
         raise UserError(f"{file}: missing; {_AGAIN}") from e
-    except (OSError, *_DAMAGE) as e:
+    except _DAMAGE as e:
         raise _damaged(file, first_line(e)) from e
     if not isinstance(index, Metadata):
         raise _damaged(file, "not an index of torch.distributed.checkpoint")

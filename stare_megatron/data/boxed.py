@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=[{\d-])")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _BARE = re.compile(r"-?\d+(?:\.\d+)?")  # `\boxed 5`, which some published solutions have
 
 
@@ -14,28 +15,25 @@ def last_boxed(text: str) -> str | None:
     Braces must match, escaped ones (`\\{`) aside. Of nested boxes the innermost counts. A bare number after the
     command is its content.
     """
+    closing = _closing(text)
     for match in reversed(list(_BOX.finditer(text))):
         begin = match.end()
         if text[begin] != "{":
             bare = _BARE.match(text, begin)
             if bare:
                 return bare[0]
-            continue
-        end = _closing(text, begin)
-        if end is not None:
-            return text[begin + 1 : end].strip()
+        elif begin in closing:
+            return text[begin + 1 : closing[begin]].strip()
     return None
 
 
-def _closing(text: str, begin: int) -> int | None:
-    """Index of the brace that closes the one at `begin`; None if none does."""
-    depth, i = 0, begin
-    while i < len(text):
-        if text[i] == "\\":
-            i += 2
-            continue
-        depth += (text[i] == "{") - (text[i] == "}")
-        if depth == 0:
-            return i
-        i += 1
-    return None
+def _closing(text: str) -> dict[int, int]:
+    """Index of the closing brace by that of its opening one, in one pass over the text."""
+    opened: list[int] = []
+    closing: dict[int, int] = {}
+    for match in _BRACE.finditer(text):
+        if match[0] == "{":
+            opened.append(match.start())
+        elif match[0] == "}" and opened:
+            closing[opened.pop()] = match.start()
+    return closing

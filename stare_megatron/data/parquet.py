@@ -30,3 +30,5 @@ def read(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     yield number, row
     except (pa.ArrowException, OSError) as e:
         raise UserError(f"{path}: not a readable parquet file: {first_line(e)}") from e
+    except (ValueError, OverflowError) as e:  # bytes that are no UTF-8 text, a date beyond the year 9999
+        raise UserError(f"{path}: a value after row {number} cannot be read: {first_line(e)}") from e

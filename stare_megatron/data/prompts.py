@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from jinja2 import TemplateError
 
 from stare_megatron.config import DataConfig
 from stare_megatron.data import parquet
+from stare_megatron.data.json_text import decode_line
 from stare_megatron.data.tokenizer import first_line
 from stare_megatron.errors import UserError
 from stare_megatron.types import Prompt
@@ -206,19 +208,22 @@ def _lookup(raw: dict[str, Any], key: str, where: str) -> Any:
 
 
 def _text(value: Any, key: str, where: str) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not (number or isinstance(value, str)):
         raise UserError(f"{where}: key {key!r}: want a string or a number, got {value!r:.60}")
     return str(value)
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Any], key: str, where: str) -> str:
-    if not messages or not all(isinstance(m, dict) and "role" in m and "content" in m for m in messages):
-        raise UserError(f"{where}: key {key!r}: want messages with 'role' and 'content', got {messages!r:.60}")
+    if not messages or not all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+    ):
+        raise UserError(f"{where}: key {key!r}: want messages with 'role' and 'content', texts, got {messages!r:.60}")
     if not tokenizer.chat_template:
         raise UserError(f"{where}: a chat prompt, but the checkpoint's tokenizer has no chat template")
     try:
         return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-    except TemplateError as e:
+    except (TemplateError, ValueError, TypeError, LookupError, AttributeError) as e:  # code of the checkpoint
         raise UserError(f"{where}: key {key!r}: the chat template refuses it: {first_line(e)}") from e
 
 
@@ -235,7 +240,7 @@ def _read(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield number, _object(path, number, line)
@@ -247,9 +252,9 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _object(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as e:
-        raise UserError(f"{path}:{number}: not valid JSON: {e.msg} (column {e.colno}); one object a line") from e
+        row = decode_line(line)
+    except ValueError as e:
+        raise UserError(f"{path}:{number}: not valid JSON: {e}; one object a line") from e
     if not isinstance(row, dict):
         raise UserError(f"{path}:{number}: want one JSON object a line, got {row!r:.60}")
     return row

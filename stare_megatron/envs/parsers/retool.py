@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 OPEN, CLOSE = "<code>", "</code>"
 TOOL = "python"
-_FENCE = re.compile(r"\s*```(?:python|py)?[ \t]*\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
+_FENCE = re.compile(r"\s*```(?:python|py)?[ \t]*\n")
 
 
 class ReTool:
@@ -39,10 +39,17 @@ class ReTool:
         _, opened, body = before.rpartition(OPEN)
         if not opened:
             return Parsed((Malformed("", f"{CLOSE} without {OPEN}"),), trailing)
-        fenced = _FENCE.fullmatch(body)
-        code = fenced[1] if fenced else body.strip()
+        code = _unfenced(body)
         call = Request(TOOL, code) if code.strip() else Malformed(TOOL, "there is no code in the call")
         return Parsed((call,), trailing)
 
     def render(self, text: str, results: Sequence[Sequence[int]], *, ended: bool) -> list[int] | None:
         return answer_within(self._encoder, text, results, "<interpreter>\n", "\n</interpreter>\n", ended=ended)
+
+
+def _unfenced(body: str) -> str:
+    """What stands between the fences of a call; all of it where it has none. Linear in its length."""
+    opened, end = _FENCE.match(body), body.rstrip()
+    if opened is None or not end.endswith("```") or len(end) - 3 < opened.end():
+        return body.strip()
+    return end[opened.end() : -3].rstrip(" \t").removesuffix("\n")

@@ -40,9 +40,10 @@ def cluster():
     ray.shutdown()
 
 
-@pytest.fixture
-def pool(tmp_path):
-    sandboxes = Sandboxes(CONFIG, tmp_path / "logs")
+@pytest.fixture(scope="module")
+def pool(cluster, tmp_path_factory):
+    """One for all tests: each leaves it whole."""
+    sandboxes = Sandboxes(CONFIG, tmp_path_factory.mktemp("pool") / "logs")
     try:
         places = sandboxes.ready(120.0)
         assert {place.level for place in places} <= {"limits", "filter", "landlock", "namespaces"}
@@ -141,7 +142,7 @@ def test_waiting_is_bounded(pool):
 
     async def scene(_):
         async with PoolBox(box_config, pool.actors) as box:
-            long = [asyncio.create_task(box.run("import time; time.sleep(5)")) for _ in range(4)]
+            long = [asyncio.create_task(box.run("import time; time.sleep(2.5)")) for _ in range(4)]
             await asyncio.sleep(0.2)
             began = time.monotonic()
             late = await box.run("print(1)")
