@@ -116,7 +116,7 @@ def test_the_example_of_the_guide_works(tmp_path, monkeypatch):
 
     for table, message in (
         ({"settings": {"tua": 1}}, "unknown key 'algorithm.settings.tua'; did you mean 'algorithm.settings.tau'"),
-        ({"settings": {"tau": 0}}, "algorithm.settings.tau = 0: Input should be greater than 0"),
+        ({"settings": {"tau": 0}}, "algorithm.settings.tau = 0: must be above 0.0"),
         ({"response_tokens": 9}, "response_tokens is not used by method"),
     ):
         with pytest.raises(UserError, match=message):

@@ -144,7 +144,7 @@ def test_settings_are_checked_and_written_out(own):
     assert changed.reward.settings.model_dump()["weight"] == 2
     table = {"name": "reward.py:OWN", "must": "be"}
     assert "unknown key 'reward.wieght'; did you mean 'reward.weight'?" in refused(reward=table | {"wieght": 1})
-    assert "reward.weight = 0: Input should be greater than 0" in refused(reward=table | {"weight": 0})
+    assert "reward.weight = 0: must be above 0.0" in refused(reward=table | {"weight": 0})
     assert "key 'reward.must' is missing: Has no default." in refused(reward={"name": "reward.py:OWN"})
     assert "unknown key 'reward.weight'" in refused(reward={"name": "reward.py:plain", "weight": 1})
     assert 'timeout is not used by name = "exact"; set name = "math"' in refused(
