@@ -244,7 +244,7 @@ def _add_compare(commands: Any) -> None:
     about = "compare runs side by side: one HTML report that needs no network, PNGs and the numbers"
     examples = ("compare runs/grpo runs/stare --out report", "compare runs/* --out report --align tokens --smooth 10")
     add = _command(commands, "compare", _compare, about, *examples).add_argument
-    add("runs", type=Path, nargs="+", metavar="RUN", help="run folder, wandb folder, or a folder of these")
+    add("runs", type=Path, nargs="+", metavar="RUN", help="run folder, or a folder of run folders")
     add("--out", type=Path, required=True, metavar="FOLDER", help="where report.html and png/ go")
     add("--align", choices=("step", "tokens", "time"), default="step", help="x axis (default: step)")
     add("--smooth", type=int, default=1, metavar="N", help="moving average over N steps (default: none)")

@@ -46,7 +46,7 @@ def random_groups(config: Config, seed: int) -> list[Group]:
                 SpanKind.ACTION, rng.integers(0, vocab, count).astype(np.int32), np.zeros(count, np.float32)
             )
             spans = (Span(SpanKind.PROMPT, ids, np.zeros(0, np.float32)), response)
-            trajectories.append(Trajectory(prompt.id, sample, spans, Status.COMPLETED, 0, sample))
+            trajectories.append(Trajectory(prompt.id, sample, spans, Status.COMPLETED, (0, 0), sample))
             scores.append(Score(float(sample % 2), bool(sample % 2), ""))
         groups.append(Group(prompt, tuple(trajectories), tuple(scores)))
     return groups

@@ -53,7 +53,7 @@ def top_count(fraction: float, n: torch.Tensor) -> torch.Tensor:
 
 
 def order_key(x_T: torch.Tensor) -> torch.Tensor:
-    """Map fp32 to int64 in [0, 2^32) that compares like the numbers; -0 equals +0. NaN is the caller's affair."""
+    """Map fp32 to int64 in [0, 2^32) that compares like the numbers; -0 equals +0. The caller handles NaN."""
     x_T = torch.where(x_T == 0, 0.0, x_T.float())
     bits_T = x_T.view(torch.int32).to(torch.int64) & _MASK
     return torch.where(bits_T >= 1 << 31, bits_T ^ _MASK, bits_T | (1 << 31))

@@ -1,7 +1,7 @@
 """STARE's token weights (arXiv 2606.19236): which action tokens are entropy-critical, and by how much they count.
 
 Action tokens are split by the sign of their advantage, T+ = {A > 0} and T- = {A < 0}. The k = ceil(P n) most critical
-tokens of each are the entropy-critical sets L+ and L-. With the gate shut w = 1; with it open, O1: w = W on L+; C2:
+tokens of each are the entropy-critical sets L+ and L-. With the gate closed w = 1; with it open, O1: w = W on L+; C2:
 w = W on L+ and M on L-.
 
 A selector says which tokens are most critical; for both subsets it is the same order:
@@ -84,7 +84,7 @@ def criticality(tokens: Candidates, selector: Selector) -> torch.Tensor:
 
 
 def weigh(tokens: Candidates, control: Control, config: StareConfig, comm: Comm) -> Weights:
-    """Token weights of variant O1 or C2. L+ and L- are found, and can be reported, with the gate shut too."""
+    """Token weights of variant O1 or C2. L+ and L- are found, and can be reported, with the gate closed too."""
     subset_T = subset_codes(tokens.advantage_T, tokens.action_T)
     key_T = criticality(tokens, config.selector)
     chosen = select_top(key_T, subset_T, tokens.global_id_T, config.fraction, comm)

@@ -101,7 +101,7 @@ def stale(folders: list[Path], keep: CheckpointConfig, values: Mapping[int, floa
 
 
 def find(root: Path, resume: str) -> Path | None:
-    """The checkpoint folder `run.resume` means, or None to start anew.
+    """The checkpoint folder `run.resume` means, or None to start afresh.
 
     Raises:
         UserError: `never` with checkpoints present, or a folder that is no complete checkpoint.
@@ -139,7 +139,7 @@ def verify(folder: Path, *, contents: bool, progress: Callable[[int], object] = 
         manifest.verify(folder, contents=contents, progress=progress)
     except UserError as e:
         others = [p.name for p in complete(folder.parent) if p.name != folder.name]
-        cure = f"run.resume={folder.parent / others[-1]}" if others else "start anew under another run.name"
+        cure = f"run.resume={folder.parent / others[-1]}" if others else "start over under another run.name"
         fault = str(e).partition("; copy")[0]
         raise UserError(f"{fault}; restore the checkpoint from a copy, or {cure}") from e
 

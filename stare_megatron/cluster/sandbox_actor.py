@@ -58,7 +58,7 @@ class _Kept:
 
 @ray.remote
 class SandboxActor:
-    """Ray starts it anew when it dies, so its sandbox is opened by the first call. All waiting is bounded."""
+    """Ray restarts it when it dies, so its sandbox is opened by the first call. All waiting is bounded."""
 
     def __init__(self, config: SandboxConfig, index: int, logs: Path) -> None:
         runtime.log_to(logs, f"sandbox_{index}")

@@ -81,7 +81,7 @@ class PoolBox:
     """A `SandboxClient` over actors, for one event loop: a call goes to the least busy one, a state's cells to its own.
 
     Every call ends in bounded time, at most `queue_seconds` twice, its own limit and a margin. What an actor that
-    dies or hangs was doing is `Status.LOST`, and so are later cells of its states; Ray starts it anew, and it gets no
+    dies or hangs was doing is `Status.LOST`, and so are later cells of its states; Ray restarts it, and it gets no
     calls until it answers.
     """
 
@@ -222,7 +222,7 @@ class PoolBox:
                     self._put_aside(actor)
 
     async def _pings(self, actor: int) -> bool:
-        """Whether it answers; one that is silent for `health_seconds` is killed, and Ray starts it anew."""
+        """Whether it answers; one that is silent for `health_seconds` is killed, and Ray restarts it."""
         answer = asyncio.wrap_future(self._actors[actor].ping.remote().future())
         done, _ = await asyncio.wait([answer], timeout=self._config.health_seconds)
         if not done:

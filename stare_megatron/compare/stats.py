@@ -42,8 +42,8 @@ def band(
     """Measure a run's entropy against its target.
 
     Args:
-        entropies: nats a token, one a step.
-        targets: H_tgt, nats a token, one a step or one for all.
+        entropies: nats per token, one per step.
+        targets: H_tgt, nats per token, one per step or one for all.
         steps: the steps' numbers; 1, 2, ... if not given.
         tolerance: half the band's width as a share of H_tgt.
 

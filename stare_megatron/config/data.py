@@ -26,7 +26,7 @@ class DataConfig(Section):
     chat_template: bool = Field(
         default=False, description="Wrap a string prompt as a user message in the chat template."
     )
-    shuffle: bool = Field(default=True, description="Shuffle prompts anew each epoch (seeded).")
+    shuffle: bool = Field(default=True, description="Shuffle the prompts again in each epoch (seeded).")
     max_prompt_tokens: int = Field(default=1024, ge=1, description="Longest prompt, tokens.")
     overlong_prompts: Free[Literal["drop", "refuse"]] = Field(
         default="drop",

@@ -60,12 +60,12 @@ class KlCovConfig(Section):
 
 class EntropyBonusConfig(Section):
     coefficient: float = Field(
-        default=0.001, description="Entropy coefficient, loss a nat; negative: entropy minimisation."
+        default=0.001, description="Entropy coefficient, loss per nat; negative: entropy minimisation."
     )
 
 
 class AdaptiveEntropyConfig(Section):
-    target_entropy: float = Field(default=0.2, gt=0, description="Target entropy, nats a token; no bonus above it.")
+    target_entropy: float = Field(default=0.2, gt=0, description="Target entropy, nats per token; no bonus above it.")
     step: float = Field(default=0.0001, gt=0, description="What the coefficient moves by, each step of the loop.")
     maximum: float = Field(default=0.005, gt=0, description="Upper bound of the coefficient; the lower one is 0.")
 
@@ -86,7 +86,7 @@ class WReinforceConfig(Section):
         default=0.1, ge=0, description="lambda: advantage of a trajectory with a positive reward."
     )
     entropy_coefficient: float = Field(
-        default=0.0001, ge=0, description="Factor of an entropy bonus, loss a nat; 0: none."
+        default=0.0001, ge=0, description="Factor of an entropy bonus, loss per nat; 0: none."
     )
 
 
@@ -102,7 +102,7 @@ class StareConfig(Section):
     weight_neg: float = Field(
         default=0.9, gt=0, description="M: weight of L- in variant C2 (initial value when adaptive)."
     )
-    target_entropy: float = Field(default=0.3, gt=0, description="H_tgt: the gate opens below it, nats a token.")
+    target_entropy: float = Field(default=0.3, gt=0, description="H_tgt: the gate opens below it, nats per token.")
     target_schedule: Literal["constant", "linear", "cosine"] = Field(
         default="constant", description="How H_tgt moves over the run, from `target_entropy` to `target_entropy_end`."
     )

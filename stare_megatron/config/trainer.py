@@ -46,7 +46,7 @@ class TrainerConfig(Section):
     logits_chunk_tokens: Free[int] = Field(
         default=0,
         ge=0,
-        description="Rows of logits that exist at a time; they are made again in the backward pass. Bounds memory for "
+        description="Rows of logits that exist at a time; they are recomputed in the backward pass. Bounds memory for "
         "long sequences. 0: off, all rows of a micro-batch are kept.",
     )
     updates_per_batch: int = Field(

@@ -167,7 +167,7 @@ class Engine:
     async def finish_weight_update(self, version: int) -> None:
         """Put the weights to use as `version` and drop what older ones computed.
 
-        The prefix cache is emptied; requests in flight lose their KV cache, which is computed anew, and go on.
+        The prefix cache is emptied; requests in flight lose their KV cache, which is recomputed, and go on.
         """
         llm = self._running()
         await self._call(llm.finish_weight_update(str(version)))

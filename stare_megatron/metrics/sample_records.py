@@ -90,7 +90,7 @@ def _line(step: int, picked: Picked, record: TokenRecord | None, decode: Decode)
         "status": trajectory.status.value,
         "note": score.note,
         "answer": picked.group.prompt.answer,
-        "policy_version": trajectory.weight_version,
+        "policy_version": trajectory.weight_versions[0],
         "seed": trajectory.seed,
         "advantage": trained[0] if trained else None,
         "turns": [

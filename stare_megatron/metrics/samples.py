@@ -67,10 +67,11 @@ def write_samples(
 
 
 def _format(group: Group, trajectory: Trajectory, score: Score, decode: Decode) -> str:
+    versions = " to ".join(map(str, dict.fromkeys(trajectory.weight_versions)))
     head = (
         f"=== {trajectory.prompt_id} sample {trajectory.sample}: reward {score.reward:g}, "
         f"{'correct' if score.correct else 'wrong'}, {trajectory.status.value}, "
-        f"{trajectory.num_action_tokens} action tokens, policy version {trajectory.weight_version}, "
+        f"{trajectory.num_action_tokens} action tokens, policy version {versions}, "
         f"seed {trajectory.seed}\n"
     )
     body = "".join(f"--- {_LABEL[span.kind]}\n{decode(span.token_ids.tolist())}\n" for span in trajectory.spans)

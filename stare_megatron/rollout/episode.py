@@ -85,9 +85,9 @@ async def run_episode(
         end = End(Status.FAILED, f"{type(e).__name__}: {e}")
     finally:
         await env.close()
-    version = versions[0] if versions else sampler.version
-    spans = tuple(stream.spans)
-    return Trajectory(prompt.id, sample, spans, end.status, version, sampling.seed, env.turns), end.note
+    versions = versions or [sampler.version]
+    spans, span_of_versions = tuple(stream.spans), (min(versions), max(versions))
+    return Trajectory(prompt.id, sample, spans, end.status, span_of_versions, sampling.seed, env.turns), end.note
 
 
 async def _turns(

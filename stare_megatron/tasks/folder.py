@@ -72,7 +72,7 @@ def _intact(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
         if record["settings"] == dict(settings) and record["sha256"] == _checksum(out):
             return record["made"]
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # missing, or not a complete folder of ours: it is made again
+        pass  # missing, or not a complete folder of ours: it is rebuilt
     return None
 
 

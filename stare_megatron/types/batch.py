@@ -68,7 +68,7 @@ class Group:
             num_tokens=tuple(t.num_tokens for t in self.trajectories),
             num_action_tokens=tuple(t.num_action_tokens for t in self.trajectories),
             statuses=tuple(t.status for t in self.trajectories),
-            weight_versions=tuple(t.weight_version for t in self.trajectories),
+            weight_versions=tuple(t.weight_versions[0] for t in self.trajectories),
             graded=tuple(s.graded for s in self.scores),
             reflections=reflections or (0,) * len(self.trajectories),
             distinct_correct=len({t.token_ids().tobytes() for t, s in pairs if s.correct}),

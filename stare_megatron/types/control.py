@@ -10,7 +10,8 @@ class Control:
     """The gate's decision for one step. Weights are 1 everywhere when `gate_on` is False.
 
     `weight_pos` (W) multiplies the loss of L+, `weight_neg` (M) that of L- (variant C2); `entropy` is what was
-    observed, `target` what is wanted at this step, nats. `entropy_coefficient`: factor of an entropy bonus, loss a nat.
+    observed, `target` what is wanted at this step, nats. `entropy_coefficient`: factor of an entropy bonus, loss per
+    nat.
 
     Example:
         Control(gate_on=True, weight_pos=1.1, weight_neg=0.9, entropy=0.21, target=0.3)

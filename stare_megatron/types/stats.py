@@ -55,8 +55,8 @@ class StepStats:
 
 @dataclass(frozen=True)
 class Observed:
-    """A step's mean entropy, nats a token, under the policy before its update, and the change its update predicted,
-    nats a token and unit step."""
+    """A step's mean entropy, nats per token, under the policy before its update, and the change its update predicted,
+    nats per token and unit step."""
 
     entropy: float
     predicted: float

@@ -176,19 +176,19 @@ class EpisodeCounts:
 class Trajectory:
     """One sampled token stream: a prompt span, then action and observation spans in the order they happened.
 
-    `weight_version`: the policy version that sampled the first action token. `seed`: the sampling seed. `turns`: what
-    an environment with tools made of the action spans, in their order; a last span that a budget or a failure ended was
-    not shown to it and has none. Empty in other environments.
+    `weight_versions`: the oldest and the newest policy version that a turn of it began with. `seed`: the sampling seed.
+    `turns`: what an environment with tools made of the action spans, in their order; a last span that a budget or a
+    failure ended was not shown to it and has none. Empty in other environments.
 
     Example:
-        Trajectory("sum-00017", 0, (prompt_span, action_span), Status.COMPLETED, weight_version=3, seed=71)
+        Trajectory("sum-00017", 0, (prompt_span, action_span), Status.COMPLETED, weight_versions=(3, 3), seed=71)
     """
 
     prompt_id: str
     sample: int
     spans: tuple[Span, ...]
     status: Status
-    weight_version: int
+    weight_versions: tuple[int, int]
     seed: int
     turns: tuple[Turn, ...] = ()
 

@@ -84,7 +84,7 @@ def make_groups(*, groups: int = 6, size: int = 4, seed: int = 1) -> list[Group]
                 tokens = rng.integers(3, VOCAB, n).astype(np.int32)
                 spans.append(Span(SpanKind.ACTION, tokens, (-4.7 + 0.3 * rng.standard_normal(n)).astype(np.float32)))
             status = Status.FAILED if (g, s) == (2, 1) else Status.COMPLETED
-            trajectories.append(Trajectory(prompt.id, s, tuple(spans), status, 0, s))
+            trajectories.append(Trajectory(prompt.id, s, tuple(spans), status, (0, 0), s))
             scores.append(Score(float(rng.integers(0, 2)) if g else float(rng.normal()), False, ""))
         made.append(Group(prompt, tuple(trajectories), tuple(scores)))
     return made

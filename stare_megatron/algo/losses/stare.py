@@ -1,6 +1,6 @@
 """STARE (arXiv 2606.19236, the reweighted objective): GRPO's per-token loss times the token weight of `algo.stare`.
 
-loss = w * correction * l        w = 1 everywhere while the gate is shut, which is GRPO
+loss = w * correction * l        w = 1 everywhere while the gate is closed, which is GRPO
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def group(observation: int, seed: int) -> Group:
                 spans.append(Span(OBSERVATION, np.full(observation + turn, TOOL, np.int32), NONE))
             n = int(rng.integers(1, 9))
             spans.append(Span(ACTION, rng.integers(10, 99, n).astype(np.int32), -rng.random(n).astype(np.float32)))
-        trajectories.append(Trajectory(prompt.id, sample, tuple(spans), Status.COMPLETED, 0, 0))
+        trajectories.append(Trajectory(prompt.id, sample, tuple(spans), Status.COMPLETED, (0, 0), 0))
     scores = tuple(Score(float(x), False, "") for x in (1.0, 0.0, 0.0, 1.0))
     return Group(prompt, tuple(trajectories), scores)
 

@@ -179,7 +179,7 @@ def group(name, rewards):
                 Span(SpanKind.OBSERVATION, np.array([7], np.int32), np.zeros(0, np.float32)),
             ),
             Status.TRUNCATED,
-            weight_version=3,
+            weight_versions=(3, 3),
             seed=i,
         )
         for i in range(len(rewards))

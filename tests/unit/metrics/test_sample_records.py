@@ -81,7 +81,7 @@ def test_a_line_a_trajectory(tmp_path):
     )
     turns = (Turn((Call("python", "1", "ok", 0.25),), void=False), Turn((), void=False))
     made = [
-        Trajectory("p", i, spans, status, weight_version=3, seed=i, turns=turns)
+        Trajectory("p", i, spans, status, weight_versions=(3, 3), seed=i, turns=turns)
         for i, status in enumerate((Status.COMPLETED, Status.FAILED))
     ]
     groups = [Group(Prompt("p", "unit", "A", (65,), "é"), tuple(made), (Score(1.0, True, "n"), Score(0.0, False, "")))]

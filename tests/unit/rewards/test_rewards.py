@@ -22,7 +22,7 @@ def trajectory(*spans: tuple[SpanKind, list[int]], status: Status = Status.COMPL
     for kind, ids in spans:
         count = len(ids) if kind is SpanKind.ACTION else 0
         made.append(Span(kind, np.array(ids, np.int32), np.zeros(count, np.float32)))
-    return Trajectory("p", 0, tuple(made), status, weight_version=0, seed=0)
+    return Trajectory("p", 0, tuple(made), status, weight_versions=(0, 0), seed=0)
 
 
 def written(text: str, tail: tuple[int, ...] = (2,), status: Status = Status.COMPLETED) -> Trajectory:

@@ -100,7 +100,7 @@ def test_single_turn_keeps_the_sampled_ids():
     assert [s.kind for s in trajectory.spans] == [SpanKind.PROMPT, SpanKind.ACTION]
     assert trajectory.token_ids().tolist() == [*PROMPT.token_ids, 12 + random.Random(0).randrange(50), 2]
     assert trajectory.rollout_logprobs().tolist() == pytest.approx([0, 0, 0, 0, -0.5, -0.1])
-    assert (trajectory.status, trajectory.weight_version, trajectory.sample, note) == (Status.COMPLETED, 5, 3, "")
+    assert (trajectory.status, trajectory.weight_versions, trajectory.sample, note) == (Status.COMPLETED, (5, 5), 3, "")
 
 
 def test_turns_continue_the_exact_stream_under_one_budget():
@@ -140,7 +140,7 @@ def test_known_failures_are_data():
     assert (trajectory.status, note, env.closed) == (Status.FAILED, "EnvError: sandbox gone", 1)
     trajectory, note = play(SingleTurn(PROMPT), Sampler(fail={1}))
     assert (trajectory.status, note, len(trajectory.spans)) == (Status.FAILED, "SampleError: no slot", 1)
-    assert trajectory.weight_version == 5
+    assert trajectory.weight_versions == (5, 5)
 
 
 def group(sampler, reward, size=4, make_env=SingleTurn):

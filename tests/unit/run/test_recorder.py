@@ -41,7 +41,7 @@ def group(name: str, rewards=(1.0, 0.0)) -> Group:
             Span(SpanKind.PROMPT, np.array([1, 15], np.int32), NO_LOGPROBS),
             Span(SpanKind.ACTION, np.array([7, 2], np.int32), np.array([-0.5, -0.1], np.float32)),
         )
-        return Trajectory(name, sample, spans, Status.COMPLETED, 3, seed=sample)
+        return Trajectory(name, sample, spans, Status.COMPLETED, (3, 3), seed=sample)
 
     scores = tuple(Score(r, r > 0, "") for r in rewards)
     return Group(prompt, tuple(trajectory(i) for i in range(len(rewards))), scores)

@@ -40,7 +40,7 @@ def trajectory(sample: int, *spans: tuple[SpanKind, list[int]]) -> Trajectory:
     made = [
         Span(k, np.array(t, np.int32), -np.array(t, np.float32) if k is SpanKind.ACTION else NONE) for k, t in spans
     ]
-    return Trajectory("p", sample, tuple(made), Status.COMPLETED, 0, 0)
+    return Trajectory("p", sample, tuple(made), Status.COMPLETED, (0, 0), 0)
 
 
 def group() -> Group:
