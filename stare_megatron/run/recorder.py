@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -71,7 +71,6 @@ class Recorder(Generic[Ref]):
     """Writes to the sinks and to `samples/`.
 
     Args:
-        labels: of the sources of the prompts, for metrics.
         fetch: groups by the references that stand for them.
         decode: token ids -> text.
     """
@@ -82,7 +81,6 @@ class Recorder(Generic[Ref]):
         session: Session,
         sampler: Sampler[Collected[Ref]],
         sinks: Sinks,
-        labels: Mapping[str, str],
         fetch: Callable[[Sequence[Ref]], Sequence[Group]],
         decode: Decode,
     ) -> None:
@@ -90,7 +88,6 @@ class Recorder(Generic[Ref]):
         self._session = session
         self._sampler = sampler
         self._sinks = sinks
-        self._labels = labels
         self._fetch = fetch
         self._decode = decode
         self._clock = Clock()

@@ -16,7 +16,7 @@ from stare_megatron.algo.algorithm import EntropyController
 from stare_megatron.algo.registry import ALGORITHMS
 from stare_megatron.cluster import runtime
 from stare_megatron.config import Config
-from stare_megatron.data.benchmarks import Benchmark, load_benchmarks, source_labels
+from stare_megatron.data.benchmarks import Benchmark, load_benchmarks
 from stare_megatron.data.prompts import PromptStream, load_prompts
 from stare_megatron.data.tokenizer import decoder, load_tokenizer
 from stare_megatron.errors import RunError, UserError
@@ -164,7 +164,7 @@ def _assemble(
     )
     sampler = SynchronousSampler(Collector(config, engines, stream), stream)
     controller = EntropyController(config.algorithm, ALGORITHMS[config.algorithm.method])
-    recorder = Recorder(config, session, sampler, sinks, source_labels(stream.prompts), runtime.fetch, decode)
+    recorder = Recorder(config, session, sampler, sinks, runtime.fetch, decode)
     return loop.Run(
         steps=config.run.steps,
         sampler=sampler,

@@ -98,7 +98,6 @@ def made(tmp_path, monkeypatch):
         SimpleNamespace(trainers=trainers, engines=SimpleNamespace(peak_memory_bytes=lambda: [1 << 20])),
         SimpleNamespace(state=lambda: SimpleNamespace(epoch=0)),
         sinks,
-        {"unit": "unit"},
         list,
         lambda ids: " ".join(map(str, ids)),
     )
