@@ -85,7 +85,7 @@ def test_every_attack_says_what_it_expects():
 def test_page_lists_what_each_level_does_not_contain():
     """docs/sandbox.md names every attack that some level does not contain, in the row of the weakest that does."""
     page = (Path(__file__).parents[2] / "docs" / "sandbox.md").read_text()
-    table = page.partition("attacks contained from here on")[2].partition("\n\n")[0]
+    table = page.partition("attacks stopped from here on")[2].partition("\n\n")[0]
     rows = {line.split("|")[1].strip(): line for line in table.splitlines() if line.startswith("| `")}
     for name, attack in ATTACKS.items():
         for level in Level:
