@@ -145,8 +145,9 @@ def all_keys(tree: Mapping[str, Any] | None = None) -> dict[str, str]:
 
 
 def _explain(error: ValidationError, origin: str, tree: Mapping[str, Any]) -> str:
-    """The first fault, as one line."""
-    first = error.errors()[0]
+    """The first fault, as one line; a key that is not known comes before one that is missing, which it may be."""
+    errors = error.errors()
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     key = ".".join(part for part in first["loc"] if isinstance(part, str))
     if first["type"] == "extra_forbidden":
         return f"{origin}: unknown key {key!r}{hint(key, tree)}"

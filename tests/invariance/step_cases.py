@@ -109,7 +109,7 @@ def make_config(checkpoint: Path, overrides: Overrides) -> Config:
         "run": {"steps": 10},
         "model": {"path": str(checkpoint), "dtype": "float32"},
         "data": {"train": ["none.jsonl"], "max_prompt_tokens": 32},
-        "reward": {"name": "none"},
+        "reward": {"name": "exact"},
         "rollout": {"prompts_per_step": 6, "group_size": 4, "max_response_tokens": 128},
         "algorithm": {"method": "stare", "stare": {"variant": "C2", "fraction": 0.1, "target_entropy": 9.0}},
         "trainer": {"micro_batch_tokens": 64, "optimizer": {"lr": 1e-3}},
