@@ -7,7 +7,6 @@ everything after the look-up treats them alike.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -23,7 +22,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from pydantic import Field, SerializeAsAny, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from stare_megatron.config.base import Section
-from stare_megatron.errors import UserError
+from stare_megatron.errors import UserError, nearest
 
 FORMS = "package.module:object or path/to/file.py:object"
 # What code raises when it is imported; an exception class of its own shows its traceback.
@@ -85,8 +84,8 @@ def load_object(address: str, key: str) -> Any:
         return operator.attrgetter(name)(module)
     except AttributeError as e:
         names = [n for n in vars(module) if not n.startswith("_")]
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(names) or 'no names'}"
+        near = nearest(name, names)
+        hint = f"did you mean {near!r}?" if near else f"it has {', '.join(names) or 'no names'}"
         raise UserError(f"{fault}: {where} has no {name!r}; {hint}") from e
 
 
@@ -153,8 +152,7 @@ class Registry(dict[str, K], Generic[K]):
         """Raises: UserError: not registered and no address, or an object of another kind."""
         fault = f"{self._key} = {name!r}"
         if not is_address(name):
-            near = difflib.get_close_matches(name, self, n=1)
-            meant = near[0] if near else f"{name}:OBJECT" if name.endswith(".py") else ""
+            meant = nearest(name, self) or (f"{name}:OBJECT" if name.endswith(".py") else "")
             hint = f" (did you mean {meant!r}?)" if meant else ""
             raise UserError(f"{fault} is not registered{hint}; use one of {', '.join(sorted(self))}, or give {FORMS}")
         found = load_object(name, self._key)

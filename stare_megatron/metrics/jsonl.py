@@ -30,7 +30,8 @@ class JsonlSink:
     def __init__(self, path: Path, restored_step: int) -> None:
         if path.exists():
             cut(path, restored_step)
-        self._file = path.open("r+b" if path.exists() else "w+b")
+        # The buffer holds a whole line, which is then written at once.
+        self._file = path.open("r+b" if path.exists() else "w+b", buffering=1 << 20)
         self._newest = self._file.seek(0, os.SEEK_END)  # where the newest line begins
         self._row: dict[str, float | str] = {}
 
@@ -47,7 +48,9 @@ class JsonlSink:
 
     def _write(self, pad: int = 0) -> None:
         text = json.dumps(self._row, allow_nan=False)
-        os.pwrite(self._file.fileno(), f"{text:<{max(pad - 1, 0)}}\n".encode(), self._newest)
+        self._file.seek(self._newest)
+        self._file.write(f"{text:<{max(pad - 1, 0)}}\n".encode())
+        self._file.flush()  # a full disk is an error here, and not a line cut off
 
     def close(self) -> None:
         self._file.close()

@@ -171,7 +171,7 @@ def _assemble(
         trainers=trainers,
         controller=controller,
         residency=Residency(engines, shared=config.inference.placement == "colocated"),
-        weights=Weights(config.sync, trainers, engines, stream.probe),
+        weights=Weights(config.sync, trainers, engines, functools.cache(stream.probe)),
         recorder=recorder,
         evaluations=Evaluations(
             config, prepared.benchmarks, evaluator, sinks.log_evaluation, folder.path, prepared.restored
