@@ -17,6 +17,8 @@ class ModelConfig(Section):
         description="Megatron-Core checkpoint folder whose weights the policy begins with instead of those in "
         "`model.path`: a converted one, or `.../checkpoints/step_N/trainer` of another run; empty: none.",
     )
-    dtype: Literal["float32", "bfloat16"] = Field(
-        default="bfloat16", description="Compute dtype of trainer and engines."
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="bfloat16",
+        description="Compute dtype of trainer and engines; gradients are summed and weights updated in float32. "
+        "float16 scales the loss (`trainer.optimizer.initial_loss_scale`); dense models only.",
     )

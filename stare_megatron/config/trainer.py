@@ -21,6 +21,16 @@ class OptimizerConfig(Section):
     beta2: float = Field(default=0.95, ge=0, lt=1, description="Adam beta 2.")
     eps: float = Field(default=1e-8, gt=0, description="Adam epsilon.")
     clip_grad: float = Field(default=1.0, gt=0, description="Gradient norm above which gradients are scaled down.")
+    initial_loss_scale: float = Field(
+        default=65536.0,
+        ge=1,
+        le=2.0**32,
+        description="float16: factor of the loss that keeps small gradients from vanishing. Halved by a step whose "
+        "gradients overflow, which changes no weight.",
+    )
+    loss_scale_window: int = Field(
+        default=100, ge=1, description="float16: optimizer steps without overflow after which the factor is doubled."
+    )
 
 
 class TrainerConfig(Section):

@@ -42,7 +42,7 @@ class Engine:
     Args:
         name: how errors call it.
         model: Hugging Face checkpoint folder with a tokenizer.
-        dtype: `float32` or `bfloat16`.
+        dtype: `float32`, `bfloat16` or `float16`.
         config: `[inference]`.
         window: longest sequence, prompt and response, tokens.
         seed: vLLM's own seed; each request brings another.

@@ -104,6 +104,8 @@ _ENTRIES = (
     Entry("update/loss", "loss", R.UPDATE_MEAN, "The objective; on-policy its value is near 0 by design."),
     Entry("update/grad_norm", "norm", R.UPDATE_MEAN, "L2 norm of the gradient before clipping."),
     Entry("update/lr", "1", R.LAST, "Learning rate."),
+    Entry("update/loss_scale", "factor", R.LAST, "float16: factor of the loss while its gradients were made."),
+    Entry("update/overflows", "updates", R.UPDATE_SUM, "float16: updates skipped since their gradients overflowed."),
     Entry("update/clip_fraction", "fraction", R.UPDATE_MEAN, "Action tokens whose ratio was clipped."),
     Entry("update/ratio_max", "ratio", R.UPDATE_MAX, "Largest ratio of current to scoring policy."),
     Entry("update/kl", "nats/token", R.UPDATE_MEAN, "r - 1 - log r of the current against the scoring policy."),

@@ -199,7 +199,7 @@ def check_disk(config: Config) -> None:
 def disk_need_mb(config: Config) -> int:
     """Estimate of what the run's checkpoints and exports, and some slack, take at a time; MB."""
     saves, exports = _most_on_disk(config)
-    policy = parameter_count(config.model.path) * (2 if config.model.dtype == "bfloat16" else 4)
+    policy = parameter_count(config.model.path) * (4 if config.model.dtype == "float32" else 2)
     return (checkpoint_bytes(config) * saves + policy * exports) // 2**20 + _SLACK_MB
 
 

@@ -208,6 +208,11 @@ def check_layout(config: Config, shape: ModelShape) -> None:
     """Raises: UserError: the model cannot be split as `[trainer]` and `[inference]` say."""
     t = config.trainer
     layout.check_layout(t)
+    if config.model.dtype == "float16" and shape.experts:
+        raise UserError(
+            f'model.dtype = "float16" is for dense models, and {config.model.path} has experts: upstream scales the '
+            'loss by one factor and the gradients of experts by another; set "bfloat16"'
+        )
     shape.check_layout(
         tensor_parallel=t.tensor_parallel,
         pipeline_parallel=t.pipeline_parallel,

@@ -54,8 +54,7 @@ def begin_save(
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    if not optimizer_steps:
-        _make_moments(optimizer)
+    _make_moments(optimizer)
     with local_state(optimizer):
         state = _sharded_state(chunks, optimizer, is_loading=False) | {
             "step": step,

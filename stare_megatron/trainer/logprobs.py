@@ -70,7 +70,7 @@ def token_scores(
     """Score without a graph. The value of row t is that of drawing `target_T[t]` from row t.
 
     Args:
-        logits_TV: bf16 or fp32 [T, V_local], this rank's columns.
+        logits_TV: bf16, fp16 or fp32 [T, V_local], this rank's columns.
         target_T: int64 [T], global vocabulary ids; NO_TARGET for rows to skip.
     """
     raw = temperature != 1.0
@@ -136,7 +136,7 @@ def head_token_scores(
 ) -> TokenScores:
     """`token_scores` of the logits hidden_TH @ weight_VH^T, of which at most `chunk` rows exist at a time.
 
-    `hidden_TH`, `weight_VH`: bf16 or fp32 [T, H] and [V_local, H].
+    `hidden_TH`, `weight_VH`: bf16, fp16 or fp32 [T, H] and [V_local, H].
     """
     partial_KT = _head_partials(hidden_TH, weight_VH, target_T, shard, temperature, chunk, scoring=True)
     return token_values(gather(partial_KT, shard, temperature), target_T, temperature)

@@ -22,7 +22,7 @@ def partials(
     keeps fp32 within 2e-6 of float64. Padded columns are left out by a bound, never by a value.
 
     Args:
-        logits_TV: bf16 or fp32 [T, V_local].
+        logits_TV: bf16, fp16 or fp32 [T, V_local].
         target_T: int64 [T], global vocabulary ids; NO_TARGET for rows to skip.
     """
     partial_KT = logits_TV.new_zeros((components(sensitivity=sensitivity, raw=raw), len(target_T)), dtype=torch.float32)

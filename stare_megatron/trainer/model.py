@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ def policy_config(shape: ModelShape, dtype: torch.dtype, trainer: TrainerConfig)
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype is torch.bfloat16,
+        "fp16": dtype is torch.float16,
         # Every parameter is read from the checkpoint.
         "perform_initialization": False,
         "use_cpu_initialization": devices.current() is devices.Device.CPU,
@@ -129,7 +131,7 @@ def build_model(
 
     `distributed`: a Megatron-Core checkpoint to take the weights from instead; the configuration is `model_path`'s.
 
-    `dtype`: float32 or bfloat16, of parameters and activations; gradients are accumulated and reduced in float32.
+    `dtype`: of parameters and activations; gradients are accumulated and reduced in float32.
     `window`: longest sequence, tokens. The logits of the last stage are [batch, tokens, padded vocabulary / TP], in
     `dtype`; columns from `config.shape.vocab` on are padding.
     A packed micro-batch is passed as input_ids [1, T], position_ids [1, T], attention_mask None and PackedSeqParams of
@@ -137,7 +139,7 @@ def build_model(
     that happens to equal T for a table of positions over the whole pack.
 
     Raises:
-        UserError: an unsupported checkpoint or an impossible layout.
+        UserError: an unsupported checkpoint, an impossible layout, or a weight beyond float16.
     """
     config = policy_config(read_hf_config(model_path), dtype, trainer)
     chunks = [_chunk(config, stage, window) for stage in range(trainer.virtual_pipeline)]
@@ -150,6 +152,8 @@ def build_model(
         bridge.load_weights(chunks, model_path)
     else:
         initial_weights.load(distributed, chunks)
+    if dtype is torch.float16:
+        _refuse_overflow(chunks, distributed or model_path)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=trainer.distributed_optimizer
     )
@@ -157,6 +161,13 @@ def build_model(
         DistributedDataParallel(config=config, ddp_config=ddp_config, module=chunk, disable_bucketing=i > 0)
         for i, chunk in enumerate(chunks)
     ]
+
+
+def _refuse_overflow(chunks: Sequence[PolicyModel], source: Path) -> None:
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if not parameter.isfinite().all():
+                raise UserError(f"{source}: {name} has values beyond float16's range; set model.dtype = 'bfloat16'")
 
 
 def _chunk(config: PolicyConfig, stage: int, window: int) -> PolicyModel:

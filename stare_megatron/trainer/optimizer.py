@@ -1,4 +1,4 @@
-"""Megatron-Core's optimizer with the run's settings, and the learning-rate schedule.
+"""Megatron-Core's optimizer with the run's settings.
 
 The order within a step: `zero_grad`, the forward-backward schedule (which reduces the gradients, see
 `model.PolicyConfig` for the convention), `step`.
@@ -7,28 +7,38 @@ The order within a step: `zero_grad`, the forward-backward schedule (which reduc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import megatron.core.optimizer as upstream
-import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.utils import get_model_config
 
 from stare_megatron.config import OptimizerConfig, TrainerConfig
-from stare_megatron.trainer.schedule import learning_rate
+from stare_megatron.errors import RunError
 from stare_megatron.trainer.spec import providers
 
 if TYPE_CHECKING:
     from stare_megatron.trainer.model import PolicyConfig
 
-__all__ = ["build_optimizer", "learning_rate", "step", "zero_grad"]
+
+@dataclass(frozen=True)
+class Stepped:
+    """What an optimizer step did, equal on every rank. `grad_norm`: before clipping, over the whole model; not finite:
+    the parameters are spoilt, and the caller should stop the run; None: the gradients overflowed float16, and no
+    parameter was changed. `loss_scale`: that the gradients were made with."""
+
+    grad_norm: float | None
+    loss_scale: float
 
 
 def build_optimizer(chunks: Sequence[DistributedDataParallel], trainer: TrainerConfig) -> MegatronOptimizer:
     """AdamW over float32 master weights, its state split over data-parallel ranks if so configured. A collective.
 
     Biases and norm weights are not decayed. The weights must be loaded before: the master weights are copies.
+    In float16 the loss is scaled by a factor that overflows halve and their absence doubles (Micikevicius et al.,
+    arXiv 1710.03740).
 
     Raises:
         RuntimeError: Megatron-Core found another Adam than `spec.providers` announced.
@@ -50,6 +60,11 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], trainer: TrainerC
             adam_eps=settings.eps,
             clip_grad=settings.clip_grad,
             bf16=config.bf16,
+            fp16=config.fp16,
+            initial_loss_scale=settings.initial_loss_scale,
+            loss_scale_window=settings.loss_scale_window,
+            # Every skipped step costs the rollouts of a batch: one overflow is enough to lower the scale.
+            hysteresis=1,
             params_dtype=config.params_dtype,
             use_distributed_optimizer=trainer.distributed_optimizer,
         ),
@@ -67,18 +82,18 @@ def zero_grad(chunks: Sequence[DistributedDataParallel], optimizer: MegatronOpti
     optimizer.zero_grad()
 
 
-def step(optimizer: MegatronOptimizer, settings: OptimizerConfig, lr: float) -> float:
+def step(optimizer: MegatronOptimizer, settings: OptimizerConfig, lr: float) -> Stepped:
     """Clip and apply the gradients at learning rate `lr`. A collective.
 
-    Returns the gradient norm before clipping, over the whole model, equal on every rank. If it is not finite the
-    parameters are spoilt, and the caller should stop the run.
+    Raises:
+        RunError: the gradients overflow float16 although the loss is scaled by 1 only. No parameter was changed.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
         group["weight_decay"] = settings.weight_decay * group["wd_mult"]
+    scale = float(optimizer.get_loss_scale())
     done: Any = optimizer.step()
     _, grad_norm, _ = done
-    if isinstance(grad_norm, torch.Tensor):
-        grad_norm = grad_norm.item()
-    assert grad_norm is not None
-    return float(grad_norm)
+    if grad_norm is None and scale <= 1.0:
+        raise RunError("the gradients overflow float16 at a loss scale of 1; train in model.dtype = 'bfloat16'")
+    return Stepped(None if grad_norm is None else float(grad_norm), scale)

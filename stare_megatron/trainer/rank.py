@@ -46,7 +46,7 @@ from stare_megatron.types import Control, EntropyReading, Group, Measured, StepS
 from stare_megatron.types.token_record import TokenRecord
 
 COLLECTIVE_TIMEOUT_S = 1800.0  # ranks enter a collective together; the slowest may be a long micro-batch behind
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -228,15 +228,16 @@ class TrainerRank:
         lr = learning_rate(trainer.optimizer, self._optimizer_steps, total)
         if self._writing is not None:
             self._writing.copied()
-        grad_norm = step(self._optimizer, trainer.optimizer, lr)
-        if not math.isfinite(grad_norm):
-            raise RunError(f"optimizer step {number}: the gradient norm is {grad_norm} at a loss of {loss:.6g}")
+        done = step(self._optimizer, trainer.optimizer, lr)
+        if done.grad_norm is not None and not math.isfinite(done.grad_norm):
+            raise RunError(f"optimizer step {number}: the gradient norm is {done.grad_norm} at a loss of {loss:.6g}")
         self._optimizer_steps = number
-        own = (
-            Measured("update/grad_norm", grad_norm),
-            Measured("update/lr", lr),
-            Measured("throughput/trained_tokens", data.batch.num_action_tokens),
-        )
+        own = [Measured("update/lr", lr), Measured("throughput/trained_tokens", data.batch.num_action_tokens)]
+        if done.grad_norm is not None:
+            own.append(Measured("update/grad_norm", done.grad_norm))
+        if self._dtype is torch.float16:
+            own.append(Measured("update/loss_scale", done.loss_scale))
+            own.append(Measured("update/overflows", done.grad_norm is None))
         return UpdateStats((*seen.measured, *expected, *own))
 
     def score_tokens(self, token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:

@@ -130,13 +130,8 @@ def save(trainer: TrainerRank, folder: Path, step: int) -> None:
 
 def first_tokens(groups: list[Group]) -> dict[tuple[str, int], int]:
     """Global id of each trajectory's first token, by prompt and sample, when `groups` come in this order."""
-    (plan,) = plan_updates(
-        [g.summary() for g in groups],
-        data_parallel=1,
-        updates_per_batch=1,
-        micro_batch_tokens=1,
-        min_micro_batch_multiple=1,
-    )
+    one = {"data_parallel": 1, "updates_per_batch": 1, "micro_batch_tokens": 1, "min_micro_batch_multiple": 1}
+    (plan,) = plan_updates([g.summary() for g in groups], **one)
     return {
         (groups[a.group].prompt.id, groups[a.group].trajectories[s].sample): first
         for a in plan[0].assignments
@@ -187,15 +182,16 @@ def gradient(trainer: TrainerRank) -> dict[str, Any]:
             for bucket in buffer.buckets:
                 own = shard_buffer(bucket.grad_data, size)[dist.get_rank(group)].clone()
                 dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
-    parameters = [p for chunk in trainer._chunks for p in chunk.parameters()]
-    values = [p.data for p in parameters]
+    # In the parameters' place, not in their data: another dtype there would cost them upstream's backward hooks.
+    modules = [module for chunk in trainer._chunks for module in chunk.modules()]
+    owners = [(module, name, p) for module in modules for name, p in module._parameters.items() if p is not None]
     try:
-        for p in parameters:
-            p.data = p.main_grad
+        for module, name, p in owners:
+            module._parameters[name] = torch.nn.Parameter(p.main_grad, requires_grad=False)
         return {name: tensor.to("cpu", copy=True) for name, tensor in export(trainer._chunks, torch.float32)}
     finally:
-        for p, value in zip(parameters, values, strict=True):
-            p.data = value
+        for module, name, p in owners:
+            module._parameters[name] = p
 
 
 def keep_gradients(trainer: TrainerRank) -> list[dict[str, Any]]:
@@ -247,7 +243,7 @@ def steps(rank: Rank, config: Config, *, count: int = 2, order: int | None = Non
         seen["stats"].extend(done.updates)
     seen["probe"] = trainer.score_tokens(PROBE)
     seen["position"] = trainer.position()
-    seen["gradient"] = gradients[0] if rank.rank == 0 else {}
+    seen["gradient"] = gradients[0] if rank.rank == 0 and gradients else {}
     trainer.close()
     return seen
 

@@ -157,6 +157,12 @@ def test_experts_must_divide(make, files):
     preflight.check(make(trainer={"world_size": 2, "expert_parallel": 2}))
 
 
+def test_experts_train_in_bfloat16(make, files):
+    set_model(files, **MOE)
+    refused(make(model={"path": str(files / "model"), "dtype": "float16"}), 'model.dtype = "float16"', "experts")
+    preflight.check(make(model={"path": str(files / "model"), "dtype": "bfloat16"}))
+
+
 def test_engine_layout(make, files):
     refused(make(inference={"tensor_parallel": 3}), "inference.tensor_parallel = 3", "4 attention heads")
     set_model(files, num_attention_heads=12, num_key_value_heads=4, hidden_size=384)
