@@ -2,6 +2,7 @@
 # make smollm2 the same on a real pretrained model of 135M parameters, a few steps
 # make test    the test suite       make test-slow   also wide sweeps and long runs
 #                                   make test-unit   unit and contract tests alone
+#                                   make test-runs   training runs of several minutes, which CI makes too
 # make lint    ruff and pyright     make docs        pages that are written from code
 # make clean   remove the environment, caches and the demo's model; runs/ stays
 #
@@ -19,7 +20,7 @@ DEMO := .cache/demo
 PYTEST_ARGS ?=
 BESIDE := checkpoint cluster compare data metrics rewards trainer
 
-.PHONY: demo smollm2 test test-unit test-slow lint docs venv clean
+.PHONY: demo smollm2 test test-unit test-runs test-slow lint docs venv clean
 
 demo: $(STAMP)
 	@$(BIN)/python tools/make_tiny_model.py --out $(DEMO)
@@ -38,6 +39,9 @@ test: $(STAMP)
 
 test-unit: $(STAMP)
 	@$(BIN)/python -m pytest --beside="$(addprefix tests/unit/,$(BESIDE))" tests/contracts tests/unit $(PYTEST_ARGS)
+
+test-runs: $(STAMP)
+	@$(BIN)/python -m pytest -m "runs and not slow" tests/e2e $(PYTEST_ARGS)
 
 test-slow: $(STAMP)
 	@$(SMOLLM2)

@@ -12,6 +12,7 @@ import pytest
 from stare_megatron.metrics import jsonl
 from tests.contracts.source import ROOT
 
+pytestmark = pytest.mark.runs
 TARGET = 0.2
 
 

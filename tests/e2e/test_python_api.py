@@ -6,11 +6,14 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from stare_megatron.tasks.make import make
 from stare_megatron.tasks.tiny_model import default_settings
 from tests.contracts.source import ROOT
 
 
+@pytest.mark.runs
 def test_the_page_runs(tmp_path):
     make(default_settings("order_free_sum", layers=2, seed=3), tmp_path / ".cache/demo", 512, 32)
     (tmp_path / "examples").symlink_to(ROOT / "examples")

@@ -9,7 +9,7 @@ from stare_megatron.metrics import jsonl
 from tests.contracts.source import ROOT
 from tests.e2e.tool_run import command
 
-STEPS = 6
+STEPS = 4
 
 
 def test_a_policy_trains_with_the_tool(tmp_path):

@@ -268,6 +268,7 @@ def killed_and_resumed(material: Path, trained: Path, runs: Path, phase: str, st
         assert mine == theirs
 
 
+@pytest.mark.runs
 def test_killed_before_a_checkpoint_has_its_name(material: Path, trained: Path, tmp_path: Path) -> None:
     killed_and_resumed(material, trained, tmp_path, "save", 4, steps=6)
     assert sorted(p.name for p in (tmp_path / "e2e/checkpoints").iterdir()) == ["latest", "step_000004", "step_000006"]

@@ -9,6 +9,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 from stare_megatron.metrics import jsonl
 from stare_megatron.tasks.make import make
 from stare_megatron.tasks.tiny_model import default_settings
@@ -23,6 +25,7 @@ def test_prompts_are_those_that_the_tool_writes() -> None:
     assert [json.loads(line) for line in (EXAMPLE / "prompts.jsonl").read_text().splitlines()] == rows
 
 
+@pytest.mark.runs
 def test_the_example_trains(tmp_path: Path) -> None:
     """Rewards and observations come from the user's files, under the settings of the command line."""
     make(default_settings("order_free_sum", layers=2, seed=0), tmp_path / "made", 512, 16)
