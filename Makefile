@@ -3,6 +3,7 @@
 # make test    the test suite       make test-slow   also wide sweeps and long runs
 #                                   make test-unit   unit and contract tests alone
 #                                   make test-runs   training runs of several minutes, which CI makes too
+#                                   make test-te     Transformer Engine's layers, without a GPU, in .venv-te (7 GB)
 # make lint    ruff and pyright     make docs        pages that are written from code
 # make clean   remove the environment, caches and the demo's model; runs/ stays
 #
@@ -20,7 +21,7 @@ DEMO := .cache/demo
 PYTEST_ARGS ?=
 BESIDE := checkpoint cluster compare data metrics rewards trainer
 
-.PHONY: demo smollm2 test test-unit test-runs test-slow lint docs venv clean
+.PHONY: demo smollm2 test test-unit test-runs test-slow test-te lint docs venv clean
 
 demo: $(STAMP)
 	@$(BIN)/python tools/make_tiny_model.py --out $(DEMO)
@@ -47,6 +48,16 @@ test-slow: $(STAMP)
 	@$(SMOLLM2)
 	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
 
+TE := .venv-te
+
+test-te: $(TE)/.made
+	@PYTHONPATH=tests/te/standin STARE_DEVICE=cpu OMP_NUM_THREADS=1 \
+	    $(TE)/bin/python -m pytest --tb=short tests/te $(PYTEST_ARGS)
+
+$(TE)/.made: pyproject.toml tools/make_te_venv.sh
+	@PYTHON="$(or $(PYTHON),python3.12)" tools/make_te_venv.sh $(TE)
+	touch $@
+
 lint: $(STAMP)
 	@$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -63,5 +74,5 @@ $(STAMP): pyproject.toml setup.py tools/make_venv.sh
 	touch $@
 
 clean:
-	@rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache
+	@rm -rf $(VENV) $(TE) $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache
 	find stare_megatron patches tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
