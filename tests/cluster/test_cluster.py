@@ -1,0 +1,171 @@
+"""The real loop over several machines: what it computes, what it needs of them, and how it ends when one fails."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stare_megatron.metrics import jsonl
+from stare_megatron.tasks.make import make
+from stare_megatron.tasks.tiny_model import default_settings
+from tests.cluster.machines import ROOT, Machine, machines, why_not
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900), pytest.mark.skipif(bool(why_not()), reason=why_not())]
+
+STEPS = 2
+SPLIT = {"trainer.tensor_parallel": 2, "trainer.pipeline_parallel": 2, "trainer.world_size": 4, "inference.engines": 2}
+SMALL = {"trainer.tensor_parallel": 1, "trainer.world_size": 2, "inference.engines": 2}
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Path]:
+    """A folder that all machines see."""
+    folder = Path(tempfile.mkdtemp(prefix="stare-cluster-", dir="/var/tmp"))
+    make(default_settings("order_free_sum", layers=2, seed=1), folder / "material", 256, 8)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def pair(shared: Path) -> Iterator[list[Machine]]:
+    """Two machines with a cluster of four CPUs each."""
+    (shared / "pair").mkdir()
+    with machines(2, shared / "pair") as made:
+        for machine in made:
+            machine.ray(4)
+        yield made
+
+
+def command(shared: Path, runs: Path, **keys: Any) -> list[str | Path]:
+    settings = {
+        "run.dir": runs,
+        "run.name": "demo",
+        "run.steps": STEPS,
+        "model.path": shared / "material/model",
+        "data.train": json.dumps([str(shared / "material/train.jsonl")]),
+        "rollout.prompts_per_step": 4,
+        "rollout.prompts_per_generation": 8,
+        "logging.wandb": "disabled",
+        "logging.samples_every": 1,
+        "cluster.address": "auto",
+        "checkpoint.every": 2,
+    } | keys
+    run = [sys.executable, "-m", "stare_megatron", "train", ROOT / "examples/demo_cpu/run.toml", "--quiet"]
+    return [*run, *(f"{key}={value}" for key, value in settings.items())]
+
+
+def learned(run: Path) -> list[dict[str, str]]:
+    """What the steps found and did, without what it cost; as text, since NaN is not equal to itself."""
+    cost = ("time/", "memory/", "throughput/")
+    rows = jsonl.read(run / "metrics.jsonl")
+    return [{name: repr(x) for name, x in row.items() if not name.startswith(cost)} for row in rows]
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    deadline = time.monotonic() + 300
+    while not (run / "metrics.jsonl").exists() or len(jsonl.read(run / "metrics.jsonl")) < step:
+        assert time.monotonic() < deadline, f"no step {step} within 300 s"
+        time.sleep(0.2)
+
+
+def test_two_machines_compute_what_one_does(shared: Path, pair: list[Machine]) -> None:
+    """TP2 x PP2 and two engines, spread over both: metrics and samples of the run on one machine, bit for bit; and that
+    one goes on from their checkpoint."""
+    spread, alone = shared / "spread", shared / "alone"
+    code, said = pair[0].run(command(shared, spread, **SPLIT))
+    assert code == 0, said[-3000:]
+    code, said = pair[1].run(command(shared, alone, **SPLIT | {"cluster.address": "local"}))
+    assert code == 0, said[-3000:]
+    assert learned(spread / "demo") == learned(alone / "demo")
+    for number in range(1, STEPS + 1):
+        mine, theirs = ((f / f"demo/samples/step_{number:06d}.txt").read_text() for f in (spread, alone))
+        assert mine == theirs
+
+    goes_on = {"run.steps": STEPS + 1, "run.resume": "auto", "cluster.address": "local"}
+    code, said = pair[1].run(command(shared, spread, **SPLIT | goes_on))
+    assert code == 0, said[-3000:]
+    assert [int(row["step"]) for row in jsonl.read(spread / "demo/metrics.jsonl")] == list(range(1, STEPS + 2))
+
+
+def test_a_cluster_that_is_too_small(shared: Path, pair: list[Machine]) -> None:
+    begin = time.monotonic()
+    code, said = pair[0].run(command(shared, shared / "small", **SPLIT | {"inference.engines": 9}))
+    assert code == 2
+    assert "13 CPUs" in said
+    assert time.monotonic() - begin < 40  # ten seconds of it for what an ended run leaves
+    assert not (shared / "small/demo").exists()
+
+
+def test_sigterm_saves(shared: Path, pair: list[Machine]) -> None:
+    run = shared / "stopped"
+    process = pair[0].start(command(shared, run, **SMALL | {"run.steps": 50}))
+    wait_for_step(run / "demo", 2)
+    pair[0].run(["pkill", "-TERM", "-f", "stare_megatron train"])
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, said[-3000:]
+    saved = (run / "demo/checkpoints/latest").read_text().strip()
+    assert saved == f"step_{int(jsonl.read(run / 'demo/metrics.jsonl')[-1]['step']):06d}"
+
+
+def test_a_folder_that_is_not_shared(shared: Path, pair: list[Machine]) -> None:
+    """Refused before a rank is started, by the machine that does not see it."""
+    runs = shared / "private"
+    runs.mkdir()
+    pair[1].hide(runs)
+    code, said = pair[0].run(command(shared, runs, **SMALL), timeout=120)
+    assert code == 2, said[-3000:]
+    assert "10.77.0.2" in said
+    assert str(runs) in said
+
+
+@pytest.mark.slow
+def test_machines_named_as_debian_names_them(shared: Path) -> None:
+    """A host name that resolves to 127.0.1.1 is no address for others."""
+    (shared / "debian").mkdir()
+    with machines(2, shared / "debian", debian=True) as made:
+        for machine in made:
+            machine.ray(2)
+        code, said = made[0].run(command(shared, shared / "debian-runs", **SMALL | {"run.steps": 1}))
+        assert code == 0, said[-3000:]
+
+
+@pytest.mark.slow
+def test_a_machine_that_is_switched_off(shared: Path) -> None:
+    """The run ends, names the machine, and what is saved."""
+    (shared / "off").mkdir()
+    run = shared / "off-runs"
+    with machines(2, shared / "off") as made:
+        for machine in made:
+            machine.ray(2)
+        process = made[0].start(command(shared, run, **SMALL | {"run.steps": 50}))
+        wait_for_step(run / "demo", 3)
+        made[1].switch_off()
+        said, _ = process.communicate(timeout=180)
+        assert process.returncode == 1, said[-3000:]
+        assert "10.77.0.2" in said
+        assert "step_000002" in said
+
+
+@pytest.mark.slow
+def test_a_cable_that_is_pulled_for_a_while(shared: Path) -> None:
+    """A lost link is not taken for a process that died."""
+    (shared / "cut").mkdir()
+    run = shared / "cut-runs"
+    with machines(2, shared / "cut") as made:
+        for machine in made:
+            machine.ray(2)
+        process = made[0].start(command(shared, run, **SMALL | {"run.steps": 20}))
+        wait_for_step(run / "demo", 2)
+        made[1].unplug()
+        time.sleep(8)
+        made[1].plug()
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == 0 or "connection" in said, said[-3000:]
