@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from stare_megatron.config.base import Section
+from stare_megatron.config.base import Section, Text
 
 
 class ClusterConfig(Section):
-    address: str = Field(
+    address: Text = Field(
         default="local", description="`local` starts Ray on this machine; `auto` or HOST:PORT joins a cluster."
     )
     port: int = Field(

@@ -107,6 +107,8 @@ class Config(Section):
                 'is "local"; leave it empty, or join a cluster'
             )
         r, t = self.rollout, self.trainer
+        if fault := t.optimizer.fault(self.run.steps * t.updates_per_batch):
+            raise ValueError(f"trainer.optimizer.{fault}")
         if r.prompts_per_step % t.updates_per_batch:
             raise ValueError(
                 f"rollout.prompts_per_step {r.prompts_per_step} is not a multiple of trainer.updates_per_batch "

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from stare_megatron.config.base import Section
+from stare_megatron.config.base import Section, Text
 from stare_megatron.config.registry import Kind, OpenTable
 
 
@@ -29,9 +29,7 @@ class ToolUseConfig(Section):
         description="How a call is written: `<tool_call>` JSON between chat turns, `<code>` ... `<interpreter>`, or a "
         "fenced block of Python.",
     )
-    tool: str = Field(
-        default="python", min_length=1, description="Name of the tool in a `hermes` call; its argument is `code`."
-    )
+    tool: Text = Field(default="python", description="Name of the tool in a `hermes` call; its argument is `code`.")
     parallel_calls: bool = Field(
         default=False,
         description="`hermes`: a turn ends where the policy ends it and may hold several calls; false: it ends with "
@@ -85,7 +83,7 @@ class ToolUseConfig(Section):
 class EnvConfig(OpenTable):
     registry: ClassVar[str] = "stare_megatron.envs:ENVS"
 
-    name: str = Field(
+    name: Text = Field(
         default="single_turn",
         description="`single_turn`: one response a prompt; `tool_use`: code the policy writes is run and it goes on, "
         "docs/tool_use.md; or your own, `package.module:object` or `path/to/file.py:object`, "

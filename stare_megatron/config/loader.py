@@ -157,8 +157,18 @@ def _explain(error: ValidationError, origin: str, tree: Mapping[str, Any]) -> st
     must = _MUST.get(first["type"]) or _MUST.get(first["type"].partition("_")[0])
     if must:
         message = "must " + must.format(**first.get("ctx", {}))
-    value = "" if first["type"] == "value_error" else f" = {first['input']!r}"
+    if first["type"] == "literal_error":
+        choices = first["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        message += suggest(first["input"], choices) if isinstance(first["input"], str) else ""
+    value = "" if first["type"] == "value_error" else f" = {_shown(first['input'])}"
     return f"{origin}: {key}{value}: {message}" if key else f"{origin}: {message}"
+
+
+def _shown(value: Any) -> str:
+    try:
+        return f"{value!r:.200}"
+    except ValueError:  # Python does not print numbers of thousands of digits
+        return "a number of thousands of digits"
 
 
 def hint(key: str, tree: Mapping[str, Any] | None = None) -> str:

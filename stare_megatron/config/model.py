@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from stare_megatron.config.base import Free, Section
+from stare_megatron.paths import absolute
 
 
 class ModelConfig(Section):
@@ -20,3 +21,8 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         default="bfloat16", description="Compute dtype of trainer and engines."
     )
+
+    @field_validator("weights")
+    @classmethod
+    def _where(cls, weights: str) -> str:
+        return str(absolute(weights)) if weights else ""

@@ -43,6 +43,7 @@ def arguments(material: Path, runs: Path, **overrides: object) -> list[str]:
         "data.train": json.dumps([str(material / "train.jsonl")]),
         "logging.wandb": "disabled",
         "checkpoint.every": 0,
+        "trainer.optimizer.warmup_steps": 5,  # some runs below are no longer
     } | overrides
     return [*COMMAND, *(f"{key}={value}" for key, value in keys.items())]
 

@@ -19,6 +19,7 @@ def command(folder: Path, *, steps: int, **more: object) -> list[str]:
         "run.dir": folder,
         "run.name": "tool",
         "run.steps": steps,
+        "trainer.optimizer.warmup_steps": min(10, steps),
         "model.path": material / "model",
         "data.train": json.dumps([str(material / "train.jsonl")]),
         "eval.benchmarks": "[]",
