@@ -37,7 +37,8 @@ method.
 
 `[trainer.megatron]` and `[inference.vllm]` take these fields of Megatron-Core's `TransformerConfig` and of vLLM's
 `EngineArgs`, by their upstream names. All others are refused with the reason: the checkpoint or the run decides them,
-the layers here do not read them, or engine and trainer would compute different things. To try another one, add it to
+the layers here do not read them, or engine and trainer would compute different things. Those for Transformer Engine
+are passed on and not run by the tests. To try another one, add it to
 `stare_megatron/config/upstream.py` with a test of what it does.
 
 {options}

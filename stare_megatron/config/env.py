@@ -77,6 +77,8 @@ class ToolUseConfig(Section):
             raise ValueError(f"final_answer = {self.final_answer!r:.200} is no regular expression: {why}") from e
         if self.parallel_calls and self.parser != "hermes":
             raise ValueError(f'parallel_calls is for parser = "hermes", not {self.parser!r}: take it out')
+        if self.tool != "python" and self.parser != "hermes":
+            raise ValueError(f'tool = {self.tool!r} is for parser = "hermes", not {self.parser!r}: take it out')
         return self
 
 

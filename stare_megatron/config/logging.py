@@ -25,6 +25,9 @@ REFLECTION_WORDS = (
 )
 
 
+_TAG = 64
+
+
 class LoggingConfig(Section):
     tensorboard: bool = Field(default=True, description="Write TensorBoard event files.")
     wandb: Literal["offline", "online", "disabled"] = Field(default="offline", description="Weights & Biases mode.")
@@ -46,4 +49,6 @@ class LoggingConfig(Section):
     def _words(self) -> LoggingConfig:
         if not all(word.strip() for word in self.reflection_words):
             raise ValueError("reflection_words holds an empty word; remove it")
+        if long := next((tag for tag in self.wandb_tags if len(tag) > _TAG), ""):
+            raise ValueError(f"wandb_tags holds {long!r}; Weights & Biases takes tags of at most {_TAG} characters")
         return self

@@ -72,10 +72,9 @@ MEGATRON_OPTIONS: Mapping[str, Option] = {
     "microbatch_group_size_per_vp_stage": _whole("virtual_pipeline"),
     "deterministic_mode": _flag(),
     **dict.fromkeys(
-        ("apply_rope_fusion", "bias_activation_fusion", "bias_dropout_fusion", "persist_layer_norm", "tp_comm_overlap"),
+        ("apply_rope_fusion", "bias_activation_fusion", "bias_dropout_fusion", "moe_permute_fusion"),
         _flag("transformer_engine"),
     ),
-    **dict.fromkeys(("moe_grouped_gemm", "moe_permute_fusion", "moe_router_fusion"), _flag("transformer_engine")),
     "cp_comm_type": _one_of("p2p", "all_gather", "a2a", needs="transformer_engine"),
 }
 
@@ -146,7 +145,10 @@ MEGATRON_REFUSED: tuple[tuple[str, str], ...] = (
         "moe_(router_load_balancing_type|aux_loss_coeff|z_loss_coeff)",
         "the loss is the method's alone, and upstream scales these by the number of tokens",
     ),
-    ("cross_entropy_.*|attention_softmax_in_fp32|apply_query_key_layer_scaling|masked_softmax_fusion", _OURS),
+    (
+        "cross_entropy_.*|attention_softmax_in_fp32|apply_query_key_layer_scaling|masked_softmax_fusion|persist_layer_norm",
+        _OURS,
+    ),
     ("num_layers_in_.*|pipeline_model_parallel_layout|account_for_.*", "the layers are split evenly over the stages"),
     ("inference_.*|flash_decode|use_inference_.*|symmetric_ar_type|mlp_chunks_.*", "the trainer's ranks do not sample"),
 )
