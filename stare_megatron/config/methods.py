@@ -151,18 +151,14 @@ class StareConfig(Section):
         for key in sorted(self.model_fields_set & CONTROLLER_OF.keys()):
             if self.controller != CONTROLLER_OF[key]:
                 raise ValueError(f'stare.{key} is for stare.controller = "{CONTROLLER_OF[key]}"')
-        for switch, on, keys in (
-            ("adaptive = true", self.adaptive, ("alpha", "weight_pos_max", "weight_neg_min")),
-            ('variant = "C2"', self.variant == "C2", ("weight_neg",)),
-        ):
-            for key in () if on else keys:
-                value = getattr(self, key)
-                if value != type(self).model_fields[key].default:
-                    raise ValueError(f"stare.{key} = {value} is for stare.{switch}")
+        for key in () if self.adaptive else ("alpha", "weight_pos_max", "weight_neg_min"):
+            value = getattr(self, key)
+            if value != type(self).model_fields[key].default:
+                raise ValueError(f"stare.{key} = {value} is for stare.adaptive = true")
         if self.adaptive and not (self.weight_pos <= self.weight_pos_max and self.weight_neg >= self.weight_neg_min):
             raise ValueError(
-                f"stare.weight_pos = {self.weight_pos} and stare.weight_neg = {self.weight_neg} begin outside the bounds "
-                f"stare.weight_pos_max = {self.weight_pos_max}, stare.weight_neg_min = {self.weight_neg_min}"
+                f"stare.weight_pos = {self.weight_pos} and stare.weight_neg = {self.weight_neg} begin outside the "
+                f"bounds stare.weight_pos_max = {self.weight_pos_max}, stare.weight_neg_min = {self.weight_neg_min}"
             )
         if self.controller != "on_off" and self.adaptive:
             raise ValueError('stare.adaptive is for stare.controller = "on_off": both would move the same weights')
