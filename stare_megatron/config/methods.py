@@ -155,11 +155,6 @@ class StareConfig(Section):
             value = getattr(self, key)
             if value != type(self).model_fields[key].default:
                 raise ValueError(f"stare.{key} = {value} is for stare.adaptive = true")
-        if self.adaptive and not (self.weight_pos <= self.weight_pos_max and self.weight_neg >= self.weight_neg_min):
-            raise ValueError(
-                f"stare.weight_pos = {self.weight_pos} and stare.weight_neg = {self.weight_neg} begin outside the "
-                f"bounds stare.weight_pos_max = {self.weight_pos_max}, stare.weight_neg_min = {self.weight_neg_min}"
-            )
         if self.controller != "on_off" and self.adaptive:
             raise ValueError('stare.adaptive is for stare.controller = "on_off": both would move the same weights')
         if self.controller == "proportional_integral":
