@@ -134,6 +134,7 @@ class Config(Section):
         if t.scoring == "rollout":
             settings = (a.method, a.stare, t.updates_per_batch, r.temperature, r.top_p)
             fault = fault or methods.rollout_scoring_fault(*settings)
+        fault = fault or (a.stare.idle() if a.method == "stare" else "")
         if fault:
             raise ValueError(fault)
         wanted = (*self.reward.kind.columns, *self.env.kind.columns)

@@ -146,15 +146,19 @@ class StareConfig(Section):
     weight_pos_max: float = Field(default=1.5, ge=1, description="Upper bound of an adaptive W.")
     weight_neg_min: float = Field(default=0.5, gt=0, le=1, description="Lower bound of an adaptive M.")
 
+    def idle(self) -> str:
+        """A setting that was changed and does nothing; "" if there is none."""
+        adaptive = {"alpha": self.alpha, "weight_pos_max": self.weight_pos_max, "weight_neg_min": self.weight_neg_min}
+        changed = [key for key, value in adaptive.items() if value != type(self).model_fields[key].default]
+        if changed and not self.adaptive:
+            return f"algorithm.stare.{changed[0]} = {adaptive[changed[0]]} is for algorithm.stare.adaptive = true"
+        return ""
+
     @model_validator(mode="after")
     def _controller(self) -> StareConfig:
         for key in sorted(self.model_fields_set & CONTROLLER_OF.keys()):
             if self.controller != CONTROLLER_OF[key]:
                 raise ValueError(f'stare.{key} is for stare.controller = "{CONTROLLER_OF[key]}"')
-        for key in () if self.adaptive else ("alpha", "weight_pos_max", "weight_neg_min"):
-            value = getattr(self, key)
-            if value != type(self).model_fields[key].default:
-                raise ValueError(f"stare.{key} = {value} is for stare.adaptive = true")
         if self.controller != "on_off" and self.adaptive:
             raise ValueError('stare.adaptive is for stare.controller = "on_off": both would move the same weights')
         if self.controller == "proportional_integral":
