@@ -9,6 +9,7 @@ from pathlib import Path
 
 from stare_megatron.errors import UserError
 
+_LONGEST, _LONGEST_NAME = 4095, 255  # bytes, Linux
 _VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
 
 
@@ -17,7 +18,7 @@ def absolute(path: str | Path) -> Path:
     read later.
 
     Raises:
-        ValueError: empty, or of a variable or user that is not defined.
+        ValueError: empty, too long, or of a variable or user that is not defined.
     """
     text = os.fspath(path)
     if text != text.strip() or not text or "\0" in text:
@@ -27,7 +28,10 @@ def absolute(path: str | Path) -> Path:
         raise ValueError(f"the environment variable {found[0]} is not defined; set it, or write the path itself")
     if expanded.startswith("~"):
         raise ValueError(f"there is no user {expanded.partition('/')[0]!r}; a file of that name is ./{text}")
-    return Path(os.path.abspath(expanded))  # links are left as they are called
+    made = os.path.abspath(expanded)  # links are left as they are called
+    if len(os.fsencode(made)) > _LONGEST or any(len(os.fsencode(part)) > _LONGEST_NAME for part in made.split("/")):
+        raise ValueError("is longer than a path can be")
+    return Path(made)
 
 
 def argument(text: str) -> Path:

@@ -73,7 +73,7 @@ def _single(value: Any, field: FieldInfo) -> Any:
     if not any(isinstance(bound, Le | Lt) for bound in field.metadata):
         if kind is int and abs(value) >= INTEGERS:
             raise ValueError(f"must be below {INTEGERS}")
-        if kind is float and math.isfinite(value) and abs(value) > LARGEST:
+        if kind is float and LARGEST < abs(value) < math.inf:
             raise ValueError(f"must be at most {LARGEST:g}")
     if kind is float and 0 < abs(value) < SMALLEST:
         raise ValueError(f"must be 0, or at least {SMALLEST:g} in size")
