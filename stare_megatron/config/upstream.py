@@ -56,7 +56,7 @@ def _one_of(*choices: str, needs: str = "") -> Option:
     return Option(" or ".join(f'"{choice}"' for choice in choices), lambda v: v in choices, needs)
 
 
-_MODULES = ("core_attn", "layernorm", "mlp", "moe", "moe_act")
+_MODULES = ("core_attn", "mlp", "moe")  # others need Transformer Engine: they do not keep outputs
 
 MEGATRON_OPTIONS: Mapping[str, Option] = {
     "expert_tensor_parallel_size": _whole("experts"),
@@ -82,7 +82,7 @@ ENGINE_OPTIONS: Mapping[str, Option] = {
     **dict.fromkeys(("max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes"), _whole()),
     "block_size": Option("a multiple of 16", lambda v: type(v) is int and 0 < v < 2**20 and v % 16 == 0),
     "enable_prefix_caching": _flag(),
-    "async_scheduling": _flag(),
+    "async_scheduling": _flag("gpu"),
     "gpu_memory_utilization": Option(
         "a number above 0 and at most 1", lambda v: type(v) in (int, float) and 0 < v <= 1, "gpu"
     ),

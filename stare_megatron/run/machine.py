@@ -22,7 +22,7 @@ _RANK_BYTES = 0.45 * _GIB
 _ENGINE_BYTES = 1.3 * _GIB + 1.0 * _GIB
 # Of the logits of a micro-batch: themselves, a softmax, their gradient; float32.
 _LOGITS_BYTES = 3 * 4
-_BLOCK = 16  # vLLM's smallest
+_BLOCKS = {False: 128, True: 16}  # vLLM's, on a CPU and on a GPU, tokens
 # vLLM's attention on a CPU refuses smaller heads.
 _CPU_MIN_HEAD_DIM = 32
 
@@ -75,7 +75,7 @@ def kv_cache_bytes(config: Config, shape: ModelShape) -> int:
     """What one sequence of the window takes of an engine rank's KV cache, in vLLM's blocks. Bytes."""
     heads = max(1, shape.kv_groups // config.inference.tensor_parallel)
     token = 2 * shape.layers * heads * shape.head_dim * (4 if config.model.dtype == "float32" else 2)
-    block = config.inference.vllm.get("block_size", _BLOCK)
+    block = config.inference.vllm.get("block_size", _BLOCKS[bool(on_gpus(config))])
     return -(-config.window // block) * block * token
 
 

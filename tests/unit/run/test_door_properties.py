@@ -1,4 +1,4 @@
-"""Any value of any key, written in a file or as an override, ends at the door in one line, or in a run that can start."""
+"""Any value of any key, in a file or as an override, ends at the door in one line, or in a run that can start."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from tests.unit.config import probes
 from tests.unit.config.test_config_properties import KEYS, with_value
 
 VALUES = nested(SCALARS) | st.sampled_from(
-    ["~/x", "~nobody_here/x", "$HOME/x", "${UNSET_VARIABLE}/x", "a/../b", ".", "true", "1", "1e3", "math", "GRPO", [""], ["a", "a"],
+    ["~/x", "~nobody_here/x", "$HOME/x", "${UNSET_VARIABLE}/x", "a/../b", ".", "true", "1", "1e3", "math", "GRPO",
+     [""], ["a", "a"],
      [], {}, 1e-320, 1e308, -0.0, 2**31, 2**63, 10**30, "HOST:1", "é" * 300 + ":80", ":::", "[::1]:80"]
 )  # fmt: skip
 UPSTREAM = [f"trainer.megatron.{key}" for key in sorted(options.megatron_fields())] + [
@@ -88,9 +89,7 @@ def test_any_value_of_any_key(base: dict[str, Any], items: list[tuple[str, Any]]
 @bounded(150)
 @given(
     st.lists(
-        st.tuples(
-            st.sampled_from(KEYS) | st.sampled_from(UPSTREAM), TEXT | VALUES.map(str)
-        ),
+        st.tuples(st.sampled_from(KEYS) | st.sampled_from(UPSTREAM), TEXT | VALUES.map(str)),
         max_size=2,
     )
 )
