@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -21,11 +22,19 @@ FREE_ON_RESUME = "free on resume"
 # trained, or is compared by its content. Every other key does: so does one that is added later.
 Free = Annotated[T, FREE_ON_RESUME]
 Text = Annotated[str, Field(min_length=1)]
-AS_WRITTEN = "as_written"  # type of the errors below, for pydantic
 
 # Bounds of numbers whose key sets none: what fits the integers and the float32 of every library below.
 INTEGERS = 2**31
 LARGEST, SMALLEST = 1e9, 1e-30
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """A ValueError in here is about the value alone: the message names the key and shows what was written."""
+    try:
+        yield
+    except ValueError as e:
+        raise PydanticCustomError("as_written", "{why}", {"why": str(e)}) from e
 
 
 class Section(BaseModel):
@@ -38,10 +47,8 @@ class Section(BaseModel):
     def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
         """`train = "a.jsonl"` says `train = ["a.jsonl"]`; paths are made absolute; numbers are bounded."""
         field = cls.model_fields[str(info.field_name)]
-        try:
+        with explained():
             return _list(value, field) if typing.get_origin(field.annotation) is list else _single(value, field)
-        except ValueError as e:
-            raise PydanticCustomError(AS_WRITTEN, "{why}", {"why": str(e)}) from e
 
 
 def _list(value: Any, field: FieldInfo) -> Any:

@@ -46,6 +46,7 @@ _MUST = {
     "path": "be a path, in quotes",
     "string_pattern_mismatch": "match {pattern}",
     "string_too_short": "not be empty",
+    "string_too_long": "have at most {max_length} characters",
     "string": "be a string, in quotes",
     "too_short": "have at least {min_length} entry",
 }

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from stare_megatron.config.base import Free, Section
+from stare_megatron.config.base import Free, Section, explained
 from stare_megatron.paths import absolute
 
 
@@ -25,4 +25,5 @@ class ModelConfig(Section):
     @field_validator("weights")
     @classmethod
     def _where(cls, weights: str) -> str:
-        return str(absolute(weights)) if weights else ""
+        with explained():
+            return str(absolute(weights)) if weights else ""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field, field_validator
 
-from stare_megatron.config.base import Free, Section
+from stare_megatron.config.base import Free, Section, explained
 from stare_megatron.paths import absolute
 
 NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]*$"  # of files and folders: neither hidden, nor an option of a command
@@ -41,8 +41,8 @@ class RunConfig(Section):
     @field_validator("resume")
     @classmethod
     def _where(cls, resume: str) -> str:
-        if resume.strip().lower() in ("never", "auto") and resume not in ("never", "auto"):
-            raise ValueError(
-                f"{resume!r}: did you mean {resume.strip().lower()!r}? A folder of that name is ./{resume}"
-            )
-        return resume if resume in ("never", "auto") else str(absolute(resume))
+        word = resume.strip().lower()
+        with explained():
+            if word in ("never", "auto") and resume != word:
+                raise ValueError(f"did you mean {word!r}? A folder of that name is ./{resume}")
+            return resume if word in ("never", "auto") else str(absolute(resume))
