@@ -169,7 +169,7 @@ def _explain(error: ValidationError, origin: str, tree: Mapping[str, Any]) -> st
     if must:
         message = "must " + must.format(**first.get("ctx", {}))
     if first["type"] == "literal_error":
-        choices = first["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        choices = first.get("ctx", {})["expected"].replace("'", "").replace(" or ", ", ").split(", ")
         message += suggest(first["input"], choices) if isinstance(first["input"], str) else ""
     value = "" if first["type"] == "value_error" else f" = {first['input']!r:.200}"
     return f"{origin}: {key}{value}: {message}" if key else f"{origin}: {message}"
