@@ -9,10 +9,9 @@ import argparse
 import platform
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from stare_megatron import __version__
+from stare_megatron import __version__, paths
 from stare_megatron.convert import arguments
 from stare_megatron.data.prepare.recipes import RECIPES
 from stare_megatron.data.prepare.settings import INSTRUCTION
@@ -206,7 +205,7 @@ def _add_runs(commands: Any) -> None:
         "train run.toml run.resume=auto",
     )
     add = _command(commands, "train", _train, "train a policy", *examples).add_argument
-    add("config", type=Path, help="TOML file; `stare-megatron config` explains its keys")
+    add("config", type=paths.argument, help="TOML file; `stare-megatron config` explains its keys")
     add("overrides", nargs="*", metavar="key.sub=value", help="override a key of the file")
     add("--print-config", action="store_true", help="print the resolved configuration, every key in use, and exit")
     add("--quiet", action="store_true", help="one line per step instead of the live display")
@@ -214,14 +213,19 @@ def _add_runs(commands: Any) -> None:
     about = "evaluate a policy on the held-out prompts of eval.benchmarks: avg@k and pass@k"
     examples = ("eval run.toml --model runs/demo", "eval run.toml eval.benchmarks=aime24.jsonl eval.samples=32")
     add = _command(commands, "eval", _eval, about, *examples).add_argument
-    add("config", type=Path, help="TOML file of a run")
+    add("config", type=paths.argument, help="TOML file of a run")
     add("overrides", nargs="*", metavar="key.sub=value", help="override a key of the file")
     policy = "Hugging Face folder, training checkpoint or run folder (default: the file's model.path)"
-    add("--model", type=Path, metavar="FOLDER", help=policy)
-    add("--out", type=Path, metavar="FOLDER", help="new folder for the results (default: RUN.DIR/RUN.NAME-eval)")
+    add("--model", type=paths.argument, metavar="FOLDER", help=policy)
+    add(
+        "--out",
+        type=paths.argument,
+        metavar="FOLDER",
+        help="new folder for the results (default: RUN.DIR/RUN.NAME-eval)",
+    )
 
     add = _command(commands, "plot", _plot, "draw a run's curves from its metrics", "plot runs/demo").add_argument
-    add("run", type=Path, help="run folder")
+    add("run", type=paths.argument, help="run folder")
 
 
 def _add_study(commands: Any) -> None:
@@ -232,9 +236,9 @@ def _add_study(commands: Any) -> None:
         "study study.toml --only 'stare*' --jobs 2",
     )
     add = _command(commands, "study", _study, about, *examples).add_argument
-    add("study", type=Path, help="TOML file; `stare-megatron docs studies` describes it")
+    add("study", type=paths.argument, help="TOML file; `stare-megatron docs studies` describes it")
     add("--form", default="", metavar="NAME", help="a smaller form of the study, e.g. quick")
-    add("--dir", type=Path, metavar="FOLDER", help="where run folders go (default: the study's dir)")
+    add("--dir", type=paths.argument, metavar="FOLDER", help="where run folders go (default: the study's dir)")
     add("--only", default="*", metavar="PATTERN", help="only runs whose name matches, e.g. 'stare*'")
     add("--jobs", type=int, default=0, metavar="N", help="runs at a time (default: as many as fit)")
     add("--dry-run", action="store_true", help="list the runs and their settings, run nothing")
@@ -244,8 +248,8 @@ def _add_compare(commands: Any) -> None:
     about = "compare runs side by side: one HTML report that needs no network, PNGs and the numbers"
     examples = ("compare runs/grpo runs/stare --out report", "compare runs/* --out report --align tokens --smooth 10")
     add = _command(commands, "compare", _compare, about, *examples).add_argument
-    add("runs", type=Path, nargs="+", metavar="RUN", help="run folder, or a folder of run folders")
-    add("--out", type=Path, required=True, metavar="FOLDER", help="where report.html and png/ go")
+    add("runs", type=paths.argument, nargs="+", metavar="RUN", help="run folder, or a folder of run folders")
+    add("--out", type=paths.argument, required=True, metavar="FOLDER", help="where report.html and png/ go")
     add("--align", choices=("step", "tokens", "time"), default="step", help="x axis (default: step)")
     add("--smooth", type=int, default=1, metavar="N", help="moving average over N steps (default: none)")
     add("--last", type=int, default=10, metavar="N", help="final values are means of the last N steps (default: 10)")
@@ -253,7 +257,7 @@ def _add_compare(commands: Any) -> None:
     add("--ignore", action="append", default=[], metavar="KEY", help="key that does not separate groups")
     add("--title", default="", help="title of the report")
     add("--samples", type=int, default=3, metavar="N", help="files of samples per run (default: 3)")
-    add("--json", type=Path, metavar="FILE", help="write the table's numbers there")
+    add("--json", type=paths.argument, metavar="FILE", help="write the table's numbers there")
     add("--no-png", dest="png", action="store_false", help="the report only")
     add("--verbose", action="store_true", help="list every file that was written")
 
@@ -264,7 +268,7 @@ def _add_make_tiny_model(commands: Any) -> None:
         commands, "make-tiny-model", _make_tiny_model, about, "make-tiny-model --out .cache/demo"
     ).add_argument
     files = "folder to make: model/, train.jsonl, eval.jsonl, test.jsonl"
-    add("--out", type=Path, required=True, metavar="FOLDER", help=files)
+    add("--out", type=paths.argument, required=True, metavar="FOLDER", help=files)
     add("--task", default="order_free_sum", help="generated task (default: order_free_sum); a wrong name lists them")
     add("--layers", type=int, default=2)
     add("--hidden", type=int, default=64)
@@ -290,8 +294,8 @@ def _add_prepare_data(commands: Any) -> None:
     )
     add = _command(commands, "prepare-data", _prepare_data, about, *examples).add_argument
     add("dataset", choices=RECIPES, metavar="DATASET", help=f"one of: {', '.join(RECIPES)}")
-    add("--out", type=Path, required=True, metavar="FILE", help="prompt file to write, JSONL")
-    add("--file", type=Path, nargs="+", help="published files, instead of the hub's")
+    add("--out", type=paths.argument, required=True, metavar="FILE", help="prompt file to write, JSONL")
+    add("--file", type=paths.argument, nargs="+", help="published files, instead of the hub's")
     add("--hub", metavar="REPOSITORY", help="repository on the hub (default: the data set's)")
     add("--revision", default="main", help="branch, tag or commit there")
     add("--split", help="split, where files are named by it (default: the data set's)")
@@ -299,7 +303,14 @@ def _add_prepare_data(commands: Any) -> None:
     add("--instruction", default=INSTRUCTION, help=f"line after each problem (default: {INSTRUCTION!r})")
     add("--system", default="", help="system message, with --form chat")
     add("--source", default="", help="the rows' source (default: the data set's name)")
-    add("--against", type=Path, nargs="+", default=[], metavar="FILE", help="prepared files to keep out of this one")
+    add(
+        "--against",
+        type=paths.argument,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="prepared files to keep out of this one",
+    )
     add("--ngram", type=int, default=13, help="words in an n-gram")
     add("--overlap", type=float, default=0.5, help="fraction of n-grams from which a problem is left out")
     phrases = "n-grams of this many problems of --against are phrases and do not count"

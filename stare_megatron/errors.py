@@ -28,12 +28,20 @@ class RunError(Exception):
 
 
 def nearest(word: str, candidates: Iterable[str], synonyms: Mapping[str, str] = _NO_SYNONYMS) -> str:
-    """The candidate that `word` most likely means, "" where none is near.
+    """The candidate that `word` most likely means, "" where none is near. Case, `-` for `_` and spaces are no
+    difference.
 
-    `synonyms`: what others call it -> the candidate, or several, separated by spaces.
+    `synonyms`: what others call it, in lower case with `_` -> the candidate, or several, separated by spaces.
     """
-    found = difflib.get_close_matches(word, list(candidates), n=1, cutoff=_NEAR)
-    return synonyms.get(word) or (found[0] if found else "")
+    plain = {_plain(candidate): candidate for candidate in candidates}
+    found = difflib.get_close_matches(_plain(word), plain, n=1, cutoff=_NEAR)
+    if found and found[0] == _plain(word):
+        return plain[found[0]]
+    return synonyms.get(word) or synonyms.get(_plain(word)) or (plain[found[0]] if found else "")
+
+
+def _plain(word: str) -> str:
+    return word.strip().casefold().replace("-", "_").replace(" ", "_")
 
 
 def suggest(word: str, candidates: Iterable[str], synonyms: Mapping[str, str] = _NO_SYNONYMS) -> str:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
 
 from stare_megatron.config import Config, parse
 
@@ -23,3 +28,22 @@ def tables(**changes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def configuration(**changes: Mapping[str, Any]) -> Config:
     """`tables`, read."""
     return parse(tables(**changes), "test")
+
+
+def small_model(folder: Path, experts: int = 0, **fields: Any) -> Path:
+    """A checkpoint folder of four layers that preflight takes; its one tensor is no model's."""
+    folder.mkdir()
+    shape: dict[str, Any] = {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 128, "intermediate_size": 256,
+        "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 112,
+        "max_position_embeddings": 8192,
+    }  # fmt: skip
+    if experts:
+        shape |= {
+            "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "head_dim": 32, "num_experts": experts,
+            "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True,
+        }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(shape | fields))
+    (folder / "tokenizer.json").write_text("{}")
+    save_file({"w": np.zeros((10, 10), np.float32)}, folder / "model.safetensors")
+    return folder

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pydantic.fields import FieldInfo
 
+from stare_megatron.config import upstream
 from stare_megatron.config.describe import default_of, models_to, type_name
 from stare_megatron.config.loader import walk
 
@@ -14,16 +15,33 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 _HEAD = """# Configuration
 
 A run is one TOML file. Any key can be set on the command line, after the file, as `key.sub=value`; values are TOML, a
-bare word is a string. An unknown key is an error that names the nearest one. Relative paths start at the current
-directory.
+bare word is a string.
 
     stare-megatron train run.toml rollout.group_size=16 run.name=wider
     stare-megatron train run.toml --print-config
 
-The tables `[trainer.megatron]` and `[inference.vllm]` take further fields of Megatron-Core's `TransformerConfig` and of
-vLLM's `EngineArgs` by their upstream names, checked against the installed packages. Fields that have a key here, or
-that the checkpoint or the run decides, are refused there.
+**Every key does something, or is refused.** An unknown key or name is an error that says the nearest one. Where a
+setting would do nothing beside another (a `min_lr` under a constant schedule, a warm-up longer than the run), or would
+mean another thing than it says (a temperature that vLLM would raise to 0.01), the start is refused with both keys and
+the cure. Settings of a part that is switched off wait for it: `[eval]` without `benchmarks`, the section of another
+method.
 
+* Paths: `~`, `$HOME` and `${VARIABLE}` are expanded, and a variable that is not defined is refused. A relative path
+  starts at the current directory, also for processes that run elsewhere; this holds on the command line too.
+* Names (of methods, rewards, environments, choices) are written in lower case, as listed.
+* Lists hold no entry twice and no empty string; `"a"` is `["a"]`.
+* Numbers are finite. Where a key sets no bounds of its own, whole numbers are below 2^31, others at most 1e9 and not
+  smaller than 1e-30.
+
+## Options of Megatron-Core and vLLM
+
+`[trainer.megatron]` and `[inference.vllm]` take these fields of Megatron-Core's `TransformerConfig` and of vLLM's
+`EngineArgs`, by their upstream names. All others are refused with the reason: the checkpoint or the run decides them,
+the layers here do not read them, or engine and trainer would compute different things. Those for Transformer Engine
+are passed on and not run by the tests. To try another one, add it to
+`stare_megatron/config/upstream.py` with a test of what it does.
+
+{options}
 Written by `python tools/make_config_docs.py` from `stare_megatron/config/`.
 """
 
@@ -36,12 +54,24 @@ def page() -> str:
         meaning = _cell(key.field.description or "")
         line = f"| `{name}` | {type_name(key.field.annotation)} | {default_of(key.field)} | {meaning} |"
         tables.setdefault(section, []).append(line)
-    parts = [_HEAD]
+    parts = [_HEAD.replace("{options}", _options())]
     for section, lines in tables.items():
         title = f"[{section}]" if _one_table(section) else f"[[{section}]]"
         parts.append(f"\n## {title}\n\n{_about(section)}\n\n| key | type | default | meaning |\n|---|---|---|---|\n")
         parts.append("\n".join(lines) + "\n")
     return "".join(parts)
+
+
+def _options() -> str:
+    lines = ["| option | value | note |", "|---|---|---|"]
+    for table, options in (
+        ("trainer.megatron", upstream.MEGATRON_OPTIONS),
+        ("inference.vllm", upstream.ENGINE_OPTIONS),
+    ):
+        for name, option in options.items():
+            need = upstream.NEEDS[option.needs].partition(";")[0].partition(",")[0] if option.needs else ""
+            lines.append(f"| `{table}.{name}` | {option.wants} | {need} |")
+    return "\n".join(lines) + "\n"
 
 
 def _one_table(section: str) -> bool:

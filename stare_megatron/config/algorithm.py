@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from stare_megatron.config import methods
-from stare_megatron.config.base import Section
+from stare_megatron.config.base import Section, Text
 from stare_megatron.config.methods import CorrectionConfig, StareConfig
 from stare_megatron.config.registry import Choice
 
@@ -26,7 +26,7 @@ class AlgorithmConfig(Choice):
     chooser: ClassVar[str] = "method"
     registry: ClassVar[str] = "stare_megatron.config.methods:METHODS"
 
-    method: str = Field(
+    method: Text = Field(
         default="stare",
         description="Method: a name from the registry, its page is docs/algorithms/NAME.md; or your own, "
         "`package.module:object` or `path/to/file.py:object`, docs/adding_a_method.md.",

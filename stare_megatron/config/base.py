@@ -2,32 +2,89 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+from annotated_types import Le, Lt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
+
+from stare_megatron.paths import absolute
 
 T = TypeVar("T")
 FREE_ON_RESUME = "free on resume"
 # The type of a key or table that may differ from the checkpoint's when a run is resumed: it does not change what is
 # trained, or is compared by its content. Every other key does: so does one that is added later.
 Free = Annotated[T, FREE_ON_RESUME]
+Text = Annotated[str, Field(min_length=1)]
+
+# Bounds of numbers whose key sets none: what fits the integers and the float32 of every library below.
+INTEGERS = 2**31
+LARGEST, SMALLEST = 1e9, 1e-30
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """A ValueError in here is about the value alone: the message names the key and shows what was written."""
+    try:
+        yield
+    except ValueError as e:
+        raise PydanticCustomError("as_written", "{why}", {"why": str(e)}) from e
 
 
 class Section(BaseModel):
+    """Strings, numbers and paths are read alike in all of them, those of a user's own objects included."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    @model_validator(mode="before")
+    @field_validator("*", mode="before")
     @classmethod
-    def _lists_of_one(cls, tree: Any) -> Any:
-        """`train = "a.jsonl"` says `train = ["a.jsonl"]`."""
-        lists = {key for key, f in cls.model_fields.items() if typing.get_origin(f.annotation) is list}
-        if not isinstance(tree, dict) or not lists:
-            return tree
-        return {k: [v] if k in lists and isinstance(v, str | Path) else v for k, v in tree.items()}
+    def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
+        """`train = "a.jsonl"` says `train = ["a.jsonl"]`; paths are made absolute; numbers are bounded."""
+        field = cls.model_fields[str(info.field_name)]
+        with explained():
+            return _list(value, field) if typing.get_origin(field.annotation) is list else _single(value, field)
+
+
+def _list(value: Any, field: FieldInfo) -> Any:
+    """Raises: ValueError: an entry that is empty, or there twice."""
+    (kind,) = typing.get_args(field.annotation)
+    entries = [value] if isinstance(value, str | Path) else value
+    if kind not in (str, Path) or not isinstance(entries, list):
+        return entries
+    if kind is Path:
+        entries = [absolute(entry) if isinstance(entry, str | Path) else entry for entry in entries]
+    if "" in entries:
+        raise ValueError("has an empty entry; take it out")
+    if twice := [str(entry) for n, entry in enumerate(entries) if entry in entries[:n]]:
+        raise ValueError(f"has {twice[0]!r} twice; take one out")
+    return entries
+
+
+def _single(value: Any, field: FieldInfo) -> Any:
+    """Raises: ValueError: no path, NUL in a text, true or false for a number, a number that libraries cannot hold."""
+    kind = field.annotation
+    if kind is Path and isinstance(value, str | Path):
+        return absolute(value)
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError("must not hold the character NUL")
+    if kind not in (int, float) or not isinstance(value, int | float):
+        return value
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    if not any(isinstance(bound, Le | Lt) for bound in field.metadata):
+        if kind is int and abs(value) >= INTEGERS:
+            raise ValueError(f"must be below {INTEGERS}")
+        if kind is float and LARGEST < abs(value) < math.inf:
+            raise ValueError(f"must be at most {LARGEST:g}")
+    if kind is float and 0 < abs(value) < SMALLEST:
+        raise ValueError(f"must be 0, or at least {SMALLEST:g} in size")
+    return value
 
 
 def section_of(annotation: Any) -> type[Section] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stare_megatron.config.base import Section
 
@@ -34,3 +34,9 @@ class CheckpointConfig(Section):
         description="Write the policy as a Hugging Face checkpoint every n steps, to `exports/`; 0: never.",
     )
     export_final: bool = Field(default=True, description="Write the final policy as a Hugging Face checkpoint.")
+
+    @model_validator(mode="after")
+    def _best(self) -> CheckpointConfig:
+        if self.best_mode != "max" and not self.best_metric:
+            raise ValueError(f"best_mode = {self.best_mode!r} is for best_metric, which is empty; set it")
+        return self

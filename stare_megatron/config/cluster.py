@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from stare_megatron.config.base import Section
+from stare_megatron.config.base import Section, Text
 
 
 class ClusterConfig(Section):
-    address: str = Field(
+    address: Text = Field(
         default="local", description="`local` starts Ray on this machine; `auto` or HOST:PORT joins a cluster."
     )
     port: int = Field(
@@ -16,3 +16,12 @@ class ClusterConfig(Section):
     )
     object_store_mb: int = Field(default=512, ge=80, description="Object store of a local Ray, MB.")
     start_timeout: float = Field(default=600.0, gt=0, description="Seconds to wait for ranks and engines to be ready.")
+
+    @model_validator(mode="after")
+    def _local(self) -> ClusterConfig:
+        if self.address != "local" and self.object_store_mb != type(self).model_fields["object_store_mb"].default:
+            raise ValueError(
+                f'object_store_mb = {self.object_store_mb} is for address = "local"; a cluster has its own, set where '
+                "Ray is started"
+            )
+        return self

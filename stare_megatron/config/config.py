@@ -107,6 +107,9 @@ class Config(Section):
                 'is "local"; leave it empty, or join a cluster'
             )
         r, t = self.rollout, self.trainer
+        fault = t.optimizer.fault(self.run.steps * t.updates_per_batch)
+        if fault and not t.optimizer.short_warmup:
+            raise ValueError(fault)
         if r.prompts_per_step % t.updates_per_batch:
             raise ValueError(
                 f"rollout.prompts_per_step {r.prompts_per_step} is not a multiple of trainer.updates_per_batch "
@@ -132,6 +135,7 @@ class Config(Section):
         if t.scoring == "rollout":
             settings = (a.method, a.stare, t.updates_per_batch, r.temperature, r.top_p)
             fault = fault or methods.rollout_scoring_fault(*settings)
+        fault = fault or (a.stare.idle() if a.method == "stare" else "")
         if fault:
             raise ValueError(fault)
         wanted = (*self.reward.kind.columns, *self.env.kind.columns)

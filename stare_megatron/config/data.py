@@ -7,17 +7,17 @@ from typing import Literal
 
 from pydantic import Field
 
-from stare_megatron.config.base import Free, Section
+from stare_megatron.config.base import Free, Section, Text
 
 
 class DataConfig(Section):
     train: Free[list[Path]] = Field(min_length=1, description="Prompt files, JSONL or parquet.")
-    prompt_key: str = Field(
+    prompt_key: Text = Field(
         default="prompt", description="Column with the prompt: a string, or a list of chat messages."
     )
-    answer_key: str = Field(default="answer", description="Column with the reference answer given to the reward.")
-    id_key: str = Field(default="id", description="Column with a unique id; rows without it are numbered `file:line`.")
-    source_key: str = Field(default="source", description="Column with the row's source; the file's stem if absent.")
+    answer_key: Text = Field(default="answer", description="Column with the reference answer given to the reward.")
+    id_key: Text = Field(default="id", description="Column with a unique id; rows without it are numbered `file:line`.")
+    source_key: Text = Field(default="source", description="Column with the row's source; the file's stem if absent.")
     extra_keys: list[str] = Field(
         default_factory=list,
         description="Further columns that reward and environment read, as `prompt.extra`; those that your own objects "

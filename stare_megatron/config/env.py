@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from stare_megatron.config.base import Section
+from stare_megatron.config.base import Section, Text
 from stare_megatron.config.registry import Kind, OpenTable
 
 
@@ -29,9 +29,7 @@ class ToolUseConfig(Section):
         description="How a call is written: `<tool_call>` JSON between chat turns, `<code>` ... `<interpreter>`, or a "
         "fenced block of Python.",
     )
-    tool: str = Field(
-        default="python", min_length=1, description="Name of the tool in a `hermes` call; its argument is `code`."
-    )
+    tool: Text = Field(default="python", description="Name of the tool in a `hermes` call; its argument is `code`.")
     parallel_calls: bool = Field(
         default=False,
         description="`hermes`: a turn ends where the policy ends it and may hold several calls; false: it ends with "
@@ -79,13 +77,15 @@ class ToolUseConfig(Section):
             raise ValueError(f"final_answer = {self.final_answer!r:.200} is no regular expression: {why}") from e
         if self.parallel_calls and self.parser != "hermes":
             raise ValueError(f'parallel_calls is for parser = "hermes", not {self.parser!r}: take it out')
+        if self.tool != "python" and self.parser != "hermes":
+            raise ValueError(f'tool = {self.tool!r} is for parser = "hermes", not {self.parser!r}: take it out')
         return self
 
 
 class EnvConfig(OpenTable):
     registry: ClassVar[str] = "stare_megatron.envs:ENVS"
 
-    name: str = Field(
+    name: Text = Field(
         default="single_turn",
         description="`single_turn`: one response a prompt; `tool_use`: code the policy writes is run and it goes on, "
         "docs/tool_use.md; or your own, `package.module:object` or `path/to/file.py:object`, "

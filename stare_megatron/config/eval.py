@@ -8,16 +8,19 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from stare_megatron.config.base import Section
+from stare_megatron.config.rollout import LEAST_TEMPERATURE, MOST_SAMPLES
+from stare_megatron.config.run import NAME
 
 
 class BenchmarkConfig(Section):
     path: Path = Field(description="Prompt file, JSONL or parquet, with the keys of `[data]`.")
     name: str = Field(
         default="",
-        pattern=r"^[A-Za-z0-9._-]*$",
+        max_length=100,
+        pattern=rf"^$|{NAME}",
         description="Name in metrics and files; empty: the file's without its end.",
     )
-    samples: int = Field(default=0, ge=0, description="k: samples a prompt; 0: `eval.samples`.")
+    samples: int = Field(default=0, ge=0, le=MOST_SAMPLES, description="k: samples a prompt; 0: `eval.samples`.")
 
     @model_validator(mode="before")
     @classmethod
@@ -28,7 +31,7 @@ class BenchmarkConfig(Section):
     def _named(self) -> BenchmarkConfig:
         if not self.name:
             stem = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in self.path.stem)
-            object.__setattr__(self, "name", stem or "_")  # frozen from here on
+            object.__setattr__(self, "name", stem.lstrip(".-")[:100] or "_")  # frozen from here on
         return self
 
 
@@ -41,9 +44,14 @@ class EvalConfig(Section):
         description="Held-out prompts: a path each, or a table with `path`, `name` (empty: the file's name without its "
         "end) and `samples` (0: `eval.samples`). Empty: no evaluation.",
     )
-    samples: int = Field(default=8, ge=1, description="k: samples a prompt, for avg@k and pass@1, 2, 4, ... up to k.")
+    samples: int = Field(
+        default=8, ge=1, le=MOST_SAMPLES, description="k: samples a prompt, for avg@k and pass@1, 2, 4, ... up to k."
+    )
     temperature: float = Field(
-        default=1.0, gt=0, le=2, description="Temperature of the samples; greedy decoding is `greedy`."
+        default=1.0,
+        ge=LEAST_TEMPERATURE,
+        le=2,
+        description="Temperature of the samples; greedy decoding is `greedy`.",
     )
     top_p: float = Field(default=1.0, gt=0, le=1, description="Nucleus sampling threshold of the samples.")
     greedy: bool = Field(default=True, description="Also decode each prompt once greedily.")

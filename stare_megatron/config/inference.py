@@ -10,8 +10,8 @@ from stare_megatron.config.base import PassThrough, Section
 
 
 class InferenceConfig(Section):
-    engines: int = Field(default=1, ge=1, description="vLLM engines.")
-    tensor_parallel: int = Field(default=1, ge=1, description="TP of each engine; one GPU a rank.")
+    engines: int = Field(default=1, ge=1, le=2**16, description="vLLM engines.")
+    tensor_parallel: int = Field(default=1, ge=1, le=2**10, description="TP of each engine; one GPU a rank.")
     placement: Literal["colocated", "separate"] = Field(
         default="colocated", description="Engines share the trainer's devices and take turns, or have their own."
     )

@@ -46,6 +46,7 @@ _MUST = {
     "path": "be a path, in quotes",
     "string_pattern_mismatch": "match {pattern}",
     "string_too_short": "not be empty",
+    "string_too_long": "have at most {max_length} characters",
     "string": "be a string, in quotes",
     "too_short": "have at least {min_length} entry",
 }
@@ -72,17 +73,27 @@ def load(path: Path, overrides: list[str]) -> Config:
 
 def parse(tree: dict[str, Any], origin: str) -> Config:
     """Validate a nested mapping; `origin` names it in errors."""
+    _check_text(tree, origin)
     try:
-        json.dumps(tree, ensure_ascii=False, default=str).encode()
         return Config.model_validate(tree)
-    except UnicodeEncodeError as e:
-        raise UserError(f"{origin}: {e.object[max(0, e.start - 20) : e.end]!r} is not UTF-8 text") from e
     except RecursionError as e:
         raise UserError(f"{origin}: nested too deep") from e
     except ValidationError as e:
         raise UserError(_explain(e, origin, tree)) from e
     except UserError as e:  # of an object that the configuration names
         raise UserError(f"{origin}: {e}") from e
+
+
+def _check_text(tree: dict[str, Any], origin: str) -> None:
+    """Raises: UserError: what could not be printed or written again."""
+    try:
+        json.dumps(tree, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as e:
+        raise UserError(f"{origin}: {e.object[max(0, e.start - 20) : e.end]!r} is not UTF-8 text") from e
+    except RecursionError as e:
+        raise UserError(f"{origin}: nested too deep") from e
+    except ValueError as e:  # Python's own limit
+        raise UserError(f"{origin}: holds a number of thousands of digits") from e
 
 
 def _override(tree: dict[str, Any], item: str) -> None:
@@ -157,7 +168,10 @@ def _explain(error: ValidationError, origin: str, tree: Mapping[str, Any]) -> st
     must = _MUST.get(first["type"]) or _MUST.get(first["type"].partition("_")[0])
     if must:
         message = "must " + must.format(**first.get("ctx", {}))
-    value = "" if first["type"] == "value_error" else f" = {first['input']!r}"
+    if first["type"] == "literal_error":
+        choices = first.get("ctx", {})["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        message += suggest(first["input"], choices) if isinstance(first["input"], str) else ""
+    value = "" if first["type"] == "value_error" else f" = {first['input']!r:.200}"
     return f"{origin}: {key}{value}: {message}" if key else f"{origin}: {message}"
 
 

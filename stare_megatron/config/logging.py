@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from stare_megatron.config.base import Section
+from stare_megatron.config.base import Section, Text
 
 REFLECTION_WORDS = (
     "wait",
@@ -25,10 +25,13 @@ REFLECTION_WORDS = (
 )
 
 
+_TAG = 64
+
+
 class LoggingConfig(Section):
     tensorboard: bool = Field(default=True, description="Write TensorBoard event files.")
     wandb: Literal["offline", "online", "disabled"] = Field(default="offline", description="Weights & Biases mode.")
-    wandb_project: str = Field(default="stare_megatron", description="Weights & Biases project.")
+    wandb_project: Text = Field(default="stare_megatron", description="Weights & Biases project.")
     wandb_entity: str = Field(default="", description="Its user or team; empty: the one logged in.")
     wandb_group: str = Field(default="", description="Group that its pages put the run in; empty: none.")
     wandb_tags: list[str] = Field(default_factory=list, description="Its tags of the run.")
@@ -46,4 +49,6 @@ class LoggingConfig(Section):
     def _words(self) -> LoggingConfig:
         if not all(word.strip() for word in self.reflection_words):
             raise ValueError("reflection_words holds an empty word; remove it")
+        if long := next((tag for tag in self.wandb_tags if len(tag) > _TAG), ""):
+            raise ValueError(f"wandb_tags holds {long!r}; Weights & Biases takes tags of at most {_TAG} characters")
         return self

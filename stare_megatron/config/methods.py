@@ -47,6 +47,12 @@ class ClipCovConfig(Section):
     low: float = Field(default=1.0, description="Covariance above which a token may be detached.")
     high: float = Field(default=5.0, description="Covariance below which a token may be detached.")
 
+    @model_validator(mode="after")
+    def _band(self) -> ClipCovConfig:
+        if self.low >= self.high:
+            raise ValueError(f"low = {self.low} is not below high = {self.high}: no token would be detached")
+        return self
+
 
 class KlCovConfig(Section):
     fraction: float = Field(
@@ -139,6 +145,14 @@ class StareConfig(Section):
     alpha: float = Field(default=0.01, gt=0, description="Step of the adaptive schedule.")
     weight_pos_max: float = Field(default=1.5, ge=1, description="Upper bound of an adaptive W.")
     weight_neg_min: float = Field(default=0.5, gt=0, le=1, description="Lower bound of an adaptive M.")
+
+    def idle(self) -> str:
+        """A setting that was changed and does nothing; "" if there is none."""
+        adaptive = {"alpha": self.alpha, "weight_pos_max": self.weight_pos_max, "weight_neg_min": self.weight_neg_min}
+        changed = [key for key, value in adaptive.items() if value != type(self).model_fields[key].default]
+        if changed and not self.adaptive:
+            return f"algorithm.stare.{changed[0]} = {adaptive[changed[0]]} is for algorithm.stare.adaptive = true"
+        return ""
 
     @model_validator(mode="after")
     def _controller(self) -> StareConfig:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from stare_megatron.config.base import Free, Section
+from stare_megatron.config.base import Free, Section, explained
+from stare_megatron.paths import absolute
 
 
 class ModelConfig(Section):
@@ -22,3 +23,9 @@ class ModelConfig(Section):
         description="Compute dtype of trainer and engines; gradients are summed and weights updated in float32. "
         "float16 scales the loss (`trainer.optimizer.initial_loss_scale`); dense models only.",
     )
+
+    @field_validator("weights")
+    @classmethod
+    def _where(cls, weights: str) -> str:
+        with explained():
+            return str(absolute(weights)) if weights else ""

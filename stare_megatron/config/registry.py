@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import importlib.util
 import operator
+import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -21,10 +22,30 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import Field, SerializeAsAny, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from stare_megatron import paths
 from stare_megatron.config.base import Section
 from stare_megatron.errors import UserError, nearest
 
 FORMS = "package.module:object or path/to/file.py:object"
+# What others call a reward, environment or method -> its name here.
+_SYNONYMS = {
+    **dict.fromkeys(
+        ("gsm8k", "math_verify", "math500", "aime", "aime24", "amc", "deepscaler", "math_dapo", "prime_math", "boxed"),
+        "math",
+    ),
+    **dict.fromkeys(("accuracy", "rule_based", "minerva", "mathematics", "numeric", "dapo_math"), "math"),
+    **dict.fromkeys(("exact_match", "string_match", "equals", "equality", "em"), "exact"),
+    **dict.fromkeys(("gym", "reasoning"), "reasoning_gym"),
+    **dict.fromkeys(
+        ("multi_turn", "agent", "tool", "tools", "tool_call", "tool_calling", "code_interpreter", "python", "retool"),
+        "tool_use",
+    ),
+    **dict.fromkeys(("none", "default", "chat", "single"), "single_turn"),
+    **dict.fromkeys(("ppo", "reinforce"), "grpo"),
+    **dict.fromkeys(("clip_higher", "decoupled_clip"), "dapo"),
+    **dict.fromkeys(("80_20", "forking_tokens", "entropy_mask"), "high_entropy_tokens"),
+    "reinforce_plus_plus": "w_reinforce",
+}
 # What code raises when it is imported; an exception class of its own shows its traceback.
 _IMPORT_ERRORS = (
     *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError, RuntimeError),
@@ -54,9 +75,9 @@ def is_address(name: str) -> bool:
 
 
 def absolute(name: str) -> str:
-    """The name; of an address with a file, with its path made absolute against the current directory."""
+    """The name; of an address with a file, with its path made absolute (`paths.absolute`, which may raise)."""
     where, colon, what = name.rpartition(":")
-    return f"{Path(where).expanduser().absolute()}:{what}" if colon and where.endswith(".py") else name
+    return f"{paths.absolute(where)}:{what}" if colon and where.endswith(".py") else name
 
 
 def source_file(address: str) -> Path | None:
@@ -75,8 +96,11 @@ def load_object(address: str, key: str) -> Any:
     Raises:
         UserError: no such file, module or object, or an exception while it is imported.
     """
-    where, _, name = address.rpartition(":")
     fault = f"{key} = {address!r}"
+    try:
+        where, _, name = absolute(address).rpartition(":")
+    except ValueError as e:
+        raise UserError(f"{fault}: {e}") from e
     if not where or not all(part.isidentifier() for part in name.split(".")):
         raise UserError(f"{fault}: not of the form {FORMS}")
     module = sys.modules.get(_module_name(where)) or _import(where, fault)
@@ -93,8 +117,8 @@ def _module_name(where: str) -> str:
     """What a module is called in `sys.modules`: the same in every process, so that its objects can be pickled."""
     if not where.endswith(".py"):
         return where
-    path = absolute(f"{where}:")[:-1]
-    return f"stare_user_{Path(path).stem}_{hashlib.blake2b(path.encode(), digest_size=6).hexdigest()}"
+    path = paths.absolute(where)
+    return f"stare_user_{path.stem}_{hashlib.blake2b(os.fsencode(path), digest_size=6).hexdigest()}"
 
 
 def _import(where: str, fault: str) -> ModuleType:
@@ -113,7 +137,6 @@ def _import(where: str, fault: str) -> ModuleType:
 
 
 def _import_file(path: Path, fault: str) -> ModuleType:
-    path = path.expanduser().absolute()
     if not path.is_file():
         raise UserError(f"{fault}: there is no file {path}; a relative path starts at the current directory")
     name = _module_name(str(path))
@@ -152,7 +175,8 @@ class Registry(dict[str, K], Generic[K]):
         """Raises: UserError: not registered and no address, or an object of another kind."""
         fault = f"{self._key} = {name!r}"
         if not is_address(name):
-            meant = nearest(name, self) or (f"{name}:OBJECT" if name.endswith(".py") else "")
+            known = {other: ours for other, ours in _SYNONYMS.items() if ours in self}
+            meant = nearest(name, self, known) or (f"{name}:OBJECT" if name.endswith(".py") else "")
             hint = f" (did you mean {meant!r}?)" if meant else ""
             raise UserError(f"{fault} is not registered{hint}; use one of {', '.join(sorted(self))}, or give {FORMS}")
         found = load_object(name, self._key)

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from stare_megatron.config.base import Free, Section
+from stare_megatron.config.base import Free, Section, Text
 from stare_megatron.config.registry import OpenTable
 
 
@@ -29,7 +29,7 @@ class MathConfig(Section):
 class RewardConfig(OpenTable):
     registry: ClassVar[str] = "stare_megatron.rewards:REWARDS"
 
-    name: str = Field(
+    name: Text = Field(
         description="Reward: a name from the registry, e.g. `math`, `order_free_sum`, or your own, "
         "`package.module:object` or `path/to/file.py:object`, docs/adding_a_reward.md. The other keys are its settings."
     )

@@ -8,16 +8,20 @@ from pydantic import Field
 
 from stare_megatron.config.base import Section
 
+MOST_SAMPLES = 2**16
+LEAST_TEMPERATURE = 0.01  # vLLM takes lower ones for this one
+
 
 class RolloutConfig(Section):
-    prompts_per_step: int = Field(default=64, ge=1, description="Groups in an update batch.")
-    group_size: int = Field(default=8, ge=2, description="Samples per prompt.")
+    prompts_per_step: int = Field(default=64, ge=1, le=2**20, description="Groups in an update batch.")
+    group_size: int = Field(default=8, ge=2, le=MOST_SAMPLES, description="Samples per prompt.")
     dynamic_sampling: bool = Field(
         default=True, description="Drop groups whose rewards are all equal and sample others."
     )
     prompts_per_generation: int = Field(
         default=0,
         ge=0,
+        le=2**20,
         description="Prompts sampled per generation batch under dynamic sampling; 0: `prompts_per_step`.",
     )
     max_refills: int = Field(
@@ -27,7 +31,10 @@ class RolloutConfig(Section):
     )
     max_response_tokens: int = Field(default=3072, ge=1, description="Longest response, tokens.")
     temperature: float = Field(
-        default=1.0, gt=0, description="Sampling temperature; the trainer scores at the same one."
+        default=1.0,
+        ge=LEAST_TEMPERATURE,
+        le=10,
+        description="Sampling temperature; the trainer scores at the same one.",
     )
     top_p: float = Field(default=1.0, gt=0, le=1, description="Nucleus sampling threshold.")
     stop: list[str] = Field(default_factory=list, description="Strings that end a response (kept in it).")

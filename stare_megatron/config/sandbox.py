@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stare_megatron.config.base import Section
 
@@ -60,3 +60,10 @@ class SandboxConfig(Section):
     health_seconds: float = Field(
         default=30.0, gt=0, description="An actor that does not answer a health check for so long is replaced, seconds."
     )
+
+    @model_validator(mode="after")
+    def _modules(self) -> SandboxConfig:
+        for name in self.preload:
+            if not all(part.isidentifier() for part in name.split(".")):
+                raise ValueError(f"preload holds {name!r}, which is no name of a module")
+        return self

@@ -9,17 +9,20 @@ from pydantic import Field, model_validator
 from stare_megatron.config.base import Free, PassThrough, Section
 
 
+_TRIAL_STEPS = 100
+
+
 class OptimizerConfig(Section):
-    lr: float = Field(default=1e-6, gt=0, description="Peak learning rate.")
+    lr: float = Field(default=1e-6, gt=0, le=1, description="Peak learning rate.")
     warmup_steps: int = Field(default=0, ge=0, description="Linear warm-up, optimizer steps.")
     schedule: Literal["constant", "cosine", "linear"] = Field(
         default="constant", description="Decay after the warm-up."
     )
     min_lr: float = Field(default=0.0, ge=0, description="Learning rate at the end of a decay.")
-    weight_decay: float = Field(default=0.0, ge=0, description="AdamW weight decay.")
+    weight_decay: float = Field(default=0.0, ge=0, le=10, description="AdamW weight decay.")
     beta1: float = Field(default=0.9, ge=0, lt=1, description="Adam beta 1.")
     beta2: float = Field(default=0.95, ge=0, lt=1, description="Adam beta 2.")
-    eps: float = Field(default=1e-8, gt=0, description="Adam epsilon.")
+    eps: float = Field(default=1e-8, gt=0, le=1, description="Adam epsilon.")
     clip_grad: float = Field(default=1.0, gt=0, description="Gradient norm above which gradients are scaled down.")
     initial_loss_scale: float = Field(
         default=65536.0,
@@ -32,9 +35,33 @@ class OptimizerConfig(Section):
         default=100, ge=1, description="float16: optimizer steps without overflow after which the factor is doubled."
     )
 
+    @model_validator(mode="after")
+    def _decay(self) -> OptimizerConfig:
+        if self.min_lr and self.schedule == "constant":
+            raise ValueError(f'min_lr = {self.min_lr} is for schedule = "cosine" or "linear", not "constant"')
+        if self.min_lr >= self.lr:
+            raise ValueError(f"min_lr = {self.min_lr} is not below lr = {self.lr}: the rate would not fall")
+        return self
+
+    def fault(self, steps: int) -> str:
+        """Why the schedule does not fit a run of `steps` optimizer steps, "" where it does."""
+        decay = 2 if self.schedule != "constant" else 0  # steps after the warm-up, at least
+        if not self.warmup_steps or self.warmup_steps + decay <= steps:
+            return ""
+        return (
+            f"trainer.optimizer.warmup_steps = {self.warmup_steps} with schedule = {self.schedule!r} needs at least "
+            f"{self.warmup_steps + decay} optimizer steps, run.steps x trainer.updates_per_batch are {steps}; lengthen "
+            "the run, or lower it"
+        )
+
+    @property
+    def short_warmup(self) -> bool:
+        """Whether a run shorter than the warm-up may be a trial of a configuration that was made for a longer one."""
+        return self.warmup_steps <= _TRIAL_STEPS
+
 
 class TrainerConfig(Section):
-    world_size: Free[int] = Field(default=1, ge=1, description="Trainer ranks over all nodes; one GPU each.")
+    world_size: Free[int] = Field(default=1, ge=1, le=2**16, description="Trainer ranks over all nodes; one GPU each.")
     tensor_parallel: Free[int] = Field(default=1, ge=1, description="TP: ranks that split each layer.")
     pipeline_parallel: Free[int] = Field(default=1, ge=1, description="PP: ranks that split the layers.")
     virtual_pipeline: Free[int] = Field(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
+
+from stare_megatron import paths
 
 _CHECKPOINT = "folder of a checkpoint (either kind), of a training checkpoint, or of a run (its newest)"
 _LAYOUT = (
@@ -16,10 +17,15 @@ _LAYOUT = (
 def add_convert(parser: argparse.ArgumentParser) -> None:
     """What `command.convert` reads."""
     add = parser.add_argument
-    add("source", type=Path, help=_CHECKPOINT)
-    add("out", type=Path, help="folder to make; it appears complete or not at all")
+    add("source", type=paths.argument, help=_CHECKPOINT)
+    add("out", type=paths.argument, help="folder to make; it appears complete or not at all")
     add("--to", choices=["hf", "mcore"], help="kind of the new checkpoint (default: the other kind)")
-    add("--hf", type=Path, metavar="FOLDER", help="with config.json and tokenizer, where the source leads to none")
+    add(
+        "--hf",
+        type=paths.argument,
+        metavar="FOLDER",
+        help="with config.json and tokenizer, where the source leads to none",
+    )
     dtypes = ["keep", "float32", "bfloat16", "float16"]
     add("--dtype", choices=dtypes, default="keep", help="of the new weights (default: as they are)")
     add("--processes", type=positive, default=os.cpu_count() or 1, metavar="N", help="files written at a time")
@@ -42,9 +48,14 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
 def add_inspect(parser: argparse.ArgumentParser) -> None:
     """What `command.inspect` reads."""
     add = parser.add_argument
-    add("checkpoint", type=Path, help=_CHECKPOINT)
-    add("other", type=Path, nargs="?", help="a second one: show how they differ (exit code 1 when they do)")
-    add("--hf", type=Path, metavar="FOLDER", help="Hugging Face folder with config.json, where it cannot be found")
+    add("checkpoint", type=paths.argument, help=_CHECKPOINT)
+    add("other", type=paths.argument, nargs="?", help="a second one: show how they differ (exit code 1 when they do)")
+    add(
+        "--hf",
+        type=paths.argument,
+        metavar="FOLDER",
+        help="Hugging Face folder with config.json, where it cannot be found",
+    )
     add("--tensors", action="store_true", help="list every tensor")
     add("--checksums", action="store_true", help="list every tensor with the XXH3 of its bytes")
     add("--optimizer", action="store_true", help="the optimizer's tensors of a training checkpoint as well")

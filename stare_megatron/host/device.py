@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     import torch
 
 
+# vLLM writes the whole KV cache at start: its size is resident memory.
+CPU_KV_CACHE_BYTES = 256 << 20
+
+
 class Device(enum.Enum):
     CPU = "cpu"
     CUDA = "cuda"
@@ -168,7 +172,7 @@ def engine_args(colocated: bool) -> dict[str, Any]:
     if current() is Device.CPU:
         return {
             "enforce_eager": True,
-            "kv_cache_memory_bytes": 256 << 20,  # vLLM writes the whole KV cache at start: its size is resident memory
+            "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES,
             # vLLM takes back the draw of a sample it throws away, which it does after part of a prompt, by the
             # generator's offset; CPU generators have none, and the engine dies.
             "enable_chunked_prefill": False,

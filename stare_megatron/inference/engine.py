@@ -52,7 +52,7 @@ class Engine:
     def __init__(
         self, name: str, model: Path, dtype: str, config: InferenceConfig, window: int, seed: int, transport: str
     ) -> None:
-        check_engine_args(config.vllm)
+        check_engine_args(config.vllm, () if device.current() is device.Device.CUDA else ("gpu",))
         self.name = name
         self.window = window
         self.version = UNPUSHED

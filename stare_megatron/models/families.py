@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
-from stare_megatron.errors import UserError
+from stare_megatron.errors import UserError, suggest
 from stare_megatron.models import llama, qwen2, qwen3, qwen3_moe
 from stare_megatron.models.shape import Family, Fields, ModelShape
 
@@ -24,8 +25,9 @@ def read_hf_config(path: Path) -> ModelShape:
         UserError: no readable config.json, an unsupported architecture, or a field that is not understood.
     """
     file = path / "config.json"
-    if not path.exists() and len(path.parts) == 2 and not path.is_absolute():
-        fetch = f"hf download {path.as_posix()} --local-dir {path.as_posix()}"
+    name = os.path.relpath(path)
+    if not path.exists() and name.count("/") == 1 and not name.startswith(".."):
+        fetch = f"hf download {name} --local-dir {name}"
         raise UserError(f"model.path = {str(path)!r}: no such folder; to fetch it from the Hugging Face hub: {fetch}")
     try:
         fields = json.loads(file.read_text())
@@ -40,7 +42,8 @@ def read_hf_config(path: Path) -> ModelShape:
     if family is None or (architectures and family.architecture not in architectures):
         what = ", ".join(map(str, architectures)) or f"model_type {fields.get('model_type')!r}"
         known = ", ".join(f.architecture for f in FAMILIES.values())
-        raise UserError(f"{file}: architecture {what} is not supported; supported are {known}")
+        near = suggest(str(fields.get("model_type")), FAMILIES) if family is None else ""
+        raise UserError(f"{file}: architecture {what} is not supported; supported are {known}{near}")
     reader = Fields(file, fields)
     shape = family.read(reader)
     reader.finish()

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from stare_megatron.config import TrainerConfig
 from stare_megatron.errors import UserError
-from stare_megatron.host import device
 
 
-def check_layout(config: TrainerConfig) -> None:
-    """What `TrainerConfig` cannot know without Megatron-Core's rules.
+def check_layout(config: TrainerConfig, gpus: bool | None) -> None:
+    """What `TrainerConfig` cannot know without Megatron-Core's rules. `gpus`: the ranks are on some; None: not known.
 
     Raises:
         UserError: no such layout.
@@ -18,10 +17,10 @@ def check_layout(config: TrainerConfig) -> None:
     if ranks % (config.expert_parallel * expert_tensor):
         raise UserError(
             f"trainer.expert_parallel = {config.expert_parallel} x expert tensor parallel {expert_tensor} does not "
-            f"divide the {ranks} ranks of a pipeline stage; lower one, or set trainer.megatron."
-            f"expert_tensor_parallel_size = 1"
+            f"divide the {ranks} ranks of a pipeline stage (trainer.world_size / trainer.pipeline_parallel); lower "
+            f"one, or set trainer.megatron.expert_tensor_parallel_size = 1"
         )
-    if config.expert_parallel > 1 and expert_tensor > 1 and device.current() is device.Device.CPU:
+    if config.expert_parallel > 1 and expert_tensor > 1 and gpus is False:
         # The token dispatcher then gathers tensors of different lengths, which gloo does not.
         raise UserError(
             f"trainer.expert_parallel = {config.expert_parallel} with experts split over {expert_tensor} "

@@ -88,7 +88,7 @@ class ModelShape:
             if size % tensor_parallel:
                 raise UserError(
                     f"trainer.tensor_parallel = {tensor_parallel} does not divide the model's {size} ({what}); "
-                    f"choose a divisor"
+                    f"choose a divisor, or another model.path"
                 )
         stages = pipeline_parallel * virtual_pipeline
         if self.layers % stages:
@@ -100,7 +100,7 @@ class ModelShape:
         if number % expert_parallel:
             raise UserError(
                 f"trainer.expert_parallel = {expert_parallel} does not divide the model's {number} expert(s); "
-                f"choose a divisor"
+                f"choose a divisor, or another model.path"
             )
 
 

@@ -19,6 +19,7 @@ import tomli_w
 
 from stare_megatron.config import Config, load, parse
 from stare_megatron.metrics import eval_records, jsonl
+from stare_megatron.paths import given
 
 Table = dict[str, list[float]]
 
@@ -32,7 +33,7 @@ def load_config(file: str | Path, changes: Mapping[str, Any] | None = None) -> C
     Example:
         load_config("examples/demo_cpu/run.toml", {"run.steps": 20, "trainer.optimizer.lr": 5e-4})
     """
-    return load(Path(file), [f"{key}={_toml(value)}" for key, value in (changes or {}).items()])
+    return load(given(file, "file"), [f"{key}={_toml(value)}" for key, value in (changes or {}).items()])
 
 
 def build_config(tables: Mapping[str, Any]) -> Config:
@@ -97,7 +98,7 @@ def evaluate(config: Config, *, model: str | Path | None = None, out: str | Path
     """
     from stare_megatron.run.eval import evaluate as run
 
-    folder = run(config, model=Path(model) if model else None, out=Path(out) if out else None)
+    folder = run(config, model=given(model, "model") if model else None, out=given(out, "out") if out else None)
     (row,) = jsonl.read(folder / eval_records.TABLE)
     return {name: value for name, value in row.items() if name != "step"}
 
@@ -110,7 +111,7 @@ def read_metrics(folder: str | Path) -> Table:
     Raises:
         UserError: no metrics there, or damaged ones.
     """
-    return _columns(jsonl.read(Path(folder) / jsonl.FILE))
+    return _columns(jsonl.read(given(folder, "folder") / jsonl.FILE))
 
 
 def read_evaluations(folder: str | Path) -> Table:
@@ -119,7 +120,7 @@ def read_evaluations(folder: str | Path) -> Table:
     Raises:
         UserError: none there, or damaged ones.
     """
-    return _columns(jsonl.read(Path(folder) / eval_records.TABLE))
+    return _columns(jsonl.read(given(folder, "folder") / eval_records.TABLE))
 
 
 def _columns(rows: list[jsonl.Row]) -> Table:

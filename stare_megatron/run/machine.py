@@ -22,6 +22,7 @@ _RANK_BYTES = 0.45 * _GIB
 _ENGINE_BYTES = 1.3 * _GIB + 1.0 * _GIB
 # Of the logits of a micro-batch: themselves, a softmax, their gradient; float32.
 _LOGITS_BYTES = 3 * 4
+_BLOCKS = {False: 128, True: 16}  # vLLM's, on a CPU and on a GPU, tokens
 # vLLM's attention on a CPU refuses smaller heads.
 _CPU_MIN_HEAD_DIM = 32
 
@@ -63,6 +64,19 @@ def check_engine_machine(config: Config, shape: ModelShape) -> None:
             f"{i.engines * i.tensor_parallel} GPUs, this machine shows {gpus}; lower one, or join a cluster with "
             "cluster.address"
         )
+
+
+def on_gpus(config: Config) -> bool | None:
+    """Whether ranks and engines are on GPUs; None on a cluster, which is known when it is joined."""
+    return bool(_visible_gpus(config)) if config.cluster.address == "local" else None
+
+
+def kv_cache_bytes(config: Config, shape: ModelShape) -> int:
+    """What one sequence of the window takes of an engine rank's KV cache, in vLLM's blocks. Bytes."""
+    heads = max(1, shape.kv_groups // config.inference.tensor_parallel)
+    token = 2 * shape.layers * heads * shape.head_dim * (4 if config.model.dtype == "float32" else 2)
+    block = config.inference.vllm.get("block_size", _BLOCKS[bool(on_gpus(config))])
+    return -(-config.window // block) * block * token
 
 
 def _visible_gpus(config: Config) -> int:

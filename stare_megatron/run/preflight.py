@@ -17,12 +17,12 @@ from typing import Any, TypeVar
 
 from stare_megatron.config import Config, upstream
 from stare_megatron.config.registry import is_address
-from stare_megatron.config.upstream import check_engine_args
 from stare_megatron.errors import UserError
+from stare_megatron.host import device
 from stare_megatron.models import layout
 from stare_megatron.models.families import read_hf_config
 from stare_megatron.models.shape import ModelShape
-from stare_megatron.run.machine import check_engine_machine, check_machine
+from stare_megatron.run.machine import check_engine_machine, check_machine, kv_cache_bytes, on_gpus
 from stare_megatron.sandbox.detect import detect
 from stare_megatron.sandbox.level import Level
 from stare_megatron.sandbox.remote import RemoteSandbox
@@ -42,7 +42,7 @@ def check(config: Config) -> tuple[str, ...]:
     """
     check_packages()
     upstream.check_megatron(config.trainer.megatron)
-    check_engine_args(config.inference.vllm)
+    upstream.check_engine_args(config.inference.vllm)
     check_data(config)
     shape = read_hf_config(config.model.path)
     check_weights(config.model.path)
@@ -50,11 +50,14 @@ def check(config: Config) -> tuple[str, ...]:
     check_layout(config, shape)
     check_window(config, shape)
     check_cluster(config)
-    return check_method(config) + check_machine(config, shape)
+    notes = check_method(config) + check_machine(config, shape)
+    check_engine_options(config, shape)
+    check_trainer_options(config, shape)
+    return notes
 
 
 def check_method(config: Config) -> tuple[str, ...]:
-    """A note on a method that these settings leave without effect.
+    """Notes on a method that these settings leave without effect, and on a warm-up that the run is too short for.
 
     Raises:
         UserError: a user's method without its `Algorithm`.
@@ -63,12 +66,44 @@ def check_method(config: Config) -> tuple[str, ...]:
         from stare_megatron.algo.registry import ALGORITHMS  # imports torch, which the user's file has done already
 
         ALGORITHMS[config.algorithm.method]
-    if config.algorithm.method == "kl_cov" and config.trainer.updates_per_batch == 1:
-        return (
+    t = config.trainer
+    notes = [t.optimizer.fault(config.run.steps * t.updates_per_batch)]
+    if config.algorithm.method == "kl_cov" and t.updates_per_batch == 1:
+        notes.append(
             "algorithm.method = 'kl_cov' with trainer.updates_per_batch = 1 trains as GRPO does: at a ratio of 1 its "
-            "penalty has no gradient; its paper takes 8 updates a batch",
+            "penalty has no gradient; its paper takes 8 updates a batch"
         )
-    return ()
+    return tuple(filter(None, notes))
+
+
+def check_trainer_options(config: Config, shape: ModelShape) -> None:
+    """Raises: UserError: an option of `[trainer.megatron]` that would do nothing here."""
+    gpus = on_gpus(config)
+    engine = None if gpus is None else gpus and importlib.util.find_spec("transformer_engine") is not None
+    lacking = upstream.megatron_lacking(config.trainer, experts=shape.experts is not None, engine=engine)
+    upstream.check_megatron(config.trainer.megatron, lacking)
+
+
+def check_engine_options(config: Config, shape: ModelShape) -> None:
+    """Raises: UserError: an option of `[inference.vllm]` that would do nothing here, or holds no whole sequence."""
+    table, gpus = config.inference.vllm, on_gpus(config)
+    experts = shape.experts is not None
+    upstream.check_engine_args(table, upstream.engine_lacking(config.inference, experts=experts, gpu=gpus))
+    tokens = table.get("max_num_batched_tokens", config.window)
+    whole = gpus is False or table.get("enable_chunked_prefill") is False  # a prompt is read in one step
+    if whole and tokens < config.window:
+        raise UserError(
+            f"inference.vllm.max_num_batched_tokens = {tokens} is less than the window of {config.window} tokens, "
+            "which is read in one step here; raise it or leave it out"
+        )
+    room = table.get("kv_cache_memory_bytes", device.CPU_KV_CACHE_BYTES if gpus is False else 0)
+    need = kv_cache_bytes(config, shape)
+    if room and need > room:
+        raise UserError(
+            f"inference.vllm.kv_cache_memory_bytes = {room} holds less than one sequence of the window, "
+            f"{config.window} tokens (data.max_prompt_tokens, rollout.max_response_tokens), which takes {need}; raise "
+            "the one or lower the others"
+        )
 
 
 def check_eval(config: Config, *, trainers: bool) -> tuple[str, ...]:
@@ -82,7 +117,7 @@ def check_eval(config: Config, *, trainers: bool) -> tuple[str, ...]:
     if not config.eval.benchmarks:
         raise UserError("eval.benchmarks is empty: name at least one file of held-out prompts")
     check_packages()
-    check_engine_args(config.inference.vllm)
+    upstream.check_engine_args(config.inference.vllm)
     check_benchmarks(config)
     shape = read_hf_config(config.model.path)
     check_weights(config.model.path)
@@ -92,9 +127,13 @@ def check_eval(config: Config, *, trainers: bool) -> tuple[str, ...]:
     if trainers:
         upstream.check_megatron(config.trainer.megatron)
         check_layout(config, shape)
-        return check_machine(config, shape)
-    check_engine_machine(config, shape)
-    return ()
+        notes = check_machine(config, shape)
+        check_trainer_options(config, shape)
+    else:
+        check_engine_machine(config, shape)
+        notes = ()
+    check_engine_options(config, shape)
+    return notes
 
 
 def check_sandbox(config: Config) -> str:
@@ -207,7 +246,7 @@ def check_initial(weights: str) -> None:
 def check_layout(config: Config, shape: ModelShape) -> None:
     """Raises: UserError: the model cannot be split as `[trainer]` and `[inference]` say."""
     t = config.trainer
-    layout.check_layout(t)
+    layout.check_layout(t, on_gpus(config))
     if config.model.dtype == "float16" and shape.experts:
         raise UserError(
             f'model.dtype = "float16" is for dense models, and {config.model.path} has experts: upstream scales the '
@@ -257,9 +296,9 @@ def check_cluster(config: Config) -> None:
             raise UserError(f"cluster.address = {address!r}: use `local`, `auto` or HOST:PORT")
         try:
             socket.create_connection((host, int(number)), timeout=_CONNECT_SECONDS).close()
-        except OSError as e:
+        except (OSError, ValueError) as e:  # ValueError: no name that a resolver takes
             raise UserError(
-                f"cluster.address = {address!r}: nothing answers there ({e.strerror or e}); start Ray with "
+                f"cluster.address = {address!r}: nothing answers there ({e}); start Ray with "
                 f"`ray start --head --port={number}`, or use cluster.address=local"
             ) from e
 

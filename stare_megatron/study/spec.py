@@ -47,7 +47,7 @@ class FormSpec(Section):
 
 
 class StudySpec(Section):
-    base: Path = Field(description="Configuration that all runs share; relative to the study file.")
+    base: str = Field(min_length=1, description="Configuration that all runs share; relative to the study file.")
     dir: Path = Field(description="Folder of the run folders.")
     prepare: list[str] = Field(default_factory=list, description="Commands before the runs of a seed, in order.")
     seeds: list[int] = Field(min_length=1, description="Seeds of each variant.")

@@ -14,7 +14,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from stare_megatron.config import TrainerConfig
-from stare_megatron.config.upstream import check_megatron
+from stare_megatron.config.upstream import check_megatron, megatron_lacking
 from stare_megatron.errors import UserError
 from stare_megatron.host import device as devices
 from stare_megatron.models import rotary
@@ -49,7 +49,8 @@ def policy_config(shape: ModelShape, dtype: torch.dtype, trainer: TrainerConfig)
     Raises:
         UserError: the layout does not fit the model, or upstream refuses the combination.
     """
-    check_megatron(trainer.megatron)
+    engine = spec.providers().transformer_engine
+    check_megatron(trainer.megatron, megatron_lacking(trainer, experts=shape.experts is not None, engine=engine))
     shape.check_layout(
         tensor_parallel=trainer.tensor_parallel,
         pipeline_parallel=trainer.pipeline_parallel,

@@ -35,7 +35,7 @@ def initialize(
     """
     if world_size != config.world_size:
         raise UserError(f"started with {world_size} ranks, but trainer.world_size = {config.world_size}")
-    check_layout(config)
+    check_layout(config, device.current() is device.Device.CUDA)
     device.torch_device(local_rank)  # NCCL works on the current device
     timeout = datetime.timedelta(seconds=timeout_s)
     try:

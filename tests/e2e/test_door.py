@@ -76,7 +76,7 @@ def test_a_model_of_the_hub_names_the_command_that_fetches_it(files, capsys):
 
 
 def test_a_resume_that_is_no_checkpoint(files, capsys):
-    assert "run.resume = 'yes': neither never, auto nor" in refused(files, capsys, "run.resume=yes")
+    assert "/yes': neither never, auto nor" in refused(files, capsys, "run.resume=yes")
 
 
 def test_a_refusal_of_wandb_leaves_no_folder(files, capsys, monkeypatch):

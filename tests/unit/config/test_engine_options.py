@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from stare_megatron.config.upstream import ENGINE_RESERVED, check_engine_args, engine_arg_names
+from stare_megatron.config.upstream import ENGINE_OPTIONS, check_engine_args, engine_arg_names
 from stare_megatron.errors import UserError
 
 
 def test_names_are_those_of_the_installed_vllm() -> None:
     assert {"enforce_eager", "max_num_seqs", "block_size", "enable_log_requests"} <= engine_arg_names()
-    assert set(ENGINE_RESERVED) <= engine_arg_names()
+    assert set(ENGINE_OPTIONS) <= engine_arg_names()
 
 
 def test_vllm_is_not_imported_for_its_options() -> None:

@@ -1,5 +1,7 @@
 """What a mistake in a configuration is answered with."""
 
+from pathlib import Path
+
 import pytest
 
 from stare_megatron import config
@@ -49,6 +51,6 @@ def test_nothing_is_suggested_where_nothing_is_near(tmp_path):
 
 def test_a_string_is_a_list_of_one(tmp_path):
     read = load(tmp_path, "data.train=b.jsonl", "eval.benchmarks=c.jsonl", "run.resume_allow=data")
-    assert [str(p) for p in read.data.train] == ["b.jsonl"]
+    assert read.data.train == [Path("b.jsonl").absolute()]
     assert [b.name for b in read.eval.benchmarks] == ["c"]
     assert read.run.resume_allow == ["data"]

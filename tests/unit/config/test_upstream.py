@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 
@@ -18,12 +19,26 @@ def test_fields_are_those_of_the_installed_dataclass():
     assert upstream.megatron_fields() == set(done.stdout.split())
 
 
-def test_reserved_names_exist_upstream():
-    assert upstream.MEGATRON_RESERVED.keys() - upstream.megatron_fields() == set()
+def test_options_exist_upstream():
+    assert upstream.MEGATRON_OPTIONS.keys() - upstream.megatron_fields() == set()
+
+
+@pytest.mark.parametrize(
+    ("refused", "fields"),
+    [
+        (upstream.MEGATRON_REFUSED, upstream.megatron_fields()),
+        (upstream.ENGINE_REFUSED, upstream.engine_arg_names()),
+    ],
+)
+def test_every_pattern_of_a_refusal_is_of_a_field_and_none_of_an_option(refused, fields):
+    for pattern, _ in refused:
+        found = {field for field in fields if re.fullmatch(pattern, field)}
+        assert found, pattern
+        assert not found & (upstream.MEGATRON_OPTIONS.keys() | upstream.ENGINE_OPTIONS.keys())
 
 
 def test_known_key_passes():
-    upstream.check_megatron({"attention_softmax_in_fp32": True})
+    upstream.check_megatron({"moe_router_dtype": "fp64"})
 
 
 def test_a_misspelt_reserved_key_says_why_it_is_reserved():
@@ -54,7 +69,7 @@ def test_reserved_key_names_the_right_one(key, cure):
 
 def test_nothing_heavy_is_imported():
     code = (
-        "import sys; from stare_megatron.config import upstream; upstream.check_megatron({'softmax_scale': 1.0})\n"
+        "import sys; from stare_megatron.config import upstream as u; u.check_megatron({'moe_router_dtype': 'fp64'})\n"
         "print([m for m in ('torch', 'megatron', 'vllm') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

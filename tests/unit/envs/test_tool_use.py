@@ -116,6 +116,19 @@ def test_a_call_is_run_and_its_result_is_a_turn_of_the_template():
     assert trajectory.counts() == EpisodeCounts(2, 1, 0, 0.25, size, void=False)
 
 
+@pytest.mark.parametrize("echo", [True, False])
+def test_echo_is_asked_of_the_tool(echo):
+    asked = []
+
+    class Asked(Box):
+        async def run(self, code, stdin="", *, echo=False, seconds=0.0):
+            asked.append(echo)
+            return await super().run(code, stdin, echo=echo, seconds=seconds)
+
+    play(Script(call("1"), "4<|im_end|>"), Asked(), echo=echo)
+    assert asked == [echo]
+
+
 def test_an_end_of_sequence_after_a_call_is_not_written_twice():
     script = Script(call("1") + "<|im_end|>", "4<|im_end|>")
     trajectory, _, observed = play(script, parallel_calls=True)

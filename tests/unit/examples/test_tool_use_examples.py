@@ -39,7 +39,7 @@ def test_the_large_example_fits_qwen_7b(tmp_path: Path):
     shape = read_hf_config(tmp_path)
     preflight.check_layout(made, shape)
     preflight.check_window(made, shape)
-    preflight.check_engine_args(made.inference.vllm)
+    preflight.check_engine_options(made, shape)
     assert preflight.check_sandbox(made) == "4 actors of 16 workers, at level landlock or stronger"
     assert isinstance(made.env.settings, ToolUseConfig)
     settings = made.env.settings

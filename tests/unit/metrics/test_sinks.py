@@ -110,7 +110,7 @@ def test_wandb_offline_keeps_one_id(tmp_path):
     assert any(b"reward/mean" in file for file in files)  # of two runs in one second wandb keeps one's values
 
 
-def test_wandb_is_told_entity_group_tags_and_notes(tmp_path, monkeypatch):
+def test_wandb_is_told_project_entity_group_tags_and_notes(tmp_path, monkeypatch):
     import wandb
 
     from stare_megatron.metrics.wandb import WandbSink
@@ -122,10 +122,13 @@ def test_wandb_is_told_entity_group_tags_and_notes(tmp_path, monkeypatch):
         raise wandb.Error("no API key configured")
 
     monkeypatch.setattr(wandb, "init", refuse)
-    settings = config(wandb_entity="team", wandb_group="sweep", wandb_tags="first", wandb_notes="why").logging
+    settings = config(
+        wandb_project="p", wandb_entity="team", wandb_group="sweep", wandb_tags="first", wandb_notes="why"
+    ).logging
     with pytest.raises(UserError, match="no API key configured; use"):
         WandbSink(tmp_path / "wandb", settings, "n", {})
-    assert [told[key] for key in ("entity", "group", "tags", "notes")] == ["team", "sweep", ["first"], "why"]
+    assert [told[key] for key in ("project", "entity", "group")] == ["p", "team", "sweep"]
+    assert (told["tags"], told["notes"]) == (["first"], "why")
 
 
 def test_open_sinks_writes_everywhere_and_closes(tmp_path):

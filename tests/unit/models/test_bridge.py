@@ -327,7 +327,7 @@ def test_weights_that_do_not_fit_the_configuration(tmp_path: Path) -> None:
 def test_impossible_layouts(monkeypatch: pytest.MonkeyPatch, layout: dict[str, Any], says: str) -> None:
     monkeypatch.setattr(device, "current", lambda: device.Device.CPU)
     with pytest.raises(UserError, match=says):
-        check_layout(TrainerConfig(**layout))
+        check_layout(TrainerConfig(**layout), gpus=False)
 
 
 def test_a_driver_can_check_cheaply() -> None:

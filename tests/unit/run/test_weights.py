@@ -41,3 +41,9 @@ def test_probed_every_nth_version():
 def test_engine_and_parameter_are_named():
     with pytest.raises(RunError, match=r"engine 1 disagrees .* version 4: .* is 'norm'"):
         weights((0.0, 0.1)).probe(4)
+
+
+def test_the_threshold_that_is_set_decides():
+    weights((0.0, 1e-4), probe_threshold=1e-2).probe(1)
+    with pytest.raises(RunError, match="disagrees"):
+        weights((0.0, 1e-4), probe_threshold=1e-5).probe(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -61,7 +62,7 @@ def test_every_variant_on_every_seed(file):
     study = spec.load(file, "", "*")
     assert [j.name for j in study.jobs] == ["grpo-seed1", "stare-seed1", "grpo-seed2", "stare-seed2"]
     last = study.jobs[-1].config
-    assert (last.run.seed, str(last.model.path), last.algorithm.stare.fraction) == (2, "models/2", 0.03)
+    assert (last.run.seed, last.model.path, last.algorithm.stare.fraction) == (2, Path("models/2").absolute(), 0.03)
     assert study.prepare[2][0][1:] == ("make.py", "--out", "2")
     assert study.by_seed == ("model.path",)
 

@@ -17,7 +17,8 @@ from stare_megatron.trainer.schedule import learning_rate
     ],
 )
 def test_warm_up_then_decay(schedule: str, rates: list[float]) -> None:
-    settings = OptimizerConfig(lr=1.0, warmup_steps=3, schedule=schedule, min_lr=0.2)  # type: ignore[arg-type]
+    end = 0.0 if schedule == "constant" else 0.2
+    settings = OptimizerConfig(lr=1.0, warmup_steps=3, schedule=schedule, min_lr=end)  # type: ignore[arg-type]
     found = [learning_rate(settings, step, total_steps=8) for step in range(8)]
     assert found == pytest.approx(rates, abs=1e-6)
 
