@@ -8,7 +8,6 @@ from pydantic import Field, model_validator
 
 from stare_megatron.config.base import Free, PassThrough, Section
 
-
 _TRIAL_STEPS = 100
 
 

@@ -188,6 +188,8 @@ EFFECTS: dict[str, Seen | Refused | str] = {
     "trainer.optimizer.schedule": Seen(probes.rates, "linear"),
     "trainer.optimizer.min_lr": Seen(probes.rates, 1e-7, COSINE),
     **{f"trainer.optimizer.{key}": Seen(probes.adam, 0.5) for key in ADAM},
+    "trainer.optimizer.initial_loss_scale": "tests/invariance/test_float16.py",
+    "trainer.optimizer.loss_scale_window": "tests/invariance/test_float16.py",
     "trainer.megatron": Seen(probes.megatron, {"deterministic_mode": True}),
     "inference.engines": Seen(probes.places, 3),
     "inference.tensor_parallel": Seen(probes.engine, 2),

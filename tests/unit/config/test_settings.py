@@ -14,7 +14,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from stare_megatron import paths
 from stare_megatron.__main__ import main
-from stare_megatron.config import Config, load, parse
+from stare_megatron.config import load, parse
 from stare_megatron.config.loader import walk
 from stare_megatron.errors import UserError
 from stare_megatron.run import preflight
