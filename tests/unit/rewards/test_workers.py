@@ -11,7 +11,7 @@ import time
 import psutil
 import pytest
 
-from stare_megatron.config.reward import MathConfig
+from stare_megatron.config.reward import WorkerConfig
 from stare_megatron.errors import RunError
 from stare_megatron.rewards.base import RewardError
 from stare_megatron.rewards.math_answer import MathReward
@@ -234,7 +234,7 @@ def test_hanging_answers_fail_alone_among_64():
     cases = [("17", rf"\boxed{{{17 + i % 2}}}") for i in range(64)]
     for place, text in zip((3, 20, 40, 63), HANGS, strict=True):
         cases[place] = ("17", text)
-    said = grade(MathReward(MathConfig(timeout=5.0, processes=2, memory_mb=512)), cases)
+    said = grade(MathReward(WorkerConfig(timeout=5.0, processes=2, memory_mb=512)), cases)
     for i, result in enumerate(said):
         if cases[i][1] in HANGS:  # not graded, or found wrong without computing it; never right
             assert result is False or isinstance(result, RewardError)
@@ -245,7 +245,7 @@ def test_hanging_answers_fail_alone_among_64():
 
 def test_grading_works_off_the_main_thread():
     said: list[object] = []
-    config = MathConfig(processes=1)
+    config = WorkerConfig(processes=1)
     thread = threading.Thread(target=lambda: said.extend(grade(MathReward(config), [("1/2", r"\boxed{0.5}")])))
     thread.start()
     thread.join(120)
@@ -253,12 +253,12 @@ def test_grading_works_off_the_main_thread():
 
 
 def test_a_reference_that_cannot_be_read_is_no_zero():
-    (said,) = grade(MathReward(MathConfig(processes=1)), [(" ", r"\boxed{0.5}")])
+    (said,) = grade(MathReward(WorkerConfig(processes=1)), [(" ", r"\boxed{0.5}")])
     assert isinstance(said, RewardError)
     assert "cannot be read" in str(said)
 
 
 def test_an_empty_box_is_wrong_without_asking():
-    reward = MathReward(MathConfig(processes=1))
+    reward = MathReward(WorkerConfig(processes=1))
     assert grade(reward, [("17", r"\boxed{}")]) == [False]
     assert reward._pool._idle == []
