@@ -36,6 +36,7 @@ _SEPARATORS = re.compile(_SEPARATOR)
 _SCIENTIFIC = re.compile(r"(?<![\w.\\])(\d+(?:\.\d*)?|\.\d+)[eE]([+-]?)(\d+)(?![\w.])")
 _TIMES_TEN = re.compile(r"(?<=\d)\s*(?:x|\*)\s*(?=10\s*(?:\^|\*\*))")
 _REPEATING = re.compile(r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot|overbar)\s*(?:\{(\d+)\}|(\d)))(?!\d)")
+_BARE_FRACTION = re.compile(r"\\frac\s+(\d)\s+(\d)")
 _MIXED = re.compile(r"(-?\d+)[ ~]+(?:(\d+)\s*/\s*(\d+)|(\\frac.*))", re.DOTALL)
 _EXPONENT = re.compile(r"\^\s*([+-]?\d{2,}|[+-][\dA-Za-z])(?![\d.])")
 _FUNCTION = re.compile(
@@ -48,6 +49,7 @@ _PLAIN = (
     (">=", r"\ge "),
     ("!=", r"\ne "),
     (r"\varnothing", r"\emptyset"),
+    (r"\{\}", r"\emptyset"),
     (r"\degree", r"^{\circ}"),
     (r"\leq ", r"\le "),
     (r"\geq ", r"\ge "),
@@ -178,6 +180,7 @@ def _numbers(text: str) -> str:
         text = f"{scale[1]} \\times 10^{{{_SCALES[scale[2].lower()]}}}"
     if mixed := _MIXED.fullmatch(text):
         text = f"{mixed[1]}" + (mixed[4] or rf"\frac{{{mixed[2]}}}{{{mixed[3]}}}")
+    text = _BARE_FRACTION.sub(r"\\frac{\1}{\2}", text)
     if chain := _FALLING.fullmatch(text):  # sympy does not see that 2 > x > 1 is 1 < x < 2
         rising = {">": "<", "\\ge ": "\\le "}
         text = f"{chain[5]}{rising[chain[4]]}{chain[3]}{rising[chain[2]]}{chain[1]}"

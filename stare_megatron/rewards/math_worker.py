@@ -21,7 +21,8 @@ from sympy import Expr, Float
 
 from stare_megatron.data.boxed import last_boxed
 from stare_megatron.rewards import child, numbers, stated, units
-from stare_megatron.rewards.math_text import Answer, normal, plain
+from stare_megatron.rewards.math_text import Answer, normal
+from stare_megatron.tasks.base import UPSTREAM_ERRORS
 
 _TAIL = 4000  # characters in which an answer outside a box is looked for
 # Two numbers that math-verify calls equal may differ by this much of the larger: it rounds to six places after the
@@ -29,23 +30,25 @@ _TAIL = 4000  # characters in which an answer outside a box is looked for
 _RELATIVE = 1e-5
 # Beyond these an answer is compared as text: math-verify's parser takes seconds for 20 nested parentheses, and sympy
 # for ever for a tower of powers. A reference that is itself longer or deeper allows as much.
-_LONGEST, _DEEPEST, _PARTS = 400, 8, 80
+_LONGEST, _DEEPEST = 400, 8
+_CONTENT = re.compile(r"[A-Za-z0-9]|[^\x00-\x7f]")
 _BRACKETS = re.compile(r"\\[{}]|[()\[\]{}]")
 _TOWER = re.compile(
-    r"\^\s*\{?[^{}^+]{0,40}\^\s*\{?[^{}^+]{0,40}\^|\d\s*\^\s*\{?\s*\d+\s*\^\s*\{?\s*\d{2,}|\^\s*\{?\s*-?\d{5,}"
+    r"(?:\^[\s{(]*(?:\d+|[A-Za-z])[\s)}]*){2,}\^|\d\s*\^\s*\{?\s*\d+\s*\^\s*\{?\s*\d{2,}|\^\s*\{?\s*-?\d{5,}"
 )
+_MOST = {"^": 12, "|": 8, "/": 12, "%": 1, "\\": 60}  # of a sign
 _HUGE = re.compile(
     r"\d{5,}\s*[})]?\s*!|!\s*\)?\s*!|\^\s*\{?\s*\d+\s*\}?\s*\)?\s*!|\d{5,}\s*\^\s*\{?\s*\d{4,}|\\(?:sum|prod|int)(?![A-Za-z])"
 )
+_APART = re.compile(r"(?<![\w^_.{\\])\d+(?:\.\d+)?\s+\d|\d\.\d+\.\d")  # math-verify adds `1 2`
 _BASE = re.compile(r"\(?([0-9A-Za-z]+)\)?_\{?(?:\\text\{)?(\d+|[a-z]+)\}?\}?")
 _SPOKEN_BASE = re.compile(r"([0-9A-Fa-f]+) (?:in )?base (\d+)")
 _TIME = re.compile(r"(\d{1,2})(?::(\d{2}))?(?::(\d{2}))?\s*(?:([ap])\.?\s*m\b\.?)?", re.IGNORECASE)
-_DATE = re.compile(r"\d{4}-\d{1,2}-\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.]\d{2,4}")
+_DATE = re.compile(r"\d{4}([-/.])\d{1,2}\1\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.]\d{2,4}")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z'.-]*(?:[ ,]+[A-Za-z][A-Za-z'.-]*)*")
 _WORD = re.compile(r"[A-Za-z]{4,}|[A-Z][a-z]{2,}|\b(?:yes|no|odd|even|one|two)\b", re.IGNORECASE)
 _ARTICLE = re.compile(r"^(?:the|an?)\s+", re.IGNORECASE)
 _MARKS_AN_INTERVAL = re.compile(r"[\[\]]|\\infty|\\cup")
-_STYLED = re.compile(r"\\(?:text|mbox|mathrm)")
 
 
 @dataclass(frozen=True)
@@ -83,13 +86,13 @@ def _compare(answer: str, boxed: str | None, tail: str) -> Verdict:
         if mine is not None or boxed is None:
             return _verdict(mine == letter, mine or "no one choice", answer)
     gold = normal(answer)
-    if not gold.text:
+    if not _CONTENT.search(gold.words):
         return Verdict(False, False, f"the reference answer {answer!r:.60} cannot be read")
-    said = stated.statement(tail) if boxed is None else boxed
+    said = stated.statement(tail) if boxed is None else stated.within(boxed)
     if said is None or len(said) > max(_LONGEST, 2 * len(answer)):
         return Verdict(True, False, "no answer" if said is None else f"an answer of {len(said)} characters")
     mine = normal(said)
-    if not mine.text:
+    if not _CONTENT.search(mine.words):
         return Verdict(True, False, "no answer")
     plainly = _plainly(gold, mine)
     if plainly is not None:
@@ -163,7 +166,8 @@ def _too_much(text: str, reference: str) -> bool:
         depth is None
         or depth > max(_DEEPEST, _depth(reference) or 0)
         or len(text) > max(_LONGEST, 2 * len(reference))
-        or any(found.search(text) and not found.search(reference) for found in (_TOWER, _HUGE))
+        or any(text.count(sign) > max(most, reference.count(sign)) for sign, most in _MOST.items())
+        or any(found.search(text) and not found.search(reference) for found in (_TOWER, _HUGE, _APART))
     )
 
 
@@ -184,17 +188,21 @@ def _by_algebra(gold: Answer, mine: Answer, answer: str) -> Verdict:
         return Verdict(False, False, f"the reference answer {answer!r:.60} cannot be read")
     if not other:
         return Verdict(True, False, "no answer")
-    correct = _equal(one, other, gold.text)
-    if not correct and gold.percent != mine.percent:
-        bare = _read(gold.text), _read(mine.text)
-        correct = bool(all(bare)) and _equal(*bare, gold.text)
+    try:
+        correct = _equal(one, other, gold.text)
+        if not correct and gold.percent != mine.percent:
+            bare = _read(gold.text), _read(mine.text)
+            correct = bool(all(bare)) and _equal(*bare, gold.text)
+    except UPSTREAM_ERRORS as e:  # sympy, on what a policy wrote
+        return Verdict(True, False, f"{mine.words!r:.60}: {type(e).__name__}")
     return _verdict(correct, str(other[-1]), answer)
 
 
 @functools.lru_cache(256)  # the samples of a prompt share its reference
 def _read(text: str) -> list[Any]:
-    """As LaTeX or not at all: math-verify would go on and take any number from the midst of what it cannot read."""
-    return parse(f"\\boxed{{{text}}}", (_LATEX,), parsing_timeout=None)  # type: ignore[arg-type]
+    """As LaTeX or not at all: math-verify would go on and take any fraction from the midst of what it cannot read."""
+    whole = f"\\boxed{{{text}}}"
+    return parse(whole, (_LATEX,), extraction_mode="first_match", parsing_timeout=None)  # type: ignore[arg-type]
 
 
 _LATEX = LatexExtractionConfig(

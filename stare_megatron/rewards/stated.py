@@ -9,7 +9,7 @@ from stare_megatron.rewards.math_text import plain
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _OPEN_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _STATED = re.compile(
-    r"(?:\b(?:answer|result|solution)s?\b[^\n.:=?$\\]{0,40}?(?:\b(?:is|are|be|equals?|to)\b|[:=])|####)"
+    r"(?:(?:\b(?:answer|result|solution)s?\b|答案|结果)[^\n.:=?$\\是为：]{0,40}?(?:\b(?:is|are|be|equals?|to)\b|[:=：是为])|####)"
     r"(?:\s*(?:simply|just|therefore|thus|exactly|approximately|about|equal to|given by|as follows|either|that|:|=|\*\*(?=\s))"
     r"(?!\w))*\s*",
     re.IGNORECASE,
@@ -27,7 +27,7 @@ _END = re.compile(
 )
 _LEAD = re.compile(
     r"(?:(?:the|a|an|number|value|total|sum|of|equal|equals|to|is|it|that|we|get|have|find|there|are|so|then|just|final|result"
-    r"|will|be|[A-Za-z]\s+=)\b\s*)+(?=[-+$\\(\[{.\d])",
+    r"|will|be|approximately|about|roughly|answer)\b\s*:?\s*)+(?=[-+$\\(\[{.\d])",
     re.IGNORECASE,
 )
 _CLUSTER = re.compile(
@@ -50,6 +50,11 @@ def statement(tail: str) -> str | None:
     if _OPEN_BOX.search(tail):
         return None
     return _stated(tail) or _last(tail)
+
+
+def within(box: str) -> str:
+    """What a box holds; of a sentence the answer that it states."""
+    return _stated(plain(box)) or box
 
 
 def _stated(text: str) -> str | None:
@@ -106,31 +111,28 @@ def _last(tail: str) -> str | None:
     """Without a statement: the last line if it is nothing but an answer, else its last formula or number, else that of
     the lines before it."""
     lines = [line.strip() for line in tail.splitlines() if line.strip()]
-    if (
-        lines
-        and len(lines[-1]) <= _SHORT
-        and len(_PROSE.findall(plain(lines[-1]))) <= 1
-        and not _NEGATED.search(lines[-1])
-    ):
-        return lines[-1]
-    for text in (lines[-1] if lines else "", tail):
-        formulas = [m for m in _MATH.finditer(text)]
-        numbers = [m for m in _CLUSTER.finditer(text)]
-        if formulas and (
-            not numbers or numbers[-1].end() <= formulas[-1].end() or "." not in text[formulas[-1].end() :]
-        ):
+    line = lines[-1] if lines else ""
+    if line and len(line) <= _SHORT and len(_PROSE.findall(plain(line))) <= 1 and not _NEGATED.search(line):
+        return _LEAD.sub("", line, count=1) if _LEAD.match(line) else line
+    for text in (line, tail):
+        formulas, numbers = list(_MATH.finditer(text)), list(_CLUSTER.finditer(text))
+        if formulas and (not numbers or numbers[-1].start() < formulas[-1].end() or "." not in _after(text, formulas)):
             first = len(formulas) - 1
             while first and _JOINED.fullmatch(text[formulas[first - 1].end() : formulas[first].start()]):
                 first -= 1
-            return (
-                None
-                if _UNSURE.search(text[: formulas[-1].start()]) and first == len(formulas) - 1
-                else ", ".join(map(_inside, formulas[first:]))
-            )
+            return None if _unsure(text, formulas[first]) else ", ".join(map(_inside, formulas[first:]))
         if numbers:
-            unsure = _UNSURE.search(text[max(0, numbers[-1].start() - 24) : numbers[-1].start()])
-            return None if unsure else _balanced(numbers[-1][0])
+            return None if _unsure(text, numbers[-1]) else _balanced(numbers[-1][0])
     return None
+
+
+def _after(text: str, found: list[re.Match[str]]) -> str:
+    return text[found[-1].end() :]
+
+
+def _unsure(text: str, match: re.Match[str]) -> bool:
+    """Whether the words before it make it a bound or an alternative."""
+    return bool(_UNSURE.search(text[max(0, match.start() - 24) : match.start()]))
 
 
 _SHORT = 60  # characters of a line that may be nothing but an answer
@@ -146,21 +148,23 @@ def _balanced(number: str) -> str:
 
 # A choice is a letter A to J, in parentheses or alone; alone and small it is one only if nothing else is there.
 _LETTER = re.compile(r"\(([A-Ja-j])\)|([A-J])")
-_WORD = r"(?:(?:option|choice|answer|letter)\s+)?"
+_WORD = r"(?:(?:clearly|indeed|definitely|therefore|thus|simply|option|choice|answer|letter)\s+)*"
 _WHOLE = re.compile(rf"{_WORD}(?:\(([A-Ja-j])\)|([A-Ja-j]))", re.IGNORECASE)
 _FIRST = re.compile(rf"{_WORD}(?:\(([A-Ja-j])\)(?![\w(])|([A-J])(?:[.):](?=\s|\\|$)|\s*\)))", re.IGNORECASE)
 _OTHER = re.compile(r"\s*(?:,|/|;|\bor\b|\band\b|&)+\s*(?:\(([A-Ja-j])\)|([A-J])(?![\w']))")
 # After a lone letter a word goes on that belongs to the sentence; "a triangle", "I think" begin something else.
-_ALONE = r"([A-J])(?![\w'(^_=])(?!\s+(?!(?:because|since|as|which|where|with|for|that|is|not|due|by|and|or|in|if|but|so)\b)[A-Za-z])"
+_GOES_ON = "because|since|as|which|where|with|for|that|is|not|due|by|and|or|in|if|but|so"
+_ALONE = rf"([A-J])(?![\w'(^_=])(?!\s+(?!(?:{_GOES_ON})\b)[A-Za-z])"
 _TOKEN = rf"(?:\(\s*([A-Ja-j])\s*\)|{_ALONE})"
 _CHOSEN = re.compile(
-    rf"(?:(?i:answer|choice|option|choose|chose|select|pick|go with)(?i:\s+(?:is|are|be|would be|should be|must be))?"
-    rf"|(?i:so|therefore|thus|hence|∴),?(?=\s+\(|\s+[A-J](?:\s*$|\.\s*$))|(?i:\bis|\bit's)(?=:?\s*\([A-Ja-j]\)))"
-    rf"\s*:?\s*(?i:{_WORD}){_TOKEN}"
+    r"(?:(?i:answer|choice|option|choose|chose|select|pick|go with)(?i:\s+(?:is|are|be|would be|should be|must be))?"
+    r"|(?i:so|therefore|thus|hence|∴),?(?=\s+\(|\s+[A-J](?:\s*$|\.\s*$))|(?i:\bis|\bit's)(?=:?\s*\([A-Ja-j]\))"
+    rf"|故选|应选|选择?|答案[是为]?)\s*[:：]?\s*(?i:{_WORD}){_TOKEN}"
     rf"|{_TOKEN}(?=\s+(?i:is|must be)\s+(?i:the\s+)?(?i:correct|right|answer|best|true))"
-    rf"|^\s*(?i:{_WORD}){_TOKEN}\s*(?:[.:)]|$)",
+    rf"|^\s*(?i:{_WORD}){_TOKEN}\s*[.:]?\s*$",
     re.MULTILINE,
 )
+_LISTED = re.compile(r"^\s*(?:\(([A-Ja-j])\)|([A-J])[.:)])", re.MULTILINE)
 _DENIED = re.compile(r"\s*(?:is|are|was)?\s*(?:not|n't|wrong|incorrect|false|is\s+(?:wrong|incorrect|false|not))\b")
 _MARKUP = re.compile(r"[*$`]|\\[()\[\]]|\\boxed|[{}]")
 
@@ -176,9 +180,7 @@ def choice_in(content: str) -> str | None:
     None where what it holds begins otherwise."""
     text = plain(content.replace("$", "").replace("**", "")).strip(" .:")
     match = _WHOLE.fullmatch(text) or _FIRST.match(text) or (_LETTER.match(text) if _OTHER.match(text, 1) else None)
-    if match is None:
-        return None
-    return _alone(text, match)
+    return _alone(text, match) if match else None
 
 
 def stated_choice(tail: str) -> str | None:
@@ -187,10 +189,13 @@ def stated_choice(tail: str) -> str | None:
         return choice_in(tags[-1])
     text = _MARKUP.sub("", plain(tail))
     found = [m for m in _CHOSEN.finditer(text) if not _DENIED.match(text, m.end())]
+    if not found and len(listed := list(_LISTED.finditer(text))) == 1:  # not the options over again
+        found = [m for m in listed if not _DENIED.match(text, m.end())]
     return _alone(text, found[-1]) if found else None
 
 
 def _alone(text: str, match: re.Match[str]) -> str:
+    """The letter of a match, "" if another is named beside it."""
     letter = next(group for group in match.groups() if group).upper()
     other = _OTHER.match(text, match.end())
     return letter if other is None or (other[1] or other[2]).upper() == letter else ""

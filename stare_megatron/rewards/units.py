@@ -75,13 +75,16 @@ _PART = re.compile(rf"(square|cubic|sq|cu)?\.?\s*({_WORD})(?:\s*\^\s*\{{?\s*([23
 _WRAPPED = re.compile(r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf|it|sf)|mbox|operatorname|rm)\s*\{([^{}]*)\}")
 _SIGN = re.compile(r"^(-?)\s*(\\\$|\$|€|£|¥|₹|\\(?:euro|pounds|yen)(?![A-Za-z])|(?:USD|Rs\.?)(?=\s*\d))\s*(?=[-\d.\\])")
 _SIGN_AT_END = re.compile(r"\s*(\\\$|\$|€|£|¥|₹|元|\\(?:euro|pounds|yen))\s*$")
+# Of Chinese and Japanese all but the characters of large numbers and parts.
+_COUNTER = re.compile(r"(?<=[\d})])\s*[\u3040-\u30ff\u4e00-\u9fff]{1,4}$")
+_CHANGES = re.compile("[百千万萬亿億兆十分半倍成折点至到或和]")
 # Words of several letters after a number are what is counted (`18 apples`), but for those that change its value.
 _COUNTED = re.compile(r"(?<=[\d})])\s+[A-Za-z]{2,}(?:['-]?[A-Za-z]+)*(?:\s+[A-Za-z]+(?:['-][A-Za-z]+)*){0,3}$")
 _VALUE_WORDS = re.compile(
     r"\b(?:or|and|to|of|mod|base|hundred|thousand|million|billion|trillion|dozens?|squared|cubed|factorial|choose"
     r"|times|plus|minus|over|divided|less|more|than|least|most|fewer|not|percent|pct|per|cent|half|halves|thirds?"
     r"|quarters?|pi|sqrt|sin|cos|tan|log|ln|if|from|between|either|except|unless|wrong|false|pm|am|choice|option|for"
-    r"|where|in|is|but|i|x|y|e|remainder|th|st|nd|rd)\b",
+    r"|where|in|is|but|i|x|y|e|remainder|[a-z]*ths?|st|nd|rd)\b",
     re.IGNORECASE,
 )
 
@@ -100,6 +103,8 @@ def split(text: str) -> tuple[str, str]:
         if _counts(value) and (len(found[1]) > 1 or value != value.rstrip()):
             return value.strip(), _name(found[1])
     if (found := _COUNTED.search(loose)) and not _VALUE_WORDS.search(found[0]):
+        return loose[: found.start()].strip(), unit
+    if (found := _COUNTER.search(loose)) and not _CHANGES.search(found[0]):
         return loose[: found.start()].strip(), unit
     return text.strip(), unit
 
@@ -120,7 +125,8 @@ def _loosened(match: re.Match[str]) -> str:
 
 def _counts(value: str) -> bool:
     """Whether what is before a unit ends as a value does."""
-    return value.rstrip()[-1:].isdigit() or value.rstrip()[-1:] in tuple("})]")
+    value = value.rstrip()
+    return value[-1:].isdigit() or value.endswith(("}", ")", "]", "thousand", "million", "billion", "trillion"))
 
 
 def _name(written: str) -> str:

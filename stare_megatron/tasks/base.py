@@ -10,11 +10,18 @@ import hashlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from tokenize import TokenError
 from typing import Literal, Protocol
 
 from stare_megatron.types import Score
 
 Split = Literal["train", "eval", "test"]  # settings are chosen by looking at eval; test is for what is reported
+
+# What code of others raises on text it did not expect: it promises nothing.
+UPSTREAM_ERRORS = (
+    *(ArithmeticError, AssertionError, AttributeError, BufferError, EOFError, LookupError, MemoryError, NameError),
+    *(OSError, RuntimeError, StopIteration, SyntaxError, SystemExit, TypeError, ValueError, TokenError),
+)
 
 # Ids 12 + n are the number n: a checkpoint's ids can be read by eye. Order is part of every warmed-up checkpoint.
 SPECIAL_WORDS = ("<pad>", "<bos>", "<eos>", "<unk>")

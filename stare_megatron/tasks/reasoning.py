@@ -15,11 +15,10 @@ import re
 from collections.abc import Callable, Set
 from dataclasses import dataclass
 from fractions import Fraction
-from tokenize import TokenError
 from typing import Any
 
 from stare_megatron.errors import UserError
-from stare_megatron.tasks.base import TaskPrompt
+from stare_megatron.tasks.base import UPSTREAM_ERRORS, TaskPrompt
 from stare_megatron.types import Score
 
 STOP = "\n"
@@ -110,11 +109,6 @@ def verify(answer: str, response: str) -> Score:
     return Score(float(right), right, note or ("" if right else f"{said!r:.40}, want {reference.answer!r:.40}"))
 
 
-# What upstream's scorers raise on text they did not expect; they promise nothing.
-_UPSTREAM = (
-    *(ArithmeticError, AssertionError, AttributeError, BufferError, EOFError, LookupError, MemoryError, NameError),
-    *(OSError, RuntimeError, StopIteration, SyntaxError, SystemExit, TypeError, ValueError, TokenError),
-)
 _NOTHING = re.compile(r"[\W_]*(?:(?:nan|inf|infinity|none|null|undefined|unknown|n/?a)j?[\W_]*)*", re.IGNORECASE)
 _MOST = 2000  # characters of an answer, or four times those of the reference
 _DEEPEST = 40  # nested brackets
@@ -137,7 +131,7 @@ def _score(reference: Reference, said: str) -> tuple[bool, str]:
         return _OWN[reference.dataset](said, reference.answer), ""
     try:
         return _gym().get_score_answer_fn(reference.dataset)(said, reference.entry) == 1.0, ""
-    except _UPSTREAM as e:
+    except UPSTREAM_ERRORS as e:
         return False, f"{said!r:.40}: {type(e).__name__}"
 
 
