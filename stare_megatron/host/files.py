@@ -12,8 +12,10 @@ PARTIAL = ".partial"
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Replace a file's content, in UTF-8: a reader, also after a crash, sees the old or the new one, never a part. Half of
-    a surrogate pair, which is no character, is written as `?`."""
+    """Replace a file's content, in UTF-8: a reader, also after a crash, sees the old or the new one, never a part.
+
+    Half of a surrogate pair, which is no character, is written as `?`.
+    """
     partial = path.with_name(path.name + PARTIAL)
     with partial.open("w", encoding="utf-8", errors="replace") as f:
         f.write(text)

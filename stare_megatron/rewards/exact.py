@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # A sign counts unless it follows a word or number ("3-4" is a difference); commas group thousands.
 _NUMBER = re.compile(
-    r"(?:(?<![\w)])[-+]\s?(?:\\?[$€£¥]\s?)?)?(?:\d+(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,4}(?![\w.]*\d))?",
+    r"(?:(?<![\w)])[-+]\s?(?:\\?[$€£¥]\s?)?)?(?:\d+(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,4}(?!\w|\.\d))?",
     re.ASCII,
 )
 _CURRENCY = re.compile(r"\\?[$€£¥]\s?")

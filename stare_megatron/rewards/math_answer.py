@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 class MathReward:
-    """1 if the last `\\boxed{...}` of the response (without one: what it states to be its answer) is mathematically equal
-    to the reference answer, else 0. docs/rewards.md has the rules."""
+    """1 if the last `\\boxed{...}` of the response (without one: what it states to be its answer) is mathematically
+    equal to the reference answer, else 0. docs/rewards.md has the rules."""
 
     def __init__(self, config: WorkerConfig) -> None:
         limits = WorkerLimits(config.timeout, config.memory_mb << 20)

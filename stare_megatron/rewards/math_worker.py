@@ -219,14 +219,14 @@ def _equal(gold: list[Any], found: list[Any], reference: str) -> bool:
 
 
 def _complex_equal(gold: Any, found: Any) -> bool:
-    """Two numbers that math-verify does not see to be one, because a letter `i` was left a variable: `e^{i\\pi}`, -1."""
+    """Whether two numbers are one although a letter `i` was left a variable: `e^{i\\pi}`, -1."""
     if not (isinstance(gold, Expr) and isinstance(found, Expr)):
         return False
     names = {str(s) for s in gold.free_symbols | found.free_symbols}
     if not names or names - {"i", "pi"}:
         return False
-    values = {s: sympy.I if str(s) == "i" else sympy.pi for s in gold.free_symbols | found.free_symbols}
-    difference = abs((gold - found).subs(values).doit().evalf(30))
+    values = [(s, sympy.I if str(s) == "i" else sympy.pi) for s in gold.free_symbols | found.free_symbols]
+    difference: Any = abs((gold - found).subs(values).doit().evalf(30))
     return bool(difference.is_number and difference.is_comparable and difference < 1e-12)
 
 

@@ -10,8 +10,8 @@ _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _OPEN_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _STATED = re.compile(
     r"(?:(?:\b(?:answer|result|solution)s?\b|答案|结果)[^\n.:=?$\\是为：]{0,40}?(?:\b(?:is|are|be|equals?|to)\b|[:=：是为])|####)"
-    r"(?:\s*(?:simply|just|therefore|thus|exactly|approximately|about|equal to|given by|as follows|either|that|:|=|\*\*(?=\s))"
-    r"(?!\w))*\s*",
+    r"(?:\s*(?:simply|just|therefore|thus|exactly|approximately|about|equal to|given by|as follows|either|that|:|="
+    r"|\*\*(?=\s))(?!\w))*\s*",
     re.IGNORECASE,
 )
 _NEGATED = re.compile(r"(?:not|n't|wrong|unknown|unclear)\b", re.IGNORECASE)
@@ -22,8 +22,8 @@ _MATH = re.compile(
 _EMPHASIS = re.compile(r"(?:\*\*|__|`)([^*_`\n]+)(?:\*\*|__|`)")
 _JOINED = re.compile(r"\s*(?:,\s*and|,\s*or|,|and|or)\s*")
 _END = re.compile(
-    r"\n|[.!?](?=\s+[A-Z\\(*]|\s*$)|;\s|\s[—–]\s|,?\s+(?=(?:because|since|as|which|where|so|for|when|given|if|after|by|thus"
-    r"|therefore|hence|but|not|while|i\.e|e\.g|with|in order|although|rather|instead)\b)|\s+\((?=[a-z]{2,}\s)"
+    r"\n|[.!?](?=\s+[A-Z\\(*]|\s*$)|;\s|\s[—–]\s|,?\s+(?=(?:because|since|as|which|where|so|for|when|given|if|after|by"
+    r"|thus|therefore|hence|but|not|while|i\.e|e\.g|with|in order|although|rather|instead)\b)|\s+\((?=[a-z]{2,}\s)"
 )
 _LEAD = re.compile(
     r"(?:(?:the|a|an|number|value|total|sum|of|equal|equals|to|is|it|that|we|get|have|find|there|are|so|then|just|final|result"
@@ -34,8 +34,8 @@ _CLUSTER = re.compile(
     r"(?<![\w.])[-+−]?[$€£¥₹]?(?:\d|\.\d|\\frac|\\sqrt|√)[\w.,/^%√π°:{}\\+*()−-]*(?:\s+[ap]\.?m\b\.?)?"
 )
 _UNSURE = re.compile(
-    r"\b(?:or|between|either|at least|at most|less than|more than|fewer than|greater than|not|except|n't|over|under|twice|half"
-    r"|negative|minus|to)\s*[($\\]*\s*$",
+    r"\b(?:or|between|either|at least|at most|less than|more than|fewer than|greater than|not|except|n't|over|under"
+    r"|twice|half|negative|minus)\s*[($\\]*\s*$",
     re.IGNORECASE,
 )
 _PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}")

@@ -1,11 +1,10 @@
-"""Graded pairs, the whole way through the reward: `tests/data/graded_pairs.jsonl` says by common sense what is right."""
+"""Graded pairs, all the way through the reward; `tests/data/graded_pairs.jsonl` says by common sense what is right."""
 
 import asyncio
 import collections
 import json
 import sys
 import time
-
 from pathlib import Path
 
 import pytest
@@ -133,9 +132,56 @@ def test_last_boxed(text, content):
     assert last_boxed(text) == content
 
 
-PATTERNS = ["\\boxed{", "{", "}", "7", " ", "\n", "\\", "$", ",", "[", "(", "^", "a/", "'", '"', "x^", "\\frac{1}{", "**"]
-PATTERNS += ["<answer>", "answer is ", "answer: not ", "$x$ and ", "(A) or ", "1,", "1 ", "½", "\u0305", "√", "\ud800", "_", "!"]
-PATTERNS += ["\\text{", "A ", "so (A) ", "\\overline{3", "0.", "\\sqrt(", "^(", "3 cm ", "a b ", "\\$", "is ", ". A", "####"]
+PATTERNS = [
+    "\\boxed{",
+    "{",
+    "}",
+    "7",
+    " ",
+    "\n",
+    "\\",
+    "$",
+    ",",
+    "[",
+    "(",
+    "^",
+    "a/",
+    "'",
+    '"',
+    "x^",
+    "\\frac{1}{",
+    "**",
+]
+PATTERNS += [
+    "<answer>",
+    "answer is ",
+    "answer: not ",
+    "$x$ and ",
+    "(A) or ",
+    "1,",
+    "1 ",
+    "½",
+    "\u0305",
+    "√",
+    "\ud800",
+    "_",
+    "!",
+]
+PATTERNS += [
+    "\\text{",
+    "A ",
+    "so (A) ",
+    "\\overline{3",
+    "0.",
+    "\\sqrt(",
+    "^(",
+    "3 cm ",
+    "a b ",
+    "\\$",
+    "is ",
+    ". A",
+    "####",
+]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

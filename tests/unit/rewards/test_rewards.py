@@ -112,7 +112,17 @@ def test_exact(answer, text, right):
     assert asyncio.run(make_reward(RewardConfig(name="exact"))(prompt, written("1"), Text(text))).correct is right
 
 
-FOREIGN = ["<|im_start|>user\n1 2 3 4 :<|im_end|>\n", "What is 2 + 2?", "", ":", "1", "1 2 3", "0 , :", "²3 4 :", "9" * 5000 + " 1 :"]
+FOREIGN = [
+    "<|im_start|>user\n1 2 3 4 :<|im_end|>\n",
+    "What is 2 + 2?",
+    "",
+    ":",
+    "1",
+    "1 2 3",
+    "0 , :",
+    "²3 4 :",
+    "9" * 5000 + " 1 :",
+]
 
 
 @pytest.mark.parametrize("name", sorted(tasks.TASKS))
@@ -123,7 +133,9 @@ def test_a_generated_task_refuses_prompts_it_did_not_write(name):
     check_prompts(config, made, "train.jsonl")
     wrong = [dataclasses.replace(made[0], answer=answer) for answer in ("", "7", made[0].answer + " ", "x")]
     for prompt in [dataclasses.replace(made[0], text=text) for text in FOREIGN] + wrong:
-        with pytest.raises(UserError, match=rf"train.jsonl: prompt '{made[0].id}': reward.name = '{name}' cannot grade"):
+        with pytest.raises(
+            UserError, match=rf"train.jsonl: prompt '{made[0].id}': reward.name = '{name}' cannot grade"
+        ):
             check_prompts(config, [*made[1:], prompt], "train.jsonl")
         with pytest.raises(RewardError):
             asyncio.run(reward(prompt, written("1"), TOKENIZER))
@@ -133,7 +145,9 @@ def test_prompts_for_reasoning_gym_are_its_own():
     made = reasoning.prompts("chain_sum", {}, 2, 0, seed=1)
     config = RewardConfig(name="reasoning_gym")
     check_prompts(config, [Prompt(p.id, "s", p.text, (1,), p.answer) for p in made], "a.jsonl")
-    with pytest.raises(UserError, match=r"a.jsonl: prompt 'p': reward.name = 'reasoning_gym' cannot grade it: tools/make"):
+    with pytest.raises(
+        UserError, match=r"a.jsonl: prompt 'p': reward.name = 'reasoning_gym' cannot grade it: tools/make"
+    ):
         check_prompts(config, [PROMPT], "a.jsonl")
 
 

@@ -62,8 +62,34 @@ def entries(dataset, count=4):
 
 
 # What a policy writes that knows nothing. The data sets that take seconds a score are left out below.
-NOTHING = ["", " ", "nan", "inf", "-inf", "nanj", "nan+nanj", "None", "null", "[]", "{}", "()", '""', "?", "*", "N/A", "-"]
-SLOW = {"composite", "knight_swap", "intermediate_integration", "futoshiki", "rubiks_cube", "zebra_puzzles", "rush_hour"}
+NOTHING = [
+    "",
+    " ",
+    "nan",
+    "inf",
+    "-inf",
+    "nanj",
+    "nan+nanj",
+    "None",
+    "null",
+    "[]",
+    "{}",
+    "()",
+    '""',
+    "?",
+    "*",
+    "N/A",
+    "-",
+]
+SLOW = {
+    "composite",
+    "knight_swap",
+    "intermediate_integration",
+    "futoshiki",
+    "rubiks_cube",
+    "zebra_puzzles",
+    "rush_hour",
+}
 
 
 @pytest.mark.parametrize("dataset", sorted(set(reasoning.datasets()) - SLOW))
@@ -96,16 +122,21 @@ def test_upstreams_generous_scorers_are_not_asked(dataset, spoil):
         assert not reasoning.verify(answer, spoil(right)).correct
 
 
-@pytest.mark.parametrize("dataset", ["prime_factorization", "boxnet", "game_of_life", "coin_flip", "puzzle24", "countdown"])
 @pytest.mark.parametrize(
-    "said", ["I think 2", "[1, 2, 3]", "[null]", "{}", "1e400", "9**9**9**9", "(" * 5000, "9" * 10_000, "\ud800", "__name__"]
+    "dataset", ["prime_factorization", "boxnet", "game_of_life", "coin_flip", "puzzle24", "countdown"]
+)
+@pytest.mark.parametrize(
+    "said",
+    ["I think 2", "[1, 2, 3]", "[null]", "{}", "1e400", "9**9**9**9", "(" * 5000, "9" * 10_000, "\ud800", "__name__"],
 )
 def test_no_answer_is_an_error(dataset, said):
     for answer in entries(dataset, 2):
         assert not reasoning.verify(answer, said).correct
 
 
-@pytest.mark.parametrize("answer", ["", "17", "[]", "{}", '{"dataset": "chain_sum"}', '{"dataset": "no", "entry": {"answer": "1"}}'])
+@pytest.mark.parametrize(
+    "answer", ["", "17", "[]", "{}", '{"dataset": "chain_sum"}', '{"dataset": "no", "entry": {"answer": "1"}}']
+)
 def test_an_answer_of_another_kind_is_refused(answer):
     with pytest.raises(ValueError, match=r"make_reasoning_prompts"):
         reasoning.read(answer)
