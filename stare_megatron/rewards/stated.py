@@ -9,7 +9,7 @@ from stare_megatron.rewards.math_text import plain
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _OPEN_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _STATED = re.compile(
-    r"(?:(?:\b(?:answer|result|solution)s?\b|答案|结果)[^\n.:=?$\\是为：]{0,40}?(?:\b(?:is|are|be|equals?|to)\b|[:=：是为])|####)"
+    r"(?:(?:\b(?:answer|result|solution)s?\b|答案|结果)[^\n.:=?$\\是为：]{0,40}?(?:\b(?:is|are|be|equals?)\b|[:=：是为])|####)"
     r"(?:\s*(?:simply|just|therefore|thus|exactly|approximately|about|equal to|given by|as follows|either|that|:|="
     r"|\*\*(?=\s))(?!\w))*\s*",
     re.IGNORECASE,
@@ -49,7 +49,7 @@ def statement(tail: str) -> str | None:
         return _stated(tags[-1]) or tags[-1].strip()
     if _OPEN_BOX.search(tail):
         return None
-    return _stated(tail) or _last(tail)
+    return _stated(tail) or _last(tail) or _yes_or_no(tail)
 
 
 def within(box: str) -> str:
@@ -135,6 +135,14 @@ def _unsure(text: str, match: re.Match[str]) -> bool:
     return bool(_UNSURE.search(text[max(0, match.start() - 24) : match.start()]))
 
 
+def _yes_or_no(tail: str) -> str | None:
+    """The word that a response begins with, if it never says the other."""
+    said = [word.lower() for word in _YES_OR_NO.findall(tail)]
+    first = _YES_OR_NO.match(tail.lstrip())
+    return said[0] if first and len(set(said)) == 1 else None
+
+
+_YES_OR_NO = re.compile(r"\b(?:yes|no)\b", re.IGNORECASE)
 _SHORT = 60  # characters of a line that may be nothing but an answer
 
 
@@ -150,7 +158,10 @@ def _balanced(number: str) -> str:
 _LETTER = re.compile(r"\(([A-Ja-j])\)|([A-J])")
 _WORD = r"(?:(?:clearly|indeed|definitely|therefore|thus|simply|option|choice|answer|letter)\s+)*"
 _WHOLE = re.compile(rf"{_WORD}(?:\(([A-Ja-j])\)|([A-Ja-j]))", re.IGNORECASE)
-_FIRST = re.compile(rf"{_WORD}(?:\(([A-Ja-j])\)(?![\w(])|([A-J])(?:[.):](?=\s|\\|$)|\s*\)))", re.IGNORECASE)
+_FIRST = re.compile(
+    rf"{_WORD}(?:\(([A-Ja-j])\)(?![\w(])|([A-J])(?:[.):](?=\s|\\|$)|\s*\)|(?=,\s+(?:because|since|as)\b)))",
+    re.IGNORECASE,
+)
 _OTHER = re.compile(r"\s*(?:,|/|;|\bor\b|\band\b|&)+\s*(?:\(([A-Ja-j])\)|([A-J])(?![\w']))")
 # After a lone letter a word goes on that belongs to the sentence; "a triangle", "I think" begin something else.
 _GOES_ON = "because|since|as|which|where|with|for|that|is|not|due|by|and|or|in|if|but|so"
@@ -159,6 +170,7 @@ _TOKEN = rf"(?:\(\s*([A-Ja-j])\s*\)|{_ALONE})"
 _CHOSEN = re.compile(
     r"(?:(?i:answer|choice|option|choose|chose|select|pick|go with)(?i:\s+(?:is|are|be|would be|should be|must be))?"
     r"|(?i:so|therefore|thus|hence|∴),?(?=\s+\(|\s+[A-J](?:\s*$|\.\s*$))|(?i:\bis|\bit's)(?=:?\s*\([A-Ja-j]\))"
+    r"|(?i:must be)"
     rf"|故选|应选|选择?|答案[是为]?)\s*[:：]?\s*(?i:{_WORD}){_TOKEN}"
     rf"|{_TOKEN}(?=\s+(?i:is|must be)\s+(?i:the\s+)?(?i:correct|right|answer|best|true))"
     rf"|^\s*(?i:{_WORD}){_TOKEN}\s*[.:]?\s*$",

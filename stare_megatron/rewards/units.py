@@ -97,11 +97,14 @@ def split(text: str) -> tuple[str, str]:
     elif sign := _SIGN_AT_END.search(text):
         text, unit = text[: sign.start()], _SIGNS.get(sign[1], sign[1])
     loose = _WRAPPED.sub(_loosened, text)
-    if found := _UNIT.search(loose):
-        value = loose[: found.start()]
-        # A lone letter right after a number is a variable, `2t`.
-        if _counts(value) and (len(found[1]) > 1 or value != value.rstrip()):
-            return value.strip(), _name(found[1])
+    loose = loose.replace(f"\\circ {_STYLED}", "\\circ ").replace(f"\\circ}} {_STYLED}", "\\circ}")
+    found = _UNIT.search(loose)
+    styled = found is not None and loose[: found.start()].endswith(_STYLED)
+    loose, value = (part.replace(_STYLED, "") for part in (loose, loose[: found.start()] if found else ""))
+    # A lone letter right after a number is a variable, `2t`.
+    whole = value.strip() and (styled or _counts(value))
+    if found and whole and (len(found[1]) > 1 or value != value.rstrip()):
+        return value.strip(), _name(found[1])
     if (found := _COUNTED.search(loose)) and not _VALUE_WORDS.search(found[0]):
         return loose[: found.start()].strip(), unit
     if (found := _COUNTER.search(loose)) and not _CHANGES.search(found[0]):
@@ -120,13 +123,16 @@ def differ(one: str, other: str) -> bool:
 def _loosened(match: re.Match[str]) -> str:
     """What is in a style, apart from what is before it; a word of one's own stays in it."""
     inner = match[1].strip()
-    return f" {inner}" if inner and match.start() else match[0]
+    return f" {_STYLED}{inner}" if inner and match.start() else match[0]
+
+
+_STYLED = "\x1f"  # before what was in a style
 
 
 def _counts(value: str) -> bool:
     """Whether what is before a unit ends as a value does."""
     value = value.rstrip()
-    return value[-1:].isdigit() or value.endswith(("}", ")", "]", "thousand", "million", "billion", "trillion"))
+    return value[-1:].isdigit() or value.endswith(("}", ")", "]", "\\pi", "thousand", "million", "billion", "trillion"))
 
 
 def _name(written: str) -> str:
