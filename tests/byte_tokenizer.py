@@ -7,7 +7,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 ADDED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-_TEMPLATE = """\
+TEMPLATE = """\
 {%- for m in messages -%}
 {%- if m.role == "tool" -%}
 {%- if loop.first or messages[loop.index0 - 1].role != "tool" -%}<|im_start|>user{%- endif -%}
@@ -18,7 +18,7 @@ _TEMPLATE = """\
 {%- if add_generation_prompt -%}{{ "<|im_start|>assistant\n" }}{%- endif -%}"""
 
 
-def make(template: str = _TEMPLATE, eos: str = "<|im_end|>") -> PreTrainedTokenizerFast:
+def make(template: str = TEMPLATE, eos: str = "<|im_end|>") -> PreTrainedTokenizerFast:
     """Ids 0 to 255 are bytes, then `ADDED` (special) and `<tool_call>`, `</tool_call>` (added, not special)."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(BPE({char: i for i, char in enumerate(alphabet)}, []))

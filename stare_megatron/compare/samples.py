@@ -111,7 +111,7 @@ def _record(file: Path, number: int, line: str) -> Sample:
         )
     except KeyError as e:
         raise UserError(f"{file}:{number}: key {e} is missing in a sample; remove the file, or use --samples 0") from e
-    except (ValueError, TypeError) as e:
+    except (ValueError, TypeError, RecursionError) as e:
         raise UserError(f"{file}:{number}: not a sample ({e}); remove the file, or use --samples 0") from e
 
 

@@ -10,19 +10,21 @@ from stare_megatron.config.base import Free, Section, Text
 from stare_megatron.config.registry import OpenTable
 
 
-class MathConfig(Section):
-    """Settings of `math`."""
+class WorkerConfig(Section):
+    """Settings of the rewards that grade in processes of their own: `math` and `reasoning_gym`."""
 
     timeout: float = Field(
         default=10.0,
         gt=0,
-        description="`math`: seconds one answer may take to grade; then it counts as not graded and carries no loss.",
+        description="`math`, `reasoning_gym`: seconds one answer may take to grade; then it counts as not graded and "
+        "carries no loss (`math`), or as wrong (`reasoning_gym`).",
     )
-    processes: Free[int] = Field(default=2, ge=1, description="`math`: grading processes of each engine.")
+    processes: Free[int] = Field(default=2, ge=1, description="The same: grading processes of each engine.")
     memory_mb: Free[int] = Field(
         default=1024,
         ge=256,
-        description="`math`: memory of a grading process, MB; an answer that takes more counts as not graded.",
+        description="The same: memory of a grading process, MB; an answer that takes more counts as one that takes "
+        "too long.",
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +61,18 @@ def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
 def decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
     """Token ids -> text, special tokens included."""
     return lambda token_ids: str(tokenizer.decode(token_ids, skip_special_tokens=False))
+
+
+def ends_a_sequence(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the last token is an end of sequence: the tokenizer's own, or another special token, which an engine
+    stops at because the checkpoint's generation_config.json names several."""
+    if not token_ids:
+        return False
+    last = int(token_ids[-1])
+    if last == tokenizer.eos_token_id:
+        return True
+    added = tokenizer.added_tokens_decoder
+    return last in added and added[last].special
 
 
 def read_vocab_size(model: Path) -> int:

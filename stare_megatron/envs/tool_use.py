@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stare_megatron.config.env import ToolUseConfig
+from stare_megatron.data.tokenizer import ends_a_sequence
 from stare_megatron.envs.base import End, EnvContext, EnvError, EnvKind
 from stare_megatron.envs.parsers import make_parser
 from stare_megatron.envs.parsers.base import Encoder, Malformed, Parsed, Request
@@ -78,7 +79,7 @@ class ToolUse:
 
     async def step(self, action: Completion) -> npt.NDArray[np.int32] | End:
         token_ids = action.token_ids.tolist()
-        ended = token_ids[-1:] == [self._tokenizer.eos_token_id]
+        ended = ends_a_sequence(token_ids, self._tokenizer)
         text = str(
             self._tokenizer.decode(
                 token_ids[:-1] if ended else token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False

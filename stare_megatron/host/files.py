@@ -12,9 +12,12 @@ PARTIAL = ".partial"
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Replace a file's content, in UTF-8: a reader, also after a crash, sees the old or the new one, never a part."""
+    """Replace a file's content, in UTF-8: a reader, also after a crash, sees the old or the new one, never a part.
+
+    Half of a surrogate pair, which is no character, is written as `?`.
+    """
     partial = path.with_name(path.name + PARTIAL)
-    with partial.open("w", encoding="utf-8") as f:
+    with partial.open("w", encoding="utf-8", errors="replace") as f:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())

@@ -62,7 +62,7 @@ def fill(
 ) -> None:
     """Write the results, with what they are `about`, and a file of rows a benchmark into an existing folder."""
     for benchmark, lines in rows.items():
-        with (folder / f"{benchmark}.jsonl").open("w", encoding="utf-8") as f:
+        with (folder / f"{benchmark}.jsonl").open("w", encoding="utf-8", errors="replace") as f:
             f.writelines(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
     record = {**about, "results": [_tree(dataclasses.asdict(r)) for r in results]}
     (folder / _RESULTS).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from stare_megatron.config.registry import Kind
+from stare_megatron.data.tokenizer import ends_a_sequence
 from stare_megatron.types import Prompt, Score, SpanKind, Trajectory
 
 if TYPE_CHECKING:
@@ -31,15 +32,21 @@ class Reward(Protocol):
         ...
 
 
+def nothing_to_check(prompt: Prompt) -> None:
+    """Of a reward that grades every prompt."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RewardKind(Kind):
     """What `reward.name` names. `make(settings)`: a new reward; `settings` is an instance of the class of that name.
+    `check(prompt)` raises ValueError for a prompt it cannot grade; it is asked about all before anything is started.
 
     Example:
         RewardKind(make=Grader, settings=GraderSettings, columns=("tests",))
     """
 
     make: Callable[[Any], Reward]
+    check: Callable[[Prompt], None] = nothing_to_check
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,6 +58,6 @@ def response_text(trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase, *,
     """What the policy wrote, decoded: all action tokens but a final end-of-sequence token."""
     ids = [span.token_ids for span in trajectory.spans if span.kind is SpanKind.ACTION]
     tokens = np.concatenate(ids).tolist() if ids else []
-    if tokens and tokens[-1] == tokenizer.eos_token_id:
+    if ends_a_sequence(tokens, tokenizer):
         tokens.pop()
     return str(tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens))

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stare_megatron.config.reward import MathConfig
-from stare_megatron.data.boxed import last_boxed
+from stare_megatron.config.reward import WorkerConfig
 from stare_megatron.rewards.base import RewardError, RewardKind, response_text
 from stare_megatron.rewards.workers import WorkerError, WorkerLimits, WorkerPool
 from stare_megatron.types import Prompt, Score, Trajectory
@@ -14,24 +13,19 @@ from stare_megatron.types import Prompt, Score, Trajectory
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_TAIL = 4000  # characters in which an answer outside \\boxed{} is looked for
-
 
 class MathReward:
-    """1 if the last `\\boxed{...}` of the response (without one: the last answer math-verify finds in it) is
-    mathematically equal to the reference answer, else 0. docs/rewards.md has the rules."""
+    """1 if the last `\\boxed{...}` of the response (without one: what it states to be its answer) is mathematically
+    equal to the reference answer, else 0. docs/rewards.md has the rules."""
 
-    def __init__(self, config: MathConfig) -> None:
+    def __init__(self, config: WorkerConfig) -> None:
         limits = WorkerLimits(config.timeout, config.memory_mb << 20)
         self._pool = WorkerPool("stare_megatron.rewards.math_worker", config.processes, limits)
 
     async def __call__(self, prompt: Prompt, trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase) -> Score:
         text = response_text(trajectory, tokenizer, skip_special_tokens=True)
-        boxed = last_boxed(text)
-        if boxed == "":
-            return Score(0.0, False, "empty \\boxed{}")
         try:
-            verdict = await self._pool.call({"answer": prompt.answer, "boxed": boxed, "tail": text[-_TAIL:]})
+            verdict = await self._pool.call({"answer": prompt.answer, "response": text})
         except WorkerError as e:
             raise RewardError(str(e)) from e
         if not verdict["graded"]:
@@ -44,4 +38,4 @@ class MathReward:
         await self._pool.close()
 
 
-REWARD = RewardKind(make=MathReward, settings=MathConfig)
+REWARD = RewardKind(make=MathReward, settings=WorkerConfig)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stare_megatron.rewards.base import RewardKind, response_text
+from stare_megatron.rewards.base import RewardError, RewardKind, response_text
 from stare_megatron.tasks.base import Task
 from stare_megatron.types import Prompt, Score, Status, Trajectory
 
@@ -19,6 +19,13 @@ class TaskReward:
         self._task = task
 
     async def __call__(self, prompt: Prompt, trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase) -> Score:
+        """Raises:
+        RewardError: the prompt is none of the task's.
+        """
+        try:
+            self._task.check(prompt.text, prompt.answer)
+        except ValueError as e:
+            raise RewardError(str(e)) from e
         if trajectory.status is not Status.COMPLETED:
             return Score(0.0, False, "did not end by itself")
         return self._task.verify(
@@ -28,4 +35,6 @@ class TaskReward:
 
 def task_reward(task: Task) -> RewardKind:
     """The verifier of a task as a reward without settings."""
-    return RewardKind(make=lambda settings: TaskReward(task))
+    return RewardKind(
+        make=lambda settings: TaskReward(task), check=lambda prompt: task.check(prompt.text, prompt.answer)
+    )

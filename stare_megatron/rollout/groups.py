@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING
 
+from stare_megatron import rewards
 from stare_megatron.config import Config
 from stare_megatron.config.env import EnvConfig
+from stare_megatron.data.benchmarks import Benchmark
+from stare_megatron.data.prompts import PromptSet
 from stare_megatron.data.tokenizer import load_tokenizer
 from stare_megatron.envs import ENVS, EnvContext
-from stare_megatron.rewards import make_reward
 from stare_megatron.rewards.base import response_text
 from stare_megatron.rollout.episode import Masks, run_group
 from stare_megatron.rollout.reflection import word_counter
@@ -34,7 +36,7 @@ def make_runner(
         UserError: no tokenizer in the checkpoint, or one without what the environment needs.
         ValueError: an environment that needs a sandbox, without a box.
     """
-    reward = make_reward(config.reward)
+    reward = rewards.make_reward(config.reward)
     tokenizer = load_tokenizer(config.model.path)
     words = config.logging.reflection_words
     count = word_counter(words)
@@ -60,6 +62,15 @@ def make_runner(
         return group, group.summary(tuple(map(count, texts)))
 
     return run
+
+
+def check_prompts(config: Config, prompts: PromptSet | None, benchmarks: Iterable[Benchmark]) -> None:
+    """Raises:
+    UserError: a prompt that the reward cannot grade.
+    """
+    files = {", ".join(map(str, config.data.train)): prompts} if prompts else {}
+    for where, found in (files | {str(b.path): b.prompts for b in benchmarks}).items():
+        rewards.check_prompts(config.reward, (found[i] for i in range(len(found))), where)
 
 
 def check_env(config: EnvConfig, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -20,7 +20,7 @@ from stare_megatron.data.benchmarks import Benchmark, load_benchmarks
 from stare_megatron.data.tokenizer import decoder, load_tokenizer
 from stare_megatron.errors import RunError, UserError
 from stare_megatron.metrics import eval_records, eval_results
-from stare_megatron.rollout.groups import check_env
+from stare_megatron.rollout.groups import check_env, check_prompts
 from stare_megatron.run import folder as run_folder
 from stare_megatron.run import preflight
 from stare_megatron.run.evaluation import Evaluation, Evaluator, fingerprint
@@ -92,6 +92,7 @@ def evaluate(config: Config, *, model: Path | None, out: Path | None) -> Path:
     tokenizer = load_tokenizer(config.model.path)
     check_env(config.env, tokenizer)
     benchmarks = load_benchmarks(config, tokenizer)
+    check_prompts(config, None, benchmarks)
     folder = out or config.folder.with_name(f"{config.folder.name}-eval")
     partial = _make(folder)
     try:

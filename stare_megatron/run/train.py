@@ -25,7 +25,7 @@ from stare_megatron.metrics.plot import plot
 from stare_megatron.metrics.sinks import Sinks, open_sinks
 from stare_megatron.metrics.summary import how_to_resume, next_steps, opening, opening_notes, render, summarize
 from stare_megatron.rollout.collect import Collector
-from stare_megatron.rollout.groups import check_env
+from stare_megatron.rollout.groups import check_env, check_prompts
 from stare_megatron.run import folder as run_folder
 from stare_megatron.run import loop, preflight
 from stare_megatron.run.evaluation import Evaluations, Evaluator
@@ -108,6 +108,7 @@ def prepare(config: Config, console: Console) -> Prepared:
     prompts = load_prompts(config.data, tokenizer)
     notes += opening_notes(config, len(prompts), prompts.dropped)
     benchmarks = load_benchmarks(config, tokenizer)
+    check_prompts(config, prompts, benchmarks)
     stream = PromptStream(prompts, seed=config.run.seed, shuffle=config.data.shuffle)
     if config.sync.probe_every:
         stream.probe()  # refuses a data set without a prompt to probe with

@@ -10,11 +10,18 @@ import hashlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from tokenize import TokenError
 from typing import Literal, Protocol
 
 from stare_megatron.types import Score
 
 Split = Literal["train", "eval", "test"]  # settings are chosen by looking at eval; test is for what is reported
+
+# What code of others raises on text it did not expect: it promises nothing.
+UPSTREAM_ERRORS = (
+    *(ArithmeticError, AssertionError, AttributeError, BufferError, EOFError, LookupError, MemoryError, NameError),
+    *(OSError, RuntimeError, StopIteration, SyntaxError, SystemExit, TypeError, ValueError, TokenError),
+)
 
 # Ids 12 + n are the number n: a checkpoint's ids can be read by eye. Order is part of every warmed-up checkpoint.
 SPECIAL_WORDS = ("<pad>", "<bos>", "<eos>", "<unk>")
@@ -108,8 +115,13 @@ class Task(Protocol):
         """A right response drawn at random, without `<eos>` and without what a tool answers to its calls."""
         ...
 
+    def check(self, prompt_text: str, answer: str) -> None:
+        """Raises: ValueError: no prompt of this task, or not its answer; says what one looks like."""
+        ...
+
     def verify(self, prompt_text: str, answer: str, response: str) -> Score:
-        """Score a response that ended by itself; `response` is what the policy wrote, without its final `<eos>`."""
+        """Score a response that ended by itself, whatever it is, to a prompt that `check` takes; `response` is what the
+        policy wrote, without its final `<eos>`."""
         ...
 
 
@@ -127,6 +139,11 @@ class ArithmeticTask:
     @property
     def tool(self) -> Tool | None:
         return None
+
+
+def is_number(word: str) -> bool:
+    """A small number as the vocabulary writes it: no sign, no leading zero, ASCII digits."""
+    return len(word) <= 9 and word.isascii() and word.isdigit() and (word == "0" or word[0] != "0")
 
 
 def split_of(key: str, held_out_one_in: int) -> Split:

@@ -12,7 +12,7 @@ import random
 from dataclasses import dataclass
 
 from stare_megatron.errors import UserError
-from stare_megatron.tasks.base import ArithmeticTask, Split, TaskPrompt, WarmUp, split_of
+from stare_megatron.tasks.base import ArithmeticTask, Split, TaskPrompt, WarmUp, is_number, split_of
 from stare_megatron.types import Score
 
 _HELD_OUT_ONE_IN = 5
@@ -70,6 +70,13 @@ class NumberWalk(ArithmeticTask):
             left -= 1
         return " ".join(words)
 
+    def check(self, prompt_text: str, answer: str) -> None:
+        words = prompt_text.split(" ")
+        if len(words) != 4 or words[1::2] != [",", ":"] or not all(map(is_number, words[::2])):
+            raise ValueError(f"want a start and a goal such as '3 , 29 :', got {prompt_text!r:.60}")
+        if answer != words[2]:
+            raise ValueError(f"the answer to {prompt_text!r:.60} is its goal, not {answer!r:.60}")
+
     def verify(self, prompt_text: str, answer: str, response: str) -> Score:
         here, goal = _ends(prompt_text)
         words = response.split(" ")
@@ -80,7 +87,9 @@ class NumberWalk(ArithmeticTask):
             sign, amount, equals, number = words[4 * move : 4 * move + 4]
             allowed = {(s, str(a), "=", str(n)) for s, a, n in _steps(here, self.largest)}
             if (sign, amount, equals, number) not in allowed:
-                return Score(0.0, False, f"move {move + 1}: {sign} {amount} {equals} {number} is none from {here}")
+                return Score(
+                    0.0, False, f"move {move + 1}: {sign} {amount} {equals} {number}"[:80] + f" is none from {here}"
+                )
             here = int(number)
         if here != goal:
             return Score(0.0, False, f"ends at {here}, want {goal}")

@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from stare_megatron.errors import UserError
-from stare_megatron.tasks.base import ArithmeticTask, Split, TaskPrompt, WarmUp, split_of
+from stare_megatron.tasks.base import ArithmeticTask, Split, TaskPrompt, WarmUp, is_number, split_of
 from stare_megatron.types import Score
 
 _HELD_OUT_ONE_IN = 5
@@ -70,6 +70,13 @@ class OrderFreeSum(ArithmeticTask):
             words += [str(a), "+", str(b), "=", str(a + b)]
         return " ".join(words)
 
+    def check(self, prompt_text: str, answer: str) -> None:
+        words = prompt_text.removesuffix(" :").split(" ")
+        if not prompt_text.endswith(" :") or len(words) < 2 or not all(map(is_number, words)):
+            raise ValueError(f"want numbers and a colon such as '3 9 4 1 :', got {prompt_text!r:.60}")
+        if answer != str(sum(map(int, words))):
+            raise ValueError(f"the answer to {prompt_text!r:.60} is {sum(map(int, words))}, not {answer!r:.60}")
+
     def verify(self, prompt_text: str, answer: str, response: str) -> Score:
         numbers = _numbers(prompt_text)
         words = response.split(" ")
@@ -92,8 +99,8 @@ def _numbers(prompt_text: str) -> list[int]:
 def _merge(left: Counter[int], words: list[str]) -> str:
     """Apply one step `a + b = c` to the numbers still there; a note on what is wrong with it, or an empty string."""
     a, plus, b, equals, c = words
-    if plus != "+" or equals != "=" or not all(_is_number(w) for w in (a, b, c)):
-        return f"{' '.join(words)!r} is no step"
+    if plus != "+" or equals != "=" or not all(is_number(w) for w in (a, b, c)):
+        return f"{' '.join(words)!r:.60} is no step"
     if int(a) + int(b) != int(c):
         return f"{' '.join(words)} is wrong"
     for term in (int(a), int(b)):
@@ -102,11 +109,6 @@ def _merge(left: Counter[int], words: list[str]) -> str:
         left[term] -= 1
     left[int(c)] += 1
     return ""
-
-
-def _is_number(word: str) -> bool:
-    """A number as the vocabulary writes it: no sign, no leading zero, ASCII digits."""
-    return word.isascii() and word.isdigit() and str(int(word)) == word
 
 
 TASK = OrderFreeSum()

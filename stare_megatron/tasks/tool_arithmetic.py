@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 
 from stare_megatron.errors import UserError
-from stare_megatron.tasks.base import Split, TaskPrompt, Tool, WarmUp, split_of
+from stare_megatron.tasks.base import Split, TaskPrompt, Tool, WarmUp, is_number, split_of
 from stare_megatron.types import Score
 
 _HELD_OUT_ONE_IN = 5
@@ -93,6 +93,13 @@ class ToolArithmetic:
             return f"{_CALL}print({a}*{b}){_CALL_END}{prompt.answer}"
         name = rng.choice(_NAMES)
         return f"{_CALL}{name}={a}*{b}\nprint({name}){_CALL_END}{prompt.answer}"
+
+    def check(self, prompt_text: str, answer: str) -> None:
+        factors = prompt_text.removesuffix("=").split("*")
+        if not prompt_text.endswith("=") or len(factors) != 2 or not all(map(is_number, factors)):
+            raise ValueError(f"want a product such as '347*582=', got {prompt_text!r:.60}")
+        if answer != str(int(factors[0]) * int(factors[1])):
+            raise ValueError(f"the answer to {prompt_text!r:.60} is the product, not {answer!r:.60}")
 
     def verify(self, prompt_text: str, answer: str, response: str) -> Score:
         said = response.rpartition(_CALL_END)[2]

@@ -9,13 +9,14 @@ Sources: NousResearch/Hermes-Function-Calling, README; the chat template of Qwen
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jinja2
 
+from stare_megatron.data.json_text import decode_line
+from stare_megatron.data.tokenizer import ends_a_sequence
 from stare_megatron.envs.parsers.base import Encoder, Malformed, Parsed, Request
 from stare_megatron.errors import UserError
 
@@ -37,28 +38,31 @@ class Hermes:
         encoder = Encoder(tokenizer)
         self._tool = tool
         self._parallel = parallel
-        self._eos = tokenizer.eos_token_id
         self._before, self._between, self._after = (encoder.form(text) for text in _boundaries(tokenizer))
+        self._ends_turn = ends_a_sequence(self._before[:1], tokenizer)
 
     @property
     def stop(self) -> tuple[str, ...]:
         return () if self._parallel else (CLOSE,)
 
     def parse(self, text: str, *, ended: bool) -> Parsed:
+        trailing = ""
+        if not self._parallel and CLOSE in text:  # the turn was to end there, whatever its last token brought more
+            text, _, trailing = text.partition(CLOSE)
+            text += CLOSE
         found = list(_CALL.finditer(text))
-        if not found:
-            if CLOSE not in text:
-                return Parsed(())
-            return Parsed((Malformed("", f"{CLOSE} without {OPEN}"),), text.partition(CLOSE)[2])
-        if not self._parallel:
-            found = found[:1]
-        calls = tuple(self._read(match[1], closed=match[0].endswith(CLOSE)) for match in found)
-        return Parsed(calls, text[found[-1].end() :])
+        if found:
+            calls = tuple(self._read(match[1], closed=match[0].endswith(CLOSE)) for match in found)
+            return Parsed(calls, trailing or text[found[-1].end() :])
+        if CLOSE not in text:
+            return Parsed(())
+        return Parsed((Malformed("", f"{CLOSE} without {OPEN}"),), trailing or text.partition(CLOSE)[2])
 
     def render(self, text: str, results: Sequence[Sequence[int]], *, ended: bool) -> list[int] | None:
         tokens = self._before
         if ended:
-            if tokens[:1] != [self._eos]:
+            # It stands for the template's own, though it may be another of the checkpoint's.
+            if not self._ends_turn:
                 return None
             tokens = tokens[1:]
         for i, result in enumerate(results):
@@ -69,15 +73,14 @@ class Hermes:
         if not closed:
             return Malformed("", f"{OPEN} without {CLOSE}")
         try:
-            call = json.loads(body)
-            json.dumps(call, ensure_ascii=False).encode()  # half a surrogate pair is no text: a UnicodeEncodeError
-        except (ValueError, RecursionError) as e:
+            call = decode_line(body)
+        except ValueError as e:
             return Malformed("", f"the call is not valid JSON: {e}")
         if not isinstance(call, dict) or not isinstance(call.get("name"), str):
             return Malformed("", 'the call must be a JSON object with "name" and "arguments"')
         name, arguments = call["name"], call.get("arguments")
         if name != self._tool:
-            return Malformed(name, f"unknown tool {name!r}; known: {self._tool!r}")
+            return Malformed(name, f"unknown tool {name!r:.80}; known: {self._tool!r}")
         if not isinstance(arguments, dict) or not isinstance(arguments.get("code"), str):
             return Malformed(name, f'"arguments" of {name!r} must be an object with a string "code"')
         return Request(name, arguments["code"])

@@ -11,7 +11,7 @@ import pytest
 from stare_megatron import config
 from stare_megatron.checkpoint import settings as kept
 from stare_megatron.config.registry import load_object
-from stare_megatron.config.reward import MathConfig
+from stare_megatron.config.reward import WorkerConfig
 from stare_megatron.errors import UserError
 from stare_megatron.run.folder import to_toml
 
@@ -157,7 +157,7 @@ def test_settings_are_checked_and_written_out(own):
 
 
 def test_tables_are_made_in_python_too(own):
-    made = config.RewardConfig(name="math", settings=MathConfig(timeout=3.0))
+    made = config.RewardConfig(name="math", settings=WorkerConfig(timeout=3.0))
     assert made == parse(reward={"name": "math", "timeout": 3.0}).reward
     assert "unknown key 'reward.settings'" in refused(reward={"name": "math", "settings": {"timeout": 3.0}})
 

@@ -137,9 +137,18 @@ def test_an_end_of_sequence_after_a_call_is_not_written_twice():
     assert TOKENIZER.decode(trajectory.token_ids().tolist()).count("</tool_call><|im_end|>\n<|im_start|>user") == 1
 
 
-def test_an_end_of_sequence_that_is_not_the_templates_cannot_be_followed():
+def test_every_end_of_sequence_ends_a_turn_of_calls():
+    """A checkpoint's generation_config.json may name several, and engines stop at each."""
+    trajectory, note, observed = play(Script(call("1") + "<|endoftext|>", "4<|im_end|>"), parallel_calls=True)
+    assert (trajectory.status, note, trajectory.counts().calls) == (Status.COMPLETED, "", 1)
+    assert observed[0].startswith("\n<|im_start|>user\n<tool_response>")
     tokenizer = byte_tokenizer.make(eos="<|endoftext|>")
-    parser = make_parser(ToolUseConfig(), tokenizer)
+    assert make_parser(ToolUseConfig(), tokenizer).render(call("1"), [[1]], ended=True) is not None
+
+
+def test_an_end_of_sequence_that_no_template_continues_cannot_be_followed():
+    template = byte_tokenizer.TEMPLATE.replace('m.content + "<|im_end|>', 'm.content + "END')
+    parser = make_parser(ToolUseConfig(), byte_tokenizer.make(template))
     assert parser.render(call("1"), [[1]], ended=True) is None
     assert parser.render(call("1"), [[1]], ended=False) is not None
 

@@ -9,7 +9,8 @@ import tomllib
 import pytest
 
 from stare_megatron import config
-from stare_megatron.rewards import make_reward
+from stare_megatron.errors import UserError
+from stare_megatron.rewards import check_prompts, make_reward
 from stare_megatron.rewards.functions import TextReward
 from stare_megatron.types import Score
 from tests.guide import blocks
@@ -21,7 +22,7 @@ TREE = {"run": {"steps": 1}, "model": {"path": "m"}, "data": {"train": ["t.jsonl
 @pytest.fixture
 def page(tmp_path, monkeypatch):
     found = blocks("adding_a_reward")
-    for name, code in zip(("grade.py", "judge.py", "words.py"), found["python"], strict=True):
+    for name, code in zip(("grade.py", "judge.py", "words.py", "digits.py"), found["python"], strict=True):
         (tmp_path / name).write_text(code)
     monkeypatch.chdir(tmp_path)
     return found
@@ -66,3 +67,10 @@ def test_a_number_is_a_score(value, score):
 def test_what_is_no_number_is_a_bug(value, error):
     with pytest.raises(error):
         asyncio.run(TextReward(lambda prompt, text: value)(PROMPT, written("1"), TOKENIZER))
+
+
+def test_prompts_it_cannot_grade(page):
+    reward = config.RewardConfig(name="digits.py:DIGITS")
+    check_prompts(reward, [dataclasses.replace(PROMPT, answer="17")], "a.jsonl")
+    with pytest.raises(UserError, match=r"a.jsonl: prompt 'p': .* the answer 'x' is no whole number"):
+        check_prompts(reward, [dataclasses.replace(PROMPT, answer="x")], "a.jsonl")

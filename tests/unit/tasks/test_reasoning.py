@@ -1,3 +1,4 @@
+import functools
 import json
 
 import pytest
@@ -51,3 +52,91 @@ def test_the_scorer_decides():
 def test_mistakes_are_the_users(dataset, settings, said):
     with pytest.raises(UserError, match=said):
         reasoning.prompts(dataset, settings, 1, 0, seed=0)
+
+
+@functools.cache
+def entries(dataset, count=4):
+    gym = reasoning._gym()
+    made = gym.create_dataset(dataset, seed=5, size=count)
+    return [json.dumps({"dataset": dataset, "entry": made[i]}, default=str) for i in range(count)]
+
+
+# What a policy writes that knows nothing. The data sets that take seconds a score are left out below.
+NOTHING = [
+    "",
+    " ",
+    "nan",
+    "inf",
+    "-inf",
+    "nanj",
+    "nan+nanj",
+    "None",
+    "null",
+    "[]",
+    "{}",
+    "()",
+    '""',
+    "?",
+    "*",
+    "N/A",
+    "-",
+]
+SLOW = {
+    "composite",
+    "knight_swap",
+    "intermediate_integration",
+    "futoshiki",
+    "rubiks_cube",
+    "zebra_puzzles",
+    "rush_hour",
+}
+
+
+@pytest.mark.parametrize("dataset", sorted(set(reasoning.datasets()) - SLOW))
+def test_nothing_is_never_right(dataset):
+    for answer in entries(dataset, 2):
+        for said in NOTHING:
+            score = reasoning.verify(answer, said)
+            assert not score.correct, (dataset, said)
+            assert score.note
+
+
+@pytest.mark.parametrize(
+    ("dataset", "spoil"),
+    [
+        ("game_of_life_halting", lambda a: {"True": "False", "False": "True"}[a]),
+        ("game_of_life_halting", lambda a: f"{a} or {a}"),
+        ("complex_arithmetic", lambda a: a.replace(".", "1.")),
+        ("coin_flip", lambda a: a[:1] + "." if len(a) > 1 else "0.5"),
+        ("gsm_symbolic", lambda a: f"-{a}"),
+        ("gsm_symbolic", lambda a: f"{a} or 999"),
+        ("fraction_simplification", lambda a: f"{a} or 999"),
+        ("fraction_simplification", lambda a: f"{a} {a}"),
+        ("chain_sum", lambda a: f"{a} or {int(a) + 1}"),
+    ],
+)
+def test_upstreams_generous_scorers_are_not_asked(dataset, spoil):
+    for answer in entries(dataset):
+        right = json.loads(answer)["entry"]["answer"]
+        assert reasoning.verify(answer, right).correct
+        assert not reasoning.verify(answer, spoil(right)).correct
+
+
+@pytest.mark.parametrize(
+    "dataset", ["prime_factorization", "boxnet", "game_of_life", "coin_flip", "puzzle24", "countdown"]
+)
+@pytest.mark.parametrize(
+    "said",
+    ["I think 2", "[1, 2, 3]", "[null]", "{}", "1e400", "9**9**9**9", "(" * 5000, "9" * 10_000, "\ud800", "__name__"],
+)
+def test_no_answer_is_an_error(dataset, said):
+    for answer in entries(dataset, 2):
+        assert not reasoning.verify(answer, said).correct
+
+
+@pytest.mark.parametrize(
+    "answer", ["", "17", "[]", "{}", '{"dataset": "chain_sum"}', '{"dataset": "no", "entry": {"answer": "1"}}']
+)
+def test_an_answer_of_another_kind_is_refused(answer):
+    with pytest.raises(ValueError, match=r"make_reasoning_prompts"):
+        reasoning.read(answer)
