@@ -26,6 +26,7 @@ DTYPES = ("F64", "F32", "F16", "BF16")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Written by old exports of rotary embeddings; computed from the configuration since.
 _HARMLESS_SUFFIX = ".rotary_emb.inv_freq"
+_UNREAD = (".bin", ".pt", ".pth", ".gguf", ".h5")
 _AGAIN = "fetch or convert the checkpoint again"
 _BLOCK = 1 << 24  # bytes compared at a time
 
@@ -64,7 +65,8 @@ def _single(folder: Path) -> str:
     """The one file, where there is no index."""
     others = sorted(path.name for path in folder.glob("*.safetensors") if path.name != SINGLE)
     if not (folder / SINGLE).is_file():
-        why = "; save the checkpoint as safetensors"
+        unread = next((p.name for p in sorted(folder.glob("*")) if p.suffix in _UNREAD), "")
+        why = f"; {unread + ' is not read, ' if unread else ''}save the checkpoint as safetensors"
         if others:
             why = f", which would say what {_some(others)} hold; {_AGAIN}"
         elif (folder / SINGLE).is_symlink():

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from stare_megatron.config import Config, upstream
 from stare_megatron.config.registry import is_address
 from stare_megatron.config.upstream import check_engine_args
+from stare_megatron.data import rows
 from stare_megatron.data.tokenizer import has_tokenizer
 from stare_megatron.errors import UserError
 from stare_megatron.models import layout, weights
@@ -163,16 +164,8 @@ def check_benchmarks(config: Config) -> None:
 
 def _check_prompt_files(name: str, paths: list[Path]) -> None:
     for path in paths:
-        key = f"{name}: {path}"
-        if path.suffix not in (".jsonl", ".parquet"):
-            raise UserError(f"{key}: prompts are read from .jsonl and .parquet files; convert it")
-        try:
-            with path.open("rb") as f:
-                empty = not f.read(1)
-        except OSError as e:
-            raise UserError(f"{key}: cannot read it: {e.strerror}; give the path of an existing file") from e
-        if empty:
-            raise UserError(f"{key}: the file is empty; it needs at least one prompt")
+        if why := rows.fault(path):
+            raise UserError(f"{name}: {path}: {why}")
 
 
 def check_weights(model: Path) -> None:

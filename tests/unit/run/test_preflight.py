@@ -187,8 +187,8 @@ def test_small_heads_on_a_cpu(make, files):
     ("name", "content", "parts"),
     [
         ("absent.jsonl", None, ("absent.jsonl: cannot read it: No such file", "existing file")),
-        ("rows.csv", "a,b", ("rows.csv: prompts are read from .jsonl and .parquet", "convert")),
-        ("empty.jsonl", "", ("empty.jsonl: the file is empty", "at least one prompt")),
+        ("rows.csv", "a,b", ("rows.csv: want a file that ends in .jsonl, .json, .parquet", "convert")),
+        ("empty.jsonl", "", ("empty.jsonl: the file is empty", "at least one row")),
     ],
 )
 def test_data_files(make, files, name, content, parts):
