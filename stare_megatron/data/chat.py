@@ -21,7 +21,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._tried: dict[tuple[str, ...], str] = {}
+        self._tried: dict[tuple[str, ...], str | None] = {}
 
     def render(self, messages: list[Any]) -> str:
         """The prompt that asks for the next message. No content is lost on the way: white space around it may be.
@@ -39,8 +39,9 @@ class ChatTemplate:
         if not self._tokenizer.chat_template:
             raise ValueError("a chat prompt, but the checkpoint's tokenizer has no chat template")
         text = self._write(checked)
-        lost = next((message["role"] for message in checked if not _is_in(message, text)), "") or self._ignored(checked)
-        if lost:
+        lost = next((message["role"] for message in checked if not _is_in(message, text)), None)
+        lost = self._ignored(checked) if lost is None else lost
+        if lost is not None:
             raise ValueError(f"the chat template leaves out the message of role {lost!r:.60}; use a role that it knows")
         return text
 
@@ -51,7 +52,7 @@ class ChatTemplate:
             # code of the checkpoint
             raise ValueError(f"the chat template refuses it: {first_line(e)}") from e
 
-    def _ignored(self, messages: list[dict[str, Any]]) -> str:
+    def _ignored(self, messages: list[dict[str, Any]]) -> str | None:
         """A role whose messages the template does not write out: a content may be in the text for another reason."""
         roles = tuple(message["role"] for message in messages)
         if roles not in self._tried:
@@ -60,7 +61,7 @@ class ChatTemplate:
                 text = self._write([m | {"content": mark} for m, mark in zip(messages, marks, strict=True)])
             except ValueError:  # a template that looks into the contents: they have been found already
                 text = "".join(marks)
-            self._tried[roles] = next((role for role, mark in zip(roles, marks, strict=True) if mark not in text), "")
+            self._tried[roles] = next((role for role, mark in zip(roles, marks, strict=True) if mark not in text), None)
         return self._tried[roles]
 
 

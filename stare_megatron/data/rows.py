@@ -187,10 +187,10 @@ def text_of(value: Any) -> str:
         if is_blank(value):
             raise ValueError(f"empty or blank: {value!r:.60}")
         return value
-    if not math.isfinite(value):
-        raise ValueError(f"want a finite number of at most 4,000 digits, got {value}")
     if isinstance(value, int):
         return str(value)
+    if not math.isfinite(value):
+        raise ValueError(f"want a finite number of at most 4,000 digits, got {value}")
     digits = format(value if isinstance(value, Decimal) else Decimal(repr(value)), "f")
     if "." in digits:
         digits = digits.rstrip("0").removesuffix(".")
