@@ -83,7 +83,7 @@ def read_object(path: Path, cure: str = "") -> dict[str, Any]:
     try:
         if what := disguise(path):
             raise UserError(f"{path}: {what}")
-        tree = json.loads(path.read_text(encoding="utf-8-sig"))
+        tree = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise UserError(f"{path}: cannot read it: {e.strerror}{cure}") from e
     except UnicodeDecodeError as e:

@@ -249,9 +249,8 @@ class Fields:
         """Refuse what nobody asked for, unless it is known to change nothing."""
         for name, value in self._left.items():
             if name not in _HARMLESS and value not in (None, False, 0, [], {}):
-                raise UserError(
-                    f"{self.path}: the {what}field {name} = {value!r} is not supported by this architecture"
-                )
+                field = f"{name if name.isprintable() else repr(name)} = {value!r}"
+                raise UserError(f"{self.path}: the {what}field {field:.100} is not supported by this architecture")
 
 
 def dense_attention(shape: ModelShape) -> tuple[Tensor, ...]:

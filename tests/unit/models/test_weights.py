@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from stare_megatron.errors import UserError
@@ -17,6 +19,7 @@ from stare_megatron.models import weights
 from stare_megatron.models.entries import hf_names
 from stare_megatron.models.families import read_hf_config
 from stare_megatron.models.shards import Checkpoint
+from tests.properties import NUMBERS, SCALARS, TEXT, bounded, nested
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -263,3 +266,61 @@ def test_a_configuration_of_no_model(tmp_path: Path, fields: dict[str, Any], why
         read_hf_config(tmp_path)
     assert why in str(e.value)
     assert "config.json" in str(e.value)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = make(tmp_path_factory.mktemp("whole"), shards=True, tie_word_embeddings=True)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def attempt(folder: Path, files: dict[str, bytes]) -> None:
+    """What is checked is right or refused by name, and what is found right can be read."""
+    folder.mkdir(exist_ok=True)
+    for name, raw in files.items():
+        (folder / name).write_bytes(raw)
+    try:
+        found = check(folder)
+        weights.parameters(read_hf_config(folder))
+    except UserError as e:
+        said = str(e)
+    else:
+        file = Checkpoint(folder)
+        for name in found:
+            file.read(name, file.info(name).shape)
+        return
+    assert str(folder) in said
+    assert "\n" not in said
+    assert said.encode()
+
+
+JSON = nested(SCALARS)
+
+
+@bounded(500)
+@given(st.data())
+def test_flipped_bytes_and_cut_files(
+    tmp_path_factory: pytest.TempPathFactory, files: dict[str, bytes], data: st.DataObject
+) -> None:
+    name = data.draw(st.sampled_from(sorted(files)))
+    raw = bytearray(files[name])
+    at = data.draw(st.integers(0, min(len(raw), 900) - 1))  # of the headers
+    end = data.draw(st.sampled_from([at + 1, at + 4, len(raw)]))
+    raw[at:end] = data.draw(st.binary(max_size=4))
+    attempt(tmp_path_factory.getbasetemp() / "flipped", files | {name: bytes(raw)})
+
+
+@bounded(500)
+@given(st.data())
+def test_fields_of_any_value(
+    tmp_path_factory: pytest.TempPathFactory, files: dict[str, bytes], data: st.DataObject
+) -> None:
+    name = data.draw(st.sampled_from(["config.json", "model.safetensors.index.json"]))
+    tree = json.loads(files[name])
+    inner = tree if name == "config.json" or data.draw(st.booleans()) else tree["weight_map"]
+    keys = st.sampled_from(sorted(inner)) | TEXT | st.sampled_from(["rope_scaling", "rope_parameters", "layer_types"])
+    rope = st.dictionaries(st.sampled_from(["rope_type", "factor", "rope_theta", "low_freq_factor"]), SCALARS)
+    inner |= data.draw(st.dictionaries(keys, JSON | NUMBERS | rope, max_size=2))
+    for key in data.draw(st.sets(st.sampled_from(sorted(inner)), max_size=1)):
+        inner.pop(key)
+    attempt(tmp_path_factory.getbasetemp() / "fields", files | {name: json.dumps(tree).encode()})
