@@ -15,8 +15,7 @@ def read(f: Fields) -> ModelShape:
     f.only("decoder_sparse_step", 1)
     f.only("mlp_only_layers", [])
     # transformers 5 writes the second name for the first.
-    names = ("num_experts", "num_local_experts")
-    number = f.agreeing(*(f.take(name, int, None) for name in names), names[0])
+    number = f.agreeing(f.take("num_experts", int, None), f.take("num_local_experts", int, None), "num_experts")
     if not 1 <= (number or 0) <= MOST_EXPERTS:
         raise UserError(f"{f.path}: num_experts = {number!r:.20} should be from 1 to {MOST_EXPERTS:,}")
     experts = Experts(
