@@ -44,7 +44,7 @@ def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
         raise UserError(
             f"{model}: no tokenizer: none of {', '.join(_VOCABULARIES)}; copy the tokenizer of the base model here"
         )
-    trees = _read_files(model)
+    trees = read_files(model)
     tokenizer = _load(model, trees)
     vocabulary = tokenizer.get_vocab()
     largest = max(vocabulary.values(), default=-1)
@@ -57,7 +57,7 @@ def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
         raise UserError(f"{model}: the tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
     if tokenizer.is_fast:
         _check_special_tokens(model, tokenizer, trees)
-    _check_special_ids(model, tokenizer, trees)
+    _check_special_ids(model, tokenizer, set(vocabulary.values()), trees)
     if 2 * len(vocabulary) < vocab_size:
         raise UserError(
             f"{model}: the tokenizer has {len(vocabulary):,} tokens, the embedding {vocab_size:,} rows; it is another "
@@ -66,8 +66,12 @@ def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _read_files(model: Path) -> dict[str, dict[str, Any]]:
-    """The JSON of the folder's small files and of its tokenizer's, by name; the others are no pointers or the like."""
+def read_files(model: Path) -> dict[str, dict[str, Any]]:
+    """The JSON of the two configurations and of the tokenizer's files, by name.
+
+    Raises:
+        UserError: one of them is damaged, or one of the tokenizer's other files a Git LFS pointer or the like.
+    """
     found = {}
     for path in (model / name for name in (*_MODEL, *FILES)):
         if not path.is_file():
@@ -102,24 +106,24 @@ def _load(model: Path, trees: dict[str, dict[str, Any]]) -> PreTrainedTokenizerB
 
 def _check_special_tokens(model: Path, tokenizer: Any, trees: dict[str, dict[str, Any]]) -> None:
     """Those that no file gives an id would get a new one from transformers."""
-    known: dict[str, Any] = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
-    known |= trees.get("added_tokens.json", {})
+    known = dict(trees.get("added_tokens.json", {}))
     added = trees.get("tokenizer_config.json", {}).get("added_tokens_decoder", {})
     known |= {token["content"]: int(i) for i, token in added.items()}
     added = trees.get("tokenizer.json", {}).get("added_tokens") or ()
     known |= {token["content"]: token["id"] for token in added}
     for token in tokenizer.all_special_tokens:
         new = tokenizer.convert_tokens_to_ids(token)
-        if known.get(token) != new:
+        if known.get(token, tokenizer.backend_tokenizer.model.token_to_id(token)) != new:
             raise UserError(
                 f"{model / 'tokenizer_config.json'}: the special token {token!r:.60} is not in the vocabulary; it "
                 f"would become id {new}, which the model was never trained on; name one of the tokenizer's tokens"
             )
 
 
-def _check_special_ids(model: Path, tokenizer: PreTrainedTokenizerBase, trees: dict[str, dict[str, Any]]) -> None:
-    """Special tokens that the two configurations name."""
-    ids = set(tokenizer.get_vocab().values())
+def _check_special_ids(
+    model: Path, tokenizer: PreTrainedTokenizerBase, ids: set[int], trees: dict[str, dict[str, Any]]
+) -> None:
+    """Special tokens that the two configurations name. `ids`: of all tokens."""
     other = "it is another model's, or the file names a wrong id"
     special, ends = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder), set()
     for name in _MODEL:

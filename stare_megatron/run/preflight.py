@@ -18,7 +18,7 @@ from stare_megatron.config import Config, upstream
 from stare_megatron.config.registry import is_address
 from stare_megatron.config.upstream import check_engine_args
 from stare_megatron.data import rows
-from stare_megatron.data.tokenizer import has_tokenizer
+from stare_megatron.data.tokenizer import has_tokenizer, read_files
 from stare_megatron.errors import UserError
 from stare_megatron.models import layout, weights
 from stare_megatron.models.families import read_hf_config
@@ -169,8 +169,10 @@ def _check_prompt_files(name: str, paths: list[Path]) -> None:
 
 
 def check_weights(model: Path) -> None:
-    """Raises: UserError: the folder's weights are not those of its config.json, or it has no tokenizer."""
+    """Raises: UserError: the folder's weights are not those of its config.json, or its tokenizer's files are missing or
+    damaged; whether they are the model's is `load_tokenizer`'s to say."""
     weights.check(model, read_hf_config(model))
+    read_files(model)
     if not has_tokenizer(model):
         raise UserError(f"model.path = {str(model)!r}: no tokenizer; copy the tokenizer's files beside config.json")
 

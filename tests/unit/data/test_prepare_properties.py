@@ -44,7 +44,7 @@ def settings(**changed: Any) -> Settings:
     return Settings(**(kept | changed))
 
 
-@bounded(400)
+@bounded(250)
 @given(st.sampled_from(sorted(RECIPES)), st.lists(ROWS | CHATS, min_size=1, max_size=4), st.booleans(), st.booleans())
 def test_what_is_written_can_be_loaded(
     tmp_path_factory: pytest.TempPathFactory, name: str, rows: list[Any], chat: bool, array: bool
