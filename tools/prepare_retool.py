@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
             raise UserError("no rows")
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(args.out, "".join(lines))
-    except (UserError, OSError) as e:
+    except (UserError, OSError, UnicodeError) as e:
         print(f"prepare_retool: {e}", file=sys.stderr)
         return 2
     print(f"{args.out}: {len(lines)} conversations" + (f"; left out: {len(broken)} malformed" if broken else ""))

@@ -12,7 +12,7 @@ import xxhash
 from rich.filesize import decimal
 
 from stare_megatron.convert.mapping import McoreAsHf, check_fits
-from stare_megatron.convert.source import Kind, Source
+from stare_megatron.convert.source import Kind, Source, check_tokenizer
 from stare_megatron.convert.tasks import blocks
 from stare_megatron.convert.torch_dist import Box, TorchDist
 from stare_megatron.host import manifest
@@ -21,6 +21,7 @@ from stare_megatron.models.families import FAMILIES, read_hf_config
 from stare_megatron.models.hf_folder import dtype_name
 from stare_megatron.models.shape import ModelShape
 from stare_megatron.models.shards import Checkpoint, TensorInfo
+from stare_megatron.models.weights import check, read_headers
 
 OPTIMIZER = "optimizer."
 # What content_metadata's layout counts, in its order (trainer/checkpoint.py).
@@ -174,26 +175,30 @@ def _distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def facts(source: Source) -> list[tuple[str, str]]:
-    """What a checkpoint is: kind, step, layout it was saved at, model, files, manifest.
+    """What a checkpoint is: kind, step, layout it was saved at, model, files, tokenizer, manifest.
 
     Raises:
-        UserError: it is damaged.
+        UserError: it is damaged, or its parts do not belong together.
     """
     lines = [("checkpoint", f"{source.weights}"), ("kind", f"{source.kind.value}, {source.what}")]
+    shape = None if source.hf is None else read_hf_config(source.hf)
     if source.kind is Kind.MCORE:
         dist = TorchDist(source.weights)
-        common = dist.common()
-        lines += _common(common)
+        if source.hf is not None and shape is not None:
+            check_fits(dist, shape, source.hf / "config.json")
+        lines += _common(dist.common())
         files = dist.files
         state = sum(info.bytes for key, info in dist.tensors.items() if key.startswith(OPTIMIZER))
         if state:
             lines.append(("optimizer", f"{decimal(state)} of state"))
     else:
-        files = Checkpoint(source.weights).files
+        headers = read_headers(source.weights) if shape is None else check(source.weights, shape)
+        files = {stored.file for stored in headers.values()}
     size = sum((source.weights / name).stat().st_size for name in files)
     lines.append(("files", f"{len(files)}, {decimal(size)}"))
-    if source.hf is not None:
-        lines += _model(source.hf)
+    if source.hf is not None and shape is not None:
+        lines += [("configuration", str(source.hf / "config.json")), ("model", _model(shape))]
+        lines.append(("tokenizer", check_tokenizer(source.hf)))
     listed = manifest.read(source.root)
     lines.append((manifest.NAME, f"{len(listed)} files" if listed is not None else "none"))
     return lines
@@ -209,19 +214,14 @@ def _common(common: dict[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
-def _model(hf: Path) -> list[tuple[str, str]]:
-    shape = read_hf_config(hf)
+def _model(shape: ModelShape) -> str:
     experts = f", {shape.experts.number} experts (top {shape.experts.top_k})" if shape.experts else ""
     tied = "tied" if shape.tied else "untied"
-    return [
-        ("configuration", str(hf / "config.json")),
-        (
-            "model",
-            f"{FAMILIES[shape.family].architecture}: {shape.layers} layers, hidden {shape.hidden}, MLP {shape.ffn}, "
-            f"{shape.heads} heads of {shape.head_dim} in {shape.kv_groups} groups{experts}, vocabulary {shape.vocab:,} "
-            f"({tied})",
-        ),
-    ]
+    return (
+        f"{FAMILIES[shape.family].architecture}: {shape.layers} layers, hidden {shape.hidden}, MLP {shape.ffn}, "
+        f"{shape.heads} heads of {shape.head_dim} in {shape.kv_groups} groups{experts}, vocabulary {shape.vocab:,} "
+        f"({tied})"
+    )
 
 
 def summary(infos: dict[str, TensorInfo]) -> list[tuple[str, str]]:

@@ -24,6 +24,7 @@ from stare_megatron.models.families import FAMILIES, read_hf_config
 from stare_megatron.models.layout import padded_vocab
 from stare_megatron.models.shape import ModelShape
 from stare_megatron.models.shards import Checkpoint
+from stare_megatron.models.weights import check
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FORMAT = 1  # raise it when an interrupted conversion of before must not be gone on with
@@ -130,7 +131,7 @@ def make_plan(source: Source, *, to: Kind, dtype: str, layout: ParallelLayout, f
         tensors=len(names),
         parameters=sum(n // target.itemsize for n in sizes.values()),
         largest=(largest, sizes[largest]),
-        tokenizer=check_tokenizer(hf, shape.vocab),
+        tokenizer=check_tokenizer(hf),
         key=_key(source, hf, to, target, files),
     )
 
@@ -148,31 +149,9 @@ def check_disk(plan: Plan, out: Path, present: int) -> None:
 
 def _hf_dtypes(source: Source, shape: ModelShape) -> tuple[torch.dtype, ...]:
     """Check every header against the configuration."""
-    file, names = Checkpoint(source.weights), hf_names(shape)
-    file.refuse_unknown(names, shape.tied)
-    dtypes: dict[torch.dtype, None] = {}
-    for name, want in names.items():
-        info = file.info(name)
-        if info.shape != want:
-            raise UserError(
-                f"{source.weights}: {name!r} has shape {list(info.shape)}, config.json asks for {list(want)}; a "
-                f"checkpoint of another model?"
-            )
-        dtypes[info.dtype] = None
-    if shape.tied and "lm_head.weight" in file.names:
-        _check_tied(file, names["model.embed_tokens.weight"])
-    return tuple(dtypes)
-
-
-def _check_tied(file: Checkpoint, want: tuple[int, ...]) -> None:
-    step = 4096
-    for first in range(0, want[0], step):
-        rows = slice(first, min(first + step, want[0]))
-        if not torch.equal(file.read("model.embed_tokens.weight", want, rows), file.read("lm_head.weight", want, rows)):
-            raise UserError(
-                f"{file.folder}: config.json says tie_word_embeddings = true, but lm_head.weight differs from the "
-                f"embedding; set it to false if the head is the model's"
-            )
+    check(source.weights, shape)
+    file = Checkpoint(source.weights)
+    return tuple(dict.fromkeys(file.info(name).dtype for name in hf_names(shape)))
 
 
 def _mcore_dtypes(source: Source, shape: ModelShape, hf: Path) -> tuple[torch.dtype, ...]:

@@ -198,9 +198,8 @@ def _run(
             raise RunError(
                 f"{job.out}: a process was killed (out of memory?); the same command again uses the finished files"
             ) from e
-        except BaseException:
+        finally:
             pool.shutdown(wait=True, cancel_futures=True)
-            raise
     return [future.result() for future in futures]
 
 

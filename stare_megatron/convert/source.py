@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import json
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,52 +99,12 @@ def require_hf(source: Source) -> Path:
     return source.hf
 
 
-def check_tokenizer(hf: Path, vocab: int) -> str:
-    """Whether the tokenizer beside a config.json is the model's. Returns what to tell of it.
-
-    Every id of the tokenizer must have a row in the embedding; the special tokens that config.json and
-    generation_config.json name must exist, and the ends of a sequence be special tokens; and at least half of the rows
-    must have a token (padding of a vocabulary is a few per cent).
+def check_tokenizer(hf: Path) -> str:
+    """What to tell of the tokenizer beside a config.json.
 
     Raises:
-        UserError: it is of another model.
+        UserError: it is damaged, or of another model.
     """
     from stare_megatron.data.tokenizer import has_tokenizer, load_tokenizer
 
-    if not has_tokenizer(hf):
-        return "none in the folder"
-    tokenizer = load_tokenizer(hf)
-    ids = set(tokenizer.get_vocab().values())
-    other = "the tokenizer is another model's, or the file names a wrong id"
-    special, ends = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder), set()
-    for name in ("config.json", "generation_config.json"):
-        for field, values in _special_ids(hf / name).items():
-            ends |= set(values) if field == "eos_token_id" else set()
-            for value in values:
-                if value not in ids:
-                    raise UserError(f"{hf / name}: {field} = {value} is no token of the tokenizer beside it; {other}")
-    if ends and not ends & special:
-        raise UserError(
-            f"{hf / 'config.json'}: eos_token_id = {min(ends)} is an ordinary token of the tokenizer; {other}"
-        )
-    if 2 * len(ids) < vocab:
-        raise UserError(
-            f"{hf}: the tokenizer has {len(ids):,} tokens, the embedding {vocab:,} rows; it is another model's"
-        )
-    return f"{len(ids):,} tokens"
-
-
-def _special_ids(file: Path) -> dict[str, list[int]]:
-    try:
-        tree = json.loads(file.read_text())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as e:
-        raise UserError(f"{file}: cannot be read: {e}") from e
-    found = {}
-    for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = tree.get(field)
-        values = value if isinstance(value, list) else [value]
-        # -1 and null: there is none.
-        found[field] = [v for v in values if isinstance(v, int) and v >= 0]
-    return found
+    return f"{len(load_tokenizer(hf).get_vocab()):,} tokens" if has_tokenizer(hf) else "none in the folder"

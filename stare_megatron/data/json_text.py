@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-from typing import Any, NoReturn
+from collections import Counter
+from typing import Any
 
+_MOST_DIGITS = 4000  # Python reads no more than 4300, unless it is told to
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -14,8 +15,10 @@ def decode(text: str, begin: int = 0) -> tuple[Any, int]:
     """The value that begins at `begin`, which is no white space, and where it ends.
 
     Raises:
-        ValueError: what is wrong, in a line: no JSON (a JSONDecodeError), NaN or Infinity, too long a number, too deep
-            nesting, or half a surrogate pair, which is no text.
+        ValueError: what is wrong, in a line: no JSON (a JSONDecodeError), a key twice in an object, too deep nesting,
+            or half a surrogate pair, which is no text.
+
+    NaN, Infinity and numbers too large to be read are floats that are not finite: whoever uses one, refuses it.
     """
     try:
         value, end = _DECODER.raw_decode(text, begin)
@@ -34,7 +37,7 @@ def decode_line(line: str) -> Any:
     Raises:
         ValueError: what is wrong, and where it is known the column.
     """
-    text = line.strip()
+    text = line.strip().removeprefix("\ufeff")
     try:
         value, end = decode(text)
         if end != len(text):
@@ -44,15 +47,16 @@ def decode_line(line: str) -> Any:
     return value
 
 
-def _not_a_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")
+def _integer(digits: str) -> int | float:
+    return int(digits) if len(digits) <= _MOST_DIGITS else float(digits)
 
 
-def _finite(digits: str) -> float:
-    number = float(digits)
-    if math.isinf(number):
-        raise ValueError(f"{digits:.40} is too large a number")
-    return number
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {key!r:.60} twice in one object")
+    return found
 
 
-_DECODER = json.JSONDecoder(parse_constant=_not_a_number, parse_float=_finite)
+_DECODER = json.JSONDecoder(parse_int=_integer, object_pairs_hook=_once)

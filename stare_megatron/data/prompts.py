@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from jinja2 import TemplateError
 
 from stare_megatron.config import DataConfig
-from stare_megatron.data import parquet
-from stare_megatron.data.json_text import decode_line
-from stare_megatron.data.tokenizer import first_line
+from stare_megatron.data import rows
+from stare_megatron.data.chat import ChatTemplate
 from stare_megatron.errors import UserError
 from stare_megatron.types import Prompt
 
@@ -94,8 +91,8 @@ def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prom
     seen: dict[str, str] = {}
     digest = hashlib.blake2b(digest_size=16)
     dropped = 0
-    for rows in _chunks(config, tokenizer):
-        for row, token_ids in zip(rows, _encode(rows, tokenizer), strict=True):
+    for chunk in _chunks(config, tokenizer):
+        for row, token_ids in zip(chunk, _encode(chunk, tokenizer), strict=True):
             if row.id in seen:
                 raise UserError(f"{row.where}: id {row.id!r} was used before, at {seen[row.id]}; ids must be unique")
             seen[row.id] = row.where
@@ -111,7 +108,7 @@ def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prom
     if not tokens:
         files = ", ".join(str(path) for path in config.train)
         why = f"all {dropped} prompts are longer than data.max_prompt_tokens = {config.max_prompt_tokens}"
-        raise UserError(f"{files}: no prompts: {why if dropped else 'the data set is empty'}")
+        raise UserError(f"{files}: no prompts: {why}")
     return PromptSet(
         ids=pa.array(columns["ids"], pa.large_string()),
         sources=pa.array(columns["sources"], pa.large_string()).dictionary_encode(),
@@ -139,14 +136,14 @@ def _overlong(config: DataConfig, row: _Row, length: int) -> bool:
     return True
 
 
-def _encode(rows: list[_Row], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    encoded: list[list[int]] = [[] for _ in rows]
+def _encode(chunk: list[_Row], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    encoded: list[list[int]] = [[] for _ in chunk]
     for rendered in (False, True):
-        chosen = [i for i, row in enumerate(rows) if row.rendered is rendered]
+        chosen = [i for i, row in enumerate(chunk) if row.rendered is rendered]
         if not chosen:
             continue
         # A template writes its own special tokens; adding them again would double `<bos>`.
-        batch: Any = tokenizer([rows[i].text for i in chosen], add_special_tokens=not rendered)
+        batch: Any = tokenizer([chunk[i].text for i in chosen], add_special_tokens=not rendered)
         for i, token_ids in zip(chosen, batch["input_ids"], strict=True):
             encoded[i] = token_ids
     return encoded
@@ -154,110 +151,92 @@ def _encode(rows: list[_Row], tokenizer: PreTrainedTokenizerBase) -> list[list[i
 
 def _chunks(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[_Row]]:
     chunk: list[_Row] = []
+    template = ChatTemplate(tokenizer)
     for path in config.train:
-        for number, raw in _read(path):
-            chunk.append(_row(config, tokenizer, path, number, raw))
+        where = ""
+        for place, raw in rows.read(path):
+            where = f"{path}:{place}"
+            if isinstance(raw, rows.Broken):
+                raise UserError(f"{where}: {raw.problem}")
+            try:
+                chunk.append(_row(config, template, path, where, raw))
+            except _Refused as e:
+                raise UserError(f"{where}: key {e.key!r}: {e}") from e
+            except RecursionError as e:
+                raise UserError(f"{where}: nested too deep") from e
             if len(chunk) == _CHUNK:
                 yield chunk
                 chunk = []
+        if not where:
+            raise UserError(f"{path}: no prompts: the data set is empty")
     if chunk:
         yield chunk
 
 
-def _row(config: DataConfig, tokenizer: PreTrainedTokenizerBase, path: Path, number: int, raw: dict[str, Any]) -> _Row:
-    where = f"{path}:{number}"
+class _Refused(Exception):
+    """Why the value of `key` cannot be used."""
+
+    def __init__(self, key: str, why: object) -> None:
+        super().__init__(why)
+        self.key = key
+
+
+def _row(config: DataConfig, template: ChatTemplate, path: Path, where: str, raw: dict[str, Any]) -> _Row:
     prompt = _lookup(raw, config.prompt_key, where)
-    if isinstance(prompt, str) and config.chat_template:
-        prompt = [{"role": "user", "content": prompt}]
-    if isinstance(prompt, list):
-        text, rendered = _render(tokenizer, prompt, config.prompt_key, where), True
-    elif isinstance(prompt, str):
-        text, rendered = prompt, False
-    else:
-        raise UserError(f"{where}: key {config.prompt_key!r}: want a string or a list of messages, got {prompt!r:.60}")
+    if isinstance(prompt, str) and (rows.is_blank(prompt) or rows.is_written_messages(prompt)):
+        why = "empty or blank" if rows.is_blank(prompt) else "messages written as one string; store the list itself"
+        raise _Refused(config.prompt_key, why)
+    rendered = isinstance(prompt, list) or config.chat_template
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not messages or not isinstance(messages, list):
+        why = f"want a string or a list of messages with 'role' and 'content', got {rows.shown(prompt)}"
+        raise _Refused(config.prompt_key, why)
+    try:
+        text = template.render(messages) if rendered else str(prompt)
+    except ValueError as e:
+        raise _Refused(config.prompt_key, e) from e
     return _Row(
         where=where,
-        id=_text(_lookup(raw, config.id_key, where), config.id_key, where) if config.id_key in raw else where,
-        source=_text(raw[config.source_key], config.source_key, where) if config.source_key in raw else path.stem,
+        id=_optional(raw, "id_key", config, where, where),
+        source=_optional(raw, "source_key", config, where, path.stem),
         text=text,
         rendered=rendered,
-        answer=_text(_lookup(raw, config.answer_key, where), config.answer_key, where),
+        answer=_text(_lookup(raw, config.answer_key, where), config.answer_key),
         extra=_extra(raw, config.extra_keys, where),
     )
 
 
 def _extra(raw: dict[str, Any], keys: list[str], where: str) -> str:
     """The further columns as one JSON object; "" for none."""
-    extra = {key: _lookup(raw, key, where) for key in keys}
-    try:
-        return json.dumps(extra) if extra else ""
-    except (TypeError, ValueError) as e:
-        raise UserError(f"{where}: data.extra_keys: a value that JSON cannot hold: {e}") from e
+    texts = []
+    for key in dict.fromkeys(keys):
+        try:
+            texts.append(f"{json.dumps(key)}: {json.dumps(_lookup(raw, key, where), allow_nan=False)}")
+        except (TypeError, ValueError) as e:
+            raise _Refused(key, f"data.extra_keys: a value that JSON cannot hold: {e}") from e
+    return f"{{{', '.join(texts)}}}" if texts else ""
 
 
 def _lookup(raw: dict[str, Any], key: str, where: str) -> Any:
-    """The value of a column; a dotted key may also lead into nested objects (`reward_model.ground_truth`)."""
-    if key in raw:
-        return raw[key]
-    node: Any = raw
-    for part in key.split("."):
-        if not isinstance(node, dict) or part not in node:
-            raise UserError(f"{where}: no key {key!r}; the row has {', '.join(map(repr, raw)) or 'none'}")
-        node = node[part]
-    return node
+    value = rows.find(raw, key)
+    if value is rows.ABSENT:
+        raise UserError(f"{where}: no key {key!r}; the row has {', '.join(map(repr, raw)) or 'none'}")
+    return value
 
 
-def _text(value: Any, key: str, where: str) -> str:
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not (number or isinstance(value, str)):
-        raise UserError(f"{where}: key {key!r}: want a string or a number, got {value!r:.60}")
-    return str(value)
+def _optional(raw: dict[str, Any], name: str, config: DataConfig, where: str, default: str) -> str:
+    """The value of a column that a row may lack, unless `data.NAME` asks for another column than it does by default."""
+    key = str(vars(config)[name])
+    if key == DataConfig.model_fields[name].default and rows.find(raw, key) is rows.ABSENT:
+        return default
+    return _text(_lookup(raw, key, where), key)
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Any], key: str, where: str) -> str:
-    if not messages or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-    ):
-        raise UserError(f"{where}: key {key!r}: want messages with 'role' and 'content', texts, got {messages!r:.60}")
-    if not tokenizer.chat_template:
-        raise UserError(f"{where}: a chat prompt, but the checkpoint's tokenizer has no chat template")
+def _text(value: Any, key: str) -> str:
     try:
-        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-    except (TemplateError, ValueError, TypeError, LookupError, AttributeError) as e:  # code of the checkpoint
-        raise UserError(f"{where}: key {key!r}: the chat template refuses it: {first_line(e)}") from e
-
-
-def _read(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows with their number, from 1: the line of a JSONL file, the row of a parquet file."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such prompt file; see data.train")
-    if path.suffix in (".jsonl", ".json"):
-        return _read_jsonl(path)
-    if path.suffix == ".parquet":
-        return parquet.read(path)
-    raise UserError(f"{path}: prompt files end in .jsonl or .parquet")
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        with path.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield number, _object(path, number, line)
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read: {e.strerror}") from e
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path}: not UTF-8: {e}") from e
-
-
-def _object(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        row = decode_line(line)
+        return rows.text_of(value)
     except ValueError as e:
-        raise UserError(f"{path}:{number}: not valid JSON: {e}; one object a line") from e
-    if not isinstance(row, dict):
-        raise UserError(f"{path}:{number}: want one JSON object a line, got {row!r:.60}")
-    return row
+        raise _Refused(key, e) from e
 
 
 @dataclass(frozen=True)

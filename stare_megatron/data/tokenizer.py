@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stare_megatron.errors import UserError
+from stare_megatron.host.files import disguise, read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,6 +20,8 @@ FILES = (
     *("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
 )
 
+_MODEL = ("config.json", "generation_config.json")
+
 
 def has_tokenizer(model: Path) -> bool:
     """Whether the folder holds a tokenizer's files."""
@@ -29,25 +31,23 @@ def has_tokenizer(model: Path) -> bool:
 def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face checkpoint folder: its tokenizer.json as it is, else what AutoTokenizer makes.
 
-    Raises:
-        UserError: no such folder, no config.json or tokenizer in it, no end-of-sequence token, or token ids that the
-            model's embedding does not have ("vocabulary mismatch").
-    """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    It is the model's: every id has a row in the embedding, and at least half of the rows have a token (padding of a
+    vocabulary is a few per cent); its special tokens are in its vocabulary, and so are those that config.json and
+    generation_config.json name, of which one that ends a sequence is special.
 
+    Raises:
+        UserError: no such folder, no config.json or tokenizer in it, a damaged file, no end-of-sequence token, or a
+            tokenizer that is another model's ("vocabulary mismatch").
+    """
     vocab_size = read_vocab_size(model)
     if not has_tokenizer(model):  # AutoTokenizer would make an empty one
         raise UserError(
             f"{model}: no tokenizer: none of {', '.join(_VOCABULARIES)}; copy the tokenizer of the base model here"
         )
-    # AutoTokenizer of transformers 5 rebuilds the tokenizer of some architectures (qwen2 among them) with its own
-    # splitting rules, whatever tokenizer.json says: wrong for DeepSeek-R1-Distill-Qwen and for our word-level ones.
-    loader = PreTrainedTokenizerFast if (model / "tokenizer.json").is_file() else AutoTokenizer
-    try:
-        tokenizer = loader.from_pretrained(str(model), local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as e:
-        raise UserError(f"{model}: no tokenizer that transformers can load: {first_line(e)}") from e
-    largest = max(tokenizer.get_vocab().values(), default=-1)
+    trees = read_files(model)
+    tokenizer = _load(model, trees)
+    vocabulary = tokenizer.get_vocab()
+    largest = max(vocabulary.values(), default=-1)
     if largest >= vocab_size:
         raise UserError(
             f"{model}: vocabulary mismatch: the tokenizer has token id {largest}, config.json says vocab_size = "
@@ -55,7 +55,93 @@ def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
         )
     if tokenizer.eos_token_id is None:
         raise UserError(f"{model}: the tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
+    if tokenizer.is_fast:
+        _check_special_tokens(model, tokenizer, trees)
+    _check_special_ids(model, tokenizer, set(vocabulary.values()), trees)
+    if 2 * len(vocabulary) < vocab_size:
+        raise UserError(
+            f"{model}: the tokenizer has {len(vocabulary):,} tokens, the embedding {vocab_size:,} rows; it is another "
+            "model's"
+        )
     return tokenizer
+
+
+def read_files(model: Path) -> dict[str, dict[str, Any]]:
+    """The JSON of the two configurations and of the tokenizer's files, by name.
+
+    Raises:
+        UserError: one of them is damaged, or one of the tokenizer's other files a Git LFS pointer or the like.
+    """
+    found = {}
+    for path in (model / name for name in (*_MODEL, *FILES)):
+        if not path.is_file():
+            continue
+        if path.suffix == ".json":
+            found[path.name] = read_object(path)
+        elif what := disguise(path):
+            raise UserError(f"{path}: {what}")
+    return found
+
+
+def _load(model: Path, trees: dict[str, dict[str, Any]]) -> PreTrainedTokenizerBase:
+    """As transformers reads the folder; also the two configurations, which the engines are going to read."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+
+    # AutoTokenizer of transformers 5 rebuilds the tokenizer of some architectures (qwen2 among them) with its own
+    # splitting rules, whatever tokenizer.json says: wrong for DeepSeek-R1-Distill-Qwen and for our word-level ones.
+    loader = PreTrainedTokenizerFast if (model / "tokenizer.json").is_file() else AutoTokenizer
+    what = "tokenizer"
+    try:
+        tokenizer = loader.from_pretrained(str(model), local_files_only=True)
+        if "model_type" in trees[what := "config.json"]:
+            AutoConfig.from_pretrained(str(model), local_files_only=True)
+        if (what := "generation_config.json") in trees:
+            GenerationConfig.from_pretrained(str(model), local_files_only=True)
+    except Exception as e:  # a damaged file raises anything; the tokenizers library the bare class
+        if not isinstance(e, MemoryError):
+            raise UserError(f"{model}: no {what} that transformers can load: {first_line(e):.300}") from e
+        raise
+    return tokenizer
+
+
+def _check_special_tokens(model: Path, tokenizer: Any, trees: dict[str, dict[str, Any]]) -> None:
+    """Those that no file gives an id would get a new one from transformers."""
+    known = dict(trees.get("added_tokens.json", {}))
+    added = trees.get("tokenizer_config.json", {}).get("added_tokens_decoder", {})
+    known |= {token["content"]: int(i) for i, token in added.items()}
+    added = trees.get("tokenizer.json", {}).get("added_tokens") or ()
+    known |= {token["content"]: token["id"] for token in added}
+    for token in tokenizer.all_special_tokens:
+        new = tokenizer.convert_tokens_to_ids(token)
+        if known.get(token, tokenizer.backend_tokenizer.model.token_to_id(token)) != new:
+            raise UserError(
+                f"{model / 'tokenizer_config.json'}: the special token {token!r:.60} is not in the vocabulary; it "
+                f"would become id {new}, which the model was never trained on; name one of the tokenizer's tokens"
+            )
+
+
+def _check_special_ids(
+    model: Path, tokenizer: PreTrainedTokenizerBase, ids: set[int], trees: dict[str, dict[str, Any]]
+) -> None:
+    """Special tokens that the two configurations name. `ids`: of all tokens."""
+    other = "it is another model's, or the file names a wrong id"
+    special, ends = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder), set()
+    for name in _MODEL:
+        for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = trees.get(name, {}).get(field)
+            values = value if isinstance(value, list) else [] if value is None else [value]
+            for one in values:
+                if type(one) is not int:
+                    raise UserError(f"{model / name}: {field} = {value!r:.60} should be a token id or a list of them")
+                if one not in ids and one != -1:  # -1: there is none
+                    raise UserError(
+                        f"{model / name}: {field} = {one!r:.20} is no token of the tokenizer beside it; {other}"
+                    )
+            ends |= set(values) - {-1} if field == "eos_token_id" else set()
+    if ends and not ends & special:
+        raise UserError(
+            f"{model / 'config.json'}: eos_token_id = {min(ends)} is an ordinary token of the tokenizer; {other}"
+        )
 
 
 def decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
@@ -82,15 +168,9 @@ def read_vocab_size(model: Path) -> int:
         UserError: missing or malformed.
     """
     path = model / "config.json"
-    try:
-        config: dict[str, Any] = json.loads(path.read_text())
-    except OSError as e:
-        raise UserError(f"{path}: cannot read the checkpoint's configuration: {e.strerror}; set model.path") from e
-    except ValueError as e:
-        raise UserError(f"{path}: not valid JSON: {e}") from e
-    size = config.get("vocab_size") if isinstance(config, dict) else None
-    if not isinstance(size, int) or size < 1:
-        raise UserError(f"{path}: vocab_size = {size!r}, want a positive number")
+    size = read_object(path, "; set model.path").get("vocab_size")
+    if type(size) is not int or size < 1:
+        raise UserError(f"{path}: vocab_size = {size!r:.60}, want a positive number")
     return size
 
 

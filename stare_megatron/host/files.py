@@ -1,14 +1,26 @@
-"""Files and folders that are replaced whole, and the room they have."""
+"""Files and folders that are replaced whole, the room they have, and files that are not what their name says."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from stare_megatron.errors import UserError
 
 PARTIAL = ".partial"
+
+# What a file begins with that is something else than its name says.
+_DISGUISES = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"),
+    ((b"\xff\xfe", b"\xfe\xff"), "UTF-16 or UTF-32 text; save it as UTF-8"),
+    ((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd", b"PK\x03\x04", b"7z\xbc\xaf"), "compressed; unpack it"),
+    ((b"<!doctype", b"<html", b"<?xml"), "a web page, perhaps of a failed download; fetch the file again"),
+)
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -52,3 +64,36 @@ def free_bytes(path: Path) -> int:
     """Free space of the disk that `path`, which need not exist yet, is or will be on."""
     there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     return shutil.disk_usage(there).free
+
+
+def disguise(path: Path) -> str:
+    """What a file is instead of what its name says, and the cure; "" where its first bytes do not tell.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as f:
+        head = f.read(32).lstrip()
+    return next((what for signs, what in _DISGUISES if head.startswith(signs) or head.lower().startswith(signs)), "")
+
+
+def read_object(path: Path, cure: str = "") -> dict[str, Any]:
+    """The JSON object that a file holds. `cure`: the end of the message where there is no such file.
+
+    Raises:
+        UserError: it cannot be read, is a Git LFS pointer or the like, or holds no JSON object.
+    """
+    try:
+        if what := disguise(path):
+            raise UserError(f"{path}: {what}")
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UserError(f"{path}: cannot read it: {e.strerror}{cure}") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: damaged: not UTF-8 text") from e
+    except (ValueError, RecursionError) as e:
+        why = "the file is empty" if not path.stat().st_size else f"not valid JSON: {e}"
+        raise UserError(f"{path}: {why}; fetch it again") from e
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: not a JSON object; fetch it again")
+    return tree

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 from stare_megatron.errors import UserError, suggest
+from stare_megatron.host.files import read_object
 from stare_megatron.models import llama, qwen2, qwen3, qwen3_moe
 from stare_megatron.models.shape import Family, Fields, ModelShape
 
@@ -29,16 +29,11 @@ def read_hf_config(path: Path) -> ModelShape:
     if not path.exists() and name.count("/") == 1 and not name.startswith(".."):
         fetch = f"hf download {name} --local-dir {name}"
         raise UserError(f"model.path = {str(path)!r}: no such folder; to fetch it from the Hugging Face hub: {fetch}")
-    try:
-        fields = json.loads(file.read_text())
-    except OSError as e:
-        raise UserError(f"{file}: cannot read the model's configuration: {e.strerror}; set model.path") from e
-    except ValueError as e:
-        raise UserError(f"{file}: not valid JSON: {e}") from e
-    if not isinstance(fields, dict):
-        raise UserError(f"{file}: not a JSON object")
+    fields = read_object(file, "; set model.path")
     family = FAMILIES.get(str(fields.get("model_type")))
     architectures = fields.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise UserError(f"{file}: architectures = {architectures!r:.60} should be a list")
     if family is None or (architectures and family.architecture not in architectures):
         what = ", ".join(map(str, architectures)) or f"model_type {fields.get('model_type')!r}"
         known = ", ".join(f.architecture for f in FAMILIES.values())

@@ -14,12 +14,12 @@ from typing import TypeVar
 import torch
 
 from stare_megatron.host import manifest
+from stare_megatron.models.weights import INDEX, SINGLE
 
 T = TypeVar("T")
 # Name, dtype and full shape of one tensor.
 Spec = tuple[str, torch.dtype, tuple[int, ...]]
 
-INDEX = "model.safetensors.index.json"
 _WEIGHTS = (
     *(".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth"),
     *(".gguf", ".h5", ".msgpack", ".onnx", ".partial"),
@@ -80,7 +80,7 @@ def files(specs: Sequence[Spec], limit: int) -> dict[str, list[Spec]]:
     """Tensors grouped into files of at most `limit` bytes, by the file's customary name."""
     groups = grouped(specs, spec_bytes, limit)
     if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
+        return {SINGLE: groups[0]}
     return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+from stare_megatron.errors import UserError
 from stare_megatron.models.shape import Experts, Family, Fields, ModelShape, Split, Tensor, dense_attention, read_dense
+
+MOST_EXPERTS = 10_000
 
 
 def read(f: Fields) -> ModelShape:
@@ -12,11 +15,13 @@ def read(f: Fields) -> ModelShape:
     f.only("decoder_sparse_step", 1)
     f.only("mlp_only_layers", [])
     # transformers 5 writes the second name for the first.
-    number = f.take("num_experts", int, 0) or f.take("num_local_experts", int)
+    number = f.agreeing(f.take("num_experts", int, None), f.take("num_local_experts", int, None), "num_experts")
+    if not 1 <= (number or 0) <= MOST_EXPERTS:
+        raise UserError(f"{f.path}: num_experts = {number!r:.20} should be from 1 to {MOST_EXPERTS:,}")
     experts = Experts(
         number=number,
-        top_k=f.take("num_experts_per_tok", int),
-        ffn=f.take("moe_intermediate_size", int),
+        top_k=f.size("num_experts_per_tok"),
+        ffn=f.size("moe_intermediate_size"),
         normalize=f.take("norm_topk_prob", bool, False),
     )
     shape = read_dense(f, "qwen3_moe", qkv_bias=False, qk_norm=True, kv_groups=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,6 +136,8 @@ _HARMLESS = {
     "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
 }  # fmt: skip
 _REQUIRED = object()
+_MOST = 2**31 - 1  # of anything that is counted; beyond it the file is damaged
+_MOST_LAYERS = 10_000
 
 
 class Fields:
@@ -151,10 +154,19 @@ class Fields:
             if default is _REQUIRED:
                 raise UserError(f"{self.path}: the field {name!r} is missing; is this a complete checkpoint?")
             return default
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int and abs(value) < 2**63:
             value = float(value)
         if type(value) is not kind:
-            raise UserError(f"{self.path}: {name} = {value!r} should be of type {kind.__name__}")
+            raise UserError(f"{self.path}: {name} = {value!r:.60} should be of type {kind.__name__}")
+        if kind is float and not math.isfinite(value):
+            raise UserError(f"{self.path}: {name} = {value} should be a finite number")
+        return value
+
+    def size(self, name: str, default: Any = _REQUIRED) -> int:
+        """The value of a field that counts something: from 1 on."""
+        value = self.take(name, int, default)
+        if not 1 <= value <= _MOST:
+            raise UserError(f"{self.path}: {name} = {value!r:.20} should be from 1 to {_MOST:,}")
         return value
 
     def only(self, name: str, *allowed: Any) -> None:
@@ -173,9 +185,11 @@ class Fields:
             )
         inner = Fields(self.path, table or old)
         thetas = inner.take("rope_theta", float, None), self.take("rope_theta", float, None)
-        theta = self._agreeing(*thetas, "rope_theta")
+        theta = self.agreeing(*thetas, "rope_theta")
+        if theta is not None and theta <= 0:
+            raise UserError(f"{self.path}: rope_theta = {theta} should be positive")
         kinds = inner.take("rope_type", str, None), inner.take("type", str, None)
-        kind = self._agreeing(*kinds, "rope_type") or "default"
+        kind = self.agreeing(*kinds, "rope_type") or "default"
         scaling = inner._rope_scaling(kind)
         for fields in (inner, self):
             fields.only("partial_rotary_factor", 1.0)
@@ -193,13 +207,13 @@ class Fields:
                     factor=self._factor(),
                     low_freq_factor=self.take("low_freq_factor", float),
                     high_freq_factor=self.take("high_freq_factor", float),
-                    original_max_positions=self.take("original_max_position_embeddings", int),
+                    original_max_positions=self.size("original_max_position_embeddings"),
                 )
             case "yarn":
                 factor = self._factor()
                 return rotary.Yarn(
                     factor=factor,
-                    original_max_positions=self.take("original_max_position_embeddings", int),
+                    original_max_positions=self.size("original_max_position_embeddings"),
                     beta_fast=self.take("beta_fast", float, 32.0),
                     beta_slow=self.take("beta_slow", float, 1.0),
                     truncate=self.take("truncate", bool, True),
@@ -211,11 +225,11 @@ class Fields:
 
     def _factor(self) -> float:
         factor = self.take("factor", float)
-        if factor < 1:
+        if not 1 <= factor <= _MOST:
             raise UserError(f"{self.path}: factor = {factor} of the rotary embedding should be at least 1")
         return factor
 
-    def _agreeing(self, one: Any, other: Any, name: str) -> Any:
+    def agreeing(self, one: Any, other: Any, name: str) -> Any:
         """The value of a field that may be written in two places."""
         if one is not None and other is not None and one != other:
             raise UserError(f"{self.path}: two values of {name}, {one!r} and {other!r}, contradict each other")
@@ -235,9 +249,8 @@ class Fields:
         """Refuse what nobody asked for, unless it is known to change nothing."""
         for name, value in self._left.items():
             if name not in _HARMLESS and value not in (None, False, 0, [], {}):
-                raise UserError(
-                    f"{self.path}: the {what}field {name} = {value!r} is not supported by this architecture"
-                )
+                field = f"{name if name.isprintable() else repr(name)} = {value!r}"
+                raise UserError(f"{self.path}: the {what}field {field:.100} is not supported by this architecture")
 
 
 def dense_attention(shape: ModelShape) -> tuple[Tensor, ...]:
@@ -293,8 +306,9 @@ def read_dense(
     `kv_groups`, `head_dim`: the family's defaults of `num_key_value_heads` (None: as many as heads) and `head_dim`
     (None: hidden size / heads) where config.json leaves them out.
     """
-    heads, hidden = f.take("num_attention_heads", int), f.take("hidden_size", int)
-    layers = f.take("num_hidden_layers", int)
+    heads, hidden, layers = f.size("num_attention_heads"), f.size("hidden_size"), f.size("num_hidden_layers")
+    if layers > _MOST_LAYERS:
+        raise UserError(f"{f.path}: num_hidden_layers = {layers} should be at most {_MOST_LAYERS:,}")
     f.only("hidden_act", "silu")
     f.only("attention_dropout", 0.0)
     f.only("mlp_bias", False)
@@ -305,23 +319,20 @@ def read_dense(
         family=family,
         layers=layers,
         hidden=hidden,
-        ffn=f.take("intermediate_size", int),
+        ffn=f.size("intermediate_size"),
         heads=heads,
-        kv_groups=f.take("num_key_value_heads", int, kv_groups or heads),
-        head_dim=f.take("head_dim", int, head_dim or hidden // heads),
-        vocab=f.take("vocab_size", int),
+        kv_groups=f.size("num_key_value_heads", kv_groups or heads),
+        head_dim=f.size("head_dim", head_dim or hidden // heads),
+        vocab=f.size("vocab_size"),
         tied=f.take("tie_word_embeddings", bool, False),
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
         norm_eps=f.take("rms_norm_eps", float, 1e-6),
-        max_positions=_max_positions(f.take("max_position_embeddings", int), scaling),
+        max_positions=_max_positions(f.size("max_position_embeddings"), scaling),
         rope_theta=theta,
         rope_scaling=scaling,
         experts=None,
     )
-    for name, size in (("hidden_size", hidden), ("vocab_size", shape.vocab), ("num_hidden_layers", layers)):
-        if size < 1:
-            raise UserError(f"{f.path}: {name} = {size} should be positive")
     if heads % shape.kv_groups:
         raise UserError(
             f"{f.path}: num_key_value_heads = {shape.kv_groups} does not divide num_attention_heads = {heads}"

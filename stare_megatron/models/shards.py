@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,9 @@ from safetensors import SafetensorError, safe_open
 
 from stare_megatron.errors import UserError
 from stare_megatron.models.shape import ModelShape, Split
+from stare_megatron.models.weights import Stored, check_dtype, read_headers
 
-# What safetensors calls the dtypes that weights come in.
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Written by old exports of rotary embeddings; computed from the configuration since.
-_HARMLESS_SUFFIX = ".rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True)
@@ -42,26 +39,14 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
-        index = self.folder / "model.safetensors.index.json"
-        single = self.folder / "model.safetensors"
+        self.headers = read_headers(self.folder)
         self._open: dict[str, Any] = {}
-        if index.exists():
-            try:
-                self._file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            except (ValueError, KeyError) as e:
-                raise UserError(f"{index}: not a safetensors index: {e!r}") from e
-        elif single.exists():
-            self._file_of = dict.fromkeys(self._handle(single.name).keys(), single.name)
-        else:
-            raise UserError(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there")
 
     def _handle(self, file: str) -> Any:
         if file not in self._open:
             path = self.folder / file
             try:
                 self._open[file] = safe_open(path, framework="pt", device="cpu")
-            except FileNotFoundError as e:
-                raise UserError(f"{path}: missing, but listed in the index; fetch or convert it again") from e
             except (SafetensorError, OSError) as e:
                 raise UserError(
                     f"{path}: cannot read the weights, truncated or damaged: {e}; fetch or convert it again"
@@ -71,38 +56,23 @@ class Checkpoint:
     @property
     def names(self) -> tuple[str, ...]:
         """Every tensor, sorted."""
-        return tuple(sorted(self._file_of))
+        return tuple(sorted(self.headers))
 
     @property
     def files(self) -> tuple[str, ...]:
         """Every file with weights, sorted."""
-        return tuple(sorted(set(self._file_of.values())))
-
-    def file_of(self, name: str) -> str:
-        """Raises: UserError: no such tensor."""
-        if name not in self._file_of:
-            raise UserError(f"{self.folder}: the tensor {name!r} is missing from the checkpoint")
-        return self._file_of[name]
+        return tuple(sorted({stored.file for stored in self.headers.values()}))
 
     def info(self, name: str) -> TensorInfo:
-        view = self._view(name)
-        kind = view.get_dtype()
-        if kind not in _DTYPES:
-            known = ", ".join(_DTYPES)
-            raise UserError(f"{self.folder}: {name!r} is stored as {kind}; only {known} are read")
-        return TensorInfo(_DTYPES[kind], tuple(view.get_shape()))
+        """Raises: UserError: no such tensor, or one of a dtype that is not read."""
+        stored = self._stored(name)
+        check_dtype(self.folder, name, stored)
+        return TensorInfo(_DTYPES[stored.dtype], stored.shape)
 
-    def refuse_unknown(self, known: Collection[str], tied: bool) -> None:
-        """Refuse a tensor that the architecture does not have: it would be left out of the model without a word.
-
-        `tied`: a copy of the embedding as `lm_head.weight` is nothing new then.
-        """
-        for name in self.names:
-            if name not in known and not name.endswith(_HARMLESS_SUFFIX) and not (tied and name == "lm_head.weight"):
-                raise UserError(
-                    f"{self.folder}: the tensor {name!r} has no place in the architecture of config.json; is this a "
-                    f"checkpoint of another model?"
-                )
+    def _stored(self, name: str) -> Stored:
+        if name not in self.headers:
+            raise UserError(f"{self.folder}: the tensor {name!r} is missing from the checkpoint")
+        return self.headers[name]
 
     def release(self) -> None:
         """Unmap the files. What was read through a map counts as resident memory until then."""
@@ -110,21 +80,10 @@ class Checkpoint:
 
     def read(self, name: str, want: Sequence[int], *where: slice) -> torch.Tensor:
         """`tensor[where]` of the tensor `name`, whose full shape must be `want`; in the file's dtype."""
-        view = self._view(name)
-        have = tuple(view.get_shape())
-        if have != tuple(want):
-            raise UserError(f"{self.folder}: {name!r} has shape {have}, config.json asks for {tuple(want)}")
-        return view[where or (slice(None),)]
-
-    def _view(self, name: str) -> Any:
-        file = self.file_of(name)
-        try:
-            return self._handle(file).get_slice(name)
-        except SafetensorError as e:
-            raise UserError(
-                f"{self.folder / file}: the tensor {name!r} is missing, though the index places it there; fetch or "
-                f"convert the checkpoint again"
-            ) from e
+        stored = self._stored(name)
+        if stored.shape != tuple(want):
+            raise UserError(f"{self.folder}: {name!r} has shape {stored.shape}, config.json asks for {tuple(want)}")
+        return self._handle(stored.file).get_slice(name)[where or (slice(None),)]
 
 
 def _part(size: int, rank: int, of: int) -> slice:

@@ -13,7 +13,6 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import shutil
@@ -24,12 +23,13 @@ from typing import Any
 
 import psutil
 import tomli_w
-from safetensors import SafetensorError, safe_open
 
 from stare_megatron.config import Config
 from stare_megatron.errors import UserError
 from stare_megatron.host import device, manifest
 from stare_megatron.host.files import free_bytes, write_atomic
+from stare_megatron.models.families import read_hf_config
+from stare_megatron.models.weights import parameters
 
 _PACKAGES = (
     "stare_megatron",
@@ -219,19 +219,12 @@ def checkpoint_bytes(config: Config) -> int:
 
 
 def parameter_count(model: Path) -> int:
-    """Parameters of a checkpoint, from the headers of its safetensors files; 0 if it has none.
+    """Parameters of the model in a folder, as its config.json says.
 
     Raises:
-        UserError: a damaged file.
+        UserError: as `read_hf_config`.
     """
-    total = 0
-    for file in sorted(model.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="np") as tensors:
-                total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-        except (OSError, SafetensorError) as e:
-            raise UserError(f"{file}: not a safetensors file ({e}); fetch or convert the checkpoint again") from e
-    return total
+    return parameters(read_hf_config(model))
 
 
 def to_toml(config: Config) -> str:

@@ -9,7 +9,6 @@ import asyncio
 import concurrent.futures
 import importlib.metadata
 import importlib.util
-import json
 import socket
 from collections.abc import Coroutine
 from pathlib import Path
@@ -17,9 +16,11 @@ from typing import Any, TypeVar
 
 from stare_megatron.config import Config, upstream
 from stare_megatron.config.registry import is_address
+from stare_megatron.data import rows
+from stare_megatron.data.tokenizer import has_tokenizer, read_files
 from stare_megatron.errors import UserError
 from stare_megatron.host import device
-from stare_megatron.models import layout
+from stare_megatron.models import layout, weights
 from stare_megatron.models.families import read_hf_config
 from stare_megatron.models.shape import ModelShape
 from stare_megatron.run.machine import check_engine_machine, check_machine, kv_cache_bytes, on_gpus
@@ -202,43 +203,24 @@ def check_benchmarks(config: Config) -> None:
 
 def _check_prompt_files(name: str, paths: list[Path]) -> None:
     for path in paths:
-        key = f"{name}: {path}"
-        if path.suffix not in (".jsonl", ".parquet"):
-            raise UserError(f"{key}: prompts are read from .jsonl and .parquet files; convert it")
-        try:
-            with path.open("rb") as f:
-                empty = not f.read(1)
-        except OSError as e:
-            raise UserError(f"{key}: cannot read it: {e.strerror}; give the path of an existing file") from e
-        if empty:
-            raise UserError(f"{key}: the file is empty; it needs at least one prompt")
+        if why := rows.fault(path):
+            raise UserError(f"{name}: {path}: {why}")
 
 
 def check_weights(model: Path) -> None:
-    """Raises: UserError: weights or tokenizer missing from the checkpoint's folder."""
-    index = model / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            wanted = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise UserError(f"{index}: not an index of safetensors files ({e}); fetch the checkpoint again") from e
-        absent = [name for name in wanted if not (model / name).is_file()]
-        if absent:
-            raise UserError(
-                f"model.path = {str(model)!r}: {absent[0]} is missing ({len(absent)} of {len(wanted)} files); "
-                "fetch the checkpoint again"
-            )
-    elif not any(model.glob("*.safetensors")):
-        raise UserError(f"model.path = {str(model)!r}: no *.safetensors file; save the checkpoint as safetensors")
-    if not any((model / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+    """Raises: UserError: the folder's weights are not those of its config.json, or its tokenizer's files are missing or
+    damaged; whether they are the model's is `load_tokenizer`'s to say."""
+    weights.check(model, read_hf_config(model))
+    read_files(model)
+    if not has_tokenizer(model):
         raise UserError(f"model.path = {str(model)!r}: no tokenizer; copy the tokenizer's files beside config.json")
 
 
-def check_initial(weights: str) -> None:
+def check_initial(folder: str) -> None:
     """Raises: UserError: `model.weights` is no Megatron-Core checkpoint."""
-    if weights and not (Path(weights) / "metadata.json").is_file():
+    if folder and not (Path(folder) / "metadata.json").is_file():
         raise UserError(
-            f"model.weights = {weights!r}: not a Megatron-Core checkpoint (no metadata.json); for a Hugging Face one "
+            f"model.weights = {folder!r}: not a Megatron-Core checkpoint (no metadata.json); for a Hugging Face one "
             "set model.path, for a run name .../checkpoints/step_N/trainer"
         )
 

@@ -15,6 +15,7 @@ from torch.distributed import ProcessGroup
 from stare_megatron.models.entries import ParameterEntry, entries, hf_names, local_entries
 from stare_megatron.models.shape import ModelShape, Split
 from stare_megatron.models.shards import Checkpoint, merge, read_shard
+from stare_megatron.models.weights import check_names
 from stare_megatron.trainer.parallel import ep_group, etp_group, pp_group, tp_group
 
 
@@ -100,7 +101,7 @@ def load_weights(chunks: Sequence[torch.nn.Module], path: Path) -> None:
         RuntimeError: a parameter that the architecture's table does not know.
     """
     shape, local, file = _shape(chunks), _Local(chunks), Checkpoint(path)
-    file.refuse_unknown(hf_names(shape), shape.tied)
+    check_names(path, file.headers, shape)
     left = local.keys()
     for entry in local_entries(shape):
         group = _groups(entry)

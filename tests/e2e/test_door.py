@@ -111,11 +111,11 @@ def test_unsupported_architecture(files, capsys):
     assert "mamba" in err.lower()
 
 
-def test_vocabulary_mismatch(files, capsys):
+def test_a_configuration_that_is_not_of_the_weights(files, capsys):
     edit_config(files, vocab_size=64)
     err = refused(files, capsys)
-    assert "vocabulary mismatch" in err
-    assert "64" in err
+    assert "model.embed_tokens.weight" in err
+    assert "config.json asks for [64, " in err
 
 
 def test_impossible_layout(files, capsys):

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
 from stare_megatron.data.boxed import last_boxed
+from stare_megatron.data.json_text import decode_line
+from stare_megatron.data.rows import is_blank, shown, text_of
 
 _DOLLAR = re.compile(r"(?<!\\)\$")
 
 
 def plain(value: Any) -> tuple[str, ...]:
     """A string or number that is the answer."""
-    return (_clean(_text(value)),)
+    return (_clean(text_of(value)),)
 
 
 def after_hashes(value: Any) -> tuple[str, ...]:
     """GSM8K: a solution that ends in `#### 1,234`; the answer without the commas."""
-    _, mark, answer = _text(value).rpartition("####")
+    _, mark, answer = text_of(value).rpartition("####")
     if not mark:
         raise ValueError("no '####' before the answer")
     return (_clean(answer).replace(",", ""),)
@@ -26,7 +27,7 @@ def after_hashes(value: Any) -> tuple[str, ...]:
 
 def in_box(value: Any) -> tuple[str, ...]:
     """A solution whose last `\\boxed{...}` is the answer."""
-    answer = last_boxed(_text(value))
+    answer = last_boxed(text_of(value))
     if answer is None:
         raise ValueError("no \\boxed{...} with matching braces")
     return (_clean(answer),)
@@ -46,17 +47,17 @@ def _items(value: Any) -> list[str]:
     items = value if isinstance(value, list) else [value]
     if not items:
         raise ValueError("an empty list")
-    return [_clean(_text(item)) for item in items]
+    return [_clean(text_of(item)) for item in items]
 
 
 def json_list(value: Any) -> tuple[str, ...]:
     """Skywork-OR1: a JSON list written as a string; several items are alternatives."""
     try:
-        items = json.loads(_text(value))
-    except json.JSONDecodeError:
+        items = decode_line(text_of(value))
+    except ValueError:
         items = None
     if not isinstance(items, list):
-        raise ValueError(f"want a JSON list in a string, got {value!r:.60}")
+        raise ValueError(f"want a JSON list in a string, got {shown(value)}")
     return alternatives(items)
 
 
@@ -74,16 +75,8 @@ def integer_or_decimal(answer: str) -> str:
     return answer
 
 
-def _text(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(f"want a string or a number, got {value!r:.60}")
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value)
-
-
 def _clean(answer: str) -> str:
     answer = _DOLLAR.sub("", answer).strip()
-    if not answer:
+    if is_blank(answer):
         raise ValueError("empty")
     return answer

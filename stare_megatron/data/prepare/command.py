@@ -12,6 +12,7 @@ from stare_megatron.data.prepare.pipeline import prepare
 from stare_megatron.data.prepare.recipes import RECIPES
 from stare_megatron.data.prepare.settings import Settings
 from stare_megatron.data.prepare.types import Counts
+from stare_megatron.data.rows import is_blank
 from stare_megatron.errors import UserError
 
 
@@ -34,6 +35,10 @@ def _settings(args: argparse.Namespace) -> Settings:
         raise UserError("--system needs --form chat")
     if args.ngram < 1 or args.common < 2 or not 0 < args.overlap <= 1:
         raise UserError("--ngram must be at least 1, --common at least 2, --overlap above 0 and at most 1")
+    for name in ("instruction", "system", "source"):
+        text = str(vars(args)[name])
+        if (text and is_blank(text)) or any("\ud800" <= c <= "\udfff" for c in text):  # bytes that are no UTF-8
+            raise UserError(f"--{name} {text!r:.60}: want a text in UTF-8 that is not blank")
     given: dict[str, Any] = {field.name: vars(args)[field.name] for field in dataclasses.fields(Settings)}
     given["against"] = tuple(args.against)
     return Settings(**given)

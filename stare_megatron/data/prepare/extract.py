@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from stare_megatron.data import rows
 from stare_megatron.data.prepare.read import read
 from stare_megatron.data.prepare.types import FileLayout, Malformed, MalformedField, Problem, RawRow, Recipe
 from stare_megatron.errors import UserError
@@ -22,7 +23,6 @@ _APPENDED = (
     "Please reason step by step, and put your final answer within \\boxed{}.",
 )
 _SHOWN = 200  # characters of a malformed row that are kept
-_ABSENT = object()
 
 
 def problems(recipe: Recipe, path: Any) -> Iterator[Problem | Malformed]:
@@ -31,10 +31,10 @@ def problems(recipe: Recipe, path: Any) -> Iterator[Problem | Malformed]:
     Raises:
         UserError: the file cannot be read, has no row, or its columns are none of the recipe's.
     """
-    rows = read(path)
+    found = read(path)
     seen: list[RawRow | Malformed] = []
     layout: FileLayout | None = None
-    for row in rows:
+    for row in found:
         seen.append(row)
         if isinstance(row, RawRow):
             layout = _layout(recipe, row)
@@ -48,13 +48,13 @@ def problems(recipe: Recipe, path: Any) -> Iterator[Problem | Malformed]:
         raise UserError(
             f"{path}: columns {', '.join(columns)}: {recipe.name} has {known}; choose the data set the file belongs to"
         )
-    for row in itertools.chain(seen, rows):
+    for row in itertools.chain(seen, found):
         yield row if isinstance(row, Malformed) else _problem(recipe, layout, row)
 
 
 def _layout(recipe: Recipe, row: RawRow) -> FileLayout | None:
     for layout in recipe.layouts:
-        if all(_find(row.fields, key) is not _ABSENT for key in (layout.problem, layout.answer)):
+        if all(rows.find(row.fields, key) is not rows.ABSENT for key in (layout.problem, layout.answer)):
             return layout
     return None
 
@@ -65,8 +65,16 @@ def _problem(recipe: Recipe, layout: FileLayout, row: RawRow) -> Problem | Malfo
         answers = _answers(recipe, layout, row.fields)
         return Problem(row.place, text, answers, _published_id(row.fields, layout.id))
     except MalformedField as e:
-        shown = json.dumps(row.fields, ensure_ascii=False, default=str)[:_SHOWN]
-        return Malformed(row.place, e.field, e.problem, shown)
+        return Malformed(row.place, e.field, e.problem, _shown(row.fields))
+    except RecursionError:
+        return Malformed(row.place, "", "nested too deep", rows.shown(row.fields))
+
+
+def _shown(fields: dict[str, Any]) -> str:
+    try:
+        return json.dumps(fields, ensure_ascii=False, default=str)[:_SHOWN]
+    except RecursionError:
+        return rows.shown(fields)
 
 
 def _text(fields: dict[str, Any], key: str) -> str:
@@ -74,19 +82,21 @@ def _text(fields: dict[str, Any], key: str) -> str:
     if isinstance(value, list):  # chat messages
         users = [m for m in value if isinstance(m, dict) and m.get("role") == "user"]
         if len(value) != 1 or len(users) != 1 or not isinstance(users[0].get("content"), str):
-            raise MalformedField(key, f"want one user message, got {value!r:.60}")
+            raise MalformedField(key, f"want one user message with a text, got {rows.shown(value)}")
         value = users[0]["content"]
     if not isinstance(value, str):
-        raise MalformedField(key, f"want a string, got {value!r:.60}")
+        raise MalformedField(key, f"want a string, got {rows.shown(value)}")
+    if rows.is_written_messages(value):
+        raise MalformedField(key, "messages written as one string; want a problem's text")
     if fields.get("modality") == "Multimodal":
         raise MalformedField("modality", "the problem needs its images")
     text = _unwrapped(value, key)
-    context = fields.get("context")
-    if isinstance(context, str) and context.strip():
-        text = f"{context.strip()}\n\n{text}"
-    if not text:
+    if rows.is_blank(text):
         raise MalformedField(key, "empty")
-    return text
+    context = fields.get("context")
+    if not isinstance(context, str | None):
+        raise MalformedField("context", f"want a string, got {rows.shown(context)}")
+    return text if context is None or rows.is_blank(context) else f"{context.strip()}\n\n{text}"
 
 
 def _unwrapped(text: str, key: str) -> str:
@@ -110,24 +120,19 @@ def _answers(recipe: Recipe, layout: FileLayout, fields: dict[str, Any]) -> tupl
 
 
 def _published_id(fields: dict[str, Any], key: str) -> str:
-    value = _find(fields, key) if key else _ABSENT
-    return "" if value is _ABSENT or value is None else str(value)
+    value = rows.find(fields, key) if key else rows.ABSENT
+    if value is rows.ABSENT or value is None:
+        return ""
+    try:
+        return rows.text_of(value)
+    except ValueError as e:
+        raise MalformedField(key, str(e)) from e
 
 
 def _present(fields: dict[str, Any], key: str) -> Any:
-    value = _find(fields, key)
-    if value is _ABSENT:
+    value = rows.find(fields, key)
+    if value is rows.ABSENT:
         raise MalformedField(key, f"missing; the row has {', '.join(fields) or 'nothing'}")
     if value is None:
         raise MalformedField(key, "null")
     return value
-
-
-def _find(fields: dict[str, Any], key: str) -> Any:
-    """The value of a dotted key; `_ABSENT` if the row has none."""
-    node: Any = fields
-    for part in key.split("."):
-        if not isinstance(node, dict) or part not in node:
-            return _ABSENT
-        node = node[part]
-    return node

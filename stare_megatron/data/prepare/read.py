@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from stare_megatron.data import parquet
-from stare_megatron.data.json_text import decode, decode_line
+from stare_megatron.data import rows
 from stare_megatron.data.prepare.types import Malformed, RawRow
 from stare_megatron.errors import UserError
 
-_SHOWN = 200  # characters of a malformed row that are kept
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+SUFFIXES = (*rows.SUFFIXES, ".csv")
+_MOST = 2**31 - 1  # characters of a cell; the csv module stops at 131,072
 
 
 def read(path: Path) -> Iterator[RawRow | Malformed]:
@@ -22,83 +20,36 @@ def read(path: Path) -> Iterator[RawRow | Malformed]:
     Raises:
         UserError: the file is missing, of another kind, or broken as a whole.
     """
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"{path}: want a file that ends in {', '.join(SUFFIXES)}")
-    try:
-        if path.suffix == ".parquet":
-            yield from (RawRow(f"{path}:row {number}", row) for number, row in parquet.read(path))
-        elif path.suffix == ".csv":
-            yield from _csv(path)
-        elif _first_character(path) == "[":
-            yield from _array(path, path.read_text(encoding="utf-8-sig"))
-        else:
-            yield from _lines(path)
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path}: not UTF-8: {e}") from e
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read: {e.strerror or e}") from e
-    except csv.Error as e:
-        raise UserError(f"{path}: not readable as CSV: {e}") from e
-
-
-def _first_character(path: Path) -> str:
-    with path.open(encoding="utf-8-sig") as file:
-        for line in file:
-            if line.strip():
-                return line.strip()[0]
-    return ""
-
-
-def _lines(path: Path) -> Iterator[RawRow | Malformed]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                value = decode_line(line)
-            except ValueError as e:
-                yield Malformed(f"{path}:{number}", "", f"not valid JSON: {e}", line.strip()[:_SHOWN])
-            else:
-                yield _row(f"{path}:{number}", value)
-
-
-def _array(path: Path, text: str) -> Iterator[RawRow | Malformed]:
-    """The items of one JSON array, each with the line it begins on.
-
-    Raises:
-        UserError: broken JSON: where the next item would begin cannot be known.
-    """
-    position, line, counted = text.index("[") + 1, 1, 0
-    while True:
-        while text[position : position + 1].isspace() or text[position : position + 1] == ",":
-            position += 1
-        line += text.count("\n", counted, position)
-        counted = position
-        if text[position : position + 1] == "]":
-            return
-        try:
-            value, position = decode(text, position)
-        except json.JSONDecodeError as e:
-            raise UserError(f"{path}:{e.lineno}: not valid JSON: {e.msg} (column {e.colno})") from e
-        except ValueError as e:
-            raise UserError(f"{path}:{line}: not valid JSON: {e}") from e
-        yield _row(f"{path}:{line}", value)
-
-
-def _row(place: str, value: object) -> RawRow | Malformed:
-    if not isinstance(value, dict):
-        return Malformed(place, "", f"want an object, got {value!r:.60}", json.dumps(value)[:_SHOWN])
-    return RawRow(place, value)
+    if why := rows.fault(path, SUFFIXES):
+        raise UserError(f"{path}: {why}")
+    if path.suffix == ".csv":
+        yield from _csv(path)
+        return
+    kind = "row " if path.suffix == ".parquet" else ""
+    for at, row in rows.read(path):
+        place = f"{path}:{kind}{at}"
+        yield Malformed(place, "", row.problem, row.begins) if isinstance(row, rows.Broken) else RawRow(place, row)
 
 
 def _csv(path: Path) -> Iterator[RawRow | Malformed]:
     """Rows under a line of column names, each with the line it ends on."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file)
-        for row in rows:
-            place = f"{path}:{rows.line_num}"
-            if None in row or None in row.values():
-                problem = f"want {len(rows.fieldnames or ())} columns"
-                yield Malformed(place, "", problem, json.dumps(list(row.values()), default=str)[:_SHOWN])
-            else:
-                yield RawRow(place, dict(row))
+    csv.field_size_limit(_MOST)
+    lines = 0
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            table = csv.DictReader(file, strict=True)
+            names = list(table.fieldnames or ())
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise UserError(f"{path}:1: two columns are called {twice!r:.60}")
+            for row in table:
+                lines = table.line_num
+                if None in row or None in row.values():
+                    yield Malformed(f"{path}:{lines}", "", f"want {len(names)} columns", rows.shown([*row.values()]))
+                else:
+                    yield RawRow(f"{path}:{lines}", dict(row))
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: not UTF-8: {e}") from e
+    except OSError as e:
+        raise UserError(f"{path}: cannot read it: {e.strerror or e}") from e
+    except csv.Error as e:
+        raise UserError(f"{path}:{lines + 1}: not readable as CSV from here on: {e}") from e

@@ -185,7 +185,7 @@ def test_lines_of_a_json_array_and_rows_of_parquet(tmp_path):
     path = write(tmp_path, ["", json.dumps(good), "", "{oops", "[1]"], "in.jsonl")
     _, broken, no_object = extract.problems(RECIPES["math"], path)
     assert broken.line().startswith(f"{path}:4: not valid JSON")
-    assert no_object.line() == f"{path}:5: want an object, got [1]"
+    assert no_object.line() == f"{path}:5: want one JSON object a row, got [1]"
 
 
 def test_malformed_rows_are_refused_or_listed(tool):
@@ -213,8 +213,9 @@ def test_malformed_rows_are_refused_or_listed(tool):
     ("rows", "message"),
     [
         ([{"text": "2+3?"}], "columns text: math has problem and answer or problem and solution"),
-        ([], "no rows"),
-        (Path("none.jsonl"), "none.jsonl: cannot be read: No such file"),
+        ([], "in.jsonl: the file is empty"),
+        ([""], "in.jsonl: no rows"),
+        (Path("none.jsonl"), "none.jsonl: cannot read it: No such file"),
         (Path("none.txt"), "none.txt: want a file that ends in .jsonl"),
     ],
 )

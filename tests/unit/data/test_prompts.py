@@ -86,7 +86,7 @@ def test_without_further_columns_the_fingerprint_is_that_of_earlier_versions(loa
 def test_values_that_json_cannot_hold_are_refused(tmp_path, tokenizer):
     path = tmp_path / "p.parquet"
     pq.write_table(pa.Table.from_pylist([row(1, raw=b"bytes")]), path)
-    with pytest.raises(UserError, match=r"p\.parquet:1: data\.extra_keys: a value that JSON cannot hold"):
+    with pytest.raises(UserError, match=r"p\.parquet:1: key 'raw': data\.extra_keys: a value that JSON cannot hold"):
         load_prompts(DataConfig(train=[path], extra_keys=["raw"]), tokenizer)
 
 
@@ -120,7 +120,7 @@ def test_parquet_reads_like_jsonl(load, tmp_path, tokenizer):
         ((row(1, prompt=[{"role": "user"}]),), {}, "want messages with 'role' and 'content'"),
         ((row(1, prompt=[{"role": "system", "content": "1"}]),), {}, "p.jsonl:1: .*refuses it: no system"),
         ((row(1, answer=None),), {}, "p.jsonl:1: key 'answer': want a string or a number"),
-        ((), {}, "the data set is empty"),
+        ((), {}, "the file is empty"),
         (("", ""), {}, "the data set is empty"),
         ((row(1, prompt="1 2 3 4"),), {"max_prompt_tokens": 4}, "all 1 prompts are longer"),
         (
@@ -143,15 +143,15 @@ def test_overlong_prompts_are_dropped_and_counted(load):
 
 def test_bad_files(tmp_path, tokenizer):
     for name, text, message in (
-        ("none.jsonl", None, "no such prompt file"),
-        ("p.csv", "a", "end in .jsonl or .parquet"),
+        ("none.jsonl", None, "cannot read it: No such file"),
+        ("p.csv", "a", "want a file that ends in .jsonl, .json, .parquet"),
         ("p.parquet", "not parquet", "not a readable parquet file"),
         ("latin.jsonl", b'{"prompt": "\xe9"}', "not UTF-8"),
     ):
         path = tmp_path / name
         if text is not None:
             path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        with pytest.raises(UserError, match=f"{name}: .*{message}"):
+        with pytest.raises(UserError, match=f"{name}(:1)?: .*{message}"):
             load_prompts(DataConfig(train=[path]), tokenizer)
 
 

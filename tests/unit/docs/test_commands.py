@@ -104,7 +104,7 @@ def test_settings_named_exist(page):
         name
         for name in named
         if name.split(".")[0] in tables
-        and not name.endswith((".jsonl", ".toml", ".json", ".py"))
+        and not name.endswith((".jsonl", ".toml", ".json", ".py", ".safetensors"))
         and not name.startswith(("trainer.megatron.", "inference.vllm."))
         and name not in keys | dict.fromkeys(groups) | dict.fromkeys(own)
     }

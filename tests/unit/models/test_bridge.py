@@ -211,19 +211,6 @@ def test_what_is_left_out_is_what_transformers_takes_it_for(tmp_path: Path, mode
     assert read(tmp_path, few) == read(tmp_path, full)
 
 
-def test_the_file_may_hold_what_is_computed_or_tied_and_nothing_else(tmp_path: Path) -> None:
-    save_file(
-        {"a": torch.ones(2), "lm_head.weight": torch.ones(2), "model.layers.0.rotary_emb.inv_freq": torch.ones(2)},
-        tmp_path / "model.safetensors",
-    )
-    file = Checkpoint(tmp_path)
-    file.refuse_unknown(["a"], tied=True)
-    with pytest.raises(UserError, match=r"'lm_head\.weight' has no place"):
-        file.refuse_unknown(["a"], tied=False)
-    with pytest.raises(UserError, match="'a' has no place"):
-        file.refuse_unknown([], tied=True)
-
-
 def test_no_configuration(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot read"):
         read_hf_config(tmp_path / "nowhere")

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from stare_megatron import config
 from stare_megatron.errors import UserError
 from stare_megatron.host import device
+from stare_megatron.models.entries import hf_names
 from stare_megatron.run import machine, preflight
 
 SHAPE = {
@@ -55,9 +56,8 @@ def cpu(monkeypatch):
 def files(tmp_path):
     model = tmp_path / "model"
     model.mkdir()
-    (model / "config.json").write_text(json.dumps(SHAPE))
     (model / "tokenizer.json").write_text("{}")
-    save_file({"w": np.zeros((10, 10), np.float32)}, model / "model.safetensors")
+    set_model(tmp_path)
     (tmp_path / "train.jsonl").write_text('{"prompt": "1 + 1", "answer": "2"}\n')
     return tmp_path
 
@@ -89,7 +89,12 @@ def refused(config, *parts):
 
 
 def set_model(files, **fields):
-    (files / "model" / "config.json").write_text(json.dumps(SHAPE | fields))
+    """A configuration and, where it is one that is supported, its weights."""
+    model = files / "model"
+    (model / "config.json").write_text(json.dumps(SHAPE | fields))
+    if fields.get("model_type") != "mamba":
+        names = hf_names(preflight.read_hf_config(model))
+        save_file({name: np.zeros(want, np.float16) for name, want in names.items()}, model / "model.safetensors")
 
 
 def test_a_sound_run_passes_and_writes_nothing(make, files):
@@ -108,20 +113,21 @@ def test_unsupported_architecture(make, files):
     refused(make(), "config.json", "MambaForCausalLM", "Qwen2ForCausalLM")
 
 
-def test_no_weights(make, files):
-    (files / "model" / "model.safetensors").unlink()
-    refused(make(), "model.path = ", "no *.safetensors file", "save the checkpoint as safetensors")
-
-
-def test_a_shard_is_missing(make, files):
-    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
-    (files / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
-    refused(make(), "model.path = ", "model-2.safetensors is missing (1 of 2 files)", "fetch the checkpoint again")
-
-
-def test_damaged_index(make, files):
-    (files / "model" / "model.safetensors.index.json").write_text("[]")
-    refused(make(), "model.safetensors.index.json: not an index", "fetch the checkpoint again")
+def test_weights_that_are_not_the_models(make, files):
+    """Each way is a test of models/weights.py; here: that a start and an evaluation ask it."""
+    file = files / "model/model.safetensors"
+    whole = file.read_bytes()
+    file.unlink()
+    refused(make(), "neither model.safetensors nor", "save the checkpoint as safetensors")
+    (files / "model/model.safetensors.index.json").write_text("[]")
+    refused(make(), "model.safetensors.index.json: not a JSON object")
+    (files / "model/model.safetensors.index.json").unlink()
+    file.write_bytes(whole)
+    (files / "model/model-00001-of-00001.safetensors").write_bytes(whole)
+    refused(make(), "two sets of weights")
+    evaluation = make(eval={"benchmarks": [str(files / "train.jsonl")]})
+    with pytest.raises(UserError, match="two sets of weights"):
+        preflight.check_eval(evaluation, trainers=False)
 
 
 def test_no_tokenizer(make, files):
@@ -187,8 +193,8 @@ def test_small_heads_on_a_cpu(make, files):
     ("name", "content", "parts"),
     [
         ("absent.jsonl", None, ("absent.jsonl: cannot read it: No such file", "existing file")),
-        ("rows.csv", "a,b", ("rows.csv: prompts are read from .jsonl and .parquet", "convert")),
-        ("empty.jsonl", "", ("empty.jsonl: the file is empty", "at least one prompt")),
+        ("rows.csv", "a,b", ("rows.csv: want a file that ends in .jsonl, .json, .parquet", "convert")),
+        ("empty.jsonl", "", ("empty.jsonl: the file is empty", "at least one row")),
     ],
 )
 def test_data_files(make, files, name, content, parts):

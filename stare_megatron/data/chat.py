@@ -1,0 +1,85 @@
+"""Chat messages written out by the checkpoint's template, which may leave out what it does not know."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
+
+from stare_megatron.data.rows import is_blank, shown
+from stare_megatron.data.tokenizer import first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_THOUGHT = "</think>"  # templates leave out what an assistant thought in earlier turns
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer. What it makes of roles is tried once for each sequence of them."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._tried: dict[tuple[str, ...], str | None] = {}
+
+    def render(self, messages: list[Any]) -> str:
+        """The prompt that asks for the next message. No content is lost on the way: white space around it may be.
+
+        Raises:
+            ValueError: no such messages, a template that refuses them, or one that leaves one out.
+        """
+        checked = [_message(i, message) for i, message in enumerate(messages)]
+        if all(is_blank(message["content"]) for message in checked):
+            raise ValueError("no message with a text")
+        if checked[-1]["role"] == "assistant":
+            raise ValueError(
+                "the last message is the assistant's; a prompt ends before the policy's turn: leave it out"
+            )
+        if not self._tokenizer.chat_template:
+            raise ValueError("a chat prompt, but the checkpoint's tokenizer has no chat template")
+        text = self._write(checked)
+        lost = next((message["role"] for message in checked if not _is_in(message, text)), None)
+        lost = self._ignored(checked) if lost is None else lost
+        if lost is not None:
+            raise ValueError(f"the chat template leaves out the message of role {lost!r:.60}; use a role that it knows")
+        return text
+
+    def _write(self, messages: list[dict[str, Any]]) -> str:
+        try:
+            return str(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        except (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as e:
+            # code of the checkpoint
+            raise ValueError(f"the chat template refuses it: {first_line(e)}") from e
+
+    def _ignored(self, messages: list[dict[str, Any]]) -> str | None:
+        """A role whose messages the template does not write out: a content may be in the text for another reason."""
+        roles = tuple(message["role"] for message in messages)
+        if roles not in self._tried:
+            marks = [f"staremark{i}x" for i in range(len(roles))]
+            try:
+                text = self._write([m | {"content": mark} for m, mark in zip(messages, marks, strict=True)])
+            except ValueError:  # a template that looks into the contents: they have been found already
+                text = "".join(marks)
+            self._tried[roles] = next((role for role, mark in zip(roles, marks, strict=True) if mark not in text), None)
+        return self._tried[roles]
+
+
+def _message(place: int, message: Any) -> dict[str, Any]:
+    """Raises: ValueError: not a message with a role and a text."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise ValueError(f"want messages with 'role' and 'content', texts, got {shown(message)}")
+    if not isinstance(message.get("content"), str):
+        raise ValueError(
+            f"message {place + 1}: want messages with 'role' and 'content', texts; the content is "
+            f"{shown(message.get('content'))}"
+        )
+    return {key: value for key, value in message.items() if value is not None}  # parquet gives all of them all keys
+
+
+def _is_in(message: dict[str, Any], text: str) -> bool:
+    content = message["content"]
+    if message["role"] == "assistant":
+        content = content.rpartition(_THOUGHT)[2]
+    content = content.strip()
+    return content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text  # as Llama writes tools' answers
