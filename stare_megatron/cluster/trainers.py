@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from stare_megatron.cluster.engines import EngineGroup
     from stare_megatron.trainer.rank import Position
 
+_ANSWER_SECONDS = 60.0  # a rank that others have left alone in a collective answers much later, or never
+
 
 @ray.remote
 class TrainerActor:
@@ -163,6 +165,16 @@ class TrainerGroup:
 
     def checksums(self) -> dict[str, str]:
         return self._all("checksums")[0]
+
+    def held_step(self) -> int | None:
+        """The step whose weights all ranks have; None where an update is not done on all of them.
+
+        Raises:
+            RunError: a rank is gone, or does not answer within a minute.
+        """
+        refs = [actor.call.remote("held_step") for actor in self._actors]
+        held = set(runtime.wait(refs, self._names, _ANSWER_SECONDS))
+        return held.pop() if len(held) == 1 else None
 
     def begin_save(self, folder: Path, step: int) -> None:
         """Returns when the ranks may train on, with `checkpoint.asynchronous` before everything is written."""

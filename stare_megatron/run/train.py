@@ -7,6 +7,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -19,11 +20,11 @@ from stare_megatron.config import Config
 from stare_megatron.data.benchmarks import Benchmark, load_benchmarks
 from stare_megatron.data.prompts import PromptStream, load_prompts
 from stare_megatron.data.tokenizer import decoder, load_tokenizer
-from stare_megatron.errors import RunError, UserError
+from stare_megatron.errors import UserError
 from stare_megatron.metrics import catalogue, wandb_id
 from stare_megatron.metrics.plot import plot
 from stare_megatron.metrics.sinks import Sinks, open_sinks
-from stare_megatron.metrics.summary import how_to_resume, next_steps, opening, opening_notes, render, summarize
+from stare_megatron.metrics.summary import how_to_go_on, next_steps, opening, opening_notes, render, summarize
 from stare_megatron.rollout.collect import Collector
 from stare_megatron.rollout.groups import check_env
 from stare_megatron.run import folder as run_folder
@@ -76,20 +77,31 @@ def train(config: Config, *, quiet: bool, command: list[str]) -> int:
     say(opening(config, parameters, len(prepared.stream.prompts), held_out))
     for note in prepared.notes:
         say(f"note: {note}", style="yellow")
-    try:
+    with contextlib.ExitStack() as end:
+        end.push(functools.partial(_ended, folder, config))
         with contextlib.closing(open_sinks(config, folder.path, prepared.restored, quiet, console)) as sinks:
             done = _run(prepared, folder, sinks)
-    except (UserError, KeyboardInterrupt):
-        run_folder.discard(folder)
-        raise
-    except RunError as e:
-        raise RunError(f"{e}\nlogs       {folder.logs}\n{how_to_resume(folder.path)}") from e
-    finished = done >= config.run.steps
-    if run_folder.is_used(folder):
-        plot(folder.path)
-        console.print(render(summarize(folder.path), config.run.name, folder.outputs(), finished=finished))
-        say(next_steps(config, finished=finished))
+        finished = done >= config.run.steps
+        if run_folder.is_used(folder):
+            plot(folder.path)
+            console.print(render(summarize(folder.path), config.run.name, folder.outputs(), finished=finished))
+            say(next_steps(config, finished=finished))
     return 0 if finished else 130
+
+
+def _ended(
+    folder: run_folder.RunFolder,
+    config: Config,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: TracebackType | None,
+) -> None:
+    """Say below an error that ended the run what is left of it. The folder goes if that is nothing, unless its logs are
+    needed."""
+    if isinstance(error, UserError | KeyboardInterrupt):
+        run_folder.discard(folder)
+    if error is not None and folder.path.exists():
+        error.add_note(how_to_go_on(config, finished=False))
 
 
 def prepare(config: Config, console: Console) -> Prepared:
