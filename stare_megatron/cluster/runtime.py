@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +36,14 @@ def cluster(config: ClusterConfig, actors: int) -> Iterator[None]:
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if config.address == "local":
-            ray.init(
-                address="local",
-                num_cpus=actors,
-                object_store_memory=config.object_store_mb * 2**20,
-                include_dashboard=False,
-                **common,
-            )
+            with _deaf_children():
+                ray.init(
+                    address="local",
+                    num_cpus=actors,
+                    object_store_memory=config.object_store_mb * 2**20,
+                    include_dashboard=False,
+                    **common,
+                )
         else:
             ray.init(address=config.address, **common)
     except (ConnectionError, RuntimeError, ValueError, OSError) as e:
@@ -49,6 +52,18 @@ def cluster(config: ClusterConfig, actors: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _deaf_children() -> Iterator[None]:
+    """Processes started within, and theirs, do not hear SIGTERM. Schedulers send it to every process of a job, and a
+    run can save only while Ray, ranks and engines live. Ray does the same about Ctrl-C, and ends who does not listen by
+    SIGKILL."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def wait(refs: Sequence[ray.ObjectRef], names: Sequence[str], timeout: float | None = None) -> list[Any]:
@@ -90,8 +105,11 @@ def fetch(refs: Sequence[ray.ObjectRef]) -> list[Any]:
     return ray.get(list(refs))
 
 
-def log_to(folder: Path, name: str) -> None:
-    """Send this process's stdout and stderr to `folder/name.log` (its children's too)."""
+def enter_actor(folder: Path, name: str) -> None:
+    """In an actor's process, first of all: its stdout and stderr, and its children's, go to `folder/name.log`, and it
+    stays deaf to SIGTERM: whoever first starts Python's resource tracker would hear it again."""
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush()

@@ -16,6 +16,7 @@ from stare_megatron.run.sampling import Sampler
 
 if TYPE_CHECKING:
     from stare_megatron.cluster.trainers import TrainerGroup
+    from stare_megatron.run.weights import Weights
 
 
 class Saving:
@@ -29,6 +30,7 @@ class Saving:
         self,
         config: Config,
         saver: checkpoint.Saver,
+        weights: Weights,
         trainers: TrainerGroup,
         sampler: Sampler[Any],
         controller: EntropyController,
@@ -38,6 +40,7 @@ class Saving:
         self._config = config
         self._folder = RunFolder(config.folder, fresh=False)
         self._saver = saver
+        self._weights = weights
         self._trainers = trainers
         self._sampler = sampler
         self._controller = controller
@@ -69,6 +72,7 @@ class Saving:
         state = checkpoint.read(self._resume_from)
         self._trainers.restore(self._resume_from / "trainer")
         self._controller.state = state.controller
+        self._weights.baseline = state.probe_baseline
         self._recorder.remembered = Remembered(state.trained_tokens, state.before, state.duty)
         return state.step
 
@@ -116,6 +120,7 @@ class Saving:
             past.before,
             past.duty,
             wandb_run,
+            self._weights.baseline,
         )
 
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+# Who sends a signal to a process group and to each process in it, or passes on one that the group gets, says it twice.
+_ECHO_SECONDS = 1.0
+
 
 class StopSignal:
-    """The first Ctrl-C or SIGTERM asks for an end after the current step, the second ends at once."""
+    """The first Ctrl-C or SIGTERM asks for an end after the current step, a second one ends at once."""
 
     def __init__(self, note: Callable[[str], None]) -> None:
         self._note = note
         self.asked = False
+        self._asked_at = 0.0
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -32,6 +37,8 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
+            if time.monotonic() - self._asked_at < _ECHO_SECONDS:
+                return
             raise KeyboardInterrupt
-        self.asked = True
+        self.asked, self._asked_at = True, time.monotonic()
         self._note("stopping after this step; once more to stop at once")

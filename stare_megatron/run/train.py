@@ -176,6 +176,7 @@ def _assemble(
     )
     sampler = SynchronousSampler(Collector(config, engines, stream), stream)
     controller = EntropyController(config.algorithm, ALGORITHMS[config.algorithm.method])
+    weights = Weights(config.sync, config.model.dtype, trainers, engines, functools.cache(stream.probe))
     recorder = Recorder(config, session, sampler, sinks, runtime.fetch, decode)
     return loop.Run(
         steps=config.run.steps,
@@ -183,11 +184,11 @@ def _assemble(
         trainers=trainers,
         controller=controller,
         residency=Residency(engines, shared=config.inference.placement == "colocated"),
-        weights=Weights(config.sync, trainers, engines, functools.cache(stream.probe)),
+        weights=weights,
         recorder=recorder,
         evaluations=Evaluations(
             config, prepared.benchmarks, evaluator, sinks.log_evaluation, folder.path, prepared.restored
         ),
-        saving=Saving(config, saver, trainers, sampler, controller, recorder, prepared.resume_from),
+        saving=Saving(config, saver, weights, trainers, sampler, controller, recorder, prepared.resume_from),
         stop=stop,
     )

@@ -137,7 +137,7 @@ def made(folder: Path, **keep: Any) -> SimpleNamespace:
         trainers=Ranks(),
         controller=Controller(),
         residency=Residency(),
-        weights=SimpleNamespace(push=lambda version: None, probe=lambda version: 0.0),
+        weights=SimpleNamespace(push=lambda version: None, probe=lambda version: 0.0, baseline=0.02),
         recorder=Recorder(),
         evaluations=SimpleNamespace(due=lambda step: True, evaluate=lambda step: None),
         stop=SimpleNamespace(asked=False),
@@ -145,7 +145,9 @@ def made(folder: Path, **keep: Any) -> SimpleNamespace:
     saver = checkpoint.Saver(
         parts.root, config.checkpoint, Settings({}, {}), parts.trainers, estimate=10, values=dict, warn=said.append
     )
-    parts.saving = Saving(config, saver, parts.trainers, parts.sampler, parts.controller, parts.recorder, None)
+    parts.saving = Saving(
+        config, saver, parts.weights, parts.trainers, parts.sampler, parts.controller, parts.recorder, None
+    )
     return parts
 
 

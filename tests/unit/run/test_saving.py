@@ -68,7 +68,14 @@ def parts(tmp_path):
         )
         made.sampler.state = lambda: StreamState(0, made.sampler.cursor, 1, "x")
         made.saving = Saving(
-            config, made.saver, made.trainers, made.sampler, made.controller, made.recorder, resume_from=None
+            config,
+            made.saver,
+            SimpleNamespace(baseline=0.02),
+            made.trainers,
+            made.sampler,
+            made.controller,
+            made.recorder,
+            resume_from=None,
         )
         return made
 
@@ -87,6 +94,7 @@ def test_a_save_holds_what_the_loop_knows(parts):
     ((what, state),) = made.saver.said
     assert what == "save"
     assert (state.step, state.trained_tokens, state.stream.cursor, state.duty) == (7, 70, 5, GateDuty(7, 3))
+    assert state.probe_baseline == 0.02
     assert (state.controller, state.before) == (ControllerState(1.1, 0.9), Observed(0.4, -0.1))
     made.saving.save(8, last=True)  # nothing follows that it could be written beside
     assert [what for what, _ in made.saver.said] == ["save", "save", "wait"]
