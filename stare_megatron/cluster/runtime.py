@@ -12,6 +12,7 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 import ray.exceptions
 
@@ -51,7 +52,7 @@ def cluster(config: ClusterConfig, actors: int) -> Iterator[None]:
     try:
         yield
     finally:
-        ray.shutdown()
+        _shut_down()
 
 
 @contextlib.contextmanager
@@ -64,6 +65,20 @@ def _deaf_children() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _shut_down() -> None:
+    """End Ray. What a local one started is deaf to SIGTERM: Ray would give each process a second to hear it, and leaves
+    their children to it."""
+    node = ray._private.worker._global_node
+    started = [info.process for kind in (node.all_processes if node else {}).values() for info in kind]
+    children = [c for p in started if psutil.pid_exists(p.pid) for c in psutil.Process(p.pid).children(recursive=True)]
+    for process in started:
+        process.terminate = process.kill
+    ray.shutdown()
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
 
 
 def wait(refs: Sequence[ray.ObjectRef], names: Sequence[str], timeout: float | None = None) -> list[Any]:

@@ -21,7 +21,6 @@ from stare_megatron.types.token_record import TokenRecord, join
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-    import torch
 
     from stare_megatron.cluster.engines import EngineGroup
     from stare_megatron.trainer.rank import Position
@@ -85,7 +84,7 @@ class TrainerActor:
             pass
         return self._found
 
-    def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def _weights(self) -> Iterator[tuple[str, Any]]:
         """A pass over the parameters. Leaves the checksums of those that are wanted, on rank 0."""
         from stare_megatron.sync.check import checksum
 

@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 from stare_megatron.config import DataConfig
 from stare_megatron.data import parquet
 from stare_megatron.data.json_text import decode_line
-from stare_megatron.data.tokenizer import first_line
+from stare_megatron.data.tokenizer import first_line, render
 from stare_megatron.errors import UserError
 from stare_megatron.types import Prompt
 
@@ -170,7 +170,7 @@ def _row(config: DataConfig, tokenizer: PreTrainedTokenizerBase, path: Path, num
     if isinstance(prompt, str) and config.chat_template:
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, list):
-        text, rendered = _render(tokenizer, prompt, config.prompt_key, where), True
+        text, rendered = _render(tokenizer, prompt, config, where), True
     elif isinstance(prompt, str):
         text, rendered = prompt, False
     else:
@@ -214,7 +214,8 @@ def _text(value: Any, key: str, where: str) -> str:
     return str(value)
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Any], key: str, where: str) -> str:
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Any], config: DataConfig, where: str) -> str:
+    key = config.prompt_key
     if not messages or not all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
     ):
@@ -222,7 +223,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Any], key: str, w
     if not tokenizer.chat_template:
         raise UserError(f"{where}: a chat prompt, but the checkpoint's tokenizer has no chat template")
     try:
-        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        return render(tokenizer, messages, config.date)
     except (TemplateError, ValueError, TypeError, LookupError, AttributeError) as e:  # code of the checkpoint
         raise UserError(f"{where}: key {key!r}: the chat template refuses it: {first_line(e)}") from e
 

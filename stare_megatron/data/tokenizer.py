@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,22 @@ def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None:
         raise UserError(f"{model}: the tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
     return tokenizer
+
+
+def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template asks for today's date: `strftime_now` is the only clock that transformers gives it."""
+    return "strftime_now" in str(tokenizer.chat_template)
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[Any], date: str) -> str:
+    """Messages as the chat template writes them, generation prompt included. `date`: the day it is then, and midnight,
+    ISO; empty: today.
+
+    Raises:
+        jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError: the template refuses them.
+    """
+    clock = {"strftime_now": datetime.datetime.fromisoformat(date).strftime} if date else {}
+    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **clock))
 
 
 def decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:

@@ -15,7 +15,6 @@ from stare_megatron.run.recorder import Recorder, Remembered
 from stare_megatron.run.sampling import Sampler
 
 if TYPE_CHECKING:
-    from stare_megatron.cluster.trainers import TrainerGroup
     from stare_megatron.run.weights import Weights
 
 
@@ -31,7 +30,6 @@ class Saving:
         config: Config,
         saver: checkpoint.Saver,
         weights: Weights,
-        trainers: TrainerGroup,
         sampler: Sampler[Any],
         controller: EntropyController,
         recorder: Recorder[Any],
@@ -41,7 +39,7 @@ class Saving:
         self._folder = RunFolder(config.folder, fresh=False)
         self._saver = saver
         self._weights = weights
-        self._trainers = trainers
+        self._trainers = weights.trainers
         self._sampler = sampler
         self._controller = controller
         self._recorder = recorder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from stare_megatron.cluster import runtime
 from stare_megatron.config import Config
 from stare_megatron.data.benchmarks import Benchmark, load_benchmarks
 from stare_megatron.data.prompts import PromptStream, load_prompts
-from stare_megatron.data.tokenizer import decoder, load_tokenizer
+from stare_megatron.data.tokenizer import decoder, load_tokenizer, writes_date
 from stare_megatron.errors import UserError
 from stare_megatron.metrics import catalogue, wandb_id
 from stare_megatron.metrics.plot import plot
@@ -69,6 +70,7 @@ def train(config: Config, *, quiet: bool, command: list[str]) -> int:
     """
     console = Console()
     prepared = prepare(config, console)
+    config = prepared.config
     folder = run_folder.open_run(config, command, prepared.sandbox)
     wandb_id.keep(folder.path, prepared.wandb_run)
     say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
@@ -113,9 +115,12 @@ def prepare(config: Config, console: Console) -> Prepared:
     notes = list(preflight.check(config))
     sandbox = preflight.check_sandbox(config)
     notes += [f"sandbox: {sandbox}"] if sandbox else []
-    settings = checkpoint.settings_of(config)
-    resume_from = _checked_checkpoint(config, settings, console)
+    resume_from = _find_checkpoint(config, console)
+    config = checkpoint.with_date(config, resume_from)
+    if resume_from is not None:
+        checkpoint.check_settings(resume_from, checkpoint.settings_of(config), config.run.resume_allow)
     tokenizer = load_tokenizer(config.model.path)
+    config = today(config, tokenizer)
     check_env(config.env, tokenizer)
     prompts = load_prompts(config.data, tokenizer)
     notes += opening_notes(config, len(prompts), prompts.dropped)
@@ -130,13 +135,22 @@ def prepare(config: Config, console: Console) -> Prepared:
         restored = state.step
         if resume_from.resolve().is_relative_to(config.folder.resolve()):
             wandb_run = state.wandb_run
+    settings = checkpoint.settings_of(config)
     return Prepared(
         config, settings, tokenizer, stream, benchmarks, resume_from, restored, wandb_run, sandbox, tuple(notes)
     )
 
 
-def _checked_checkpoint(config: Config, settings: checkpoint.Settings, console: Console) -> Path | None:
-    """The checkpoint to go on from, found undamaged and of this configuration."""
+def today(config: Config, tokenizer: PreTrainedTokenizerBase) -> Config:
+    """`config` with today's date where the chat template writes one and none is settled."""
+    if config.data.date or not writes_date(tokenizer):
+        return config
+    date = datetime.date.today().isoformat()
+    return config.model_copy(update={"data": config.data.model_copy(update={"date": date})})
+
+
+def _find_checkpoint(config: Config, console: Console) -> Path | None:
+    """The checkpoint to go on from, found undamaged."""
     if config.checkpoint.best_metric:
         try:
             catalogue.entry(config.checkpoint.best_metric)
@@ -146,7 +160,6 @@ def _checked_checkpoint(config: Config, settings: checkpoint.Settings, console: 
     if found is not None:
         console.print(f"checking {found}", markup=False, highlight=False, soft_wrap=True)
         checkpoint.verify(found, contents=config.checkpoint.verify)
-        checkpoint.check_settings(found, settings, config.run.resume_allow)
     return found
 
 
@@ -189,6 +202,6 @@ def _assemble(
         evaluations=Evaluations(
             config, prepared.benchmarks, evaluator, sinks.log_evaluation, folder.path, prepared.restored
         ),
-        saving=Saving(config, saver, weights, trainers, sampler, controller, recorder, prepared.resume_from),
+        saving=Saving(config, saver, weights, sampler, controller, recorder, prepared.resume_from),
         stop=stop,
     )

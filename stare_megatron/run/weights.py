@@ -42,7 +42,7 @@ class Weights:
         probe_tokens: Callable[[], npt.NDArray[np.int32]],
     ) -> None:
         self._config = config
-        self._trainers = trainers
+        self.trainers = trainers
         self._engines = engines
         self._probe_tokens = probe_tokens
         self._dtype = dtype
@@ -56,7 +56,7 @@ class Weights:
         sums: Sums = "none"
         if self._calibrated and self._due(version):
             sums = "share" if self._compared else "all"
-        self._sent = self._trainers.push(version, sums)
+        self._sent = self.trainers.push(version, sums)
 
     def probe(self, version: int) -> float:
         """The largest mean |log-prob difference| between an engine and the trainer on the probe prompt, nats; NaN when
@@ -73,7 +73,7 @@ class Weights:
                 require_same(f"engine {i}", version, first_difference(self._sent, theirs))
             self._compared = True
         tokens = self._probe_tokens()
-        ours = self._trainers.score_tokens(tokens)
+        ours = self.trainers.score_tokens(tokens)
         found = [compare(theirs, ours) for theirs in self._engines.logprobs(tokens)]
         threshold = self._config.probe_threshold or BOUNDS[self._dtype]
         for i, agreement in enumerate(found):
@@ -90,4 +90,4 @@ class Weights:
         return bool(every) and version % every == 0
 
     def _difference(self, engine: int) -> str | None:
-        return first_difference(self._trainers.checksums(), self._engines.checksums()[engine])
+        return first_difference(self.trainers.checksums(), self._engines.checksums()[engine])

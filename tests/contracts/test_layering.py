@@ -94,7 +94,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "pydantic": {"config", "checkpoint", "study"},
     "httpx": {"sandbox"},
     "tomli_w": {"run"},
-    "psutil": {"run", "inference", "host", "study", "rewards", "convert"},
+    "psutil": {"run", "inference", "cluster", "host", "study", "rewards", "convert"},
     "xxhash": {"host", "convert"},
     "packaging": {"patches"},
     "huggingface_hub": {"data"},

@@ -142,12 +142,11 @@ def made(folder: Path, **keep: Any) -> SimpleNamespace:
         evaluations=SimpleNamespace(due=lambda step: True, evaluate=lambda step: None),
         stop=SimpleNamespace(asked=False),
     )
+    parts.weights.trainers = parts.trainers
     saver = checkpoint.Saver(
         parts.root, config.checkpoint, Settings({}, {}), parts.trainers, estimate=10, values=dict, warn=said.append
     )
-    parts.saving = Saving(
-        config, saver, parts.weights, parts.trainers, parts.sampler, parts.controller, parts.recorder, None
-    )
+    parts.saving = Saving(config, saver, parts.weights, parts.sampler, parts.controller, parts.recorder, None)
     return parts
 
 

@@ -70,8 +70,7 @@ def parts(tmp_path):
         made.saving = Saving(
             config,
             made.saver,
-            SimpleNamespace(baseline=0.02),
-            made.trainers,
+            SimpleNamespace(baseline=0.02, trainers=made.trainers),
             made.sampler,
             made.controller,
             made.recorder,
