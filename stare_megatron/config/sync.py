@@ -16,5 +16,5 @@ class SyncConfig(Section):
         ge=0,
         description="Largest mean |log-prob difference| on the probe prompt, nats; beyond it the run stops. 0: follows "
         "from `model.dtype`: 1e-3 in float32; in lower precision from what the first push measures, together with "
-        "checksums of the weights (docs/checkpoints.md).",
+        "checksums of the weights (docs/faq.md).",
     )
