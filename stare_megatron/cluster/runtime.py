@@ -21,6 +21,7 @@ from stare_megatron.data.tokenizer import first_line
 from stare_megatron.errors import RunError, UserError
 
 Ref = ray.ObjectRef
+_ENDS = (signal.SIGTERM, signal.SIGHUP)
 
 
 @contextlib.contextmanager
@@ -57,10 +58,9 @@ def cluster(config: ClusterConfig, actors: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _deaf_children() -> Iterator[None]:
-    """Processes started within, and theirs, do not hear SIGTERM. Schedulers send it to every process of a job, and a
-    run can save only while Ray, ranks and engines live. Ray does the same about Ctrl-C, and ends who does not listen by
-    SIGKILL."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    """Processes started within, and theirs, hear no SIGTERM or SIGHUP. Schedulers send them to every process of a job,
+    and a run can save only while Ray, ranks and engines live. Ray does the same about Ctrl-C."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)
     try:
         yield
     finally:
@@ -124,7 +124,7 @@ def enter_actor(folder: Path, name: str) -> None:
     """In an actor's process, first of all: its stdout and stderr, and its children's, go to `folder/name.log`, and it
     stays deaf to SIGTERM: whoever first starts Python's resource tracker would hear it again."""
     resource_tracker.ensure_running()
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *_ENDS})
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM."""
+"""Ctrl-C, SIGTERM, and SIGHUP of a terminal that is closed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ECHO_SECONDS = 1.0
 
 
 class StopSignal:
-    """The first Ctrl-C or SIGTERM asks for an end after the current step, a second one ends at once."""
+    """The first Ctrl-C, SIGTERM or SIGHUP asks for an end after the current step, a second one ends at once."""
 
     def __init__(self, note: Callable[[str], None]) -> None:
         self._note = note
@@ -28,7 +28,10 @@ class StopSignal:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup's
+            numbers.append(signal.SIGHUP)
+        before = {number: signal.signal(number, self._handle) for number in numbers}
         try:
             yield
         finally:

@@ -100,10 +100,14 @@ def _ended(
 ) -> None:
     """Say below an error that ended the run what is left of it. The folder goes if that is nothing, unless its logs are
     needed."""
+    if isinstance(error, SystemExit):  # Ray's answer to SIGTERM, until ours is in place
+        error = KeyboardInterrupt()
     if isinstance(error, UserError | KeyboardInterrupt):
         run_folder.discard(folder)
     if error is not None and folder.path.exists():
         error.add_note(how_to_go_on(config, finished=False))
+    if kind is SystemExit and error is not None:
+        raise error
 
 
 def prepare(config: Config, console: Console) -> Prepared:

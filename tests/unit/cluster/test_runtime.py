@@ -62,6 +62,8 @@ if __name__ == "__main__":
         for process in [psutil.Process(), *started]:
             process.terminate()
         os.killpg(os.getpgrp(), signal.SIGTERM)
+        signal.signal(signal.SIGHUP, lambda *_: heard.append(1))
+        os.killpg(os.getpgrp(), signal.SIGHUP)
         time.sleep(2)
         assert heard
         assert ray.get(actor.alive.remote())

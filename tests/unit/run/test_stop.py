@@ -12,7 +12,7 @@ import pytest
 from stare_megatron.run.stop import StopSignal
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_asks_its_echo_says_nothing_and_the_second_ends(number, monkeypatch):
     now = [7.0]
     monkeypatch.setattr("stare_megatron.run.stop.time", SimpleNamespace(monotonic=lambda: now[0]))
@@ -44,3 +44,14 @@ def test_a_thread_installs_nothing():
     thread.start()
     thread.join()
     assert found == [before]
+
+
+def test_nohup_stays_in_force():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop = StopSignal(lambda _: None)
+        with stop.installed():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.asked
+    finally:
+        signal.signal(signal.SIGHUP, before)
