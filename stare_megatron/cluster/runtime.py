@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import ray
 import ray.exceptions
+from ray._private import worker as ray_worker
 
 from stare_megatron.config import ClusterConfig
 from stare_megatron.data.tokenizer import first_line
@@ -70,7 +71,7 @@ def _deaf_children() -> Iterator[None]:
 def _shut_down() -> None:
     """End Ray. What a local one started is deaf to SIGTERM: Ray would give each process a second to hear it, and leaves
     their children to it."""
-    node = ray._private.worker._global_node
+    node: Any = ray_worker._global_node
     started = [info.process for kind in (node.all_processes if node else {}).values() for info in kind]
     children = [c for p in started if psutil.pid_exists(p.pid) for c in psutil.Process(p.pid).children(recursive=True)]
     for process in started:

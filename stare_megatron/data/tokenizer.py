@@ -71,7 +71,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[Any], date: str) -
     Raises:
         jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError: the template refuses them.
     """
-    clock = {"strftime_now": datetime.datetime.fromisoformat(date).strftime} if date else {}
+    clock: dict[str, Any] = {"strftime_now": datetime.datetime.fromisoformat(date).strftime} if date else {}
     return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **clock))
 
 
