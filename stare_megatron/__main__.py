@@ -329,14 +329,17 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.handler(args, rest)
     except UserError as e:
-        print(f"stare-megatron: {e}", file=sys.stderr)
-        return 2
+        return _stopped(e, str(e), 2)
     except RunError as e:
-        print(f"stare-megatron: the run stopped: {e}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stare-megatron: interrupted", file=sys.stderr)
-        return 130
+        return _stopped(e, f"the run stopped: {e}", 1)
+    except KeyboardInterrupt as e:
+        return _stopped(e, "interrupted", 130)
+
+
+def _stopped(error: BaseException, text: str, code: int) -> int:
+    """Print what ended the command and what there is to say below it; returns `code`."""
+    print("\n".join([f"stare-megatron: {text}", *vars(error).get("__notes__", [])]), file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

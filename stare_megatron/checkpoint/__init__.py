@@ -10,8 +10,19 @@ A folder is written under a temporary name and renamed when complete, so a folde
 """
 
 from stare_megatron.checkpoint.saver import RankWriters, Saver
-from stare_megatron.checkpoint.settings import Settings, check_settings, settings_of
+from stare_megatron.checkpoint.settings import Settings, check_settings, settings_of, with_date
 from stare_megatron.checkpoint.state import LoopState, read
 from stare_megatron.checkpoint.store import find, verify
 
-__all__ = ["LoopState", "RankWriters", "Saver", "Settings", "check_settings", "find", "read", "settings_of", "verify"]
+__all__ = [
+    "LoopState",
+    "RankWriters",
+    "Saver",
+    "Settings",
+    "check_settings",
+    "find",
+    "read",
+    "settings_of",
+    "verify",
+    "with_date",
+]

@@ -10,7 +10,7 @@ from stare_megatron.checkpoint import store
 from stare_megatron.checkpoint.settings import Settings
 from stare_megatron.checkpoint.state import LoopState
 from stare_megatron.config import CheckpointConfig
-from stare_megatron.errors import RunError
+from stare_megatron.errors import RunError, UserError
 from stare_megatron.host import manifest
 from stare_megatron.host.files import free_bytes
 
@@ -20,6 +20,14 @@ _MARGIN = 1.05
 
 class RankWriters(Protocol):
     """All trainer ranks, which write the largest part of a checkpoint."""
+
+    def held_step(self) -> int | None:
+        """The step whose weights all ranks have; None in the middle of an update. Returns soon.
+
+        Raises:
+            RunError: a rank is gone or does not answer.
+        """
+        ...
 
     def begin_save(self, folder: Path, step: int) -> None:
         """Start to write into `folder`; returns when the state may change again."""
@@ -93,13 +101,27 @@ class Saver:
         """Finish a save under way, and save the state unless it is saved already; does not return before all is on
         disk. A failure is only told, for the run has another error."""
         try:
+            if self._is_saved(state.step) and not self.pending:
+                return
+            held = self._writers.held_step()  # first: who waits for a rank that is gone waits long
             self.wait()
-            saved = {store.step_of(folder) for folder in store.complete(self._root)}
-            if state.step not in saved | {0} and self.save(state):
+            if self._is_saved(state.step):
+                return
+            if held != state.step:
+                raise RunError("the update after it has changed weights already")
+            if self.save(state):
                 self.wait()
                 self._warn(f"step {state.step} is saved: started again, the run goes on from there")
-        except RunError as e:
-            self._warn(f"step {state.step} could not be saved: {e}")
+        except (RunError, UserError, OSError, RuntimeError) as e:  # what breaks inside a rank is often a RuntimeError
+            self.give_up(state.step, str(e).partition("\n")[0])
+
+    def give_up(self, step: int, why: str) -> None:
+        """Say that a step is not saved, if it is not."""
+        if not self._is_saved(step):
+            self._warn(f"step {step} is not saved: {why}")
+
+    def _is_saved(self, step: int) -> bool:
+        return step in map(store.step_of, store.complete(self._root))
 
     def poll(self) -> None:
         """Finish a save that is written; does not wait for one."""

@@ -57,6 +57,30 @@ def write(folder: Path, settings: Settings) -> None:
     write_atomic(folder / FILE, json.dumps(dataclasses.asdict(settings), indent=1))
 
 
+def read(folder: Path) -> Settings:
+    """Those of a checkpoint.
+
+    Raises:
+        UserError: `settings.json` is missing or damaged.
+    """
+    file = folder / FILE
+    try:
+        tree = json.loads(file.read_text())
+        return Settings(dict(tree["config"]), dict(tree["files"]), dict(tree["code"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise UserError(f"{file}: not the settings of a checkpoint: {type(e).__name__}: {e}") from e
+
+
+def with_date(config: Config, folder: Path | None) -> Config:
+    """`config` with the date that the prompts of a checkpoint were written with, unless it names one itself.
+
+    Raises:
+        UserError: `settings.json` is missing or damaged.
+    """
+    date = flatten(read(folder).config).get("data.date", "") if folder and not config.data.date else ""
+    return config.model_copy(update={"data": config.data.model_copy(update={"date": str(date)})}) if date else config
+
+
 def check_settings(folder: Path, now: Settings, allow: Sequence[str]) -> None:
     """Refuse to go on from a checkpoint that another configuration, model or tokenizer made. `allow`:
     `run.resume_allow`.
@@ -70,12 +94,7 @@ def check_settings(folder: Path, now: Settings, allow: Sequence[str]) -> None:
         # Free tables, such as [trainer.megatron], have keys that are not ours.
         if name not in known and name not in tables and not _covered(name, list(known)):
             raise UserError(f"run.resume_allow: {name!r} is no key and no table of the configuration")
-    file = folder / FILE
-    try:
-        tree = json.loads(file.read_text())
-        then = Settings(dict(tree["config"]), dict(tree["files"]), dict(tree["code"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise UserError(f"{file}: not the settings of a checkpoint: {type(e).__name__}: {e}") from e
+    then = read(folder)
     changed = [n for n in sorted(then.files.keys() | now.files.keys()) if then.files.get(n) != now.files.get(n)]
     path = now.config["model"]["path"]
     if changed and not _covered("model.path", allow):

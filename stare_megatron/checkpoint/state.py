@@ -24,7 +24,7 @@ class LoopState:
     `step`: also the version of the weights the engines get, and what seeds of samples are derived from: there is no
     other random state outside the ranks, and no group is left over between steps. `trained_tokens`: action tokens of
     all steps; `before`: what the next step's change is measured against; `duty`: of the gate so far; `wandb_run`: id of
-    the wandb run, or "".
+    the wandb run, or ""; `probe_baseline`: of `run.weights`, 0 in checkpoints from before there was one.
     """
 
     step: int
@@ -34,6 +34,7 @@ class LoopState:
     before: Observed
     duty: GateDuty
     wandb_run: str
+    probe_baseline: float = 0.0
 
 
 def read(folder: Path) -> LoopState:
@@ -53,6 +54,7 @@ def read(folder: Path) -> LoopState:
             before=Observed(**tree["before"]),
             duty=GateDuty(**tree["duty"]),
             wandb_run=str(tree["wandb_run"]),
+            probe_baseline=float(tree.get("probe_baseline", 0.0)),
         )
         return TypeAdapter(LoopState).validate_python(dataclasses.asdict(state))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:

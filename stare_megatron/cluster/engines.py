@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import inspect
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,7 +36,7 @@ class EngineActor:
     def __init__(
         self, config: Config, index: int, transport: str, make_runner: MakeRunner, sandboxes: Sequence[Any], logs: Path
     ) -> None:
-        runtime.log_to(logs, f"engine_{index}")
+        runtime.enter_actor(logs, f"engine_{index}")
         self._config = config
         self._index = index
         self._transport = transport
@@ -128,8 +128,9 @@ class EngineGroup:
         """Each engine's log-probs of a probe prompt."""
         return self._all("logprobs", token_ids.tolist())
 
-    def checksums(self) -> list[dict[str, str]]:
-        return self._all("checksums")
+    def checksums(self, names: Collection[str] = ()) -> list[dict[str, str]]:
+        """Each engine's, of the parameters of these names or of all."""
+        return self._all("checksums", list(names))
 
     def reset_prefix_cache(self) -> None:
         """Empty every engine's prefix cache."""

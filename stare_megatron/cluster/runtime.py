@@ -5,19 +5,24 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 import ray.exceptions
+from ray._private import worker as ray_worker
 
 from stare_megatron.config import ClusterConfig
 from stare_megatron.data.tokenizer import first_line
 from stare_megatron.errors import RunError, UserError
 
 Ref = ray.ObjectRef
+_ENDS = (signal.SIGTERM, signal.SIGHUP)
 
 
 @contextlib.contextmanager
@@ -34,13 +39,14 @@ def cluster(config: ClusterConfig, actors: int) -> Iterator[None]:
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if config.address == "local":
-            ray.init(
-                address="local",
-                num_cpus=actors,
-                object_store_memory=config.object_store_mb * 2**20,
-                include_dashboard=False,
-                **common,
-            )
+            with _deaf_children():
+                ray.init(
+                    address="local",
+                    num_cpus=actors,
+                    object_store_memory=config.object_store_mb * 2**20,
+                    include_dashboard=False,
+                    **common,
+                )
         else:
             ray.init(address=config.address, **common)
     except (ConnectionError, RuntimeError, ValueError, OSError) as e:
@@ -48,7 +54,32 @@ def cluster(config: ClusterConfig, actors: int) -> Iterator[None]:
     try:
         yield
     finally:
-        ray.shutdown()
+        _shut_down()
+
+
+@contextlib.contextmanager
+def _deaf_children() -> Iterator[None]:
+    """Processes started within, and theirs, hear no SIGTERM or SIGHUP. Schedulers send them to every process of a job,
+    and a run can save only while Ray, ranks and engines live. Ray does the same about Ctrl-C."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _shut_down() -> None:
+    """End Ray. What a local one started is deaf to SIGTERM: Ray would give each process a second to hear it, and leaves
+    their children to it."""
+    node: Any = ray_worker._global_node
+    started = [info.process for kind in (node.all_processes if node else {}).values() for info in kind]
+    children = [c for p in started if psutil.pid_exists(p.pid) for c in psutil.Process(p.pid).children(recursive=True)]
+    for process in started:
+        process.terminate = process.kill
+    ray.shutdown()
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
 
 
 def wait(refs: Sequence[ray.ObjectRef], names: Sequence[str], timeout: float | None = None) -> list[Any]:
@@ -90,8 +121,11 @@ def fetch(refs: Sequence[ray.ObjectRef]) -> list[Any]:
     return ray.get(list(refs))
 
 
-def log_to(folder: Path, name: str) -> None:
-    """Send this process's stdout and stderr to `folder/name.log` (its children's too)."""
+def enter_actor(folder: Path, name: str) -> None:
+    """In an actor's process, first of all: its stdout and stderr, and its children's, go to `folder/name.log`, and it
+    stays deaf to SIGTERM: whoever first starts Python's resource tracker would hear it again."""
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *_ENDS})
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush()

@@ -61,7 +61,7 @@ class SandboxActor:
     """Ray restarts it when it dies, so its sandbox is opened by the first call. All waiting is bounded."""
 
     def __init__(self, config: SandboxConfig, index: int, logs: Path) -> None:
-        runtime.log_to(logs, f"sandbox_{index}")
+        runtime.enter_actor(logs, f"sandbox_{index}")
         self._config = config
         self._opening = asyncio.Lock()
         self._box: Sandbox | None = None

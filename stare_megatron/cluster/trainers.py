@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import ray
 
@@ -25,13 +25,16 @@ if TYPE_CHECKING:
     from stare_megatron.cluster.engines import EngineGroup
     from stare_megatron.trainer.rank import Position
 
+Sums = Literal["none", "share", "all"]
+_ANSWER_SECONDS = 60.0  # a rank that others have left alone in a collective answers much later, or never
+
 
 @ray.remote
 class TrainerActor:
     """One rank. Megatron and vLLM's transfer classes are imported in this process only."""
 
     def __init__(self, config: Config, rank: int, local_rank: int, logs: Path) -> None:
-        runtime.log_to(logs, f"trainer_{rank}")
+        runtime.enter_actor(logs, f"trainer_{rank}")
         self._config = config
         self._rank = rank
         self._local_rank = local_rank
@@ -60,23 +63,36 @@ class TrainerActor:
         from stare_megatron.sync.source import ParamSpec, WeightStream
 
         specs = tuple(ParamSpec(*meta) for meta in self._trainer.weight_metadata())
-        self._stream = WeightStream(specs, self._trainer.weights)
+        self._stream = WeightStream(specs, self._weights)
         client = ray_fan_out(engines, self._config.inference.tensor_parallel)
         self._pusher = WeightPusher(transport, self._rank, self._stream, client, runtime.node_address())
         self._pusher.connect()
 
-    def push(self, version: int) -> None:
+    def push(self, version: int, sums: Sums) -> dict[str, str]:
+        """Returns checksums of what rank 0 sent, taken on the way."""
+        from stare_megatron.sync.check import share
+
+        every = frozenset(spec.name for spec in self._stream.specs)
+        self._wanted = {"none": frozenset(), "share": share(self._stream.specs, version), "all": every}[sums]
         self._pusher.push(version)
+        return self._found
 
     def checksums(self) -> dict[str, str]:
         """Of each exported parameter, by its Hugging Face name; a collective, computed on rank 0."""
+        self._wanted = frozenset(spec.name for spec in self._stream.specs)
+        for _ in self._stream.tensors():
+            pass
+        return self._found
+
+    def _weights(self) -> Iterator[tuple[str, Any]]:
+        """A pass over the parameters. Leaves the checksums of those that are wanted, on rank 0."""
         from stare_megatron.sync.check import checksum
 
-        found = {}
-        for name, tensor in self._stream.tensors():
-            if self._rank == 0:
-                found[name] = checksum(tensor)
-        return found
+        self._found: dict[str, str] = {}
+        for name, tensor in self._trainer.weights():
+            if self._rank == 0 and name in self._wanted:
+                self._found[name] = checksum(tensor)
+            yield name, tensor
 
     def load(self, updates: list[tuple[list[ray.ObjectRef], UpdateShare]]) -> None:
         fetched: list[tuple[list[Group], UpdateShare]] = [(ray.get(refs), share) for refs, share in updates]
@@ -155,14 +171,26 @@ class TrainerGroup:
         by_rank = self._rank("token_records", frozenset(first.values()))
         return {key: join([found[token] for found in by_rank if token in found]) for key, token in first.items()}
 
-    def push(self, version: int) -> None:
-        self._all("push", version)
+    def push(self, version: int, sums: Sums = "none") -> dict[str, str]:
+        """Send the weights of `version` to every engine. Returns checksums of `sums` of the parameters, by Hugging Face
+        name: none, some (see `sync.check.share`), all."""
+        return self._all("push", version, sums)[0]
 
     def score_tokens(self, token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         return self._rank("score_tokens", token_ids)[0]
 
     def checksums(self) -> dict[str, str]:
         return self._all("checksums")[0]
+
+    def held_step(self) -> int | None:
+        """The step whose weights all ranks have; None where an update is not done on all of them.
+
+        Raises:
+            RunError: a rank is gone, or does not answer within a minute.
+        """
+        refs = [actor.call.remote("held_step") for actor in self._actors]
+        held = set(runtime.wait(refs, self._names, _ANSWER_SECONDS))
+        return held.pop() if len(held) == 1 else None
 
     def begin_save(self, folder: Path, step: int) -> None:
         """Returns when the ranks may train on, with `checkpoint.asynchronous` before everything is written."""

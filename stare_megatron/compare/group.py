@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from stare_megatron.compare.load import Run, Setting
 
 # Where a run writes, what it logs and saves, and where it runs do not change what it learns.
-IGNORED_KEYS = ("run.name", "run.seed", "run.dir", "run.resume", "run.min_free_mb")
+IGNORED_KEYS = ("run.name", "run.seed", "run.dir", "run.resume", "run.min_free_mb", "data.date")
 IGNORED_SECTIONS = ("logging.", "checkpoint.", "cluster.")
 
 

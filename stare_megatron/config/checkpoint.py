@@ -10,7 +10,9 @@ from stare_megatron.config.base import Section
 
 
 class CheckpointConfig(Section):
-    every: int = Field(default=0, ge=0, description="Save every n steps; 0: only at the end and when interrupted.")
+    every: int = Field(
+        default=25, ge=0, description="Save every n steps; 0: only at the end, on a wish to stop and after an error."
+    )
     asynchronous: bool = Field(
         default=True, description="Copy the state and write it while training goes on; false: wait until it is on disk."
     )

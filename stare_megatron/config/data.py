@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from stare_megatron.config.base import Free, Section, Text
+
+
+def _iso(text: str) -> str:
+    if text and datetime.date.fromisoformat(text).isoformat() != text:
+        raise ValueError(f"{text!r} is no date of the form YYYY-MM-DD")
+    return text
+
+
+Date = Annotated[str, AfterValidator(_iso)]
 
 
 class DataConfig(Section):
@@ -25,6 +35,11 @@ class DataConfig(Section):
     )
     chat_template: bool = Field(
         default=False, description="Wrap a string prompt as a user message in the chat template."
+    )
+    date: Date = Field(
+        default="",
+        description="Date, YYYY-MM-DD, for chat templates that write today's; empty: of the run's first start, also "
+        "when it is resumed later.",
     )
     shuffle: bool = Field(default=True, description="Shuffle the prompts again in each epoch (seeded).")
     max_prompt_tokens: int = Field(default=1024, ge=1, description="Longest prompt, tokens.")

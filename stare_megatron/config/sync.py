@@ -12,7 +12,9 @@ class SyncConfig(Section):
         default=1, ge=0, description="Compare engine and trainer log-probs after every n-th push; 0: never."
     )
     probe_threshold: float = Field(
-        default=1e-3,
-        gt=0,
-        description="Largest mean |log-prob difference| on the probe prompt, nats; beyond it the run stops.",
+        default=0.0,
+        ge=0,
+        description="Largest mean |log-prob difference| on the probe prompt, nats; beyond it the run stops. 0: follows "
+        "from `model.dtype`: 1e-3 in float32; in lower precision from what the first push measures, together with "
+        "checksums of the weights (docs/faq.md).",
     )

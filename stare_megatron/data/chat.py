@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,23 @@ if TYPE_CHECKING:
 _THOUGHT = "</think>"  # templates leave out what an assistant thought in earlier turns
 
 
-class ChatTemplate:
-    """The chat template of a tokenizer. What it makes of roles is tried once for each sequence of them."""
+def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template asks for today's date: `strftime_now` is the only clock that transformers gives it."""
+    return "strftime_now" in str(tokenizer.chat_template)
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+
+class ChatTemplate:
+    """The chat template of a tokenizer. What it makes of roles is tried once for each sequence of them.
+
+    `date`: the day it is for the template, and midnight, ISO; empty: today.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, date: str) -> None:
         self._tokenizer = tokenizer
+        # Handed over as a variable, it hides the clock that transformers gives.
+        self._clock: dict[str, Any] = {}
+        if date:
+            self._clock["strftime_now"] = datetime.datetime.fromisoformat(date).strftime
         self._tried: dict[tuple[str, ...], str | None] = {}
 
     def render(self, messages: list[Any]) -> str:
@@ -47,7 +60,9 @@ class ChatTemplate:
 
     def _write(self, messages: list[dict[str, Any]]) -> str:
         try:
-            return str(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+            return str(
+                self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **self._clock)
+            )
         except (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as e:
             # code of the checkpoint
             raise ValueError(f"the chat template refuses it: {first_line(e)}") from e

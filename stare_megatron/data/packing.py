@@ -6,11 +6,12 @@ Pure arithmetic on lengths, run on the driver (first part) and again, with the s
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stare_megatron.errors import RunError
-from stare_megatron.types import Assignment, GroupSummary, UpdateShare
+from stare_megatron.types import Assignment, GroupSummary, Status, UpdateShare
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,28 @@ def plan_updates(
                 first_token += sequence.num_tokens
         if not kept:
             raise RunError(
-                f"optimizer step {step + 1} of {updates_per_batch} in this update batch has no action token: all "
-                f"{sum(len(s.statuses) for s in summaries[begin:end])} trajectories failed, were not graded or are "
-                "empty"
+                f"optimizer step {step + 1} of {updates_per_batch} in this update batch has no action token to learn "
+                f"from: {_left_out(summaries[begin:end])}"
             )
         plans.append(_plan_step(kept, data_parallel, micro_batch_tokens, min_micro_batch_multiple))
     return plans
+
+
+def _left_out(summaries: Sequence[GroupSummary]) -> str:
+    """How many of the trajectories are out of the loss, and for what."""
+    why = Counter(
+        "empty" if status.is_trainable else _MEANING[status] for summary in summaries for status in summary.statuses
+    )
+    return f"of {why.total()} trajectories " + ", ".join(f"{count} {text}" for text, count in why.most_common())
+
+
+_MEANING = {
+    Status.FAILED: "failed (in the engine or the environment)",
+    Status.UNGRADED: "not graded (does the reward get answers it can read?)",
+    Status.INEXACT: "inexact (could not be continued from exactly the sampled tokens)",
+    Status.VOID: 'void (a turn with neither a call nor a final answer; env.void_turns = "mask")',
+    Status.OVERLONG: 'overlong (cut off at a budget; rollout.overlong = "mask")',
+}
 
 
 def _kept(summary: GroupSummary, group: int, first_token: int) -> list[_Sequence]:

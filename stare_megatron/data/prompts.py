@@ -151,7 +151,7 @@ def _encode(chunk: list[_Row], tokenizer: PreTrainedTokenizerBase) -> list[list[
 
 def _chunks(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[_Row]]:
     chunk: list[_Row] = []
-    template = ChatTemplate(tokenizer)
+    template = ChatTemplate(tokenizer, config.date)
     for path in config.train:
         where = ""
         for place, raw in rows.read(path):

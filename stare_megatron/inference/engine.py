@@ -176,9 +176,10 @@ class Engine:
         if not self._asleep:
             await self._call(llm.resume_generation())
 
-    async def checksums(self) -> dict[str, str]:
-        """Checksum of each parameter the model computes with now, by its Hugging Face name (see `sync.check`)."""
-        return (await self._call(self._running().collective_rpc("stare_checksums")))[0]
+    async def checksums(self, names: Sequence[str] = ()) -> dict[str, str]:
+        """Checksum of each parameter the model computes with now, by its Hugging Face name (see `sync.check`); of those
+        of `names`, if any are named."""
+        return (await self._call(self._running().collective_rpc("stare_checksums", args=(list(names),))))[0]
 
     async def reset_prefix_cache(self) -> None:
         """Empty the prefix cache, so that what was sampled before has no part in what comes; nothing is in flight."""
@@ -212,9 +213,10 @@ class Engine:
     async def close(self) -> None:
         """End the engine and every process it started. Harmless when repeated or never started."""
         llm, self._llm = self._llm, None
+        ended = asyncio.get_running_loop().run_in_executor(None, self._children.end)  # vLLM waits longer for the deaf
         if llm is not None:
             llm.shutdown()
-        await asyncio.to_thread(self._children.end)
+        await ended
 
     def _running(self) -> AsyncLLM:
         if self._llm is None:

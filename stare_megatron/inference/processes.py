@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import psutil
 
 from stare_megatron.host.memory import status_bytes
@@ -25,13 +27,15 @@ class ChildProcesses:
         return sum(status_bytes(p.pid, "VmHWM")[0] for p in [psutil.Process(), *started])
 
     def end(self) -> None:
-        """Terminate what is still there, kill what does not listen; returns when all are gone."""
+        """Terminate what is still there, kill what does not listen; returns when all are gone. Who is deaf to SIGTERM
+        (`cluster.runtime`) has children that are."""
         if self._before is None:
             return
         left = [p for p in _descendants() if p not in self._before]
-        for process in left:
-            _signal(process, kill=False)
-        _, left = psutil.wait_procs(left, timeout=GRACE)
+        if signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ()):
+            for process in left:
+                _signal(process, kill=False)
+            _, left = psutil.wait_procs(left, timeout=GRACE)
         for process in left:
             _signal(process, kill=True)
         psutil.wait_procs(left, timeout=GRACE)

@@ -105,8 +105,8 @@ def opening_notes(config: Config, prompts: int, dropped: int) -> list[str]:
         notes.append(f"data.train has {few} (rollout.prompts_per_step): a step samples some more than once")
     if not config.checkpoint.every and config.run.steps > _LONG:
         notes.append(
-            "checkpoint.every = 0: nothing is saved before the last step, unless the run is stopped by Ctrl-C; a crash "
-            f"may lose all {config.run.steps} steps"
+            "checkpoint.every = 0: nothing is saved before the last step, unless the run is stopped or ends in an "
+            f"error; a crash may lose all {config.run.steps} steps"
         )
     return notes
 
@@ -120,17 +120,25 @@ def next_steps(config: Config, finished: bool) -> str:
         "report": f"stare-megatron compare {run} --out {run}-report",
         "evaluate": f"stare-megatron eval {run}/config.toml --model {run}" if config.eval.benchmarks else "",
     }
-    said = "" if finished else f"{how_to_resume(config.folder)}\n"
-    return said + "\n".join(f"{label:<11}{command}" for label, command in commands.items() if command)
+    lines = [f"{label:<11}{command}" for label, command in commands.items() if command]
+    return "\n".join([*lines, how_to_go_on(config, finished=finished)])
 
 
-def how_to_resume(folder: Path) -> str:
-    """The last checkpoint of a run that stopped early and the command that goes on from it, or that there is none."""
-    saved = last_checkpoint(folder)
-    if saved is None:
-        return "no checkpoint was saved: the run can only be started over"
+def how_to_go_on(config: Config, *, finished: bool) -> str:
+    """The last lines of every run: its logs, its newest checkpoint or that it has none, and the command that goes on,
+    or starts over. `finished`: all steps are done, so that going on takes more of them."""
+    folder, saved = config.folder, last_checkpoint(config.folder)
     command = f"stare-megatron train {shlex.quote(str(folder))}/config.toml run.resume=auto"
-    return f"saved      {saved}\nresume     {command}"
+    if finished:
+        command += f" run.steps={2 * config.run.steps}"
+        if config.trainer.optimizer.schedule != "constant":  # another length is another schedule
+            command += " 'run.resume_allow=[\"run.steps\"]'"
+    rows = {
+        "logs": f"{folder}/logs",
+        "saved": str(saved or "no checkpoint was saved"),
+        "go on" if finished else "resume" if saved else "start over": command,
+    }
+    return "\n".join(f"{label:<11}{text}" for label, text in rows.items())
 
 
 def render(summary: Summary, name: str, paths: Sequence[tuple[str, Path]], *, finished: bool) -> RenderableType:

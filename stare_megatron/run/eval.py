@@ -25,15 +25,18 @@ from stare_megatron.run import folder as run_folder
 from stare_megatron.run import preflight
 from stare_megatron.run.evaluation import Evaluation, Evaluator, fingerprint
 from stare_megatron.run.session import open_session
+from stare_megatron.run.train import today
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What is evaluated: `model`, a Hugging Face folder, with the weights of `checkpoint` (of `step`) if not None."""
+    """What is evaluated: `model`, a Hugging Face folder, with the weights of `checkpoint` (of `step`) if not None.
+    `run`: a checkpoint of the run that trained it, if known."""
 
     model: Path
     checkpoint: Path | None
     step: int
+    run: Path | None = None
 
     @property
     def name(self) -> str:
@@ -54,7 +57,7 @@ def find_policy(config: Config, path: Path | None) -> Policy:
     if (path / "run.json").is_file():
         run = run_folder.RunFolder(path, fresh=False)
         if (run.export / "config.json").is_file():
-            return Policy(run.export, None, 0)
+            return Policy(run.export, None, 0, checkpoint.find(run.checkpoints, "auto"))
         newest = checkpoint.find(run.checkpoints, "auto")
         if newest is not None:
             return _trained(config, newest)
@@ -66,7 +69,7 @@ def find_policy(config: Config, path: Path | None) -> Policy:
 
 
 def _trained(config: Config, folder: Path) -> Policy:
-    return Policy(config.model.path, folder, checkpoint.read(folder).step)
+    return Policy(config.model.path, folder, checkpoint.read(folder).step, folder)
 
 
 def evaluate(config: Config, *, model: Path | None, out: Path | None) -> Path:
@@ -90,6 +93,7 @@ def evaluate(config: Config, *, model: Path | None, out: Path | None) -> Path:
     for note in notes:
         say(f"note: {note}", style="yellow")
     tokenizer = load_tokenizer(config.model.path)
+    config = today(checkpoint.with_date(config, policy.run), tokenizer)
     check_env(config.env, tokenizer)
     benchmarks = load_benchmarks(config, tokenizer)
     check_prompts(config, None, benchmarks)

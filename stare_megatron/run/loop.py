@@ -56,34 +56,36 @@ class Run(Generic[Ref]):
 def train(run: Run[Ref]) -> int:
     """Train until `run.steps` are done or the user asks for an end; returns the number of steps done."""
     step = run.saving.restore()
-    _push(run, step)
-    _evaluate_when_due(run, step)
-    run.recorder.close(step)
-    stopping = run.stop.asked
-    while step < run.steps and not stopping:
-        with run.recorder.phase("rollout"):
-            with run.saving.rescue(step):
-                batch = run.sampler.next_batch(step)
-            run.residency.to_trainer()
-        with run.recorder.phase("score"):
-            run.trainers.load(batch)
-            reading = run.trainers.score()
-        control = run.controller.observe(reading)
-        step += 1
-        with run.recorder.phase("update"):
-            done = run.trainers.update(control, keep_tokens=run.recorder.shows_tokens(step))
-        probe = _push(run, step)
-        run.saving.poll()
-        run.recorder.record(step, batch, control, done, probe)
+    with run.saving:  # whatever ends the loop: the step learned last is saved, or why it is not is said
+        _push(run, step)
         _evaluate_when_due(run, step)
-        stopping = run.stop.asked  # read once: a wish that comes later is granted one step later, and that step saved
-        if run.saving.due(step) or stopping:
-            with run.recorder.phase("save"):
-                run.saving.save(step, last=stopping or step == run.steps)
-        if run.saving.export_due(step):
-            with run.recorder.phase("save"):
-                run.saving.export(step)
         run.recorder.close(step)
+        stopping = run.stop.asked
+        while step < run.steps and not stopping:
+            with run.recorder.phase("rollout"):
+                batch = run.sampler.next_batch(step)
+                run.residency.to_trainer()
+            with run.recorder.phase("score"):
+                run.trainers.load(batch)
+                reading = run.trainers.score()
+            control = run.controller.observe(reading)
+            step += 1
+            with run.recorder.phase("update"):
+                done = run.trainers.update(control, keep_tokens=run.recorder.shows_tokens(step))
+            run.recorder.remember(control, done)
+            run.saving.learned(step)
+            probe = _push(run, step)
+            run.saving.poll()
+            run.recorder.record(step, batch, control, done, probe)
+            _evaluate_when_due(run, step)
+            stopping = run.stop.asked  # read once: a later wish is granted one step later, and that step saved
+            if run.saving.due(step) or stopping:
+                with run.recorder.phase("save"):
+                    run.saving.save(step, last=stopping or step == run.steps)
+            if run.saving.export_due(step):
+                with run.recorder.phase("save"):
+                    run.saving.export(step)
+            run.recorder.close(step)
     return step
 
 
@@ -97,5 +99,5 @@ def _push(run: Run[Ref], version: int) -> float:
 def _evaluate_when_due(run: Run[Ref], step: int) -> None:
     # What a stop leaves out is due when the run goes on.
     if run.evaluations.due(step) and not run.stop.asked:
-        with run.recorder.phase("eval"), run.saving.rescue(step):
+        with run.recorder.phase("eval"):
             run.evaluations.evaluate(step)

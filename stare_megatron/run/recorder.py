@@ -93,6 +93,7 @@ class Recorder(Generic[Ref]):
         self._clock = Clock()
         self._open: int | None = None  # tokens sampled for the step that is recorded and not closed
         self.remembered = Remembered(0, UNOBSERVED, GateDuty(0, 0))
+        self._before = UNOBSERVED
 
     def status(self, text: str) -> None:
         """Tell the user what is going on."""
@@ -110,10 +111,16 @@ class Recorder(Generic[Ref]):
         every = self._config.logging.samples_every
         return bool(every) and (step % every == 0 or step == 1)
 
-    def record(self, step: int, batch: Collected[Ref], control: Control, done: StepStats, probe: float) -> None:
-        """Log the step and write its samples. What it takes from here on is added by `close`."""
+    def remember(self, control: Control, done: StepStats) -> None:
+        """What later steps need to know of the step just learned, recorded or not."""
         past = self.remembered
         trained, duty = past.trained_tokens + done.scores.num_action_tokens, past.duty.after(control)
+        self._before = past.before
+        self.remembered = Remembered(trained, observed(done.scores, done.updates), duty)
+
+    def record(self, step: int, batch: Collected[Ref], control: Control, done: StepStats, probe: float) -> None:
+        """Log the step just remembered and write its samples. What it takes from here on is added by `close`."""
+        known = self.remembered
         costs = StepCosts(
             seconds=self._clock.seconds,
             elapsed=self._clock.elapsed,
@@ -122,11 +129,10 @@ class Recorder(Generic[Ref]):
             driver_peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             host=host_memory(),
         )
-        progress = Progress(self._sampler.state().epoch, trained, past.before, duty)
+        progress = Progress(self._sampler.state().epoch, known.trained_tokens, self._before, known.duty)
         values = step_metrics(step, batch, done.scores, control, done.updates, probe, costs, progress)
         self._open = batch.tokens_sampled
         self._sinks.log(step, values, self._late())
-        self.remembered = Remembered(trained, observed(done.scores, done.updates), duty)
         if self.shows_tokens(step):
             self._write_samples(step, batch)
 

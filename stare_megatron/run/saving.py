@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from stare_megatron import checkpoint
 from stare_megatron.algo.algorithm import EntropyController
 from stare_megatron.config import Config
-from stare_megatron.data.prompts import StreamState
-from stare_megatron.errors import RunError
 from stare_megatron.metrics import eval_records, jsonl, wandb_id
 from stare_megatron.run.folder import RunFolder
 from stare_megatron.run.recorder import Recorder, Remembered
 from stare_megatron.run.sampling import Sampler
 
 if TYPE_CHECKING:
-    from stare_megatron.cluster.trainers import TrainerGroup
+    from stare_megatron.run.weights import Weights
 
 
 class Saving:
-    """Saves and exports as `[checkpoint]` says. `resume_from`: the checkpoint to go on from; None: a new run."""
+    """Saves and exports as `[checkpoint]` says. `resume_from`: the checkpoint to go on from; None: a new run.
+
+    A context around the loop: when an exception ends it, the step learned last is saved, unless the ranks that hold it
+    are gone, or in the middle of the next step, or the user wants an end at once; then that is said.
+    """
 
     def __init__(
         self,
         config: Config,
         saver: checkpoint.Saver,
-        trainers: TrainerGroup,
+        weights: Weights,
         sampler: Sampler[Any],
         controller: EntropyController,
         recorder: Recorder[Any],
@@ -37,11 +38,25 @@ class Saving:
         self._config = config
         self._folder = RunFolder(config.folder, fresh=False)
         self._saver = saver
-        self._trainers = trainers
+        self._weights = weights
+        self._trainers = weights.trainers
         self._sampler = sampler
         self._controller = controller
         self._recorder = recorder
         self._resume_from = resume_from
+        self._learned: checkpoint.LoopState | None = None
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._learned is None or error is None:
+            return
+        if isinstance(error, KeyboardInterrupt):
+            self._saver.give_up(self._learned.step, "the run was stopped at once")
+        else:
+            self._saver.rescue(self._learned)
 
     def restore(self) -> int:
         """Load the checkpoint to go on from, if any; the prompts were put in place before. Returns the steps done.
@@ -55,6 +70,7 @@ class Saving:
         state = checkpoint.read(self._resume_from)
         self._trainers.restore(self._resume_from / "trainer")
         self._controller.state = state.controller
+        self._weights.baseline = state.probe_baseline
         self._recorder.remembered = Remembered(state.trained_tokens, state.before, state.duty)
         return state.step
 
@@ -64,7 +80,7 @@ class Saving:
 
     def save(self, step: int, *, last: bool) -> None:
         """Save `step`. `last`: wait until it is on disk."""
-        self._saver.save(self._state(step, self._sampler.state()))
+        self._saver.save(self._state(step))
         if last:
             self._saver.wait()
 
@@ -73,15 +89,9 @@ class Saving:
             with self._recorder.phase("save"):
                 self._saver.poll()
 
-    @contextlib.contextmanager
-    def rescue(self, step: int) -> Iterator[None]:
-        """Where sampling after `step` fails, the ranks have not: save what they have learned since the last save."""
-        stream = self._sampler.state()
-        try:
-            yield
-        except RunError:
-            self._saver.rescue(self._state(step, stream))
-            raise
+    def learned(self, step: int) -> None:
+        """The ranks hold `step` now; prompts that are taken later are taken again by who goes on from it."""
+        self._learned = self._state(step)
 
     def export_due(self, step: int) -> bool:
         keep = self._config.checkpoint
@@ -97,11 +107,18 @@ class Saving:
             self._recorder.status("exporting the policy")
             self._trainers.export_hf(self._folder.export)
 
-    def _state(self, step: int, stream: StreamState) -> checkpoint.LoopState:
+    def _state(self, step: int) -> checkpoint.LoopState:
         past = self._recorder.remembered
         wandb_run = wandb_id.read(self._folder.path)
         return checkpoint.LoopState(
-            step, past.trained_tokens, stream, self._controller.state, past.before, past.duty, wandb_run
+            step,
+            past.trained_tokens,
+            self._sampler.state(),
+            self._controller.state,
+            past.before,
+            past.duty,
+            wandb_run,
+            self._weights.baseline,
         )
 
 

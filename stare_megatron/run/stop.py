@@ -1,20 +1,25 @@
-"""Ctrl-C and SIGTERM."""
+"""Ctrl-C, SIGTERM, and SIGHUP of a terminal that is closed."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+# Who sends a signal to a process group and to each process in it, or passes on one that the group gets, says it twice.
+_ECHO_SECONDS = 1.0
+
 
 class StopSignal:
-    """The first Ctrl-C or SIGTERM asks for an end after the current step, the second ends at once."""
+    """The first Ctrl-C, SIGTERM or SIGHUP asks for an end after the current step, a second one ends at once."""
 
     def __init__(self, note: Callable[[str], None]) -> None:
         self._note = note
         self.asked = False
+        self._asked_at = 0.0
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -23,7 +28,10 @@ class StopSignal:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup's
+            numbers.append(signal.SIGHUP)
+        before = {number: signal.signal(number, self._handle) for number in numbers}
         try:
             yield
         finally:
@@ -32,6 +40,8 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
+            if time.monotonic() - self._asked_at < _ECHO_SECONDS:
+                return
             raise KeyboardInterrupt
-        self.asked = True
+        self.asked, self._asked_at = True, time.monotonic()
         self._note("stopping after this step; once more to stop at once")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -17,13 +19,14 @@ from stare_megatron.algo.registry import ALGORITHMS
 from stare_megatron.cluster import runtime
 from stare_megatron.config import Config
 from stare_megatron.data.benchmarks import Benchmark, load_benchmarks
+from stare_megatron.data.chat import writes_date
 from stare_megatron.data.prompts import PromptStream, load_prompts
 from stare_megatron.data.tokenizer import decoder, load_tokenizer
-from stare_megatron.errors import RunError, UserError
+from stare_megatron.errors import UserError
 from stare_megatron.metrics import catalogue, wandb_id
 from stare_megatron.metrics.plot import plot
 from stare_megatron.metrics.sinks import Sinks, open_sinks
-from stare_megatron.metrics.summary import how_to_resume, next_steps, opening, opening_notes, render, summarize
+from stare_megatron.metrics.summary import how_to_go_on, next_steps, opening, opening_notes, render, summarize
 from stare_megatron.rollout.collect import Collector
 from stare_megatron.rollout.groups import check_env, check_prompts
 from stare_megatron.run import folder as run_folder
@@ -68,6 +71,7 @@ def train(config: Config, *, quiet: bool, command: list[str]) -> int:
     """
     console = Console()
     prepared = prepare(config, console)
+    config = prepared.config
     folder = run_folder.open_run(config, command, prepared.sandbox)
     wandb_id.keep(folder.path, prepared.wandb_run)
     say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
@@ -76,20 +80,35 @@ def train(config: Config, *, quiet: bool, command: list[str]) -> int:
     say(opening(config, parameters, len(prepared.stream.prompts), held_out))
     for note in prepared.notes:
         say(f"note: {note}", style="yellow")
-    try:
+    with contextlib.ExitStack() as end:
+        end.push(functools.partial(_ended, folder, config))
         with contextlib.closing(open_sinks(config, folder.path, prepared.restored, quiet, console)) as sinks:
             done = _run(prepared, folder, sinks)
-    except (UserError, KeyboardInterrupt):
-        run_folder.discard(folder)
-        raise
-    except RunError as e:
-        raise RunError(f"{e}\nlogs       {folder.logs}\n{how_to_resume(folder.path)}") from e
-    finished = done >= config.run.steps
-    if run_folder.is_used(folder):
-        plot(folder.path)
-        console.print(render(summarize(folder.path), config.run.name, folder.outputs(), finished=finished))
-        say(next_steps(config, finished=finished))
+        finished = done >= config.run.steps
+        if run_folder.is_used(folder):
+            plot(folder.path)
+            console.print(render(summarize(folder.path), config.run.name, folder.outputs(), finished=finished))
+            say(next_steps(config, finished=finished))
     return 0 if finished else 130
+
+
+def _ended(
+    folder: run_folder.RunFolder,
+    config: Config,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: TracebackType | None,
+) -> None:
+    """Say below an error that ended the run what is left of it. The folder goes if that is nothing, unless its logs are
+    needed."""
+    if isinstance(error, SystemExit):  # Ray's answer to SIGTERM, until ours is in place
+        error = KeyboardInterrupt()
+    if isinstance(error, UserError | KeyboardInterrupt):
+        run_folder.discard(folder)
+    if error is not None and folder.path.exists():
+        error.add_note(how_to_go_on(config, finished=False))
+    if kind is SystemExit and error is not None:
+        raise error
 
 
 def prepare(config: Config, console: Console) -> Prepared:
@@ -101,9 +120,12 @@ def prepare(config: Config, console: Console) -> Prepared:
     notes = list(preflight.check(config))
     sandbox = preflight.check_sandbox(config)
     notes += [f"sandbox: {sandbox}"] if sandbox else []
-    settings = checkpoint.settings_of(config)
-    resume_from = _checked_checkpoint(config, settings, console)
+    resume_from = _find_checkpoint(config, console)
+    config = checkpoint.with_date(config, resume_from)
+    if resume_from is not None:
+        checkpoint.check_settings(resume_from, checkpoint.settings_of(config), config.run.resume_allow)
     tokenizer = load_tokenizer(config.model.path)
+    config = today(config, tokenizer)
     check_env(config.env, tokenizer)
     prompts = load_prompts(config.data, tokenizer)
     notes += opening_notes(config, len(prompts), prompts.dropped)
@@ -119,13 +141,22 @@ def prepare(config: Config, console: Console) -> Prepared:
         restored = state.step
         if resume_from.resolve().is_relative_to(config.folder.resolve()):
             wandb_run = state.wandb_run
+    settings = checkpoint.settings_of(config)
     return Prepared(
         config, settings, tokenizer, stream, benchmarks, resume_from, restored, wandb_run, sandbox, tuple(notes)
     )
 
 
-def _checked_checkpoint(config: Config, settings: checkpoint.Settings, console: Console) -> Path | None:
-    """The checkpoint to go on from, found undamaged and of this configuration."""
+def today(config: Config, tokenizer: PreTrainedTokenizerBase) -> Config:
+    """`config` with today's date where the chat template writes one and none is settled."""
+    if config.data.date or not writes_date(tokenizer):
+        return config
+    date = datetime.date.today().isoformat()
+    return config.model_copy(update={"data": config.data.model_copy(update={"date": date})})
+
+
+def _find_checkpoint(config: Config, console: Console) -> Path | None:
+    """The checkpoint to go on from, found undamaged."""
     if config.checkpoint.best_metric:
         try:
             catalogue.entry(config.checkpoint.best_metric)
@@ -135,7 +166,6 @@ def _checked_checkpoint(config: Config, settings: checkpoint.Settings, console: 
     if found is not None:
         console.print(f"checking {found}", markup=False, highlight=False, soft_wrap=True)
         checkpoint.verify(found, contents=config.checkpoint.verify)
-        checkpoint.check_settings(found, settings, config.run.resume_allow)
     return found
 
 
@@ -165,6 +195,7 @@ def _assemble(
     )
     sampler = SynchronousSampler(Collector(config, engines, stream), stream)
     controller = EntropyController(config.algorithm, ALGORITHMS[config.algorithm.method])
+    weights = Weights(config.sync, config.model.dtype, trainers, engines, functools.cache(stream.probe))
     recorder = Recorder(config, session, sampler, sinks, runtime.fetch, decode)
     return loop.Run(
         steps=config.run.steps,
@@ -172,11 +203,11 @@ def _assemble(
         trainers=trainers,
         controller=controller,
         residency=Residency(engines, shared=config.inference.placement == "colocated"),
-        weights=Weights(config.sync, trainers, engines, functools.cache(stream.probe)),
+        weights=weights,
         recorder=recorder,
         evaluations=Evaluations(
             config, prepared.benchmarks, evaluator, sinks.log_evaluation, folder.path, prepared.restored
         ),
-        saving=Saving(config, saver, trainers, sampler, controller, recorder, prepared.resume_from),
+        saving=Saving(config, saver, weights, sampler, controller, recorder, prepared.resume_from),
         stop=stop,
     )

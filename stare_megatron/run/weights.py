@@ -7,56 +7,87 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from stare_megatron.config import SyncConfig
-from stare_megatron.sync.check import compare, first_difference, require_agreement
+from stare_megatron.sync.check import (
+    BOUNDS,
+    PRECISE,
+    compare,
+    expected,
+    first_difference,
+    require_agreement,
+    require_same,
+)
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
     from stare_megatron.cluster.engines import EngineGroup
-    from stare_megatron.cluster.trainers import TrainerGroup
+    from stare_megatron.cluster.trainers import Sums, TrainerGroup
 
 
 class Weights:
-    """Pushes the trainer's weights into the engines. `probe_tokens`: makes the prompt that both are compared
-    on, int32 [n]."""
+    """Pushes the trainer's weights into the engines.
+
+    `dtype`: `model.dtype`; `probe_tokens`: makes the prompt that both are compared on, int32 [n]. `baseline`: the mean
+    |log-prob difference| of a pair that was known to have the same weights, nats, kept with the run; 0 before there is
+    one, and where `sync.probe_threshold` or float32 needs none.
+    """
 
     def __init__(
         self,
         config: SyncConfig,
+        dtype: str,
         trainers: TrainerGroup,
         engines: EngineGroup,
         probe_tokens: Callable[[], npt.NDArray[np.int32]],
     ) -> None:
         self._config = config
-        self._trainers = trainers
+        self.trainers = trainers
         self._engines = engines
         self._probe_tokens = probe_tokens
+        self._dtype = dtype
+        self._calibrated = dtype != PRECISE and not config.probe_threshold
+        self._sent: dict[str, str] = {}
+        self._compared = False
+        self.baseline = 0.0
 
     def push(self, version: int) -> None:
         """Stream the weights of `version` into every engine."""
-        self._trainers.push(version)
+        sums: Sums = "none"
+        if self._calibrated and self._due(version):
+            sums = "share" if self._compared else "all"
+        self._sent = self.trainers.push(version, sums)
 
     def probe(self, version: int) -> float:
         """The largest mean |log-prob difference| between an engine and the trainer on the probe prompt, nats; NaN when
         `sync.probe_every` asks for none now.
 
         Raises:
-            RunError: it is above `sync.probe_threshold`; names the engine and the first parameter that differs.
+            RunError: it is above `sync.probe_threshold`, or, in low precision, weights differ; names the engine and the
+                first parameter that differs.
         """
-        every = self._config.probe_every
-        if not every or version % every:
+        if not self._due(version):
             return math.nan
+        if self._sent:  # exact, where log-probs would not show a small fault
+            for i, theirs in enumerate(self._engines.checksums(self._sent)):
+                require_same(f"engine {i}", version, first_difference(self._sent, theirs))
+            self._compared = True
         tokens = self._probe_tokens()
-        ours = self._trainers.score_tokens(tokens)
-        worst = 0.0
-        for i, theirs in enumerate(self._engines.logprobs(tokens)):
-            agreement = compare(theirs, ours)
-            worst = max(worst, agreement.mean)
-            require_agreement(
-                f"engine {i}", version, agreement, self._config.probe_threshold, lambda i=i: self._difference(i)
-            )
+        ours = self.trainers.score_tokens(tokens)
+        found = [compare(theirs, ours) for theirs in self._engines.logprobs(tokens)]
+        threshold = self._config.probe_threshold or BOUNDS[self._dtype]
+        for i, agreement in enumerate(found):
+            require_agreement(f"engine {i}", version, agreement, threshold, lambda i=i: self._difference(i))
+        worst = max(agreement.mean for agreement in found)
+        if self._calibrated and (not self.baseline or worst > expected(self._dtype, self.baseline)):
+            for i in range(len(found) if self.baseline else 0):
+                require_same(f"engine {i}", version, self._difference(i))
+            self.baseline = worst
         return worst
 
+    def _due(self, version: int) -> bool:
+        every = self._config.probe_every
+        return bool(every) and version % every == 0
+
     def _difference(self, engine: int) -> str | None:
-        return first_difference(self._trainers.checksums(), self._engines.checksums()[engine])
+        return first_difference(self.trainers.checksums(), self._engines.checksums()[engine])

@@ -67,6 +67,7 @@ def confine(plan: Plan, limits: Limits, inherited: Inherited) -> None:
     _limit(limits, inherited.mapped)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     if plan.seccomp:
         seccomp.install(os.getpid())
 

@@ -44,8 +44,9 @@ class ChecksumExtension:
 
     model_runner: Any
 
-    def stare_checksums(self) -> dict[str, str]:
-        """Parameter name -> checksum of the whole parameter; all workers make the call and return the same.
+    def stare_checksums(self, names: list[str]) -> dict[str, str]:
+        """Parameter name -> checksum of the whole parameter; all workers make the call and return the same. `names`:
+        which parameters; empty: all.
 
         Covers linear layers, embeddings, LM heads and unsharded parameters; not fused mixture-of-experts weights.
         """
@@ -53,6 +54,7 @@ class ChecksumExtension:
         mine = {
             p.name: (p.shard, shard_sum(p.tensor, p.row, p.column, p.width))
             for p in pieces(model, model.packed_modules_mapping)
+            if not names or p.name in names
         }
         group = get_world_group()
         everyone: list[dict[str, tuple[int, int]]] = [{} for _ in range(group.world_size)]

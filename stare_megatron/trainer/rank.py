@@ -110,6 +110,8 @@ class TrainerRank:
             context_rank=parallel.context_parallel_rank(),
         )
         self._optimizer_steps = 0
+        self._step = 0
+        self._whole = True
         self._loaded: list[RankBatch] = []
         self._known: ScoredBatch | SampledBatch | None = None
         self._trained: list[tuple[RankBatch, ForwardBackwardResult]] = []
@@ -184,6 +186,7 @@ class TrainerRank:
                 seen = self._forward_backward(data, scored, weights, control)
                 updates.append(self._optimizer_step(data, seen, exact_T))
                 passes.append(seen)
+        self._step, self._whole = self._step + 1, True
         if keep_tokens:
             self._trained = list(zip(self._loaded, passes, strict=True))
         self._loaded, self._known = [], None
@@ -228,6 +231,7 @@ class TrainerRank:
         lr = learning_rate(trainer.optimizer, self._optimizer_steps, total)
         if self._writing is not None:
             self._writing.copied()
+        self._whole = False
         done = step(self._optimizer, trainer.optimizer, lr)
         if done.grad_norm is not None and not math.isfinite(done.grad_norm):
             raise RunError(f"optimizer step {number}: the gradient norm is {done.grad_norm} at a loss of {loss:.6g}")
@@ -270,6 +274,10 @@ class TrainerRank:
 
         return export(self._chunks, self._dtype)
 
+    def held_step(self) -> int | None:
+        """The loop's step whose weights these are; None while an update has changed some of them and is not done."""
+        return self._step if self._whole else None
+
     def begin_save(self, folder: Path, step: int, *, snapshot: bool = False) -> None:
         """Start to write this rank's shards under `folder`; `step`: of the loop. `snapshot`: of a copy, so that
         training may go on before `finish_save`."""
@@ -307,8 +315,9 @@ class TrainerRank:
             UserError: no such checkpoint, or one of another model.
         """
 
-        step, self._optimizer_steps = checkpoint.restore(folder, self._chunks, self._optimizer, self._config.trainer)
-        return step
+        found = checkpoint.restore(folder, self._chunks, self._optimizer, self._config.trainer)
+        self._step, self._optimizer_steps = found
+        return self._step
 
     def export_hf(self, folder: Path) -> None:
         """Write the policy as a Hugging Face checkpoint; `folder` appears whole or not at all.

@@ -97,7 +97,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "annotated_types": {"config"},
     "httpx": {"sandbox"},
     "tomli_w": {"run"},
-    "psutil": {"run", "inference", "host", "study", "rewards", "convert"},
+    "psutil": {"run", "inference", "cluster", "host", "study", "rewards", "convert"},
     "xxhash": {"host", "convert"},
     "packaging": {"patches"},
     "huggingface_hub": {"data"},

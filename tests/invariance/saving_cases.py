@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import os
@@ -58,13 +59,36 @@ def unstarted(rank: Rank, *, checkpoint: Path, layout: Overrides, out: Path) -> 
     ports, config = Ports(rank), make_config(checkpoint, layout)
     trainer = start(ports.next(), config)
     save(trainer, out, 0)
+    assert trainer.held_step() == 0
     found = [step(trainer, config, 1), step(trainer, config, 2)]
+    assert trainer.held_step() == 2
     trainer.close()
     trainer = start(ports.next(), config)
     assert trainer.restore(out) == 0
     found += [step(trainer, config, 1), step(trainer, config, 2)]
+    _spoil(trainer, config)
     trainer.close()
     return found
+
+
+def _spoil(trainer: TrainerRank, config: Config) -> None:
+    """An update that fails holds no step, unless it had changed nothing yet."""
+    from stare_megatron.errors import RunError
+    from stare_megatron.trainer import rank
+
+    works, norms = rank.step, rank.exact_sets
+    for changes, held in ((False, 2), (True, None)):
+
+        def fails(*args: Any, changes: bool = changes) -> Any:
+            if changes:
+                works(*args)
+            raise RunError("spoilt")
+
+        rank.step, rank.exact_sets = (fails, norms) if changes else (works, fails)
+        with contextlib.suppress(RunError):
+            step(trainer, config, 3)
+        assert trainer.held_step() == held
+    rank.step, rank.exact_sets = works, norms
 
 
 def in_background(rank: Rank, *, checkpoint: Path, layout: Overrides, folder: Path) -> tuple[list[bool], bool]:

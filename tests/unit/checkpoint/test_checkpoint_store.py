@@ -32,12 +32,16 @@ def state(step: int) -> LoopState:
 
 
 class Ranks:
-    """Writes a file as ranks would; `slow`: not before `finish_save`."""
+    """Writes a file as ranks would; `slow`: not before `finish_save`. `held`: the step whose weights they have."""
 
-    def __init__(self, slow: bool = False) -> None:
+    def __init__(self, slow: bool = False, held: int | None = 3) -> None:
         self.slow = slow
+        self.held = held
         self.ready = not slow
         self.folder = Path()
+
+    def held_step(self) -> int | None:
+        return self.held
 
     def begin_save(self, folder: Path, step: int) -> None:
         folder.mkdir()
@@ -176,14 +180,28 @@ def test_latest_and_auto_ignore_an_unfinished_folder(tmp_path):
 
 def test_a_step_is_rescued_once(tmp_path, monkeypatch):
     said: list[str] = []
-    writes = saver(tmp_path, warn=said.append)
-    for step in (0, 3, 3):
-        writes.rescue(state(step))
+    ranks = Ranks()
+    writes = saver(tmp_path, ranks=ranks, warn=said.append)
+    for _ in range(2):
+        writes.rescue(state(3))
     assert said == ["step 3 is saved: started again, the run goes on from there"]
     assert names(tmp_path) == ["latest", "step_000003"]
     monkeypatch.setattr(store, "begin", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    ranks.held = 4
     writes.rescue(state(4))
-    assert "step 4 could not be saved: " in said[1]
+    assert said[1].startswith("step 4 is not saved: ")
+    assert "No space left" in said[1]
+
+
+@pytest.mark.parametrize("held", [None, 4])
+def test_weights_of_no_step_or_another_are_not_saved_as_its_own(tmp_path, held):
+    said: list[str] = []
+    ranks = Ranks(slow=True, held=held)
+    writes = saver(tmp_path, KEEP.model_copy(update={"asynchronous": True}), ranks, warn=said.append)
+    writes.save(state(2))  # was copied while the weights were whole
+    writes.rescue(state(3))
+    assert names(tmp_path) == ["latest", "step_000002"]
+    assert said == ["step 3 is not saved: the update after it has changed weights already"]
 
 
 def test_a_rescue_ends_the_save_under_way(tmp_path):
@@ -198,10 +216,12 @@ def test_a_rescue_ends_the_save_under_way(tmp_path):
 
 def test_a_rescue_without_room_claims_no_save(tmp_path, monkeypatch):
     said: list[str] = []
-    writes = saver(tmp_path, warn=said.append)
+    ranks = Ranks()
+    writes = saver(tmp_path, ranks=ranks, warn=said.append)
     writes.save(state(3))
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 10))
+    ranks.held = 4
     writes.rescue(state(4))
     (line,) = said
     assert "no room to save step 4" in line

@@ -30,6 +30,7 @@ STATES = st.builds(
     before=st.builds(Observed, st.floats(), st.floats()),
     duty=st.builds(GateDuty, COUNTS, COUNTS),
     wandb_run=st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
+    probe_baseline=FINITE,
 )
 WHOLE = LoopState(3, 9, StreamState(0, 3, 1, "ab"), ControllerState(1.1, 0.9), Observed(0.3, 0.1), GateDuty(3, 1), "")
 ANY = nested(SCALARS)
@@ -45,6 +46,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_state_is_read_back_as_it_was(folder: Path, written: LoopState) -> None:
     state.write(folder, written)
     assert repr(state.read(folder)) == repr(written)  # NaN is not equal to itself
+
+
+def test_a_checkpoint_without_a_baseline_of_the_probe_has_none(folder: Path) -> None:
+    state.write(folder, WHOLE)
+    tree = json.loads((folder / state.FILE).read_text())
+    assert tree.pop("probe_baseline") == 0.0
+    (folder / state.FILE).write_text(json.dumps(tree))
+    assert state.read(folder) == WHOLE
 
 
 def refused(read: Any, file: Path) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -27,3 +29,61 @@ def test_a_process_ended_for_want_of_memory_is_one_line(monkeypatch):
     assert "\n" not in str(e.value)
     assert str(e.value).startswith("trainer 1: Ray ended its process: 1 worker(s) were killed due to the node")
     assert "23.1GB used / 23.5GB limit; run less beside it" in str(e.value)
+
+
+_TERMINATED = """
+import multiprocessing, os, signal, sys, time
+from pathlib import Path
+
+import psutil
+import ray
+
+from stare_megatron.cluster import runtime
+from stare_megatron.config import ClusterConfig
+
+heard = []
+
+@ray.remote
+class Actor:
+    def __init__(self):
+        runtime.enter_actor(Path(sys.argv[1]), "actor")
+        self.child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(1000,))
+        self.child.start()
+
+    def alive(self):
+        return self.child.is_alive()
+
+if __name__ == "__main__":
+    with runtime.cluster(ClusterConfig(), 1):
+        signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
+        actor = Actor.remote()
+        assert ray.get(actor.alive.remote())
+        started = psutil.Process().children(recursive=True)
+        for process in [psutil.Process(), *started]:
+            process.terminate()
+        os.killpg(os.getpgrp(), signal.SIGTERM)
+        signal.signal(signal.SIGHUP, lambda *_: heard.append(1))
+        os.killpg(os.getpgrp(), signal.SIGHUP)
+        time.sleep(2)
+        assert heard
+        assert ray.get(actor.alive.remote())
+    psutil.wait_procs(started, timeout=5)
+    left = [p.name() for p in started if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    print("left:", left)
+"""
+
+
+@pytest.mark.timeout(120)
+def test_everything_but_the_driver_is_deaf_to_sigterm_and_gone_at_the_end(tmp_path):
+    """As at the end of a Slurm job, or with `kill -TERM -GROUP`: the run can still save, and leaves nothing behind."""
+    script = tmp_path / "terminated.py"
+    script.write_text(_TERMINATED)
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        start_new_session=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "left: []" in done.stdout

@@ -127,3 +127,13 @@ def test_a_step_without_action_tokens_stops_the_run(statuses):
 def test_fewer_groups_than_steps_stop_the_run():
     with pytest.raises(RunError, match="1 groups cannot fill 2"):
         plan([summary([(5, 2)])], updates=2)
+
+
+def test_it_is_said_why_nothing_can_be_learned_from():
+    statuses = [Status.OVERLONG, Status.VOID, Status.OVERLONG, Status.INEXACT, Status.UNGRADED, Status.FAILED]
+    with pytest.raises(RunError) as raised:
+        plan([summary([(9, 4)] * 6 + [(5, 0)], [*statuses, Status.COMPLETED])])
+    said = str(raised.value)
+    assert "of 7 trajectories 2 overlong (cut off at a budget; rollout.overlong = " in said
+    for part in ("1 void (", "env.void_turns", "1 inexact (", "1 not graded (", "1 failed (", "1 empty"):
+        assert part in said

@@ -1,3 +1,4 @@
+import datetime
 import hashlib
 import json
 
@@ -6,9 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 from stare_megatron import tasks
 from stare_megatron.config import DataConfig
+from stare_megatron.data.chat import writes_date
 from stare_megatron.data.prompts import PromptStream, load_prompts
 from stare_megatron.data.tokenizer import load_tokenizer
 from stare_megatron.errors import UserError
@@ -214,3 +217,44 @@ def test_tokenizer_faults_are_user_errors(tmp_path, tokenizer):
     (tmp_path / "config.json").write_text('{"vocab_size": "many"}')
     with pytest.raises(UserError, match="vocab_size = 'many'"):
         load_tokenizer(tmp_path)
+
+
+DATED = "today is {{ strftime_now('%d %b %Y, %H:%M') }} {% for m in messages %}( {{ m.content }} ) {% endfor %}"
+
+
+class Clock(datetime.datetime):
+    """What `transformers` asks for the time."""
+
+    day = datetime.datetime(2026, 11, 27, 17, 5)
+
+    @classmethod
+    def now(cls, tz=None):
+        return cls.day
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+    return Clock
+
+
+def test_a_template_that_writes_the_date_writes_that_of_the_run(load, tokenizer, clock, monkeypatch):
+    assert not writes_date(tokenizer)
+    monkeypatch.setattr(tokenizer, "chat_template", DATED)
+    assert writes_date(tokenizer)
+    chat = row(1, prompt=[{"role": "user", "content": "3 + 4"}])
+    monkeypatch.setattr(clock, "day", datetime.datetime(2026, 11, 27, 17, 5))
+    unpinned, pinned = load(chat), load(chat, date="2026-11-27")
+    assert unpinned[0].text == "today is 27 Nov 2026, 17:05 ( 3 + 4 ) "
+    assert pinned[0].text == "today is 27 Nov 2026, 00:00 ( 3 + 4 ) "
+    monkeypatch.setattr(clock, "day", datetime.datetime(2026, 11, 28, 9, 0))
+    assert load(chat)[0].text != unpinned[0].text  # what used to make a resume impossible
+    again = load(chat, date="2026-11-27")
+    assert again[0].text == pinned[0].text
+    PromptStream(again, 1, shuffle=False).restore(PromptStream(pinned, 1, shuffle=False).state())
+
+
+@pytest.mark.parametrize("date", ["27.11.2026", "2026-02-30", "20261127", "tomorrow"])
+def test_a_date_is_a_date(date):
+    with pytest.raises(ValueError, match=r"date"):
+        DataConfig(train=["p.jsonl"], date=date)

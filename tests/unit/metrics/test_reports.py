@@ -129,11 +129,11 @@ def test_a_start_says_what_is_about_to_run(tmp_path, monkeypatch):
 
 
 def test_notes_of_a_start(tmp_path):
-    config = configured(tmp_path, rollout={"prompts_per_step": 32})
+    config = configured(tmp_path, rollout={"prompts_per_step": 32}, checkpoint={"every": 0})
     few, unsaved = summary.opening_notes(config, 1, 0)
     assert "1 prompt, fewer than the 32 of a step (rollout.prompts_per_step)" in few
     assert unsaved.startswith("checkpoint.every = 0: nothing is saved before the last step")
-    config = configured(tmp_path, rollout={"prompts_per_step": 32}, checkpoint={"every": 5})
+    config = configured(tmp_path, rollout={"prompts_per_step": 32})
     assert summary.opening_notes(config, 32, 0) == []
     (dropped,) = summary.opening_notes(config, 40, 2)
     assert "2 of 42 prompts are longer than data.max_prompt_tokens = 1024" in dropped
@@ -150,16 +150,21 @@ def test_the_end_names_the_next_commands(tmp_path):
         f"stare-megatron eval {run}/config.toml --model {run}",
     ):
         assert command in done
-    assert "resume" not in done
     quiet = configured(tmp_path, logging={"tensorboard": False, "wandb": "disabled"})
     assert summary.next_steps(quiet, finished=True).splitlines() == [
-        f"report     stare-megatron compare {run} --out {run}-report"
+        f"report     stare-megatron compare {run} --out {run}-report",
+        f"logs       {run}/logs",
+        "saved      no checkpoint was saved",
+        f"go on      stare-megatron train {run}/config.toml run.resume=auto run.steps=60",
     ]
 
 
 def test_a_run_that_stopped_early_says_how_to_go_on(tmp_path):
     run = configured(tmp_path).folder
-    assert "no checkpoint was saved" in summary.next_steps(configured(tmp_path), finished=False)
+    none = summary.next_steps(configured(tmp_path), finished=False)
+    assert none.endswith(
+        f"saved      no checkpoint was saved\nstart over stare-megatron train {run}/config.toml run.resume=auto"
+    )
     (run / "checkpoints").mkdir(parents=True)
     (run / "checkpoints" / "latest").write_text("step_000003\n")
     said = summary.next_steps(configured(tmp_path), finished=False)

@@ -138,11 +138,10 @@ def test_seconds_belong_to_the_step_they_were_spent_in(made):
 
 def test_what_is_remembered_goes_from_step_to_step(made):
     assert made.recorder.remembered == Remembered(0, UNOBSERVED, GateDuty(0, 0))
-    spend(made, "rollout", 1.0)
-    made.recorder.record(1, made.batch, CONTROL, DONE, math.nan)
+    made.recorder.remember(CONTROL, DONE)
     assert made.recorder.remembered == Remembered(40, Observed(0.2, -0.01), GateDuty(1, 1))
     made.recorder.remembered = Remembered(400, Observed(0.3, 0.0), GateDuty(10, 4))  # restored
-    made.recorder.record(11, made.batch, CONTROL, DONE, math.nan)
+    made.recorder.remember(CONTROL, DONE)
     assert made.recorder.remembered == Remembered(440, Observed(0.2, -0.01), GateDuty(11, 5))
 
 

@@ -179,7 +179,8 @@ def test_disk_need_grows_with_the_model_and_the_checkpoints_kept(make, monkeypat
         return run_folder.disk_need_mb(config.model_copy(update={"checkpoint": changed})) - 256
 
     # Bytes a parameter: 16 in a checkpoint, 2 in an exported policy of bfloat16.
-    assert need() == 100 * (2 * 16 + 2)  # that of the end, and room for the next
+    assert need() == need(every=10)
+    assert need(every=0) == 100 * (2 * 16 + 2)  # that of the end, and room for the next
     assert need(every=10) == 100 * (3 * 16 + 2)
     assert need(every=10, keep_last=50) == 100 * (11 * 16 + 2)
     assert need(every=10, keep_every=50) == 100 * (5 * 16 + 2)  # steps 50 and 100 stay

@@ -1,4 +1,4 @@
-"""When a run saves and exports, what is in a save, and what is saved when sampling fails."""
+"""When a run saves and exports, and what is in a save."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 from stare_megatron.algo.controller import ControllerState
 from stare_megatron.config import parse
 from stare_megatron.data.prompts import StreamState
-from stare_megatron.errors import RunError
 from stare_megatron.run.recorder import Remembered
 from stare_megatron.run.saving import Saving, metric_by_step
 from stare_megatron.types import GateDuty, Observed
@@ -23,9 +22,6 @@ class Saver:
 
     def save(self, state):
         self.said.append(("save", state))
-
-    def rescue(self, state):
-        self.said.append(("rescue", state))
 
     def wait(self):
         self.said.append(("wait", None))
@@ -72,7 +68,13 @@ def parts(tmp_path):
         )
         made.sampler.state = lambda: StreamState(0, made.sampler.cursor, 1, "x")
         made.saving = Saving(
-            config, made.saver, made.trainers, made.sampler, made.controller, made.recorder, resume_from=None
+            config,
+            made.saver,
+            SimpleNamespace(baseline=0.02, trainers=made.trainers),
+            made.sampler,
+            made.controller,
+            made.recorder,
+            resume_from=None,
         )
         return made
 
@@ -81,7 +83,7 @@ def parts(tmp_path):
 
 def test_due_by_number_and_at_the_end(parts):
     assert [s for s in range(1, 11) if parts(every=4).saving.due(s)] == [4, 8, 10]
-    assert [s for s in range(1, 11) if parts().saving.due(s)] == [10]
+    assert [s for s in range(1, 11) if parts(every=0).saving.due(s)] == [10]
 
 
 def test_a_save_holds_what_the_loop_knows(parts):
@@ -91,30 +93,10 @@ def test_a_save_holds_what_the_loop_knows(parts):
     ((what, state),) = made.saver.said
     assert what == "save"
     assert (state.step, state.trained_tokens, state.stream.cursor, state.duty) == (7, 70, 5, GateDuty(7, 3))
+    assert state.probe_baseline == 0.02
     assert (state.controller, state.before) == (ControllerState(1.1, 0.9), Observed(0.4, -0.1))
     made.saving.save(8, last=True)  # nothing follows that it could be written beside
     assert [what for what, _ in made.saver.said] == ["save", "save", "wait"]
-
-
-def test_what_was_sampled_for_a_failed_batch_is_sampled_again(parts):
-    """The prompts that the failed batch took are those of the save before it."""
-    made = parts()
-
-    def sample():
-        made.sampler.cursor = 32
-        raise RunError("engine 1: its process died")
-
-    with pytest.raises(RunError), made.saving.rescue(3):
-        sample()
-    ((what, state),) = made.saver.said
-    assert (what, state.step, state.stream.cursor) == ("rescue", 3, 0)
-
-
-def test_other_errors_are_not_rescued(parts):
-    made = parts()
-    with pytest.raises(ValueError, match="bug"), made.saving.rescue(3):
-        raise ValueError("bug")
-    assert made.saver.said == []
 
 
 def test_a_save_under_way_is_looked_at_once_a_step(parts):

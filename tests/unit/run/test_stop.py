@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from types import SimpleNamespace
 
 import pytest
 
 from stare_megatron.run.stop import StopSignal
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_asks_and_the_second_ends(number):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_first_asks_its_echo_says_nothing_and_the_second_ends(number, monkeypatch):
+    now = [7.0]
+    monkeypatch.setattr("stare_megatron.run.stop.time", SimpleNamespace(monotonic=lambda: now[0]))
     notes: list[str] = []
     stop = StopSignal(notes.append)
     before = signal.getsignal(number)
@@ -20,7 +23,9 @@ def test_the_first_asks_and_the_second_ends(number):
         assert not stop.asked
         os.kill(os.getpid(), number)
         assert stop.asked
+        os.kill(os.getpid(), number)  # the group's, passed on by a wrapper
         assert notes == ["stopping after this step; once more to stop at once"]
+        now[0] += 1
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), number)
     assert signal.getsignal(number) is before
@@ -39,3 +44,14 @@ def test_a_thread_installs_nothing():
     thread.start()
     thread.join()
     assert found == [before]
+
+
+def test_nohup_stays_in_force():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop = StopSignal(lambda _: None)
+        with stop.installed():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.asked
+    finally:
+        signal.signal(signal.SIGHUP, before)

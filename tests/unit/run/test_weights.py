@@ -1,4 +1,4 @@
-"""The probe after a push: when, on what, and whom it names."""
+"""The probe after a push: when, on what, and whom it names. What it finds: tests/unit/sync/test_probe_faults.py."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def weights(gaps=(0.0, 0.0), **sync) -> Weights:
     trainers = SimpleNamespace(score_tokens=asked, checksums=lambda: {"embed": "1", "norm": "2"})
     engines = SimpleNamespace(
         logprobs=lambda tokens: [OURS + np.float32(gap) for gap in gaps],
-        checksums=lambda: [{"embed": "1", "norm": "2"}, {"embed": "1", "norm": "3"}],
+        checksums=lambda *_: [{"embed": "1", "norm": "2"}, {"embed": "1", "norm": "3"}],
     )
-    return Weights(SyncConfig(**sync), trainers, engines, lambda: TOKENS)
+    return Weights(SyncConfig(**sync), "float32", trainers, engines, lambda: TOKENS)
 
 
 def test_the_largest_difference_of_the_engines():

@@ -180,6 +180,9 @@ def test_first_difference_follows_the_trainers_order() -> None:
     assert first_difference(trainer, {"c": "3", "b": "2", "a": "1"}) is None
     assert first_difference(trainer, {"c": "0", "b": "0", "a": "1"}) == "b"
     assert first_difference(trainer, {"a": "1"}) is None  # what the engine does not report is not compared
+    biased = {"q.weight": "1", "q.bias": "2", "experts.0.bias": "3"}
+    assert first_difference(biased, {"q.weight": "1"}) == "q.bias"  # unless it has the rest of the module
+    assert first_difference(biased, {"q.weight": "1", "q.bias": "2"}) is None
     assert first_difference(trainer, trainer | {"lm_head.weight": "9"}) == "lm_head.weight"
 
 
