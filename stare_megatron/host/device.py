@@ -80,10 +80,10 @@ def distributed_backend() -> str:
 
 
 def weight_transport(colocated: bool) -> str:
-    """Name of the vLLM weight-transfer backend: gloo on CPUs, CUDA IPC on shared GPUs, NCCL between GPUs."""
+    """Name of the vLLM weight-transfer backend: `gloo` on CPUs, `cuda_ipc` on shared GPUs, `nccl` between GPUs."""
     if current() is Device.CPU:
         return "gloo"
-    return "ipc" if colocated else "nccl"
+    return "cuda_ipc" if colocated else "nccl"
 
 
 def has_transformer_engine() -> bool:
