@@ -28,6 +28,7 @@ MEGATRON_RESERVED: Mapping[str, str] = {
     "expert_model_parallel_size": "set trainer.expert_parallel instead",
     "sequence_parallel": "set trainer.sequence_parallel instead",
     "recompute_granularity": "set trainer.recompute instead",
+    "recompute_modules": "set trainer.recompute_modules instead",
     **dict.fromkeys(
         ("fp16", "bf16", "params_dtype", "pipeline_dtype", "autocast_dtype", "enable_autocast"),
         "set model.dtype instead",
@@ -59,7 +60,14 @@ ENGINE_RESERVED: Mapping[str, str] = {
     "data_parallel_size": "set inference.engines instead",
     "enable_sleep_mode": "set inference.placement instead",
     **dict.fromkeys(
-        ("skip_tokenizer_init", "generation_config", "logprobs_mode", "weight_transfer_config", "worker_extension_cls"),
+        (
+            "skip_tokenizer_init",
+            "generation_config",
+            "logprobs_mode",
+            "weight_transfer_config",
+            "worker_extension_cls",
+            "distributed_executor_backend",
+        ),
         _NEEDED,
     ),
 }

@@ -208,6 +208,7 @@ def check_layout(config: Config, shape: ModelShape) -> None:
     """Raises: UserError: the model cannot be split as `[trainer]` and `[inference]` say."""
     t = config.trainer
     layout.check_layout(t)
+    layout.recompute_modules(t, shape)
     shape.check_layout(
         tensor_parallel=t.tensor_parallel,
         pipeline_parallel=t.pipeline_parallel,
