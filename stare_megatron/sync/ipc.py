@@ -17,8 +17,7 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine,
 BACKEND = "cuda_ipc"
 
 _CLASSES: Mapping[str, type] = {
-    kind.__qualname__: kind
-    for kind in (torch.Tensor, torch.nn.Parameter, torch.TypedStorage, torch.UntypedStorage)
+    kind.__qualname__: kind for kind in (torch.Tensor, torch.nn.Parameter, torch.TypedStorage, torch.UntypedStorage)
 }
 _MARK = "torch."
 
@@ -41,8 +40,10 @@ def _plain(value: Any) -> Any:
         return _MARK + value.__qualname__
     if isinstance(value, tuple | list):
         return [_plain(v) for v in value]
-    if value is None or isinstance(value, bool | int | float | bytes) or (
-        isinstance(value, str) and not value.startswith(_MARK)
+    if (
+        value is None
+        or isinstance(value, bool | int | float | bytes)
+        or (isinstance(value, str) and not value.startswith(_MARK))
     ):
         return value
     raise ValueError(f"a CUDA IPC handle holds {value!r}, which is not known here")

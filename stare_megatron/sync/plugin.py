@@ -25,7 +25,9 @@ def register() -> None:
         WeightTransferTrainerFactory.register_engine("gloo", module, "GlooTrainerWeightTransferEngine")
     if "cuda_ipc" not in WeightTransferEngineFactory._registry:
         # The trainer's side is vLLM's; `push.Client` writes its handles as this one reads them.
-        WeightTransferEngineFactory.register_engine("cuda_ipc", "stare_megatron.sync.ipc", "CudaIpcWeightTransferEngine")
+        WeightTransferEngineFactory.register_engine(
+            "cuda_ipc", "stare_megatron.sync.ipc", "CudaIpcWeightTransferEngine"
+        )
     if os.environ.get(PARENT) == str(os.getppid()):
         threading.Thread(target=_end_with, args=(os.getppid(),), name="end-with-parent", daemon=True).start()
 
