@@ -20,6 +20,7 @@ from typing import Any
 
 import ray
 import ray.exceptions
+from ray._private.services import find_bootstrap_address
 
 from stare_megatron.config import ClusterConfig
 from stare_megatron.data.tokenizer import first_line
@@ -70,8 +71,12 @@ def cluster(config: ClusterConfig, actors: int) -> Iterator[None]:
 
 
 def _check_named_address() -> None:
-    """Raises: UserError: `auto` follows RAY_ADDRESS, where nothing answers; Ray tries for minutes."""
+    """Raises: UserError: `auto` leads to where nothing answers; Ray tries for minutes."""
     named = os.environ.get("RAY_ADDRESS", "")
+    source, cure = f"RAY_ADDRESS = {named!r}", "unset RAY_ADDRESS"
+    if not named:
+        named = find_bootstrap_address(None) or ""
+        source, cure = f"this machine's last `ray start`, {named}", "set cluster.address=HOST:PORT"
     host, _, port = named.rpartition(":")
     if not host or not port.isdigit():
         return
@@ -79,8 +84,8 @@ def _check_named_address() -> None:
         socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
     except OSError as e:
         raise UserError(
-            f'cluster.address = "auto" follows RAY_ADDRESS = {named!r}, where nothing answers ({e.strerror or e}); '
-            "unset RAY_ADDRESS, or start Ray there"
+            f'cluster.address = "auto" follows {source}, where nothing answers ({e.strerror or e}); {cure}, or start '
+            "Ray there"
         ) from e
 
 
@@ -125,7 +130,7 @@ class Crew:
         """Take every actor's `Station`; on a cluster names are followed by hosts from then on.
 
         Raises:
-            UserError: an actor's packages differ from the driver's. RunError: as `wait`.
+            UserError: an actor's packages differ from the driver's, or libraries are missing. RunError: as `wait`.
         """
         mine = station()
         for i, there in enumerate(self.wait(hello, "start", timeout)):
@@ -139,6 +144,11 @@ class Crew:
                 raise UserError(
                     f"{self.names[i]}: {', '.join(other)}: every node must have the driver's packages; make the "
                     "environments equal, and start Ray again from them"
+                )
+            if there.missing:
+                raise UserError(
+                    f"{self.names[i]}: no {there.missing[0]}, which the driver's machine has and vLLM is slow without; "
+                    "every node must have the environment and the system's libraries in the same place"
                 )
 
     def wait(
@@ -200,11 +210,13 @@ def wait(refs: Sequence[ray.ObjectRef], names: Sequence[str], timeout: float = 0
 
 @dataclass(frozen=True)
 class Station:
-    """Where a process runs, and versions of what must be the same everywhere, by package."""
+    """Where a process runs, versions of what must be the same everywhere, by package, and which of the libraries that
+    its environment preloads are not there: the environment was made for the paths of the driver's machine."""
 
     host: str
     address: str
     versions: dict[str, str]
+    missing: tuple[str, ...]
 
 
 def station() -> Station:
@@ -214,7 +226,9 @@ def station() -> Station:
         # The driver's node may have the builds for CPUs.
         known = (_version(package) for package in (name, *others))
         versions[name] = next((version.partition("+")[0] for version in known if version), "missing")
-    return Station(socket.gethostname(), node_address(), versions)
+    preloads = os.environ.get("LD_PRELOAD", "").split(":")
+    missing = tuple(path for path in preloads if path.startswith("/") and not Path(path).exists())
+    return Station(socket.gethostname(), node_address(), versions, missing)
 
 
 def _version(package: str) -> str:
