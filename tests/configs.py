@@ -11,6 +11,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from stare_megatron.config import Config, parse
+from stare_megatron.models.entries import hf_names
+from stare_megatron.models.families import read_hf_config
 
 MINIMAL: dict[str, dict[str, Any]] = {
     "run": {"name": "unit", "steps": 5},
@@ -31,7 +33,7 @@ def configuration(**changes: Mapping[str, Any]) -> Config:
 
 
 def small_model(folder: Path, experts: int = 0, **fields: Any) -> Path:
-    """A checkpoint folder of four layers that preflight takes; its one tensor is no model's."""
+    """A checkpoint folder of four layers that preflight takes; every weight is 0."""
     folder.mkdir()
     shape: dict[str, Any] = {
         "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 128, "intermediate_size": 256,
@@ -45,5 +47,6 @@ def small_model(folder: Path, experts: int = 0, **fields: Any) -> Path:
         }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(shape | fields))
     (folder / "tokenizer.json").write_text("{}")
-    save_file({"w": np.zeros((10, 10), np.float32)}, folder / "model.safetensors")
+    names = hf_names(read_hf_config(folder))
+    save_file({name: np.zeros(want, np.float16) for name, want in names.items()}, folder / "model.safetensors")
     return folder

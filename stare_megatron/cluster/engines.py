@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import inspect
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from stare_megatron.cluster import runtime
 from stare_megatron.cluster.placement import Slot
 from stare_megatron.cluster.sandboxes import make_client
 from stare_megatron.config import Config
+from stare_megatron.data.tokenizer import first_line
+from stare_megatron.errors import RunError
 from stare_megatron.sandbox.client import SandboxClient
 from stare_megatron.types import Group, GroupRequest, GroupSummary
 
@@ -37,12 +40,18 @@ class EngineActor:
         self, config: Config, index: int, transport: str, make_runner: MakeRunner, sandboxes: Sequence[Any], logs: Path
     ) -> None:
         runtime.enter_actor(logs, f"engine_{index}")
+        if config.cluster.address != "local":
+            runtime.use_network_of_node()
         self._config = config
         self._index = index
         self._transport = transport
         self._make_runner = make_runner
         self._sandboxes = sandboxes
         self._opened = contextlib.AsyncExitStack()
+        self._failure = ""
+
+    async def hello(self) -> runtime.Station:
+        return runtime.station()
 
     async def start(self) -> None:
         from stare_megatron.inference.engine import Engine
@@ -69,8 +78,18 @@ class EngineActor:
 
     async def call(self, method: str, *args: Any) -> Any:
         """A method of the engine, by its name."""
-        found = getattr(self._engine, method)(*args)
-        return await found if inspect.isawaitable(found) else found
+        with contextlib.ExitStack() as stack:
+            stack.push(functools.partial(self._keep_failure, method))
+            found = getattr(self._engine, method)(*args)
+            return await found if inspect.isawaitable(found) else found
+
+    def _keep_failure(self, method: str, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None:
+            self._failure = f"{method}: {first_line(error)}"
+
+    async def failure(self) -> str:
+        """The last error of `call`, "" if there was none: a trainer rank that it was raised to may be blocked."""
+        return self._failure
 
     async def close(self) -> None:
         await self._opened.aclose()
@@ -88,8 +107,10 @@ class EngineGroup:
         make_runner: MakeRunner,
         sandboxes: Sequence[Any],
         logs: Path,
+        say: Callable[[str], None],
     ) -> None:
-        self._names = [f"engine {i}" for i in range(len(slots))]
+        names = [f"engine {i}" for i in range(len(slots))]
+        self._crew = runtime.Crew(names, say, named_hosts=config.cluster.address != "local")
         self.actors: list[Any] = [
             EngineActor.options(**slot.options, runtime_env={"env_vars": slot.environment}).remote(
                 config, i, transport, make_runner, sandboxes, logs
@@ -97,11 +118,22 @@ class EngineGroup:
             for i, slot in enumerate(slots)
         ]
         self._timeout = config.cluster.start_timeout
+        self._hello = [actor.hello.remote() for actor in self.actors]
         self._starting = [actor.start.remote() for actor in self.actors]
+        self._in_flight = max(_SEQUENCES_IN_FLIGHT, 2 * config.inference.vllm.get("max_num_seqs", 0))
 
     def ready(self) -> None:
         """Wait until every engine can sample."""
-        runtime.wait(self._starting, self._names, self._timeout)
+        self._crew.meet(self._hello, self._timeout)
+        self._crew.wait(self._starting, "start", self._timeout)
+
+    def check(self) -> None:
+        """Raises: RunError: an engine died, or one of its calls failed; names it."""
+        asked = [actor.failure.remote() for actor in self.actors]
+        done, _ = ray.wait(asked, num_returns=len(asked), timeout=_CHECK_S)
+        for i, ref in enumerate(asked):
+            if ref in done and (failure := runtime.get(ref, self._crew.names[i])):
+                raise RunError(f"{self._crew.names[i]}: {failure}")
 
     def run(self, requests: Sequence[GroupRequest]) -> Iterator[tuple[GroupRequest, ray.ObjectRef, GroupSummary]]:
         """Sample every request; yields in the order of completion.
@@ -113,16 +145,16 @@ class EngineGroup:
         flying: dict[ray.ObjectRef, tuple[GroupRequest, ray.ObjectRef, int]] = {}
         waiting = collections.deque(requests)
         while waiting or flying:
-            while waiting and (not min(load) or min(load) + waiting[0].group_size <= _MAX_SEQUENCES_IN_FLIGHT):
+            while waiting and (not min(load) or min(load) + waiting[0].group_size <= self._in_flight):
                 engine = load.index(min(load))
                 request = waiting.popleft()
                 group, summary = self.actors[engine].run_group.remote(request)
                 flying[summary] = (request, group, engine)
                 load[engine] += request.group_size
-            done, _ = ray.wait(list(flying), num_returns=1)
-            request, group, engine = flying.pop(done[0])
+            done = self._crew.first({ref: engine for ref, (_, _, engine) in flying.items()}, "sample")
+            request, group, engine = flying.pop(done)
             load[engine] -= request.group_size
-            yield request, group, runtime.get(done[0], self._names[engine])
+            yield request, group, runtime.get(done, self._crew.names[engine])
 
     def logprobs(self, token_ids: npt.NDArray[np.int32]) -> list[npt.NDArray[np.float32]]:
         """Each engine's log-probs of a probe prompt."""
@@ -155,9 +187,10 @@ class EngineGroup:
 
     def _all(self, method: str, *args: Any) -> list[Any]:
         refs = [actor.call.remote(method, *args) for actor in self.actors]
-        return runtime.wait(refs, self._names)
+        return self._crew.wait(refs, method)
 
 
-# More than an engine's scheduler runs at once (vLLM's max_num_seqs defaults to 256), so that it never starves, and
-# few enough that a late engine can still be given less.
-_MAX_SEQUENCES_IN_FLIGHT = 512
+# More than an engine's scheduler runs at once (vLLM's max_num_seqs is 128 where nobody sets it), so that it never
+# starves, and few enough that a late engine can still be given less.
+_SEQUENCES_IN_FLIGHT = 512
+_CHECK_S = 5.0

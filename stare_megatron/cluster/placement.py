@@ -1,21 +1,24 @@
-"""Where actors run. On GPUs: one placement-group bundle a GPU, sorted by node so that neighbouring ranks share one.
-
-On CPUs devices are not scheduled: every actor takes one logical CPU of the local Ray.
-"""
+"""Where actors run: one placement group a run. On GPUs one bundle a trainer's GPU, sorted by node so that neighbouring
+ranks share one, and one for each engine with GPUs of its own; on CPUs one logical CPU an actor."""
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from stare_megatron.config import Config
 from stare_megatron.errors import UserError
 from stare_megatron.host import device
+
+_FREE_S = 10.0  # what an ended run leaves is free within seconds
 
 
 @dataclass(frozen=True)
@@ -29,28 +32,36 @@ class Slot:
 
 @dataclass(frozen=True)
 class Placement:
-    """A slot for each trainer rank and each engine. `groups` are freed by `release`."""
+    """A slot for each trainer rank and each engine. `group` is freed by `release`; `gpu_bytes`: memory of the smallest
+    GPU, 0 on CPUs or where it is not known."""
 
     trainers: tuple[Slot, ...]
     engines: tuple[Slot, ...]
-    groups: tuple[PlacementGroup, ...]
+    group: PlacementGroup
+    gpu_bytes: int
 
     def release(self) -> None:
-        for group in self.groups:
-            remove_placement_group(group)
+        remove_placement_group(self.group)
 
 
 @dataclass(frozen=True)
 class _Bundle:
+    """`gpu`: as CUDA_VISIBLE_DEVICES names it: an index, or the UUID of a GPU or a MIG instance."""
+
     index: int
     node: str
-    gpu: int
+    gpu: str
+    bytes: int
+
+    def order(self) -> tuple[str, int, str]:
+        return self.node, int(self.gpu) if self.gpu.isdigit() else -1, self.gpu
 
 
 @ray.remote(num_cpus=0, num_gpus=1)
-def _where() -> tuple[str, int]:
+def _where() -> tuple[str, str, int]:
     context = ray.get_runtime_context()
-    return context.get_node_id(), int(context.get_accelerator_ids()["GPU"][0])
+    seen = device.gpus()
+    return context.get_node_id(), str(context.get_accelerator_ids()["GPU"][0]), seen[0].bytes if seen else 0
 
 
 def actors(config: Config, trainers: int) -> int:
@@ -61,85 +72,118 @@ def actors(config: Config, trainers: int) -> int:
 
 
 def plan(config: Config, *, trainers: bool = True) -> Placement:
-    """Reserve devices for a run, or without `trainers` for its engines alone (which are then `separate`).
+    """Reserve devices for a run, or without `trainers` for its engines alone (which are then `separate`): all at once
+    or none, so that two runs never hold what the other waits for.
 
     Raises:
-        UserError: the cluster has too few GPUs, or a colocated engine's ranks would cross a node.
+        UserError: the cluster has too few, or too few free; or ranks that split layers would cross a node.
     """
-    ranks, engines = config.trainer.world_size if trainers else 0, config.inference.engines
+    ranks, i = config.trainer.world_size if trainers else 0, config.inference
     if device.current() is device.Device.CPU:
-        return Placement(
-            trainers=tuple(Slot({"num_cpus": 1}, device.trainer_environment(), i) for i in range(ranks)),
-            engines=tuple(Slot({"num_cpus": 1}, device.engine_environment(), 0) for _ in range(engines)),
-            groups=(),
-        )
-    if not trainers:
-        slots, own = _separate(config)
-        return Placement((), slots, (own,))
-    return _plan_gpus(config)
+        # Ranks and engines alike over the nodes.
+        group = _reserve([{"CPU": 1.0}] * (ranks + i.engines), "SPREAD")
+        slots = [
+            Slot({"num_cpus": 1, "scheduling_strategy": PlacementGroupSchedulingStrategy(group, k)}, environment, local)
+            for k, (environment, local) in enumerate(
+                [(device.trainer_environment(), rank) for rank in range(ranks)]
+                + [(device.engine_environment(), 0)] * i.engines
+            )
+        ]
+        return Placement(tuple(slots[:ranks]), tuple(slots[ranks:]), group, 0)
+    own = i.engines if i.placement == "separate" or not trainers else 0
+    group = _reserve([{"GPU": 1.0, "CPU": 1.0}] * ranks + [{"GPU": float(i.tensor_parallel), "CPU": 1.0}] * own, "PACK")
+    with contextlib.ExitStack() as stack:
+        stack.callback(remove_placement_group, group)
+        places = _on_gpus(config, group, ranks, own)
+        stack.pop_all()  # nothing was found wrong: it stays
+    return places
 
 
-def _plan_gpus(config: Config) -> Placement:
-    ranks, engines, tp = config.trainer.world_size, config.inference.engines, config.inference.tensor_parallel
-    group = _reserve([{"GPU": 1.0, "CPU": 1.0}] * ranks, "PACK", config.cluster.start_timeout, "trainer.world_size")
+def _on_gpus(config: Config, group: PlacementGroup, ranks: int, own: int) -> Placement:
+    """`own`: engines with GPUs of their own, whose bundles follow those of the ranks."""
+    i = config.inference
     bundles = _sorted_bundles(group, ranks)
-    local: dict[str, int] = {}
-    trainers = []
-    for bundle in bundles:
-        strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle.index)
-        # Ray shows a rank its own GPU only, so its local index is 0.
-        trainers.append(Slot({"num_gpus": 1, "scheduling_strategy": strategy}, device.trainer_environment(), 0))
-        local[bundle.node] = local.get(bundle.node, 0) + 1
-    if config.inference.placement == "separate":
-        slots, own = _separate(config)
-        return Placement(tuple(trainers), slots, (group, own))
-    return Placement(tuple(trainers), tuple(_colocated(group, bundles, e, tp) for e in range(engines)), (group,))
+    _check_one_node(bundles, config.trainer.tensor_parallel, "trainer.tensor_parallel", "ranks that split layers")
+    # Ray shows a rank its own GPU only, so its local index is 0.
+    trainers = [
+        Slot({"num_gpus": 1, "scheduling_strategy": _strategy(group, b.index)}, device.trainer_environment(), 0)
+        for b in bundles
+    ]
+    if own:
+        engines = [
+            Slot(
+                {"num_gpus": i.tensor_parallel, "scheduling_strategy": _strategy(group, ranks + k)},
+                device.engine_environment(),
+                0,
+            )
+            for k in range(own)
+        ]
+    else:
+        used = bundles[: i.engines * i.tensor_parallel]
+        _check_one_node(used, i.tensor_parallel, "inference.tensor_parallel", "the GPUs of a colocated engine")
+        engines = [_colocated(group, used[k : k + i.tensor_parallel]) for k in range(0, len(used), i.tensor_parallel)]
+    return Placement(tuple(trainers), tuple(engines), group, min((b.bytes for b in bundles), default=0))
 
 
-def _separate(config: Config) -> tuple[tuple[Slot, ...], PlacementGroup]:
-    """Engines with GPUs of their own."""
-    engines, tp = config.inference.engines, config.inference.tensor_parallel
-    wanted = [{"GPU": float(tp), "CPU": 1.0}] * engines
-    own = _reserve(wanted, "PACK", config.cluster.start_timeout, "inference.engines x inference.tensor_parallel")
-    slots = tuple(
-        Slot(
-            {"num_gpus": tp, "scheduling_strategy": PlacementGroupSchedulingStrategy(own, i)},
-            device.engine_environment(),
-            0,
-        )
-        for i in range(engines)
-    )
-    return slots, own
+def _check_one_node(bundles: list[_Bundle], size: int, key: str, what: str) -> None:
+    """Raises: UserError: consecutive bundles, `size` at a time, are not all of one node."""
+    for first in range(0, len(bundles), size):
+        nodes = [b.node for b in bundles[first : first + size]]
+        if len(set(nodes)) > 1:
+            counts = collections.Counter(b.node for b in bundles)
+            raise UserError(
+                f"{key} = {size}: {what}, {first} to {first + len(nodes) - 1}, would span nodes, of which the run gets "
+                f"{', '.join(str(n) for n in counts.values())} GPUs; choose a value that divides these, or free whole "
+                "nodes"
+            )
 
 
-def _colocated(group: PlacementGroup, bundles: list[_Bundle], engine: int, tp: int) -> Slot:
-    mine = bundles[engine * tp : (engine + 1) * tp]
-    if len({b.node for b in mine}) != 1:
-        raise UserError(
-            f"inference.tensor_parallel = {tp}: colocated engine {engine} would span nodes; "
-            "choose a value that divides the GPUs of a node"
-        )
-    strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=mine[0].index)
+def _strategy(group: PlacementGroup, bundle: int) -> PlacementGroupSchedulingStrategy:
+    return PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
+
+
+def _colocated(group: PlacementGroup, mine: list[_Bundle]) -> Slot:
     # The trainer's actors own these GPUs in Ray's books; the engine sees them by its environment.
     environment = device.engine_environment() | {
         "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
-        "CUDA_VISIBLE_DEVICES": ",".join(str(b.gpu) for b in mine),
+        "CUDA_VISIBLE_DEVICES": ",".join(b.gpu for b in mine),
     }
-    return Slot({"num_gpus": 0, "num_cpus": 0, "scheduling_strategy": strategy}, environment, 0)
+    options = {"num_gpus": 0, "num_cpus": 0, "scheduling_strategy": _strategy(group, mine[0].index)}
+    return Slot(options, environment, 0)
 
 
-def _reserve(bundles: list[dict[str, float]], strategy: str, timeout: float, key: str) -> PlacementGroup:
+def _reserve(bundles: list[dict[str, float]], strategy: str) -> PlacementGroup:
+    """Raises: UserError: there are too few, or not free within ten seconds; nothing is held then."""
+    need = sum((collections.Counter(b) for b in bundles), collections.Counter[str]())
     group = placement_group(bundles, strategy=strategy)
-    if not group.wait(timeout):
-        remove_placement_group(group)
-        have = ray.cluster_resources().get("GPU", 0)
-        raise UserError(f"{key}: {bundles} cannot be placed within {timeout:.0f} s; the cluster has {have:.0f} GPUs")
-    return group
+    have = ray.cluster_resources()
+    enough = all(have.get(kind, 0) >= n for kind, n in need.items())
+    if enough and group.wait(_FREE_S):
+        return group
+    remove_placement_group(group)
+    total, free = _on_nodes("GPU" if "GPU" in need else "CPU")
+    kind = "GPUs" if "GPU" in need else "CPUs"
+    wanted = ", ".join(f"{n:g} {name}s" for name, n in sorted(need.items(), reverse=True))
+    nodes = "; ".join(f"{address}: {total[address]:g}, {free[address]:g} free" for address in total)
+    raise UserError(
+        f"the run needs {wanted} (trainer.world_size, inference.engines x inference.tensor_parallel); the cluster has "
+        f"{sum(total.values()):g} {kind}, {sum(free.values()):g} free ({nodes}); end what holds them, lower the "
+        "numbers, or add nodes"
+    )
+
+
+def _on_nodes(kind: str) -> tuple[dict[str, float], dict[str, float]]:
+    """How many of a resource each live node has, and how many are free, by address."""
+    live = {n["NodeID"]: n for n in ray.nodes() if n["Alive"]}
+    free = available_resources_per_node()
+    total = {n["NodeManagerAddress"]: 0.0 for n in live.values()}
+    left = dict(total)
+    for node, n in live.items():
+        total[n["NodeManagerAddress"]] += n["Resources"].get(kind, 0.0)
+        left[n["NodeManagerAddress"]] += free.get(node, {}).get(kind, 0.0)
+    return total, left
 
 
 def _sorted_bundles(group: PlacementGroup, count: int) -> list[_Bundle]:
-    refs = [
-        _where.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group, i)).remote() for i in range(count)
-    ]
-    found = [_Bundle(i, node, gpu) for i, (node, gpu) in enumerate(ray.get(refs))]
-    return sorted(found, key=lambda b: (b.node, b.gpu))
+    refs = [_where.options(scheduling_strategy=_strategy(group, i)).remote() for i in range(count)]
+    return sorted((_Bundle(i, *found) for i, found in enumerate(ray.get(refs))), key=_Bundle.order)

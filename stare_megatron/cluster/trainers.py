@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -13,6 +13,7 @@ from stare_megatron.cluster import runtime
 from stare_megatron.cluster.placement import Slot
 from stare_megatron.config import Config
 from stare_megatron.data.packing import plan_updates
+from stare_megatron.host import device
 from stare_megatron.host.manifest import FileEntry
 from stare_megatron.host.ports import free_port
 from stare_megatron.types import Control, EntropyReading, Group, GroupSummary, StepStats, UpdateShare
@@ -35,15 +36,21 @@ class TrainerActor:
 
     def __init__(self, config: Config, rank: int, local_rank: int, logs: Path) -> None:
         runtime.enter_actor(logs, f"trainer_{rank}")
+        if config.cluster.address != "local":
+            runtime.use_network_of_node()
         self._config = config
         self._rank = rank
         self._local_rank = local_rank
+
+    def hello(self) -> runtime.Station:
+        return runtime.station()
 
     def endpoint(self) -> tuple[str, int]:
         """An address and a port of this rank's node, for a rendezvous: `cluster.port`, or a free one."""
         return runtime.node_address(), self._config.cluster.port or free_port()
 
     def start(self, master_addr: str, master_port: int) -> Position:
+        device.has_transformer_engine()  # refuses a broken one, on which importing Megatron-Core fails less clearly
         from stare_megatron.trainer.rank import TrainerRank
 
         self._trainer = TrainerRank(
@@ -113,9 +120,10 @@ class UpdateBatch(Protocol):
 class TrainerGroup:
     """All trainer ranks. Every method runs on all of them and returns what rank 0 says."""
 
-    def __init__(self, config: Config, slots: Sequence[Slot], logs: Path) -> None:
+    def __init__(self, config: Config, slots: Sequence[Slot], logs: Path, say: Callable[[str], None]) -> None:
         self._config = config
-        self._names = [f"trainer rank {rank}" for rank in range(len(slots))]
+        names = [f"trainer rank {rank}" for rank in range(len(slots))]
+        self._crew = runtime.Crew(names, say, named_hosts=config.cluster.address != "local")
         self._actors: list[Any] = [
             TrainerActor.options(**slot.options, runtime_env={"env_vars": slot.environment}).remote(
                 config, rank, slot.local_rank, logs
@@ -123,16 +131,19 @@ class TrainerGroup:
             for rank, slot in enumerate(slots)
         ]
         self._timeout = config.cluster.start_timeout
-        address, port = runtime.wait([self._actors[0].endpoint.remote()], self._names[:1], self._timeout)[0]
+        self._hello = [actor.hello.remote() for actor in self._actors]
+        address, port = runtime.wait([self._actors[0].endpoint.remote()], names[:1], self._timeout)[0]
         self._starting = [actor.start.remote(address, port) for actor in self._actors]
 
     def ready(self) -> None:
         """Wait until every rank holds its part of the model."""
-        self._positions: list[Position] = runtime.wait(self._starting, self._names, self._timeout)
+        self._crew.meet(self._hello, self._timeout)
+        self._positions: list[Position] = self._crew.wait(self._starting, "start", self._timeout)
 
     def connect(self, engines: EngineGroup, transport: str) -> None:
         refs = [actor.connect.remote(engines.actors, transport) for actor in self._actors]
-        runtime.wait(refs, self._names, self._timeout)
+        self._crew.wait(refs, "connect", self._timeout, engines.check)
+        self._engines = engines
 
     def load(self, batch: UpdateBatch) -> None:
         """Give each rank its share of the update batch; tokens travel from the engines' nodes, not through here."""
@@ -155,7 +166,7 @@ class TrainerGroup:
         for actor, position in zip(self._actors, self._positions, strict=True):
             shares = [_with_groups(groups, plan[position.data_parallel_rank]) for plan in plans]
             refs.append(actor.load.remote(shares))
-        runtime.wait(refs, self._names)
+        self._crew.wait(refs, "load")
 
     def score(self) -> EntropyReading:
         return self._rank("score")[0]
@@ -172,9 +183,15 @@ class TrainerGroup:
         return {key: join([found[token] for found in by_rank if token in found]) for key, token in first.items()}
 
     def push(self, version: int, sums: Sums = "none") -> dict[str, str]:
-        """Send the weights of `version` to every engine. Returns checksums of `sums` of the parameters, by Hugging Face
-        name: none, some (see `sync.check.share`), all."""
-        return self._all("push", version, sums)[0]
+        """Stream the weights into the engines that `connect` was given. Returns checksums of `sums` of the parameters,
+        by Hugging Face name: none, some (see `sync.check.share`), all.
+
+        Raises:
+            RunError: a rank or an engine failed, or an answer took longer than `sync.push_timeout`; names who.
+        """
+        refs = [actor.push.remote(version, sums) for actor in self._actors]
+        # An engine's error reaches rank 0, which NCCL may keep blocked in a broadcast that nobody receives.
+        return self._crew.wait(refs, "push", self._config.sync.push_timeout, self._engines.check)[0]
 
     def score_tokens(self, token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         return self._rank("score_tokens", token_ids)[0]
@@ -189,7 +206,7 @@ class TrainerGroup:
             RunError: a rank is gone, or does not answer within a minute.
         """
         refs = [actor.call.remote("held_step") for actor in self._actors]
-        held = set(runtime.wait(refs, self._names, _ANSWER_SECONDS))
+        held = set(self._crew.wait(refs, "held_step", _ANSWER_SECONDS))
         return held.pop() if len(held) == 1 else None
 
     def begin_save(self, folder: Path, step: int) -> None:
@@ -220,7 +237,7 @@ class TrainerGroup:
     def _all(self, method: str, *args: Any, **named: Any) -> list[Any]:
         """What every actor's own `method` returns."""
         refs = [getattr(actor, method).remote(*args, **named) for actor in self._actors]
-        return runtime.wait(refs, self._names)
+        return self._crew.wait(refs, args[0] if method == "call" else method)
 
     def _rank(self, method: str, *args: Any, **named: Any) -> list[Any]:
         """What every `TrainerRank`'s `method` returns."""

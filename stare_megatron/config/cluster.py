@@ -15,7 +15,12 @@ class ClusterConfig(Section):
         default=0, ge=0, le=65535, description="TCP port where trainer ranks meet, on rank 0's node; 0: a free one."
     )
     object_store_mb: int = Field(default=512, ge=80, description="Object store of a local Ray, MB.")
-    start_timeout: float = Field(default=600.0, gt=0, description="Seconds to wait for ranks and engines to be ready.")
+    start_timeout: float = Field(
+        default=0.0,
+        ge=0,
+        description="Seconds to wait for the next rank or engine to be ready; 0: 600, and 1 for each 100 MB of the "
+        "model's weights.",
+    )
 
     @model_validator(mode="after")
     def _local(self) -> ClusterConfig:

@@ -8,6 +8,12 @@ from stare_megatron.config.base import Section
 
 
 class SyncConfig(Section):
+    push_timeout: float = Field(
+        default=0.0,
+        ge=0,
+        description="Seconds a push may take before the run stops; 0: 300, and 1 for each 100 MB of the model's "
+        "weights.",
+    )
     probe_every: int = Field(
         default=1, ge=0, description="Compare engine and trainer log-probs after every n-th push; 0: never."
     )

@@ -94,7 +94,12 @@ class TrainerConfig(Section):
         "engines, without a pass; see docs/scoring.md.",
     )
     recompute: Free[Literal["none", "selective", "full"]] = Field(
-        default="none", description="Activation recomputation."
+        default="none", description="Activation recomputation: of the layers' parts in `recompute_modules`, or of all."
+    )
+    recompute_modules: Free[list[Literal["core_attn", "layernorm", "mlp", "moe", "moe_act"]]] = Field(
+        default=[],
+        description='What `recompute = "selective"` computes again: `mlp` (a dense model\'s), `moe` or `moe_act` (a '
+        "mixture of experts', or its activation alone), `layernorm`, `core_attn`; empty: `mlp` or `moe`.",
     )
     optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(), description="Optimizer settings.")
     megatron: PassThrough = Field(
@@ -117,4 +122,8 @@ class TrainerConfig(Section):
             raise ValueError("virtual_pipeline > 1 needs pipeline_parallel > 1")
         if self.sequence_parallel and self.tensor_parallel == 1:
             raise ValueError("sequence_parallel needs tensor_parallel > 1")
+        if self.recompute_modules and self.recompute != "selective":
+            raise ValueError(
+                f'recompute_modules = {self.recompute_modules} is for recompute = "selective", it is "{self.recompute}"'
+            )
         return self

@@ -37,7 +37,6 @@ NEEDS: Mapping[str, str] = {
     "experts": "it is for a mixture of experts, and model.path has none",
     "transformer_engine": "it is for Transformer Engine's layers, and those here are torch's",
     "recompute_full": 'it is for trainer.recompute = "full"',
-    "recompute_selective": 'it is for trainer.recompute = "selective"',
     "virtual_pipeline": "it is for trainer.virtual_pipeline > 1",
     "gpu": "it is for GPUs; on a CPU it does nothing, or the run sets it itself",
     "tensor_parallel": "it is for inference.tensor_parallel > 1",
@@ -56,19 +55,12 @@ def _one_of(*choices: str, needs: str = "") -> Option:
     return Option(" or ".join(f'"{choice}"' for choice in choices), lambda v: v in choices, needs)
 
 
-_MODULES = ("core_attn", "mlp", "moe")  # others need Transformer Engine: they do not keep outputs
-
 MEGATRON_OPTIONS: Mapping[str, Option] = {
     "expert_tensor_parallel_size": _whole("experts"),
     "moe_token_dispatcher_type": _one_of("alltoall", "allgather", needs="experts"),
     "moe_router_dtype": _one_of("fp32", "fp64", needs="experts"),
     "recompute_method": _one_of("uniform", "block", needs="recompute_full"),
     "recompute_num_layers": _whole("recompute_full"),
-    "recompute_modules": Option(
-        f"a list of {', '.join(_MODULES)}",
-        lambda v: isinstance(v, list) and bool(v) and all(m in _MODULES for m in v) and len(v) == len(set(v)),
-        "recompute_selective",
-    ),
     "microbatch_group_size_per_vp_stage": _whole("virtual_pipeline"),
     "deterministic_mode": _flag(),
     **dict.fromkeys(
@@ -114,6 +106,7 @@ MEGATRON_REFUSED: tuple[tuple[str, str], ...] = (
     ("expert_model_parallel_size", "set trainer.expert_parallel instead"),
     ("sequence_parallel", "set trainer.sequence_parallel instead"),
     ("recompute_granularity", "set trainer.recompute instead"),
+    ("recompute_modules", "set trainer.recompute_modules instead"),
     ("fp16|bf16|params_dtype|pipeline_dtype|autocast_dtype|enable_autocast", "set model.dtype instead"),
     (
         "num_layers|hidden_size|num_attention_heads|num_query_groups|ffn_hidden_size|kv_channels|normalization"
@@ -230,7 +223,6 @@ def megatron_lacking(trainer: TrainerConfig, *, experts: bool, engine: bool | No
         "experts": experts,
         "transformer_engine": engine is not False,
         "recompute_full": trainer.recompute == "full",
-        "recompute_selective": trainer.recompute == "selective",
         "virtual_pipeline": trainer.virtual_pipeline > 1,
     }
     return frozenset(need for need, met in have.items() if not met)

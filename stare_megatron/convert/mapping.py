@@ -48,15 +48,12 @@ def mcore_tensors(shape: ModelShape, dtype: torch.dtype, padded_vocab: int) -> d
 
 
 def mcore_objects(shape: ModelShape) -> Iterator[str]:
-    """Keys of the (empty) objects that Megatron-Core's linears and Transformer Engine's attention ask for: the scales
-    of FP8, had there been any."""
+    """Keys of the (empty) objects that Megatron-Core's linears and Transformer Engine's linears, norms and attention
+    ask for where others than this package load the checkpoint: the scales of FP8, had there been any."""
+    yield "decoder.final_layernorm._extra_state/shard_0_1"
     first = [entry for entry in entries(shape) if entry.layer == 0]
     modules = {"decoder.layers.self_attention.core_attention": first[0]}
-    modules |= {
-        entry.saved.removesuffix(".weight"): entry
-        for entry in first
-        if entry.tensor.layout is not Split.REPLICATED and entry.saved.endswith(".weight")
-    }
+    modules |= {entry.saved.removesuffix(".weight"): entry for entry in first if entry.saved.endswith(".weight")}
     for module, entry in modules.items():
         for layer in range(shape.layers):
             if not entry.of_experts:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import enum
 import functools
+import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from stare_megatron.errors import UserError
 from stare_megatron.host.memory import peak_resident_bytes
 
 if TYPE_CHECKING:
@@ -42,24 +45,65 @@ def current() -> Device:
     return Device.CUDA if torch.cuda.is_available() else Device.CPU
 
 
-@functools.cache
-def gpu_names() -> tuple[str, ...]:
-    """NVIDIA GPUs this process may use, by name, without importing torch; () where `current` would say CPU.
+class Gpu(NamedTuple):
+    """`bytes`: its memory; 0 where the driver does not say (a MIG instance without a size in its name)."""
 
-    Asks `nvidia-smi`, which comes with the driver, and honours CUDA_VISIBLE_DEVICES by count.
+    name: str
+    bytes: int
+    uuid: str
+
+
+def gpus() -> tuple[Gpu, ...]:
+    """NVIDIA GPUs this process may use, in CUDA's order, without importing torch; () where `current` would say CPU.
+
+    Asks `nvidia-smi`, which comes with the driver, and reads CUDA_VISIBLE_DEVICES as CUDA does: indices, UUIDs
+    (`GPU-...`, or the beginning of one) and MIG instances (`MIG-...`), up to the first that is none.
     """
     if os.environ.get("STARE_DEVICE", "") == Device.CPU.value or shutil.which("nvidia-smi") is None:
         return ()
-    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return ()
-    names = tuple(line.strip() for line in done.stdout.splitlines() if line.strip())
+    lines = [
+        line.split(",") for line in _nvidia_smi("--query-gpu=name,memory.total,uuid", "--format=csv,noheader,nounits")
+    ]
+    found = []
+    for name, *rest in lines:
+        memory, uuid = (*(part.strip() for part in rest), "", "")[:2]
+        found.append(Gpu(name.strip(), int(memory) * 2**20 if memory.isdigit() else 0, uuid))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return names
-    return names[: len([item for item in visible.split(",") if item.strip() not in ("", "-1")])]
+    if visible is None or not found:
+        return tuple(found)
+    chosen: list[Gpu] = []
+    for item in map(str.strip, visible.split(",")):
+        if item.startswith("MIG-"):
+            chosen.append(_mig_instance(item))
+        elif item.isdigit() and int(item) < len(found):
+            chosen.append(found[int(item)])
+        elif item.startswith("GPU-") and (same := [g for g in found if g.uuid.startswith(item)]):
+            chosen.append(same[0])
+        else:
+            break
+    return tuple(chosen)
+
+
+@functools.cache
+def gpu_names() -> tuple[str, ...]:
+    """The names of `gpus`."""
+    return tuple(gpu.name for gpu in gpus())
+
+
+def _nvidia_smi(*arguments: str) -> list[str]:
+    """Its lines; none where it fails."""
+    try:
+        done = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line for line in done.stdout.splitlines() if line.strip()]
+
+
+def _mig_instance(uuid: str) -> Gpu:
+    """A line of `nvidia-smi -L` is "  MIG 3g.40gb     Device  0: (UUID: MIG-...)"."""
+    line = next((line for line in _nvidia_smi("-L") if uuid in line), "")
+    size = re.search(r"\.(\d+)gb", line)
+    return Gpu(line.partition("Device")[0].strip() or "MIG", int(size[1]) * 2**30 if size else 0, uuid)
 
 
 def gpu_summary() -> str:
@@ -84,15 +128,43 @@ def distributed_backend() -> str:
 
 
 def weight_transport(colocated: bool) -> str:
-    """Name of the vLLM weight-transfer backend: gloo on CPUs, CUDA IPC on shared GPUs, NCCL between GPUs."""
+    """Name of the vLLM weight-transfer backend: `gloo` on CPUs, `cuda_ipc` on shared GPUs, `nccl` between GPUs."""
     if current() is Device.CPU:
         return "gloo"
-    return "ipc" if colocated else "nccl"
+    return "cuda_ipc" if colocated else "nccl"
 
 
+@functools.cache
 def has_transformer_engine() -> bool:
-    """Transformer Engine needs CUDA; without both the local Megatron-Core spec is used."""
-    return current() is Device.CUDA and importlib.util.find_spec("transformer_engine") is not None
+    """Whether Transformer Engine serves the layers: on a GPU, where it is installed. Else Megatron-Core's local spec.
+
+    Call it before anything of Megatron-Core is imported, which fails in ways of its own, or goes on without, where
+    Transformer Engine is installed and broken.
+
+    Raises:
+        UserError: it is installed and cannot be imported, as when its extension was built for another torch.
+    """
+    if current() is not Device.CUDA or importlib.util.find_spec("transformer_engine") is None:
+        return False
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except (ImportError, OSError, RuntimeError, AssertionError) as e:
+        packages = ("transformer_engine", "transformer_engine_torch", "torch")
+        versions = ", ".join(f"{name} {_version(name)}" for name in packages)
+        raise UserError(
+            f"Transformer Engine is installed and cannot be imported ({versions}): {type(e).__name__}: "
+            f"{next(iter(str(e).splitlines()), '')}; its extension is built against one version of torch: build it "
+            "again with `pip install --no-build-isolation --force-reinstall --no-deps transformer_engine_torch`, or "
+            "uninstall transformer_engine to train with Megatron-Core's local layers (docs/gpu.md)"
+        ) from e
+    return True
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
 
 
 def has_apex() -> bool:
@@ -167,17 +239,19 @@ def engine_environment() -> dict[str, str]:
     }
 
 
-def engine_args(colocated: bool) -> dict[str, Any]:
+def engine_args(colocated: bool, tensor_parallel: int) -> dict[str, Any]:
     """vLLM EngineArgs that follow from the device; `[inference.vllm]` overrides them."""
+    # In a placement group vLLM would start its workers as Ray actors, for which the group has no device left.
+    several: dict[str, Any] = {"distributed_executor_backend": "mp"} if tensor_parallel > 1 else {}
     if current() is Device.CPU:
-        return {
+        return several | {
             "enforce_eager": True,
             "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES,
             # vLLM takes back the draw of a sample it throws away, which it does after part of a prompt, by the
             # generator's offset; CPU generators have none, and the engine dies.
             "enable_chunked_prefill": False,
         }
-    return {"enable_sleep_mode": colocated}
+    return several | {"enable_sleep_mode": colocated}
 
 
 def engine_sleeps() -> bool:

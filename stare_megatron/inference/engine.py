@@ -68,7 +68,7 @@ class Engine:
             "disable_log_stats": True,
             "weight_transfer_config": {"backend": transport},
             "worker_extension_cls": "stare_megatron.sync.worker.ChecksumExtension",
-            **device.engine_args(config.placement == "colocated"),
+            **device.engine_args(config.placement == "colocated", config.tensor_parallel),
             **config.vllm,
         }
         self._llm: AsyncLLM | None = None

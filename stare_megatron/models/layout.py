@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from stare_megatron.config import TrainerConfig
 from stare_megatron.errors import UserError
+from stare_megatron.models.shape import ModelShape
 
 
 def check_layout(config: TrainerConfig, gpus: bool | None) -> None:
@@ -33,6 +34,28 @@ def check_layout(config: TrainerConfig, gpus: bool | None) -> None:
 def expert_tensor_parallel(config: TrainerConfig) -> int:
     """Ranks that split one expert: `trainer.megatron.expert_tensor_parallel_size`, upstream's default is TP."""
     return int(config.megatron.get("expert_tensor_parallel_size") or config.tensor_parallel)
+
+
+def recompute_modules(config: TrainerConfig, shape: ModelShape) -> list[str]:
+    """The parts of a layer that `trainer.recompute = "selective"` computes again, by Megatron-Core's names.
+
+    Where none is asked for, the largest activations a layer keeps: the MLP's, or the experts'. Upstream's own default
+    is the attention's core, of which the fused kernels keep almost nothing.
+
+    Raises:
+        UserError: a part that this model does not have.
+    """
+    dense = shape.experts is None
+    if (
+        other := {"moe", "moe_act"} & set(config.recompute_modules)
+        if dense
+        else {"mlp"} & set(config.recompute_modules)
+    ):
+        kind, cure = ("no experts", "mlp") if dense else ("experts in every layer", "moe")
+        raise UserError(
+            f"trainer.recompute_modules names {sorted(other)[0]!r}, but the model has {kind}; use {cure!r} instead"
+        )
+    return list(config.recompute_modules) or ["mlp" if dense else "moe"]
 
 
 def padded_vocab(vocab: int, tensor_parallel: int) -> int:

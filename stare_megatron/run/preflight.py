@@ -234,6 +234,7 @@ def check_layout(config: Config, shape: ModelShape) -> None:
             f'model.dtype = "float16" is for dense models, and {config.model.path} has experts: upstream scales the '
             'loss by one factor and the gradients of experts by another; set "bfloat16"'
         )
+    layout.recompute_modules(t, shape)
     shape.check_layout(
         tensor_parallel=t.tensor_parallel,
         pipeline_parallel=t.pipeline_parallel,

@@ -13,7 +13,9 @@ from stare_megatron.cluster.sandboxes import Sandboxes
 from stare_megatron.cluster.trainers import TrainerGroup
 from stare_megatron.config import Config
 from stare_megatron.host import device
+from stare_megatron.models.families import read_hf_config
 from stare_megatron.rollout.groups import make_runner
+from stare_megatron.run import sizing
 
 
 class Session:
@@ -45,25 +47,41 @@ def open_session(
         UserError: the cluster, the model or the layout does not allow it. RunError: something did not start.
     """
     ranks = config.trainer.world_size if trainers else 0
-    timeout = config.cluster.start_timeout
-    transport = device.weight_transport(colocated=config.inference.placement == "colocated")
+    colocated = config.inference.placement == "colocated"
+    transport = device.weight_transport(colocated=colocated)
+    config = sizing.with_time_limits(config)
+    # vLLM takes the memory of the whole GPU that goes while it measures its own for its own: ranks first, where they
+    # share one. On CPUs and elsewhere all start at once.
+    in_turn = trainers and colocated and device.current() is device.Device.CUDA
     with contextlib.ExitStack() as stack:
         status("starting Ray")
         stack.enter_context(runtime.cluster(config.cluster, placement.actors(config, ranks)))
         places = placement.plan(config, trainers=trainers)
         stack.callback(places.release)
+        if device.current() is device.Device.CUDA:
+            shape = read_hf_config(config.model.path)
+            config = sizing.with_engine_sizes(config, shape, places.gpu_bytes, trainers=trainers)
+            status("engines: " + ", ".join(f"{key} {value}" for key, value in config.inference.vllm.items()))
         sandboxes = Sandboxes(config.sandbox, logs, wanted=config.uses_sandbox)
         stack.callback(sandboxes.close)
         status("starting engines and trainer ranks" if trainers else "starting engines")
         runner = functools.partial(make_runner, config)
-        engines = EngineGroup(config, places.engines, transport, runner, sandboxes.actors, logs)
-        stack.callback(engines.close)
-        group = None
-        if trainers:
-            group = TrainerGroup(config, places.trainers, logs)
+
+        def start_ranks() -> TrainerGroup:
+            group = TrainerGroup(config, places.trainers, logs, status)
             stack.callback(group.close)
-        sandboxes.ready(timeout)
-        if group is not None:
+            return group
+
+        group = None
+        if in_turn:
+            group = start_ranks()
+            group.ready()
+        engines = EngineGroup(config, places.engines, transport, runner, sandboxes.actors, logs, status)
+        stack.callback(engines.close)
+        if trainers and not in_turn:
+            group = start_ranks()
+        sandboxes.ready(config.cluster.start_timeout)
+        if group is not None and not in_turn:
             group.ready()
         engines.ready()
         if group is not None:

@@ -7,7 +7,7 @@ and all workers, a handshake that carries the wire parameters, one `update_weigh
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Self
 
@@ -151,12 +151,14 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
             return cls(client, source, init_info, None)
         store = wire.host_store(init_info.host)
         worker = GlooInitInfo(init_info.host, store.port, 1, init_info.world_size, init_info.buffer_bytes)
-        # Workers block in their call until the group is complete, so it runs beside the sender's own joining.
-        with ThreadPoolExecutor(1) as pool:
-            joined = pool.submit(client.init_weight_transfer_engine, asdict(worker))
-            group = wire.GlooGroup(store, 0, init_info.world_size)
-            joined.result()
-        return cls(client, source, init_info, group)
+        # Both sides block until the group is complete: a worker's error must end the sender's waiting too.
+        pool = ThreadPoolExecutor(2)
+        joined: Future[Any] = pool.submit(client.init_weight_transfer_engine, asdict(worker))
+        group: Future[Any] = pool.submit(wire.GlooGroup, store, 0, init_info.world_size)
+        pool.shutdown(wait=False)
+        for done in wait((joined, group), return_when=FIRST_EXCEPTION).done:
+            done.result()
+        return cls(client, source, init_info, group.result())
 
     def send_weights(self) -> None:
         specs = tuple(ParamSpec(m.name, m.dtype, m.shape) for m in self._source.metadata())

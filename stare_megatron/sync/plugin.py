@@ -11,7 +11,7 @@ PARENT = "STARE_ENGINE_PARENT"
 
 
 def register() -> None:
-    """Make the backend `gloo` known to vLLM's weight-transfer factories. Repeated calls do nothing.
+    """Make the backends `gloo` and `cuda_ipc` known to vLLM's weight-transfer factories. Repeated calls do nothing.
 
     In an engine core that one of our engines started, also see to it that it ends with its parent: vLLM's survives
     when that is killed.
@@ -23,6 +23,11 @@ def register() -> None:
         WeightTransferEngineFactory.register_engine("gloo", module, "GlooWeightTransferEngine")
     if "gloo" not in WeightTransferTrainerFactory._registry:
         WeightTransferTrainerFactory.register_engine("gloo", module, "GlooTrainerWeightTransferEngine")
+    if "cuda_ipc" not in WeightTransferEngineFactory._registry:
+        # The trainer's side is vLLM's; `push.Client` writes its handles as this one reads them.
+        WeightTransferEngineFactory.register_engine(
+            "cuda_ipc", "stare_megatron.sync.ipc", "CudaIpcWeightTransferEngine"
+        )
     if os.environ.get(PARENT) == str(os.getppid()):
         threading.Thread(target=_end_with, args=(os.getppid(),), name="end-with-parent", daemon=True).start()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from stare_megatron.host.ports import free_port
+from stare_megatron.models.hf_folder import spec_bytes
 from stare_megatron.sync.fanout import EngineFanOut
 from stare_megatron.sync.source import WeightStream, weight_source
 
@@ -12,11 +13,13 @@ if TYPE_CHECKING:
     from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeightTransferEngine
 
 
-class _Versioned:
-    """A client that gives `version` to the engines: vLLM's trainer engines finish an update without one."""
+class Client:
+    """What vLLM's trainer engines call: adds `version`, without which they finish an update, and with `plain_handles`
+    makes CUDA IPC handles such as the engines' processes can pass on (see `sync.ipc`)."""
 
-    def __init__(self, client: EngineFanOut) -> None:
+    def __init__(self, client: EngineFanOut, *, plain_handles: bool) -> None:
         self._client = client
+        self._plain_handles = plain_handles
         self.version = 0
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
@@ -26,6 +29,11 @@ class _Versioned:
         self._client.start_weight_update()
 
     def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
+        if self._plain_handles:
+            from stare_megatron.sync.ipc import plain
+
+            assert isinstance(update_info, dict)
+            update_info = plain(update_info)
         self._client.update_weights(update_info)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
@@ -36,7 +44,7 @@ class WeightPusher:
     """Pushes the policy into the running engines. Every trainer rank has one and calls it together with the others.
 
     Args:
-        transport: `device.weight_transport()`: gloo, nccl or ipc.
+        transport: `device.weight_transport()`: gloo, nccl or cuda_ipc.
         rank: trainer rank; rank 0 sends and is the only one that calls `client`.
         stream: the policy's parameters.
         client: the engines (rank 0; on other ranks it is not called).
@@ -47,7 +55,7 @@ class WeightPusher:
         self._transport = transport
         self._rank = rank
         self._stream = stream
-        self._client = _Versioned(client)
+        self._client = Client(client, plain_handles=transport == "cuda_ipc")
         self._host = host
         self._world_size = 1 + sum(client.workers)
         self._engine: TrainerWeightTransferEngine | None = None
@@ -78,7 +86,7 @@ class WeightPusher:
 
     def _only_iterates(self) -> bool:
         """A rank other than 0 of a broadcasting backend only takes part in the passes over the stream, so it can do
-        without vLLM (9 s and hundreds of MB). With ipc every rank shares its GPU's memory."""
+        without vLLM (9 s and hundreds of MB). With cuda_ipc every rank shares its GPU's memory."""
         return self._rank != 0 and self._transport in ("gloo", "nccl")
 
     def _init_info(self) -> TrainerInitInfo:
@@ -90,8 +98,10 @@ class WeightPusher:
             from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
             return NCCLTrainerInitInfo(self._host, free_port(), self._world_size, rank=self._rank)
-        if self._transport == "ipc":
+        if self._transport == "cuda_ipc":
             from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
-            return IPCTrainerInitInfo(packed=True, rank=self._rank)
-        raise ValueError(f"no weight transport {self._transport!r}: gloo, nccl or ipc")
+            # A tensor travels in one piece, and vLLM's buffer is as large as it is told, not as the largest tensor.
+            largest = max(IPCTrainerInitInfo.packed_buffer_size_bytes, *map(spec_bytes, self._stream.specs))
+            return IPCTrainerInitInfo(packed=True, packed_buffer_size_bytes=largest, rank=self._rank)
+        raise ValueError(f"no weight transport {self._transport!r}: gloo, nccl or cuda_ipc")

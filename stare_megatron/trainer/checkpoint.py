@@ -21,7 +21,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from stare_megatron.config import TrainerConfig
 from stare_megatron.errors import UserError
-from stare_megatron.trainer import parallel
+from stare_megatron.trainer import model_state, parallel
 from stare_megatron.trainer.ungathered import live_storages, local_state, parts
 from stare_megatron.trainer.writing import Writer, Writing
 
@@ -86,7 +86,7 @@ def restore(
     except CheckpointingException as e:
         raise UserError(f"{folder}: cannot be loaded into this model: {e}") from e
     for i, chunk in enumerate(chunks):
-        chunk.module.load_state_dict(state[f"model{i}"])
+        model_state.load(chunk.module, state[f"model{i}"])
     optimizer.load_state_dict(state["optimizer"])
     if same_layout:
         random = state["random"]
@@ -102,8 +102,7 @@ def _sharded_state(
     models: dict[str, Any] = {}
     for i, chunk in enumerate(chunks):
         # The unwrapped model: DistributedDataParallel would put "module." before every name.
-        model: Any = chunk.module
-        models[f"model{i}"] = model.sharded_state_dict(metadata=metadata)
+        models[f"model{i}"] = model_state.sharded(chunk.module, metadata)
     together = models["model0"] if len(chunks) == 1 else models
     optimizer_state = optimizer.sharded_state_dict(together, is_loading=is_loading, metadata=metadata)
     return models | {"optimizer": optimizer_state}

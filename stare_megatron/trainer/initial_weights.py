@@ -12,6 +12,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
 from stare_megatron.errors import UserError
+from stare_megatron.trainer import model_state
 from stare_megatron.trainer.checkpoint import CONTENT
 
 
@@ -25,8 +26,7 @@ def load(folder: Path, chunks: Sequence[torch.nn.Module]) -> None:
     """
     if not (folder / "metadata.json").is_file():
         raise UserError(f"{folder}: not a Megatron-Core checkpoint (no metadata.json)")
-    modules: list[Any] = list(chunks)
-    wanted = {f"model{i}": module.sharded_state_dict(metadata=dict(CONTENT)) for i, module in enumerate(modules)}
+    wanted = {f"model{i}": model_state.sharded(module, CONTENT) for i, module in enumerate(chunks)}
     try:
         state: Any = dist_checkpointing.load(wanted, str(folder))
     except (CheckpointingException, CheckpointException) as e:
@@ -34,5 +34,5 @@ def load(folder: Path, chunks: Sequence[torch.nn.Module]) -> None:
         cause = next(iter(e.failures.values()))[0] if isinstance(e, CheckpointException) else e
         reason = str(cause).partition("\n")[0].partition(" from model not in state dict")[0][:200]
         raise UserError(f"{folder}: cannot be loaded into this model: {reason}") from e
-    for i, module in enumerate(modules):
-        module.load_state_dict(state[f"model{i}"])
+    for i, module in enumerate(chunks):
+        model_state.load(module, state[f"model{i}"])

@@ -19,7 +19,7 @@ from stare_megatron.errors import UserError
 from stare_megatron.host import device as devices
 from stare_megatron.models import rotary
 from stare_megatron.models.families import read_hf_config
-from stare_megatron.models.layout import expert_tensor_parallel, padded_vocab
+from stare_megatron.models.layout import expert_tensor_parallel, padded_vocab, recompute_modules
 from stare_megatron.models.shape import ModelShape
 from stare_megatron.trainer import bridge, initial_weights, parallel, rope, spec
 from stare_megatron.trainer.head import PolicyModel
@@ -110,14 +110,27 @@ def policy_config(shape: ModelShape, dtype: torch.dtype, trainer: TrainerConfig)
     if trainer.virtual_pipeline > 1:
         # With two stages, batched messages to "previous" and "next" are between the same pair and get mixed up.
         settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
-    if trainer.recompute != "none":
-        settings["recompute_granularity"] = trainer.recompute
-    if trainer.recompute == "full":
-        settings |= {"recompute_method": "uniform", "recompute_num_layers": 1}
+    settings |= _recompute_settings(shape, trainer)
     try:
         return PolicyConfig(**(settings | trainer.megatron))
     except (ValueError, AssertionError, TypeError) as e:
         raise UserError(f"Megatron-Core refuses the settings of [trainer]: {e}") from e
+
+
+def _recompute_settings(shape: ModelShape, trainer: TrainerConfig) -> dict[str, Any]:
+    """TransformerConfig fields of `trainer.recompute`. Raises: UserError: a module that cannot be recomputed."""
+    if trainer.recompute == "none":
+        return {}
+    if trainer.recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    modules = recompute_modules(trainer, shape)
+    if {"layernorm", "moe_act"} & set(modules) and not spec.providers().transformer_engine:
+        # Upstream recomputes these two with code that names Transformer Engine's classes.
+        raise UserError(
+            f"trainer.recompute_modules = {modules}: layernorm and moe_act need Transformer Engine, which does not "
+            "serve the layers here; leave them out"
+        )
+    return {"recompute_granularity": "selective", "recompute_modules": modules}
 
 
 def build_model(

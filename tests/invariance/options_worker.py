@@ -17,7 +17,6 @@ OPTIONS: dict[str, tuple[dict[str, Any], Any, bool]] = {
     "moe_router_dtype": ({}, "fp64", True),
     "recompute_method": ({"recompute": "full"}, "block", False),
     "recompute_num_layers": ({"recompute": "full", "megatron": {"recompute_method": "block"}}, 2, False),
-    "recompute_modules": ({"recompute": "selective"}, ["mlp"], False),
     "deterministic_mode": ({}, True, False),
 }
 

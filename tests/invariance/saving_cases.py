@@ -213,3 +213,43 @@ def _save_forever(rank: Rank, model: Path, root: Path, number: int, report: int)
     while True:
         done += 1
         saver.save(dataclasses.replace(STATE, step=done))
+
+
+def across_specs(rank: Rank, *, checkpoint: Path, converted: Path, folder: Path) -> list[UpdateStats]:
+    """The next step after one that was saved: as it was, then with the checkpoint loaded back and forth between norms
+    without and with an `_extra_state`, as Transformer Engine's have one, and from a checkpoint that holds them."""
+    from stare_megatron.trainer import model_state, spec
+
+    ports, config = Ports(rank), make_config(checkpoint, {})
+    local, found = spec.RMSNorm, []
+
+    class Norm(local):
+        def get_extra_state(self) -> Any:
+            import torch
+
+            return torch.empty(0, dtype=torch.uint8)
+
+        def set_extra_state(self, state: Any) -> None:
+            pass
+
+    def go(norm: type, source: Path | None, out: Path, model: Path | str = "") -> None:
+        spec.RMSNorm = norm
+        trainer = start(ports.next(), make_config(checkpoint, {"model": {"weights": str(model)}}))
+        if source is None:
+            step(trainer, config, 1)
+        else:
+            assert trainer.restore(source) == 7
+        save(trainer, out, 7)
+        found.append(step(trainer, config, 2))
+        trainer.close()
+
+    go(local, None, folder / "local")
+    go(Norm, folder / "local", folder / "engine", converted)
+    go(local, folder / "engine", folder / "back", converted)
+    sharded = model_state.sharded
+    model_state.sharded = lambda module, metadata: module.sharded_state_dict(metadata=dict(metadata))  # type: ignore[operator]
+    go(Norm, None, folder / "older")
+    model_state.sharded = sharded
+    go(local, folder / "older", folder / "newer")
+    go(Norm, folder / "older", folder / "newest", folder / "older")
+    return found

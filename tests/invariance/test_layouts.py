@@ -51,6 +51,8 @@ SLOW_TWO_RANKS: list[tuple[str, dict[str, Any]]] = [
     ("qwen3_moe", CP2),
     ("qwen3_moe", VPP2),
     ("qwen3", TP2 | {"recompute": "selective"}),
+    ("qwen3", TP2 | {"recompute": "selective", "recompute_modules": ["mlp", "core_attn"]}),
+    ("qwen3_moe", EP2 | {"recompute": "selective"}),
     ("qwen3", PP2 | {"recompute": "full"}),
 ]
 SLOW_FOUR_RANKS: list[tuple[str, dict[str, Any]]] = [

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 from launch import launch
+from rich.console import Console
 from step_cases import make_checkpoint
 
 from stare_megatron import checkpoint
 from stare_megatron.convert.inspection import McoreTensors, differences
+from stare_megatron.convert.run import Options, convert
 from stare_megatron.convert.torch_dist import TorchDist
 
 
@@ -95,3 +97,16 @@ def test_a_killed_save_leaves_the_last_checkpoint_loadable(model, tmp_path, kill
     newest = checkpoint.find(root, "auto")
     assert newest is not None
     checkpoint.verify(newest, contents=True)
+
+
+def test_a_checkpoint_loads_with_and_without_transformer_engines_extra_states(model, tmp_path):
+    converted = tmp_path / "converted"
+    convert(Options(model, converted), Console(quiet=True))
+    assert any("final_layernorm._extra_state" in key for key in TorchDist(converted).objects)  # for others' loaders
+    arguments = {"checkpoint": model, "converted": converted, "folder": tmp_path}
+    (found,) = launch("saving_cases:across_specs", 1, arguments, timeout=300)
+    assert all(stats == found[0] for stats in found), found
+    keys = {name: TorchDist(tmp_path / name).objects for name in ("local", "engine", "older")}
+    assert not any("_extra_state" in key for name in ("local", "engine") for key in keys[name])
+    assert any("final_layernorm._extra_state" in key for key in keys["older"])
+    assert same(tmp_path / "local", tmp_path / "back")

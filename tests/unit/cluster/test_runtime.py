@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from typing import Any
@@ -87,3 +88,31 @@ def test_everything_but_the_driver_is_deaf_to_sigterm_and_gone_at_the_end(tmp_pa
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "left: []" in done.stdout
+
+
+def test_a_node_that_does_not_answer_is_not_said_to_be_dead(monkeypatch):
+    def get(ref: Any) -> Any:
+        raise ray.exceptions.ActorUnavailableError("RpcError: keepalive watchdog timeout rpc_code: 14", None)
+
+    monkeypatch.setattr(ray, "get", get)
+    reference: Any = object()
+    with pytest.raises(RunError, match=r"^trainer rank 1: its node does not answer") as e:
+        runtime.get(reference, "trainer rank 1")
+    assert "died" not in str(e.value)
+    assert "keepalive watchdog timeout" in str(e.value)
+    assert "the process may still run" in str(e.value)
+
+
+def test_gloo_uses_the_interface_of_the_nodes_address(monkeypatch):
+    """Whatever the host's name resolves to."""
+    monkeypatch.setattr(runtime, "node_address", lambda: "127.0.0.1")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    runtime.use_network_of_node()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    runtime.use_network_of_node()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7"
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    monkeypatch.setattr(runtime, "node_address", lambda: "203.0.113.9")
+    runtime.use_network_of_node()
+    assert "GLOO_SOCKET_IFNAME" not in os.environ

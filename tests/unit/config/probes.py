@@ -18,7 +18,7 @@ from stare_megatron.algo.correction import correct
 from stare_megatron.algo.losses.types import LossInputs, Sequences
 from stare_megatron.algo.reduce import token_factors
 from stare_megatron.algo.registry import ALGORITHMS
-from stare_megatron.cluster import engines, placement, runtime
+from stare_megatron.cluster import placement, runtime
 from stare_megatron.config import Config
 from stare_megatron.data.packing import num_micro_batches, plan_updates
 from stare_megatron.data.prompts import PromptStream, load_prompts
@@ -59,7 +59,9 @@ def adam(c: Config) -> Any:
         made.append(config)
         return SimpleNamespace(scale_loss=None)
 
-    chunk = SimpleNamespace(config=SimpleNamespace(bf16=c.model.dtype == "bfloat16", params_dtype=None))
+    chunk = SimpleNamespace(
+        config=SimpleNamespace(bf16=c.model.dtype == "bfloat16", fp16=c.model.dtype == "float16", params_dtype=None)
+    )
     before = optimizer.get_megatron_optimizer, optimizer.get_model_config
     optimizer.get_megatron_optimizer, optimizer.get_model_config = keep, lambda c: c.config
     try:
@@ -173,18 +175,15 @@ def sandbox(c: Config) -> Any:
 
 
 def places(c: Config) -> Any:
-    """Actors, what a local Ray is started with, and how long they are waited for."""
+    """What a local Ray is started with, actors among it."""
     told: dict[str, Any] = {}
-    before = runtime.ray.init, runtime.ray.shutdown, runtime.wait
+    before = runtime.ray.init, runtime.ray.shutdown
     runtime.ray.init, runtime.ray.shutdown = lambda **kw: told.update(kw), lambda: None
-    runtime.wait = lambda refs, names, timeout=None: told.update(timeout=timeout)  # type: ignore[assignment]
     try:
         with runtime.cluster(c.cluster, placement.actors(c, c.trainer.world_size)):
-            engines.EngineGroup(c, (), "gloo", None, (), Path()).ready()  # type: ignore[arg-type]
+            return told
     finally:
-        runtime.ray.init, runtime.ray.shutdown, runtime.wait = before
-    made = placement.plan(c)
-    return told, len(made.trainers), len(made.engines)
+        runtime.ray.init, runtime.ray.shutdown = before
 
 
 def reflections(c: Config) -> Any:

@@ -183,6 +183,7 @@ EFFECTS: dict[str, Seen | Refused | str] = {
     "trainer.updates_per_batch": Seen(probes.plan, 2),
     "trainer.scoring": Refused("rollout", "needs rollout.temperature = 1"),
     "trainer.recompute": Seen(probes.megatron, "full"),
+    "trainer.recompute_modules": Seen(probes.megatron, ["core_attn"], {"trainer.recompute": "selective"}),
     "trainer.optimizer.lr": Seen(probes.rates, 1e-3),
     "trainer.optimizer.warmup_steps": Seen(probes.rates, 3),
     "trainer.optimizer.schedule": Seen(probes.rates, "linear"),
@@ -197,6 +198,7 @@ EFFECTS: dict[str, Seen | Refused | str] = {
     "inference.max_model_len": Seen(probes.engine, 50),
     "inference.vllm": Seen(probes.engine, {"max_num_seqs": 5}),
     "sync.probe_every": "tests/unit/run/test_weights.py::test_probed_every_nth_version",
+    "sync.push_timeout": "tests/unit/run/test_sizing.py",
     "sync.probe_threshold": "tests/unit/run/test_weights.py",
     "checkpoint.every": Seen(probes.saved, 2),
     "checkpoint.asynchronous": STORE + "test_a_rescue_ends_the_save_under_way",
@@ -234,7 +236,7 @@ EFFECTS: dict[str, Seen | Refused | str] = {
     "cluster.address": "tests/unit/run/test_preflight.py::test_nobody_at_the_address",
     "cluster.port": "tests/unit/run/test_preflight.py::test_port_in_use",
     "cluster.object_store_mb": Seen(probes.places, 800),
-    "cluster.start_timeout": Seen(probes.places, 5.0),
+    "cluster.start_timeout": "tests/unit/run/test_sizing.py",
 }  # fmt: skip
 BASE: dict[str, Any] = {
     "run.steps": 4, "run.dir": "runs", "model.dtype": "float32", "reward.name": "exact",

@@ -17,7 +17,7 @@ from stare_megatron.errors import UserError
 from stare_megatron.host import device
 from stare_megatron.models.entries import full_shapes
 from stare_megatron.models.families import FAMILIES, read_hf_config
-from stare_megatron.models.layout import check_layout
+from stare_megatron.models.layout import check_layout, recompute_modules
 from stare_megatron.models.rotary import Linear, Llama3, Yarn
 from stare_megatron.models.shape import ModelShape, Split
 from stare_megatron.models.shards import Checkpoint, merge, read_shard
@@ -315,6 +315,24 @@ def test_impossible_layouts(monkeypatch: pytest.MonkeyPatch, layout: dict[str, A
     monkeypatch.setattr(device, "current", lambda: device.Device.CPU)
     with pytest.raises(UserError, match=says):
         check_layout(TrainerConfig(**layout), gpus=False)
+
+
+def test_recomputed_modules_are_the_models_and_never_attention_alone_by_default(tmp_path: Path) -> None:
+    """Upstream's default is the attention's core, which fused kernels recompute anyway."""
+    dense, moe = read(tmp_path, QWEN2), read(tmp_path, MOE)
+
+    def of(shape: ModelShape, *modules: Any) -> list[str]:
+        return recompute_modules(TrainerConfig(recompute="selective", recompute_modules=list(modules)), shape)
+
+    assert (of(dense), of(moe)) == (["mlp"], ["moe"])
+    assert of(dense, "layernorm", "core_attn") == ["layernorm", "core_attn"]
+    assert of(moe, "moe_act", "core_attn") == ["moe_act", "core_attn"]
+    with pytest.raises(UserError, match="recompute_modules names 'moe_act', but the model has no experts; use 'mlp'"):
+        of(dense, "moe_act")
+    with pytest.raises(UserError, match="names 'mlp', but the model has experts in every layer; use 'moe'"):
+        of(moe, "mlp")
+    with pytest.raises(ValueError, match='is for recompute = "selective", it is "full"'):
+        TrainerConfig(recompute="full", recompute_modules=["mlp"])
 
 
 def test_a_driver_can_check_cheaply() -> None:

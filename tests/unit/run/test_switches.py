@@ -32,7 +32,7 @@ GPUS = {"cpu": 0, "gpu": 1, "gpus": 8}
 SWITCHES: dict[str, list[Any]] = {
     "machine": list(GPUS),
     "model.path": ["DENSE", "MOE"],
-    "model.dtype": ["bfloat16", "float32"],
+    "model.dtype": ["bfloat16", "float32", "float16"],
     "inference.placement": ["colocated", "separate"],
     "inference.engines": [1, 2],
     "inference.tensor_parallel": [1, 2],

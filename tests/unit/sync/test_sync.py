@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -211,3 +212,18 @@ def test_trainer_side_imports_no_vllm() -> None:
     code = "import stare_megatron.sync.push, stare_megatron.sync.check, stare_megatron.sync.wire, sys; "
     code += "sys.exit('vllm' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_an_engine_that_cannot_join_ends_the_trainers_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    from stare_megatron.sync.push import WeightPusher
+
+    monkeypatch.setattr(wire, "TIMEOUT", timedelta(seconds=5))  # for which the sender would wait for the engine
+
+    def call(method: str, arguments: object) -> None:
+        raise RunError("engine 1: no route to 127.0.1.1")
+
+    weights = make_weights()
+    stream = WeightStream(make_specs(weights), lambda: iter(weights.items()))
+    pusher = WeightPusher("gloo", 0, stream, EngineFanOut([1, 1], call), "127.0.0.1")
+    with pytest.raises(RunError, match="engine 1: no route"):
+        pusher.connect()

@@ -1,0 +1,113 @@
+"""Settings that follow from the size of the model and the load where they are left open.
+
+Time limits for what reads or moves the weights; on GPUs the engines' batches and, where trainer ranks share their
+GPUs, the engines' part of the memory. Estimates in bytes; a GPU's memory is what its driver reports.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from stare_megatron.config import Config
+from stare_megatron.errors import UserError
+from stare_megatron.models.layout import expert_tensor_parallel
+from stare_megatron.models.shape import ModelShape
+from stare_megatron.run.folder import parameter_count
+
+_GIB = 2**30
+_START_S, _PUSH_S = 600.0, 300.0
+_SLOW_BYTES_S = 100e6  # a cold shared file system, or a slow network, per reader
+# CUDA's contexts of a rank and an engine, NCCL's buffers.
+_CONTEXTS_BYTES = 4 * _GIB
+# Least an engine needs beside its weights, to run one batch and hold a few sequences.
+_ENGINE_BYTES = 2 * _GIB
+_MIN_SEQUENCES, _MAX_SEQUENCES = 8, 1024
+_BATCHED_TOKENS = 8192
+_UNKNOWN_SHARE = 0.4
+
+
+def with_time_limits(config: Config) -> Config:
+    """`config` with `cluster.start_timeout` and `sync.push_timeout`, seconds, where they are 0."""
+    slow = weight_bytes(config) / _SLOW_BYTES_S
+    cluster = {"start_timeout": config.cluster.start_timeout or _START_S + slow}
+    sync = {"push_timeout": config.sync.push_timeout or _PUSH_S + slow}
+    return config.model_copy(
+        update={"cluster": config.cluster.model_copy(update=cluster), "sync": config.sync.model_copy(update=sync)}
+    )
+
+
+def with_engine_sizes(config: Config, shape: ModelShape, gpu_bytes: int, *, trainers: bool) -> Config:
+    """`config` for engines on GPUs of `gpu_bytes` (0: unknown): what `[inference.vllm]` leaves open.
+
+    vLLM's defaults for an engine inside another program are 128 sequences and 2,048 tokens a batch, and 92 % of the
+    GPU, as if it were alone there. `trainers`: ranks share the GPUs if `inference.placement` is `colocated`.
+
+    Raises:
+        UserError: engines and ranks cannot share a GPU of this size.
+    """
+    given, i, r = config.inference.vllm, config.inference, config.rollout
+    chosen: dict[str, Any] = {}
+    tokens = given.get("max_num_batched_tokens", _BATCHED_TOKENS)
+    if "max_num_seqs" not in given:
+        prompts = r.prompts_per_generation or r.prompts_per_step
+        # Groups stay together, so that one engine may get a group more than another.
+        share = math.ceil(prompts * r.group_size / i.engines) + r.group_size
+        chosen["max_num_seqs"] = min(max(-(-share // 8) * 8, _MIN_SEQUENCES), _MAX_SEQUENCES, tokens)
+    # Without chunked prefill a batch must hold the longest prompt; vLLM knows how large it is then.
+    if "max_num_batched_tokens" not in given and given.get("enable_chunked_prefill", True):
+        chosen["max_num_batched_tokens"] = max(tokens, given.get("max_num_seqs", 0))
+    if trainers and i.placement == "colocated" and "kv_cache_memory_bytes" not in given:
+        chosen["gpu_memory_utilization"] = _share(config, shape, gpu_bytes)
+    return config.model_copy(update={"inference": i.model_copy(update={"vllm": chosen | given})})
+
+
+def weight_bytes(config: Config) -> int:
+    """Of the whole model in `model.dtype`."""
+    return parameter_count(config.model.path) * (4 if config.model.dtype == "float32" else 2)
+
+
+def rank_bytes(config: Config, shape: ModelShape) -> int:
+    """What a rank holds from its first step on, whatever it does: weights, float32 gradients, optimizer state."""
+    t = config.trainer
+    experts = t.expert_parallel * expert_tensor_parallel(t) if shape.experts else t.tensor_parallel
+    mine = parameter_count(config.model.path) / (t.pipeline_parallel * max(experts, t.tensor_parallel))
+    # Adam's moments, and a float32 copy of weights that are not float32.
+    weight, optimizer = (4, 8.0) if config.model.dtype == "float32" else (2, 12.0)
+    if t.distributed_optimizer:
+        optimizer /= t.data_parallel * t.context_parallel
+    return int(mine * (weight + 4 + optimizer))
+
+
+def _share(config: Config, shape: ModelShape, gpu_bytes: int) -> float:
+    """`gpu_memory_utilization` of a colocated engine, as given or chosen: half of what is left beside what a rank holds
+    for good and the buffers of a push, so that the other half is for a rank's activations.
+
+    Raises:
+        UserError: too much for the GPU, or too little for the engine's weights.
+    """
+    i, given = config.inference, config.inference.vllm.get("gpu_memory_utilization")
+    if not gpu_bytes:
+        return given if given is not None else _UNKNOWN_SHARE
+    rank = rank_bytes(config, shape)
+    engine = weight_bytes(config) / i.tensor_parallel
+    # A push gathers the largest tensor, copies it, and packs it into a buffer of at least 1 GiB.
+    largest = shape.vocab * shape.hidden * (4 if config.model.dtype == "float32" else 2)
+    free = gpu_bytes - rank - _CONTEXTS_BYTES - 3 * largest - max(largest, _GIB)
+    share = given if given is not None else max(0, math.floor(50 * free / gpu_bytes)) / 100
+    sizes = (
+        f"a trainer rank holds {rank / _GIB:.1f} GiB for good and an engine's weights take {engine / _GIB:.1f} of the "
+        f"GPU's {gpu_bytes / _GIB:.1f} GiB"
+    )
+    cure = (
+        "raise trainer.tensor_parallel, trainer.pipeline_parallel or inference.tensor_parallel, or set "
+        "inference.placement=separate"
+    )
+    if share * gpu_bytes < engine + _ENGINE_BYTES:
+        raise UserError(f"inference.vllm.gpu_memory_utilization = {share:g} leaves an engine no room: {sizes}; {cure}")
+    if share * gpu_bytes + rank + _CONTEXTS_BYTES > gpu_bytes:
+        raise UserError(
+            f"inference.vllm.gpu_memory_utilization = {share:g} leaves a trainer rank no room: {sizes}; lower it, "
+            f"{cure}"
+        )
+    return share

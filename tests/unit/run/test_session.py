@@ -1,0 +1,59 @@
+"""In which order a session starts its parts; the parts themselves are stood in for."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from stare_megatron.host import device
+from stare_megatron.run import session, sizing
+from tests.configs import configuration
+
+
+@pytest.fixture
+def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What happens, in its order."""
+    said: list[str] = []
+
+    def part(name: str) -> Any:
+        def make(config: Any, *_: Any, **__: Any) -> Any:
+            said.append(f"{name} start")
+            if name == "engines":
+                said.append(f"seqs {config.inference.vllm.get('max_num_seqs')}")
+            return SimpleNamespace(
+                ready=lambda *_: said.append(f"{name} ready"),
+                close=lambda: said.append(f"{name} close"),
+                connect=lambda *_: said.append("connect"),
+                actors=[],
+            )
+
+        return make
+
+    for name, kind in (("engines", "EngineGroup"), ("ranks", "TrainerGroup"), ("sandboxes", "Sandboxes")):
+        monkeypatch.setattr(session, kind, part(name))
+    monkeypatch.setattr(session.runtime, "cluster", lambda *_: contextlib.nullcontext())
+    places = SimpleNamespace(trainers=(), engines=(), gpu_bytes=0, release=lambda: None)
+    monkeypatch.setattr(session.placement, "plan", lambda *_, **__: places)
+    monkeypatch.setattr(session, "read_hf_config", lambda _: None)
+    monkeypatch.setattr(sizing, "parameter_count", lambda _: 0)
+    return said
+
+
+@pytest.mark.parametrize("placement", ["colocated", "separate"])
+@pytest.mark.parametrize("where", list(device.Device))
+def test_engines_measure_a_gpu_when_the_ranks_have_taken_theirs(monkeypatch, order, where, placement):
+    """vLLM takes what goes of the GPU while it profiles for its own. Elsewhere nothing waits for anything."""
+    monkeypatch.setattr(device, "current", lambda: where)
+    config = configuration(inference={"placement": placement})
+    with session.open_session(config, Path("logs"), lambda _: None):
+        assert order[-1] == "connect"
+    started = order.index("engines start")
+    assert (order.index("ranks ready") < started) == (where is device.Device.CUDA and placement == "colocated")
+    assert order.index("connect") > max(order.index("ranks ready"), order.index("engines ready"))
+    assert sorted(o for o in order if o.endswith("close")) == ["engines close", "ranks close", "sandboxes close"]
+    # Numbers of a CPU run depend on no estimate.
+    assert ("seqs None" in order) == (where is device.Device.CPU)

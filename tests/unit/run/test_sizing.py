@@ -1,0 +1,121 @@
+"""Settings that follow from the model and the load."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from stare_megatron.config import Config
+from stare_megatron.errors import UserError
+from stare_megatron.models.shape import ModelShape
+from stare_megatron.run import sizing
+from tests.configs import configuration
+
+H100 = 81559 * 2**20
+B7 = ModelShape(
+    family="qwen2", layers=28, hidden=3584, ffn=18944, heads=28, kv_groups=4, head_dim=128, vocab=152064, tied=False,
+    qkv_bias=True, qk_norm=False, norm_eps=1e-6, max_positions=32768, rope_theta=1e6, rope_scaling=None, experts=None,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def parameters(monkeypatch) -> dict[str, int]:
+    """7.6 billion, unless a test changes it."""
+    count = {"n": 7_600_000_000}
+    monkeypatch.setattr(sizing, "parameter_count", lambda _: count["n"])
+    return count
+
+
+def make(vllm: dict[str, Any] | None = None, **tables: dict[str, Any]) -> Config:
+    """The layout of examples/tool_use_7b."""
+    base: dict[str, dict[str, Any]] = {
+        "rollout": {"prompts_per_step": 64, "prompts_per_generation": 192, "group_size": 8, "dynamic_sampling": True},
+        "trainer": {"world_size": 16, "tensor_parallel": 4},
+        "inference": {"engines": 16, "vllm": vllm or {}},
+    }
+    return configuration(**{k: base.get(k, {}) | tables.get(k, {}) for k in {*base, *tables}})
+
+
+def chosen(config: Config, gpu_bytes: int = H100, *, trainers: bool = True) -> dict[str, Any]:
+    return sizing.with_engine_sizes(config, B7, gpu_bytes, trainers=trainers).inference.vllm
+
+
+def test_time_limits_grow_with_the_model_and_can_be_set(parameters):
+    small, large = make(), make()
+    parameters["n"] = 100_000
+    small = sizing.with_time_limits(small)
+    assert (small.cluster.start_timeout, small.sync.push_timeout) == (
+        pytest.approx(600, abs=1),
+        pytest.approx(300, abs=1),
+    )
+    parameters["n"] = 32_000_000_000
+    large = sizing.with_time_limits(large)
+    assert large.cluster.start_timeout == pytest.approx(1240)
+    assert large.sync.push_timeout == pytest.approx(940)
+    own = sizing.with_time_limits(make(cluster={"start_timeout": 60.0}, sync={"push_timeout": 7.0}))
+    assert (own.cluster.start_timeout, own.sync.push_timeout) == (60.0, 7.0)
+
+
+def test_batches_hold_an_engines_share_of_the_load():
+    assert chosen(make())["max_num_seqs"] == 104  # 192 x 8 / 16, and one group more
+    assert chosen(make())["max_num_batched_tokens"] == 8192
+    assert chosen(make(inference={"engines": 1}))["max_num_seqs"] == 1024
+    assert chosen(make(vllm={"max_num_batched_tokens": 64}))["max_num_seqs"] == 64  # vLLM wants it so
+    assert chosen(make(vllm={"max_num_seqs": 9000}))["max_num_batched_tokens"] == 9000
+    assert "max_num_batched_tokens" not in chosen(make(vllm={"enable_chunked_prefill": False}))
+
+
+def test_what_the_user_sets_stays():
+    own = {"max_num_seqs": 7, "max_num_batched_tokens": 4096, "gpu_memory_utilization": 0.45, "block_size": 32}
+    assert chosen(make(vllm=own)) == own
+
+
+def test_a_colocated_engine_leaves_room_for_the_rank():
+    config = make()
+    share = chosen(config)["gpu_memory_utilization"]
+    # 1.9 G parameters a rank: 2 bytes of weight, 4 of gradient, 12 / 4 of optimizer state.
+    assert sizing.rank_bytes(config, B7) == pytest.approx(17.1e9, rel=1e-6)
+    left = H100 - 17.1e9 - 4 * 2**30 - 4 * 152064 * 3584 * 2
+    assert share == pytest.approx(left / 2 / H100, abs=0.01)
+    assert share * H100 > 15.2e9 + 2 * 2**30
+    assert chosen(config, 0)["gpu_memory_utilization"] == 0.4  # nobody knows the GPU
+
+
+@pytest.mark.parametrize(
+    ("tables", "trainers"),
+    [
+        ({"inference": {"placement": "separate"}}, True),
+        ({}, False),
+        ({"inference": {"vllm": {"kv_cache_memory_bytes": 1}}}, True),
+    ],
+)
+def test_an_engine_with_a_gpu_or_a_cache_size_of_its_own_keeps_vllms_share(tables, trainers):
+    assert "gpu_memory_utilization" not in chosen(make(**tables), trainers=trainers)
+
+
+@pytest.mark.parametrize(
+    ("tables", "said"),
+    [
+        ({"vllm": {"gpu_memory_utilization": 0.9}}, "0.9 leaves a trainer rank no room"),
+        ({"vllm": {"gpu_memory_utilization": 0.15}}, "0.15 leaves an engine no room"),
+        ({"trainer": {"world_size": 16, "tensor_parallel": 1}, "gpu": 40 * 2**30}, r"0 leaves an engine no room"),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_the_sizes(tables, said):
+    gpu = tables.pop("gpu", H100)
+    with pytest.raises(UserError, match=re.escape(f"gpu_memory_utilization = {said}")) as e:
+        chosen(make(**tables), gpu)
+    assert "an engine's weights take 14.2" in str(e.value)
+    assert "inference.placement=separate" in str(e.value)
+
+
+def test_experts_are_split_over_their_own_ranks(parameters):
+    import dataclasses
+
+    from stare_megatron.models.shape import Experts
+
+    moe = dataclasses.replace(B7, experts=Experts(number=64, top_k=8, ffn=768, normalize=True))
+    config = make(trainer={"world_size": 16, "tensor_parallel": 1, "expert_parallel": 8})
+    assert sizing.rank_bytes(config, moe) < sizing.rank_bytes(config, B7) / 4
