@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import socket
 
+import psutil
+
 # Below the range from which systems give ports to outgoing connections (Linux: 32768 and up), so that none of those
 # takes a port between its choice and its use.
 _RANGE = range(20000, 32000)
@@ -24,3 +26,8 @@ def free_port() -> int:
                 continue
             return port
     raise OSError(f"no free TCP port found between {_RANGE.start} and {_RANGE.stop}")
+
+
+def interface_of(address: str) -> str:
+    """The network interface of this machine that carries an address; "" if none does."""
+    return next((name for name, known in psutil.net_if_addrs().items() if any(a.address == address for a in known)), "")
