@@ -18,5 +18,6 @@ def short(config: Config, folder: Path | None) -> None:
     """
     found = checks.find(survey.short(config, folder), config, checks.SHORT)
     if found:
-        more = f" ({len(found) - 1} more problems: `stare-megatron doctor RUN.toml` lists all)" if found[1:] else ""
+        count = f"{len(found) - 1} more problem{'s' if found[2:] else ''}"
+        more = f" ({count}: `stare-megatron doctor RUN.toml` lists all)" if found[1:] else ""
         raise UserError(f"{found[0]}{more}")

@@ -33,8 +33,9 @@ PACKAGES = (
     "transformers",
     "transformer-engine",
     "transformer-engine-torch",
+    "nvidia-nccl-cu12",
+    "nvidia-nccl-cu13",
 )
-_NCCL = re.compile(r"nvidia-nccl-cu\d+")
 _VARIABLES = re.compile(r"(NCCL|GLOO|HF|VLLM|STARE)_\w+|CUDA_VISIBLE_DEVICES")
 _SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSWORD")
 _QUERY = "name,memory.total,memory.used,compute_mode,driver_version"
@@ -106,13 +107,13 @@ def _versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = MISSING
-    # A checkout's version stays while its code changes.
-    code = hashlib.sha256()
-    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
-        code.update(file.read_bytes())
+    # A checkout's version stays while its code changes; a wheel also holds the examples.
+    code, root = hashlib.sha256(), Path(__file__).parents[1]
+    for file in sorted(root.rglob("*.py")):
+        if file.relative_to(root).parts[0] != "examples":
+            code.update(file.read_bytes())
     found["stare_megatron"] += f" (code {code.hexdigest()[:8]})"
-    nccl = [d.version for d in importlib.metadata.distributions() if _NCCL.fullmatch(d.metadata["Name"] or "")]
-    return found | {"NCCL": nccl[0] if nccl else MISSING}
+    return found
 
 
 def _torch_cuda() -> str:

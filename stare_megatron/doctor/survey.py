@@ -43,7 +43,8 @@ def short(config: Config, folder: Path | None) -> ClusterFacts:
         ask = _ask(config, shared, nonce, full=False)
         facts = _alone(ask, config.cluster, error)
         if config.cluster.address == "local":
-            return dataclasses.replace(facts, nodes=(dataclasses.replace(facts.driver, ray=Resources(cpus=1, gpus=1)),))
+            books = Resources(cpus=facts.driver.cpus, gpus=len(device.gpu_names()))
+            return dataclasses.replace(facts, nodes=(dataclasses.replace(facts.driver, ray=books),))
         return _everywhere(facts, ask, _SHORT_S)
 
 
