@@ -10,8 +10,9 @@ from stare_megatron.errors import UserError
 
 
 def short(config: Config, folder: Path | None) -> None:
-    """Look at the nodes for what would stop a run or make its checkpoints worthless, within a second, before it takes a
-    GPU. `folder`: one of the run's, which all nodes must share; None where nothing need be shared.
+    """Look at the nodes for what would stop a run or make its checkpoints worthless, before it takes a GPU: about 50 ms
+    on one machine; on a cluster what the start of a process on each node takes. `folder`: one of the run's, which all
+    nodes must share; None where nothing need be shared.
 
     Raises:
         UserError: the first such thing.

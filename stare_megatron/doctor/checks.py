@@ -11,7 +11,7 @@ from stare_megatron.doctor.facts import ClusterFacts, Finding
 
 Check = Callable[[ClusterFacts, Config | None], Iterator[Finding]]
 
-# What stops a run or makes its checkpoints worthless, and is known within a second: also looked for by each run.
+# What stops a run or makes its checkpoints worthless, and takes no time to know: also looked for by each run.
 SHORT: tuple[Check, ...] = (
     network.silent,
     network.versions,

@@ -63,8 +63,9 @@ def _alone(ask: Ask, cluster: ClusterConfig, error: str) -> ClusterFacts:
     mine = node.gather(ask)
     if error:
         mine = dataclasses.replace(mine, shared_visible=True, shared_error=error)
+    sees = device.Device.CUDA.value if device.gpu_names() else device.Device.CPU.value
     forced = os.environ.get("STARE_DEVICE", "")
-    chosen = forced or (device.Device.CUDA.value if device.gpu_names() else device.Device.CPU.value)
+    chosen = forced if forced in [d.value for d in device.Device] else sees
     shared = str(ask.shared.parent) if ask.shared is not None else ""
     return ClusterFacts(cluster.address, chosen, mine, (), shared, os.environ.get("RAY_ADDRESS", ""))
 
@@ -72,7 +73,7 @@ def _alone(ask: Ask, cluster: ClusterConfig, error: str) -> ClusterFacts:
 def _no_answer(address: str, ray_address: str) -> str:
     """Why nothing answers where Ray is to be joined; "" if something does, or Ray itself looks for the place."""
     host, _, port = (ray_address if address == "auto" else address).rpartition(":")
-    return connect_error((host, int(port))) if host and port.isdigit() else ""
+    return connect_error((host.strip("[]"), int(port))) if host and port.isdigit() else ""
 
 
 def _everywhere(facts: ClusterFacts, ask: Ask, timeout: float) -> ClusterFacts:

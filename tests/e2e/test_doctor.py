@@ -1,4 +1,4 @@
-"""`stare-megatron doctor` with real Ray: of this machine's own, and a cluster of two nodes that are both here."""
+"""`stare-megatron doctor` with real Ray: of this machine's own, and a cluster of three nodes that are all here."""
 
 from __future__ import annotations
 
@@ -15,6 +15,18 @@ from stare_megatron.host.ports import free_port
 from tests.contracts.source import ROOT
 
 AUTH = {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+
+# Python runs it first.
+WITHOUT = """
+import sys
+
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "stare_megatron":
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+sys.meta_path.insert(0, Without())
+"""
 
 
 def call(*arguments: str, **environment: str) -> tuple[int, str]:
@@ -40,14 +52,19 @@ def run(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    """Two nodes; the second was started with an interface that is not there."""
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Three nodes. The second was started with an interface that is not there, the third has not this package."""
+    lacking = tmp_path_factory.mktemp("lacking") / "sitecustomize.py"
+    lacking.write_text(WITHOUT)
     before = dict(os.environ)
     os.environ.update(AUTH)
     try:
         port = free_port()
         made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "gcs_server_port": port})
         os.environ["GLOO_SOCKET_IFNAME"] = "nonesuch0"
+        made.add_node(num_cpus=1)
+        del os.environ["GLOO_SOCKET_IFNAME"]
+        os.environ["PYTHONPATH"] = str(lacking.parent)
         made.add_node(num_cpus=1)
         yield made.address
         made.shutdown()
@@ -67,11 +84,12 @@ def test_one_machine(run):
     assert not (run.parent / "runs").exists()
 
 
-def test_two_nodes_of_which_one_was_started_otherwise(cluster, run):
+def test_nodes_that_were_started_otherwise(cluster, run):
     code, said = call(str(run), f"cluster.address={cluster}", "model.path=/nowhere", NCCL_DEBUG="WARN")
     assert code == 1, said
     problems = [line for line in said.splitlines() if line.startswith(" problem")]
-    assert len(problems) == 3, said
+    assert len(problems) == 4, said
+    assert "runs nothing of ours: ModuleNotFoundError: No module named 'stare_megatron'; install the driver's" in said
     assert "model.path = /nowhere is not there" in said
     assert "GLOO_SOCKET_IFNAME = nonesuch0 names no interface there" in said
     assert "the run needs 3 CPUs; the cluster has 2, 2 of them free" in said
