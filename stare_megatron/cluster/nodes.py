@@ -83,8 +83,8 @@ def connect_error(target: tuple[str, int]) -> str:
     """Why a TCP connection to an address and port fails; "" if it does not."""
     try:
         socket.create_connection(target, timeout=_CONNECT_S).close()
-    except (OSError, OverflowError) as e:
-        return (e.strerror if isinstance(e, OSError) else "") or str(e)
+    except OSError as e:
+        return e.strerror or str(e)
     return ""
 
 

@@ -66,11 +66,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         del os.environ["GLOO_SOCKET_IFNAME"]
         os.environ["PYTHONPATH"] = str(lacking.parent)
         made.add_node(num_cpus=1)
-        yield made.address
-        made.shutdown()
     finally:
         os.environ.clear()
         os.environ.update(before)
+    yield made.address
+    made.shutdown()
 
 
 def test_one_machine(run):
