@@ -46,6 +46,14 @@ def _eval(args: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
+def _doctor(args: argparse.Namespace, rest: list[str]) -> int:
+    from rich.console import Console
+
+    from stare_megatron.doctor import command
+
+    return command.run([*args.settings, *rest], Console())
+
+
 def _plot(args: argparse.Namespace, rest: list[str]) -> int:
     from stare_megatron.metrics.plot import plot
 
@@ -223,6 +231,12 @@ def _add_runs(commands: Any) -> None:
         metavar="FOLDER",
         help="new folder for the results (default: RUN.DIR/RUN.NAME-eval)",
     )
+
+    about = "check the machines a run would use: versions, GPUs, network, shared folder, limits; names the cure"
+    examples = ("doctor run.toml", "doctor run.toml cluster.address=auto", "doctor cluster.address=HOST:6379", "doctor")
+    add = _command(commands, "doctor", _doctor, about, *examples).add_argument
+    settings = "TOML file of a run and overrides, or cluster.address=... alone; without any: this machine"
+    add("settings", nargs="*", metavar="run.toml key.sub=value", help=settings)
 
     add = _command(commands, "plot", _plot, "draw a run's curves from its metrics", "plot runs/demo").add_argument
     add("run", type=paths.argument, help="run folder")

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from stare_megatron import doctor
 from stare_megatron.cluster import placement, runtime
 from stare_megatron.cluster.engines import EngineGroup
 from stare_megatron.cluster.sandboxes import Sandboxes
@@ -56,6 +57,7 @@ def open_session(
     with contextlib.ExitStack() as stack:
         status("starting Ray")
         stack.enter_context(runtime.cluster(config.cluster, placement.actors(config, ranks)))
+        doctor.short(config, logs if trainers else None)
         places = placement.plan(config, trainers=trainers)
         stack.callback(places.release)
         if device.current() is device.Device.CUDA:
