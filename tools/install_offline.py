@@ -4,8 +4,8 @@ python install_offline.py PIECE... [--site FOLDER] [--store FOLDER]
 
 Each piece is a folder; bring them one by one, in any order, or several at a time. A piece is checked and kept in the
 store until all are there; then everything is unpacked, checked again, and put in place as a whole. Exit code 0:
-installed; 3: parts are missing, which it names; 1: a part is damaged or of another packing, or the disk is full; 2: wrong
-arguments. Needs Python's standard library only.
+installed; 3: parts are missing, which it names; 1: a part is damaged or of another packing, or the disk is full; 2: the
+arguments are wrong. Needs Python's standard library only.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ It downloads the packages of tools/offline_gpu.txt (exact versions, no dependenc
 all into one folder, leaves out what tools/offline_leave_out.txt names, empties the GPU code of other architectures
 (tools/thin_gpu_code.py; `--fat` keeps it), compresses, and cuts the result into folders OUT/piece-1-of-N, each of at
 most the given size with checksums and the installer in it. WORK keeps downloads and compressed libraries: a second
-packing takes a fraction of the first. Run it with the Python version of the GPU machine. Needs Python's standard library
-and pip only.
+packing takes a fraction of the first. Run it with the Python version of the GPU machine. Needs the standard library and
+pip only.
 """
 
 from __future__ import annotations

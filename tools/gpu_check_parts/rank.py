@@ -1,4 +1,4 @@
-"""Parts `rank` and `rank-te`: a trainer rank loads, scores, updates, saves, restores, exports; against a CPU's float32."""
+"""Parts `rank` and `rank-te`: a trainer rank loads, scores, updates, saves, restores, exports; against float32."""
 
 from __future__ import annotations
 

@@ -142,6 +142,7 @@ class _Family:
             except psutil.Error:
                 continue
         self._signal_group(signal.SIGKILL)
+        psutil.wait_procs(list(self._seen.values()), timeout=GRACE_S)
 
     def _signal_group(self, number: signal.Signals) -> None:
         try:
