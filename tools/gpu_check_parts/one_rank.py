@@ -30,14 +30,14 @@ STEPS = 3
 
 
 def configuration(model: Path, dtype: str, **trainer: Any) -> Config:
-    """A rank alone on `model`: 32 sequences of random tokens a step."""
+    """A rank alone on `model`: 16 sequences of random tokens a step."""
     return parse(
         {
             "run": {"name": "gpu-check", "steps": STEPS},
             "model": {"path": str(model), "dtype": dtype},
             "data": {"train": ["none.jsonl"], "max_prompt_tokens": 32},
             "reward": {"name": "math"},
-            "rollout": {"prompts_per_step": 4, "group_size": 8, "max_response_tokens": 96},
+            "rollout": {"prompts_per_step": 4, "group_size": 4, "max_response_tokens": 64},
             "trainer": {"micro_batch_tokens": 1024, "optimizer": {"lr": 1e-4}} | trainer,
         },
         "gpu_check",

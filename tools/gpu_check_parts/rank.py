@@ -31,10 +31,11 @@ class Tolerance:
     largest: float
 
 
-# bfloat16 has 8 bits, float16 11: three times what a CPU shows, whose sums round as a GPU's do.
+# bfloat16 has 8 bits, float16 11. Some four times what a CPU shows of either, more for entropies and gradient norms, in
+# which errors cancel.
 TOLERANCES = {
-    "bfloat16": Tolerance(entropy=0.02, grad_norm=0.1, mean=0.03, largest=0.2),
-    "float16": Tolerance(entropy=0.005, grad_norm=0.02, mean=0.005, largest=0.05),
+    "bfloat16": Tolerance(entropy=0.005, grad_norm=0.03, mean=0.05, largest=0.15),
+    "float16": Tolerance(entropy=0.001, grad_norm=0.005, mean=0.005, largest=0.02),
 }
 
 
