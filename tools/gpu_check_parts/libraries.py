@@ -69,9 +69,10 @@ def flash_attention(context: Context) -> Outcome:
     want, begin = torch.empty(shape, device="cuda"), 0
     for length in lengths:
         rows = slice(begin, begin + length)
-        each = [x[rows].float().transpose(0, 1) for x in (q, k, v)]
-        each[1:] = [x.repeat_interleave(heads // kv_heads, 0) for x in each[1:]]
-        want[rows] = torch.nn.functional.scaled_dot_product_attention(*each, is_causal=True).transpose(0, 1)
+        query, key, value = (x[rows].float().transpose(0, 1) for x in (q, k, v))
+        key, value = (x.repeat_interleave(heads // kv_heads, 0) for x in (key, value))
+        got_rows = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        want[rows] = got_rows.transpose(0, 1)
         begin += length
     outcome = Outcome()
     outcome.numbers["version"] = version

@@ -55,10 +55,10 @@ def _push(outcome: Outcome, context: Context, transport: str, pipe: Connection) 
     def call(method: str, arguments: Sequence[tuple[Any, ...]]) -> Any:
         (sent,) = arguments
         pipe.send((method, _encoded(sent)))
-        failed, answer = pipe.recv()
-        if failed:
-            raise RuntimeError(f"the receiver's {method}: {answer}")
-        return answer
+        try:
+            return pipe.recv()
+        except EOFError as e:
+            raise RuntimeError(f"the receiver ended in {method}; its error is above") from e
 
     pusher = WeightPusher(
         transport, 0, WeightStream(specs, lambda: iter(state.items())), EngineFanOut([1], call), "127.0.0.1"
@@ -85,7 +85,8 @@ def _encoded(arguments: tuple[Any, ...]) -> list[bytes]:
     """As vLLM's front end writes what it sends to an engine core."""
     from vllm.v1.serial_utils import MsgpackEncoder
 
-    return [bytes(part) for part in MsgpackEncoder().encode(list(arguments))]
+    parts: Any = MsgpackEncoder().encode(list(arguments))
+    return [bytes(part) for part in parts]
 
 
 class _Model(torch.nn.Module):
@@ -126,9 +127,5 @@ def receive(pipe: Connection, transport: str, place: str) -> None:
             method, encoded = pipe.recv()
         except EOFError:
             break
-        try:
-            pipe.send((False, answer(method, MsgpackDecoder().decode(encoded))))
-        except BaseException as e:
-            pipe.send((True, repr(e)))
-            raise
+        pipe.send(answer(method, MsgpackDecoder().decode(encoded)))
     engine.shutdown()
