@@ -31,6 +31,9 @@ STEPS = 3
 
 def configuration(model: Path, dtype: str, **trainer: Any) -> Config:
     """A rank alone on `model`: 16 sequences of random tokens a step."""
+    optimizer: dict[str, float] = {"lr": 1e-4}
+    if dtype == "float16":  # far from an overflow, whose step would have no gradient norm to compare
+        optimizer["initial_loss_scale"] = 256.0
     return parse(
         {
             "run": {"name": "gpu-check", "steps": STEPS},
@@ -38,7 +41,7 @@ def configuration(model: Path, dtype: str, **trainer: Any) -> Config:
             "data": {"train": ["none.jsonl"], "max_prompt_tokens": 32},
             "reward": {"name": "math"},
             "rollout": {"prompts_per_step": 4, "group_size": 4, "max_response_tokens": 64},
-            "trainer": {"micro_batch_tokens": 1024, "optimizer": {"lr": 1e-4}} | trainer,
+            "trainer": {"micro_batch_tokens": 1024, "optimizer": optimizer} | trainer,
         },
         "gpu_check",
     )
