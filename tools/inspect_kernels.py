@@ -3,8 +3,10 @@
 python tools/inspect_kernels.py [--json] [CAPABILITY...]      default: 80 90 100 (A100, H100 and H200, B200)
 
 Registers and bytes spilled are those of a thread, by NVIDIA's assembler, which comes with Triton. Wide loads and stores
-move 128 bits; `bytes` are those of logits that a thread reads a step (forward) or in all (backward, which also has the
-branch that writes zeros). `exponentials` is the number of ex2 instructions an element, outside of what is done once.
+move 128 bits; `bytes` are those of logits that a thread reads in a step of the main loop and one of the rest (forward)
+or in all (backward, which also has the branch that writes zeros). `exponentials` is the number of ex2 instructions an
+element, outside of what is done once; `instructions` that of all machine instructions an element in the forward's main
+loop.
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ class Compiled:
     wide_loads: int
     wide_stores: int
     exponentials: float
+    instructions: float | None
 
 
 def variants() -> list[tuple[str, str, str, dict[str, int | bool]]]:
@@ -67,9 +70,8 @@ def variants() -> list[tuple[str, str, str, dict[str, int | bool]]]:
             options = "sensitivity" * sensitivity + ", raw" * raw
             kinds = components(sensitivity=sensitivity, raw=raw)
             width = kernels.LOAD_BYTES // _BYTES[dtype]
-            constants = {
-                "K": kinds, "SENSITIVITY": sensitivity, "RAW": raw, "LANES": kernels.LANES, "WIDTH": width
-            }  # fmt: skip
+            constants = {"K": kinds, "SENSITIVITY": sensitivity, "RAW": raw, "WIDTH": width}
+            constants |= {"GROUPS": kernels.GROUPS, "LANES": kernels.LANES}
             made.append(("forward", dtype, options, constants))
         for entropy in (False, True):
             constants = {"ENTROPY": entropy, "BLOCK": kernels.BACKWARD_BLOCK}
@@ -92,7 +94,9 @@ def compiled(name: str, dtype: str, options: str, constants: dict[str, int | boo
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=how)
     ptx = binary.asm["ptx"]
     registers, spilled = _usage(binary.asm["cubin"])
-    tile = constants["LANES"] * constants["WIDTH"] if name == "forward" else constants["BLOCK"]
+    # Forward, the main loop and that of the rest, which takes in one group at a time.
+    groups = constants["GROUPS"] if name == "forward" else 0
+    tile = (groups + 1) * constants["LANES"] * constants["WIDTH"] if groups else constants["BLOCK"]
     elements = tile // THREADS[name]
     lanes = kernels.LANES // THREADS[name]
     once = lanes * (2 if "raw" in options else 1) if name == "forward" else 0  # the lanes' meeting
@@ -107,21 +111,42 @@ def compiled(name: str, dtype: str, options: str, constants: dict[str, int | boo
         wide_loads=len(re.findall(r"ld\.global\.v4", ptx)),
         wide_stores=len(re.findall(r"st\.global\.v4", ptx)),
         exponentials=(ptx.count("ex2.approx") - once) / elements,
+        instructions=_main_loop(binary.asm["cubin"]) / (elements * groups / (groups + 1)) if groups else None,
     )
+
+
+def _main_loop(cubin: bytes) -> int:
+    """Instructions of the longest loop that loads from memory."""
+    labels: dict[str, int] = {}
+    found: list[str] = []
+    longest = 0
+    for line in _shown(knobs.nvidia.nvdisasm.path, "-c", cubin=cubin).splitlines():
+        if label := re.match(r"(\.L_\w+):", line):
+            labels[label[1]] = len(found)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            found.append(instruction[1])
+            back = re.search(r"\bBRA\b.*(\.L_\w+)", instruction[1])
+            body = found[labels[back[1]] :] if back and back[1] in labels else []
+            if any("LDG" in each for each in body):
+                longest = max(longest, len(body))
+    return longest
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
     """(registers, bytes of stack and local memory) a thread."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        tool = knobs.nvidia.cuobjdump.path
-        shown = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    shown = _shown(knobs.nvidia.cuobjdump.path, "-res-usage", cubin=cubin)
 
     def number(key: str) -> int:
         return int(re.findall(rf"\b{key}:(\d+)", shown)[0])
 
     return number("REG"), number("STACK") + number("LOCAL")
+
+
+def _shown(*command: str, cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def main() -> None:
@@ -135,10 +160,23 @@ def main() -> None:
         return
     console = Console(width=120)
     console.print(f"triton {triton.__version__}")
-    table = Table("sm", "kernel", "logits", "with", "registers", "spilled B", "bytes", "wide loads", "stores", "ex2")
+    table = Table(
+        "sm",
+        "kernel",
+        "logits",
+        "with",
+        "registers",
+        "spilled B",
+        "bytes",
+        "wide loads",
+        "stores",
+        "ex2",
+        "instructions",
+    )
     for one in found:
         columns = (one.capability, one.name, one.dtype, one.options, one.registers, one.spilled, one.bytes)
-        table.add_row(*map(str, (*columns, one.wide_loads, one.wide_stores)), f"{one.exponentials:.2f}")
+        instructions = "" if one.instructions is None else f"{one.instructions:.2f}"
+        table.add_row(*map(str, (*columns, one.wide_loads, one.wide_stores)), f"{one.exponentials:.2f}", instructions)
     console.print(table)
 
 

@@ -61,5 +61,5 @@ if [[ $(uname -s) == Linux ]] && ! has "/usr/lib/*/$tcmalloc" && ! has "/usr/lib
 fi
 if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
     echo "make: note: this environment is the CPU build; for the NVIDIA GPUs here make another one:" \
-        "python3 -m venv .venv-gpu && .venv-gpu/bin/pip install -e '.[gpu,dev]'"
+        "docs/gpu.md, Setting up"
 fi

@@ -3,11 +3,13 @@
 The columns of a row must lie side by side. Nothing here makes the host wait: the kernels skip rows without a target.
 
 Forward, one program works on one row. Each of its lanes keeps partials of every LANES-th group of WIDTH columns (one
-wide load) and rescales them once a group, so an element costs little more than its own exponential; lanes meet once, at
-the end. Exponentials are of base 2, the hardware's; the scale log2(e) / tau is applied after the maximum is subtracted.
+wide load). It takes in GROUPS of them at a time and rescales once for them, so that an element costs little more than
+its own exponential; lanes meet once, at the end. What does not fill all lanes GROUPS times is loaded with a mask.
+Exponentials are of base 2, the hardware's; the scale log2(e) / tau is applied after the maximum is subtracted.
 
-Sizes were measured on an H100 (docs/gpu.md). Rows too few to fill the GPU are not split over several programs: merging
-what those know takes longer than a program takes for a row of 151,936 columns.
+Sizes were measured on an H100, but for GROUPS, which was chosen by the number of instructions (docs/gpu.md). Rows too
+few to fill the GPU are not split over several programs: merging what those know takes longer than a program takes for a
+row of 151,936 columns.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ import triton.language as tl
 from stare_megatron.trainer import partials as algebra
 from stare_megatron.trainer.partials import Merged, VocabShard
 
-LANES = 512
+GROUPS = 2
+LANES = 256
 LOAD_BYTES = 16  # the widest load
 BACKWARD_BLOCK = 4096  # columns a program of the backward works on
 FORWARD_WARPS = 8
@@ -34,6 +37,34 @@ _FLOOR_2 = tl.constexpr(algebra.FLOOR * math.log2(math.e))
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _LN_2 = tl.constexpr(math.log(2.0))
 _INF = tl.constexpr(math.inf)
+
+
+@triton.jit
+def _taken_in(x, m, s, u, q, r, w, scale, SENSITIVITY: tl.constexpr, RAW: tl.constexpr):
+    """Partials of the lanes, fp32 [LANES], with the columns x [GROUPS, LANES, WIDTH] added to them."""
+    top = tl.maximum(m, tl.max(tl.max(x, axis=2), axis=0))
+    shift = tl.where(top == -_INF, 0.0, top)
+    offset = tl.maximum((m - shift) * scale, _FLOOR_2)
+    a = tl.exp2(offset)
+    x -= shift[None, :, None]
+    d = tl.maximum(x * scale, _FLOOR_2, propagate_nan=tl.PropagateNan.ALL)
+    e = tl.exp2(d)
+    u = tl.fma(a, tl.fma(offset, s, u), _by_lane(d * e))
+    s = tl.fma(a, s, _by_lane(e))
+    if SENSITIVITY:
+        e2 = e * e
+        r = tl.fma(a * a, tl.fma(offset, q, r), _by_lane(d * e2))
+        q = tl.fma(a * a, q, _by_lane(e2))
+    if RAW:
+        b = tl.exp2(tl.maximum((m - shift) * _LOG2_E, _FLOOR_2))
+        e1 = tl.exp2(tl.maximum(x * _LOG2_E, _FLOOR_2, propagate_nan=tl.PropagateNan.ALL))
+        w = tl.fma(b, w, _by_lane(e1))
+    return top, s, u, q, r, w
+
+
+@triton.jit
+def _by_lane(x):
+    return tl.sum(tl.sum(x, axis=2), axis=0)
 
 
 # Compiled once, whatever the number of rows and where the slices of a chunked head begin.
@@ -50,6 +81,7 @@ def partials_kernel(
     K: tl.constexpr,  # rows of `out`
     SENSITIVITY: tl.constexpr,
     RAW: tl.constexpr,
+    GROUPS: tl.constexpr,  # a power of two, as LANES and WIDTH
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -58,34 +90,22 @@ def partials_kernel(
     end = tl.where(wanted == _NO_TARGET, 0, valid)
     of_row = logits + row * row_stride
 
-    columns = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    columns = tl.arange(0, LANES)[None, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
+    some = tl.arange(0, GROUPS)[:, None, None] * (LANES * WIDTH) + columns
     m = tl.full([LANES], -_INF, tl.float32)
     s = tl.full([LANES], 0.0, tl.float32)
     u = tl.full([LANES], 0.0, tl.float32)
     q = tl.full([LANES], 0.0, tl.float32)
     r = tl.full([LANES], 0.0, tl.float32)
     w = tl.full([LANES], 0.0, tl.float32)
-    for first in range(0, end, LANES * WIDTH):
+    whole = end // (GROUPS * LANES * WIDTH) * (GROUPS * LANES * WIDTH)
+    for first in range(0, whole, GROUPS * LANES * WIDTH):
+        x = tl.load(of_row + first + some).to(tl.float32)
+        m, s, u, q, r, w = _taken_in(x, m, s, u, q, r, w, scale, SENSITIVITY, RAW)
+    for first in range(whole, end, LANES * WIDTH):
         place = first + columns
         x = tl.load(of_row + place, mask=place < end, other=-_INF).to(tl.float32)
-        top = tl.maximum(m, tl.max(x, axis=1))
-        shift = tl.where(top == -_INF, 0.0, top)
-        offset = tl.maximum((m - shift) * scale, _FLOOR_2)
-        a = tl.exp2(offset)
-        x -= shift[:, None]
-        d = tl.maximum(x * scale, _FLOOR_2, propagate_nan=tl.PropagateNan.ALL)
-        e = tl.exp2(d)
-        u = tl.fma(a, tl.fma(offset, s, u), tl.sum(d * e, axis=1))
-        s = tl.fma(a, s, tl.sum(e, axis=1))
-        if SENSITIVITY:
-            e2 = e * e
-            r = tl.fma(a * a, tl.fma(offset, q, r), tl.sum(d * e2, axis=1))
-            q = tl.fma(a * a, q, tl.sum(e2, axis=1))
-        if RAW:
-            b = tl.exp2(tl.maximum((m - shift) * _LOG2_E, _FLOOR_2))
-            e1 = tl.exp2(tl.maximum(x * _LOG2_E, _FLOOR_2, propagate_nan=tl.PropagateNan.ALL))
-            w = tl.fma(b, w, tl.sum(e1, axis=1))
-        m = top
+        m, s, u, q, r, w = _taken_in(x, m, s, u, q, r, w, scale, SENSITIVITY, RAW)
 
     top = tl.max(m, axis=0)
     shift = tl.where(top == -_INF, 0.0, top)
@@ -165,6 +185,7 @@ def partials(
             K=kinds,
             SENSITIVITY=sensitivity,
             RAW=raw,
+            GROUPS=GROUPS,
             LANES=LANES,
             WIDTH=LOAD_BYTES // logits_TV.element_size(),
             num_warps=FORWARD_WARPS,  # pyright: ignore[reportCallIssue]

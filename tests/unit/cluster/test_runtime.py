@@ -46,8 +46,8 @@ heard = []
 
 @ray.remote
 class Actor:
-    def __init__(self):
-        runtime.enter_actor(Path(sys.argv[1]), "actor")
+    def __init__(self, folder):
+        runtime.enter_actor(folder, "actor")
         self.child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(1000,))
         self.child.start()
 
@@ -57,7 +57,7 @@ class Actor:
 if __name__ == "__main__":
     with runtime.cluster(ClusterConfig(), 1):
         signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
-        actor = Actor.remote()
+        actor = Actor.remote(Path(sys.argv[1]))
         assert ray.get(actor.alive.remote())
         started = psutil.Process().children(recursive=True)
         for process in [psutil.Process(), *started]:

@@ -38,7 +38,7 @@ from tests.unit.algo.test_methods import ADVANTAGE_T, ENTROPY_T, LENGTHS, NUM, O
 from tests.unit.data.test_packing import summary
 
 TOKENIZER = make_tokenizer(tasks.get("order_free_sum"))
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OUTCOMES = [Outcome(1.0, 3), Outcome(0.0, 40), Outcome(1.0, 57), Outcome(0.5, 60)]
 
 

@@ -58,7 +58,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
                 "run": {"dir": str(tmp_path), "name": "r", "steps": 5, "resume": "auto"},
                 "model": {"path": str(made / "model"), "dtype": "float32"},
                 "data": {"train": [str(tmp_path / "train.jsonl")], "max_prompt_tokens": 16, "date": date},
-                "reward": {"name": "order_free_sum"},
+                "reward": {"name": "exact"},
                 "rollout": {"max_response_tokens": 16},
             },
             "test",

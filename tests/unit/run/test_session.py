@@ -34,8 +34,8 @@ def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return make
 
     for name, kind in (("engines", "EngineGroup"), ("ranks", "TrainerGroup"), ("sandboxes", "Sandboxes")):
-        monkeypatch.setattr(session.doctor, "short", lambda *_: None)
-    monkeypatch.setattr(session, kind, part(name))
+        monkeypatch.setattr(session, kind, part(name))
+    monkeypatch.setattr(session.doctor, "short", lambda *_: None)
     monkeypatch.setattr(session.runtime, "cluster", lambda *_: contextlib.nullcontext())
     places = SimpleNamespace(trainers=(), engines=(), gpu_bytes=0, release=lambda: None)
     monkeypatch.setattr(session.placement, "plan", lambda *_, **__: places)

@@ -35,6 +35,8 @@ BY_UPDATE = {  # name: whether it has a weight
     "update/loss": False,
     "update/grad_norm": False,
     "update/lr": False,
+    "update/loss_scale": False,
+    "update/overflows": False,
     "update/ratio_max": False,
     "update/clip_fraction": True,
     "update/kl": True,

@@ -1,0 +1,57 @@
+"""tools/gpu_check.py on a CPU: the same parts, the same report, the real command for the loop."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools.gpu_check_parts import report
+
+ROOT = Path(__file__).parents[2]
+CHECK = [sys.executable, "tools/gpu_check.py", "--device", "cpu", "--minutes", "30"]
+
+
+def check(out: Path, *parts: str) -> dict[str, dict]:
+    """Parts by name, as the report has them; those of a GPU say that they need one."""
+    command = [*CHECK, "--parts", ",".join(parts), "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    text = (out / report.TEXT).read_text()
+    assert done.returncode == 0, text
+    found = json.loads((out / report.JSON).read_text())
+    assert found["machine"]["device"] == "cpu"
+    assert not (out / "shared").exists()
+    return {part["part"]: part for part in found["parts"]}
+
+
+def test_cheap_parts(tmp_path: Path) -> None:
+    found = check(tmp_path, "environment", "te-linear", "kernels")
+    assert [p["status"] for p in found.values()] == ["ok", "skipped", "ok"]
+    assert found["te-linear"]["reason"] == "needs a GPU"
+    kernels = found["kernels"]["numbers"]
+    assert kernels["path"] == "Triton"
+    assert all(0 <= kernels[f"{dtype} gradient, error"] < 2e-6 for dtype in ("bfloat16", "float16", "float32"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_rank_and_a_push(tmp_path: Path) -> None:
+    found = check(tmp_path, "rank", "transport")
+    assert [p["status"] for p in found.values()] == ["ok", "ok"]
+    numbers = found["rank"]["numbers"]
+    for dtype in ("bfloat16", "float16"):  # rounding is seen: they were not computed in float32
+        assert numbers[f"{dtype} log-probs after the updates, mean"] > 1e-5
+    assert found["transport"]["numbers"]["transport"] == "gloo"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_loop(tmp_path: Path) -> None:
+    found = check(tmp_path, "loop")
+    numbers = found["loop"]["numbers"]
+    assert len(numbers["step times"]) == 6
+    assert numbers["median of later steps"]["time/update"] > 0
+    assert not list((tmp_path / "parts").rglob("*.safetensors"))

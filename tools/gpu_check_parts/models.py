@@ -1,0 +1,89 @@
+"""Random models of a real one's shape, with a tokenizer whose every id is a word, for parts that need no good one."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from stare_megatron.host.files import whole_folder
+from stare_megatron.tasks.base import SPECIAL_WORDS
+from stare_megatron.tasks.order_free_sum import OrderFreeSum
+from stare_megatron.tasks.tiny_model import make_tokenizer, save
+from stare_megatron.types import Prompt
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a Qwen2 model; its embedding is tied to its head."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    mlp: int
+    vocab: int
+
+
+TINY = Shape(layers=2, hidden=64, heads=2, kv_heads=2, mlp=192, vocab=112)
+SMALL = Shape(layers=4, hidden=256, heads=4, kv_heads=2, mlp=512, vocab=1024)
+QWEN2_5_0_5B = Shape(layers=24, hidden=896, heads=14, kv_heads=2, mlp=4864, vocab=151_936)
+QWEN2_5_1_5B = Shape(layers=28, hidden=1536, heads=12, kv_heads=2, mlp=8960, vocab=151_936)
+
+
+@dataclass(frozen=True)
+class _Words(OrderFreeSum):
+    """A task's tokenizer with as many words as the model has ids: each of them decodes."""
+
+    total: int = 0
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        real = super().words
+        return (*real, *(f"w{i}" for i in range(self.total - len(SPECIAL_WORDS) - len(real))))
+
+
+def tokenizer(shape: Shape) -> PreTrainedTokenizerFast:
+    return make_tokenizer(_Words(total=shape.vocab))
+
+
+def make(shape: Shape, folder: Path, *, on: str, dtype: torch.dtype) -> int:
+    """Write a random checkpoint to `folder` unless it is there; its parameters. `on`: the device it is drawn on."""
+    config = Qwen2Config(
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.mlp,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=32_768,
+        initializer_range=0.05 if shape.hidden < 512 else 0.02,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        dtype=str(dtype).removeprefix("torch."),
+    )
+    if (folder / "config.json").is_file():
+        with torch.device("meta"):
+            return Qwen2ForCausalLM(config).num_parameters()
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(on):
+            model = Qwen2ForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+    with whole_folder(folder) as partial:
+        save(model, tokenizer(shape), partial)
+    return model.num_parameters()
+
+
+def coin(prompt: Prompt, text: str) -> float:
+    """A reward for a model that knows nothing: right for half of all texts, always the same for the same text."""
+    return float(zlib.crc32(f"{prompt.id}\n{text}".encode()) & 1)

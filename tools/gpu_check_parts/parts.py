@@ -1,0 +1,44 @@
+"""The parts there are, by worth: what comes first is what one wants to know if time runs out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_HERE = "tools.gpu_check_parts"
+
+
+@dataclass(frozen=True)
+class Part:
+    """`where`: "module:function" of a function from `Context` to `Outcome`; `seconds`: most it may take; `about`: what
+    it shows."""
+
+    name: str
+    where: str
+    seconds: float
+    about: str
+
+
+_PARTS = (
+    Part("environment", f"{_HERE}.environment:check", 60, "versions, driver, GPU; which libraries were thinned"),
+    Part("vllm-operators", f"{_HERE}.libraries:vllm", 60, "one operator of each of vLLM's libraries against torch"),
+    Part("flash-attention", f"{_HERE}.libraries:flash_attention", 60, "vLLM's FlashAttention against torch"),
+    Part("te-linear", f"{_HERE}.libraries:transformer_engine", 60, "Transformer Engine's linear against torch"),
+    Part(
+        "kernels", f"{_HERE}.kernels:check", 90, "log-probs, entropy, sensitivity: float64, share of a copy's bandwidth"
+    ),
+    Part(
+        "rank", f"{_HERE}.rank:local", 120, "a trainer rank, local layers, bf16 and fp16: load to export, against a CPU"
+    ),
+    # "offload" comes here, as `rank:offload`, once a rank can move its state off the GPU.
+    Part("transport", f"{_HERE}.transport:check", 120, "weights from one process to another (on a GPU by CUDA IPC)"),
+    Part("loop", f"{_HERE}.loop:check", 240, "`stare-megatron train`, colocated: sleep, push, probe, save, resume"),
+    Part("rank-te", f"{_HERE}.rank:transformer_engine", 120, "as `rank`, Transformer Engine's layers"),
+    Part("rank-speed", f"{_HERE}.speed:check", 120, "tokens/s and memory of a rank in the shape of Qwen2.5-1.5B"),
+    Part("loop-graphs", f"{_HERE}.loop:graphs", 180, "two steps with the engine's CUDA graphs and compiler on"),
+)
+PARTS = {part.name: part for part in _PARTS}
+
+NOT_CHECKED = {
+    "offload": "a trainer rank does not move its state off the GPU yet",
+    "several GPUs": "NCCL pushes, tensor-parallel engines and ranks: one GPU cannot show them",
+}
