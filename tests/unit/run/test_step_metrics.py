@@ -204,9 +204,10 @@ def sampled(step: Step) -> dict[str, float]:
 def updated(step: Step) -> dict[str, float]:
     each = {name: [u[name] for u in step.updates] for name in BY_UPDATE}
     found = {name: mean(values) for name, values in each.items()}
-    summed = ("stare/selected_pos", "stare/selected_neg", "stare/tokens_pos", "stare/tokens_neg")
+    summed = ("stare/selected_pos", "stare/selected_neg", "stare/tokens_pos", "stare/tokens_neg", "update/overflows")
     found |= {name: sum(each[name]) for name in (*summed, "throughput/trained_tokens")}
-    found |= {"update/lr": each["update/lr"][-1], "update/ratio_max": max(each["update/ratio_max"])}
+    found |= {name: each[name][-1] for name in ("update/lr", "update/loss_scale")}
+    found |= {"update/ratio_max": max(each["update/ratio_max"])}
     columns = list(zip(*step.totals, strict=True))
     units = [sum(column) if i < 8 else sum(column) / 2**24 for i, column in enumerate(columns)]
     tokens, both, either, broken, change, critical = (units[i] for i in (0, 5, 6, 7, 8, 9))
