@@ -226,7 +226,7 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_keys_and_methods_are_explained(capsys):
     assert said(capsys, "config", "checkpoint.every").startswith(
-        "checkpoint.every (integer; default 0)\n    Save every"
+        "checkpoint.every (integer; default 25)\n    Save every"
     )
     assert "run.steps (integer; required)" in said(capsys, "config", "run")
     assert "[trainer]  " in said(capsys, "config")

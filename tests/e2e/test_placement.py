@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 SMI = """#!/bin/sh
 printf 'NVIDIA H100, 81559, GPU-aa\\nNVIDIA H100, 81559, GPU-bb\\n'
 """

@@ -79,7 +79,7 @@ def _train(path: Path, trainer: Any, dtype_name: str) -> Outcome:
     for _ in range(2):
         optimizers.zero_grad(chunks, optimizer)
         losses.append(_forward_backward(chunks, trainer))
-        norms.append(optimizers.step(optimizer, trainer.optimizer, trainer.optimizer.lr))
+        norms.append(optimizers.step(optimizer, trainer.optimizer, trainer.optimizer.lr).grad_norm)
     after = {k: v.clone() for k, v in bridge.export(chunks, torch.float32)}
     rank = torch.distributed.get_rank()
     return Outcome(losses, norms, list(exported), exact, after if rank == 0 else {})

@@ -106,7 +106,8 @@ def test_a_node_that_does_not_answer_is_not_said_to_be_dead(monkeypatch):
 def test_gloo_uses_the_interface_of_the_nodes_address(monkeypatch):
     """Whatever the host's name resolves to."""
     monkeypatch.setattr(runtime, "node_address", lambda: "127.0.0.1")
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # what is there now comes back at the end
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     runtime.use_network_of_node()
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")

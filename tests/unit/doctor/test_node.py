@@ -118,6 +118,7 @@ def test_transformer_engine_is_tried_by_importing_it(ask, tmp_path, monkeypatch,
 
 def test_a_host_name_that_resolves_to_loopback(ask, monkeypatch):
     monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     found = dataclasses.replace(node.gather(dataclasses.replace(ask, full=True)), address="10.0.0.1")
     assert "host_name" in problems(found, full=True)
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
