@@ -3,6 +3,7 @@
 # make test    the test suite       make test-slow   also wide sweeps and long runs
 #                                   make test-unit   unit and contract tests alone
 #                                   make test-runs   training runs of several minutes, which CI makes too
+#                                   make fuzz        property tests with twenty times the examples
 #                                   make test-cluster  several machines made of namespaces; needs root
 #                                   make test-te     Transformer Engine's layers, without a GPU, in .venv-te (7 GB)
 # make lint    ruff and pyright     make docs        pages that are written from code
@@ -22,7 +23,7 @@ DEMO := .cache/demo
 PYTEST_ARGS ?=
 BESIDE := checkpoint cluster compare data metrics rewards trainer
 
-.PHONY: demo smollm2 test test-unit test-runs test-slow test-cluster test-te lint docs venv clean
+.PHONY: demo smollm2 test test-unit test-runs test-slow fuzz test-cluster test-te lint docs venv clean
 
 demo: $(STAMP)
 	@$(BIN)/python tools/make_tiny_model.py --out $(DEMO)
@@ -48,6 +49,10 @@ test-runs: $(STAMP)
 test-slow: $(STAMP)
 	@$(SMOLLM2)
 	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+fuzz: $(STAMP)
+	@STARE_FUZZ=$(or $(STARE_FUZZ),20) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout=3000 \
+	    $$(grep -rl "^@bounded(" tests/unit) $(PYTEST_ARGS)
 
 test-cluster: $(STAMP)
 	@$(BIN)/python -m pytest -m cluster tests/cluster $(PYTEST_ARGS)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+# `make fuzz` tries so many times as many.
+_FACTOR = int(os.environ.get("STARE_FUZZ", "1"))
+
 
 def bounded(examples: int) -> settings:
     """The same examples in every run; no time limit an example, for CI has slow moments."""
-    return settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    checks = list(HealthCheck)
+    return settings(max_examples=examples * _FACTOR, deadline=None, derandomize=True, suppress_health_check=checks)
 
 
 # Half surrogates come from JSON escapes and from names that are not UTF-8.

@@ -14,6 +14,8 @@ from stare_megatron.data.tokenizer import first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# What a template can raise, which is code of the checkpoint.
+TEMPLATE_ERRORS = (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 _THOUGHT = "</think>"  # templates leave out what an assistant thought in earlier turns
 
 
@@ -63,8 +65,7 @@ class ChatTemplate:
             return str(
                 self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **self._clock)
             )
-        except (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as e:
-            # code of the checkpoint
+        except TEMPLATE_ERRORS as e:
             raise ValueError(f"the chat template refuses it: {first_line(e)}") from e
 
     def _ignored(self, messages: list[dict[str, Any]]) -> str | None:

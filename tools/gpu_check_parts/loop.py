@@ -14,15 +14,13 @@ import tomli_w
 import torch
 
 from stare_megatron.metrics import jsonl
+from stare_megatron.sync.check import BOUNDS
 from stare_megatron.tasks.order_free_sum import OrderFreeSum
 from tools.gpu_check_parts import models, speed
 from tools.gpu_check_parts.outcome import Context, Outcome, skipped
 
 _PROMPT_TOKENS = 6  # of every prompt, with <bos>
 _NAME = "check"
-# A mean |log-prob difference| beyond which engine and trainer have other weights. Between the kernels of two libraries
-# in bfloat16 some 0.03 nats are usual.
-_PROBE = {"bfloat16": 0.1, "float32": 1e-3}
 
 
 def check(context: Context) -> Outcome:
@@ -76,12 +74,7 @@ def _tables(context: Context, model: Path, dtype: str, engine: dict[str, Any]) -
         "rollout": {"prompts_per_step": per_step, "group_size": 8, "max_response_tokens": response},
         "algorithm": {"method": "stare"},
         "trainer": {"micro_batch_tokens": 16_384 if context.on_gpu else 1024, "optimizer": {"lr": 1e-5}},
-        "inference": {
-            "engines": 1,
-            "placement": "colocated",
-            "vllm": engine | ({"gpu_memory_utilization": 0.4} if context.on_gpu else {}),
-        },
-        "sync": {"probe_threshold": _PROBE[dtype]},
+        "inference": {"engines": 1, "placement": "colocated", "vllm": engine},
         "checkpoint": {"every": 2, "keep_last": 1},
         "logging": {"wandb": "disabled"},
     }
@@ -102,7 +95,7 @@ def _read(outcome: Outcome, context: Context, tables: dict[str, Any], starts: tu
     outcome.require(numbers == list(range(1, starts[-1] + 1)), f"steps {numbers} in {file.name}, wanted {starts[-1]}")
     if not rows:
         return
-    threshold = tables["sync"]["probe_threshold"]
+    threshold = BOUNDS[tables["model"]["dtype"]]
     for row in rows:
         step = int(row["step"])
         outcome.require(row["sync/probe"] <= threshold, f"step {step}: probe {row['sync/probe']:.2g}")

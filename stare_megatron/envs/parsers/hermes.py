@@ -13,10 +13,9 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import jinja2
-
+from stare_megatron.data.chat import TEMPLATE_ERRORS
 from stare_megatron.data.json_text import decode_line
-from stare_megatron.data.tokenizer import ends_a_sequence
+from stare_megatron.data.tokenizer import ends_a_sequence, first_line
 from stare_megatron.envs.parsers.base import Encoder, Malformed, Parsed, Request
 from stare_megatron.errors import UserError
 
@@ -96,8 +95,8 @@ def _boundaries(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
     ]
     try:
         text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    except (ValueError, jinja2.TemplateError) as e:
-        raise UserError(_complaint(f"cannot be used: {e}")) from e
+    except TEMPLATE_ERRORS as e:
+        raise UserError(_complaint(f"cannot be used: {first_line(e)}")) from e
     parts = re.split(f"{_ACTION}|{_FIRST}|{_SECOND}", text)
     if len(parts) != 4 or not all(parts[1:]):
         raise UserError(_complaint("does not show what tools answer"))

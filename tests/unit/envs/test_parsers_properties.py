@@ -14,6 +14,7 @@ from stare_megatron.envs.parsers.base import Parsed, Parser, Request
 from stare_megatron.envs.parsers.fenced import FENCE, Fenced
 from stare_megatron.envs.parsers.hermes import CLOSE, Hermes
 from stare_megatron.envs.parsers.retool import ReTool
+from stare_megatron.errors import UserError
 from tests import byte_tokenizer
 from tests.properties import SCALARS, TEXT, bounded, nested
 
@@ -187,3 +188,9 @@ def test_of_nested_boxes_the_innermost_counts(inside: str, depth: int) -> None:
     assert last_boxed("\\boxed{" * depth + "\\boxed{4}" + "}" * depth) == "4"
     if "boxed" not in inside and inside.count("{") == inside.count("}") == inside.count("\\") == 0:
         assert balanced == inside.strip()
+
+
+@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{{ [] + 1 }}", "{% for", "{{ messages[9].role }}"])
+def test_a_damaged_template_is_refused(template: str) -> None:
+    with pytest.raises(UserError, match=r'env\.parser = "hermes": the chat template .* cannot be used'):
+        Hermes(byte_tokenizer.make(template), "python", parallel=False)
