@@ -137,11 +137,16 @@ class Saver:
         if self._pending is None:
             return
         step, self._pending = self._pending, None
-        entries = self._writers.finish_save()
+        try:
+            entries = self._writers.finish_save()
+        except (RunError, OSError):
+            store.sweep(self._root)
+            raise
         try:
             store.finish(self._root, step, {f"{store.TRAINER}/{name}": e for name, e in entries.items()})
             store.prune(self._root, self._config, self._values() if self._config.best_metric else {})
         except OSError as e:
+            store.sweep(self._root)
             raise RunError(f"{self._root}: cannot save step {step}: {e}") from e
 
     def _room(self, step: int) -> bool:

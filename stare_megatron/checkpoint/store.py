@@ -32,7 +32,7 @@ def step_of(folder: Path) -> int:
 def begin(root: Path, state: LoopState, settings: Settings) -> Path:
     """Make the unfinished folder of a step, with everything but the ranks' part, which goes to its `trainer/`."""
     partial = root / (folder_name(state.step) + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
+    sweep(root)
     partial.mkdir(parents=True)
     loop.write(partial, state)
     stored.write(partial, settings)
@@ -60,6 +60,12 @@ def finish(root: Path, step: int, known: Mapping[str, manifest.FileEntry]) -> Pa
     _sync_folder(root)
     shutil.rmtree(stale, ignore_errors=True)
     return final
+
+
+def sweep(root: Path) -> None:
+    """Remove what saves that failed or were killed have left."""
+    for folder in root.glob(f"step_*{PARTIAL}"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def complete(root: Path) -> list[Path]:

@@ -9,6 +9,7 @@ import asyncio
 import concurrent.futures
 import importlib.metadata
 import importlib.util
+import os
 import socket
 from collections.abc import Coroutine
 from pathlib import Path
@@ -31,6 +32,7 @@ from stare_megatron.sandbox.remote import RemoteSandbox
 T = TypeVar("T")
 
 _CONNECT_SECONDS = 1.0
+_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # what `ray job submit` gives its command
 
 
 def check(config: Config) -> tuple[str, ...]:
@@ -271,6 +273,10 @@ def check_cluster(config: Config) -> None:
     """Raises: UserError: a port in use, or no Ray where `cluster.address` says."""
     address, port = config.cluster.address, config.cluster.port
     if address == "local":
+        if os.environ.get(_JOB):
+            raise UserError(
+                'cluster.address = "local" would start a second Ray inside of this Ray job; set cluster.address=auto'
+            )
         if port and not port_is_free(port):
             raise UserError(f"cluster.port = {port}: the port is in use; choose another, or 0 for a free one")
     elif address != "auto":

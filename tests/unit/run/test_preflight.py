@@ -243,6 +243,11 @@ def test_port_in_use(make):
     preflight.check(make(cluster={"port": port}))
 
 
+def test_a_ray_job_is_not_given_a_second_ray(make, monkeypatch):
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"runtime_env": {}}')
+    refused(make(), 'cluster.address = "local"', "this Ray job", "cluster.address=auto")
+
+
 @pytest.mark.parametrize("address", ["nowhere", "host:", ":6379", "host:port", "host:70000"])
 def test_malformed_address(make, address):
     refused(make(cluster={"address": address}), f"cluster.address = {address!r}", "HOST:PORT")
