@@ -227,21 +227,6 @@ def test_a_rescue_without_room_claims_no_save(tmp_path, monkeypatch):
     assert "no room to save step 4" in line
 
 
-@pytest.mark.parametrize("error", [RunError("no space left"), OSError(28, "no space left")])
-def test_a_save_that_fails_or_was_killed_leaves_nothing(tmp_path, monkeypatch, error):
-    saved(tmp_path, 1)
-    (tmp_path / "step_000009.partial/trainer").mkdir(parents=True)
-    ranks = Ranks()
-
-    def fail() -> None:
-        raise error
-
-    monkeypatch.setattr(ranks, "finish_save", fail)
-    with pytest.raises(type(error), match="no space left"):
-        saver(tmp_path, ranks=ranks).save(state(2))
-    assert names(tmp_path) == ["latest", "step_000001"]
-
-
 def test_the_next_save_waits_for_the_one_before(tmp_path):
     writes = saver(tmp_path, config.CheckpointConfig(), Ranks(slow=True))
     writes.save(state(1))
