@@ -148,7 +148,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
                 for row in rows:
                     number += 1
                     yield str(number), row
-    except (pa.ArrowException, OSError) as e:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as e:  # the last: names of columns
         raise UserError(f"{path}: not a readable parquet file: {str(e).partition(chr(10))[0]}") from e
 
 

@@ -141,6 +141,7 @@ def test_any_parquet(folder: Path, columns: dict[str, Any], data: Any) -> None:
 
 @bounded(60)
 @given(st.lists(st.tuples(st.integers(0, 2**31), st.integers(0, 255)), min_size=1, max_size=3))
+@example(changes=[(138, 128)])  # in a column's name
 def test_damaged_parquet(folder: Path, changes: list[tuple[int, int]]) -> None:
     path = folder / "damaged.parquet"
     pq.write_table(
