@@ -15,6 +15,11 @@ import difflib
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
+# What code raises that is not ours, short of what ends a process; an exception class of its own shows its traceback.
+ORDINARY = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError, RuntimeError),
+    *(SyntaxError, TypeError, ValueError),
+)
 _NEAR = 0.6  # of difflib's ratio; below it two words have little in common
 _NO_SYNONYMS: Mapping[str, str] = MappingProxyType({})
 

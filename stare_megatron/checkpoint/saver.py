@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -10,7 +11,7 @@ from stare_megatron.checkpoint import store
 from stare_megatron.checkpoint.settings import Settings
 from stare_megatron.checkpoint.state import LoopState
 from stare_megatron.config import CheckpointConfig
-from stare_megatron.errors import RunError, UserError
+from stare_megatron.errors import ORDINARY, RunError, UserError
 from stare_megatron.host import manifest
 from stare_megatron.host.files import free_bytes
 
@@ -80,6 +81,7 @@ class Saver:
             RunError: no room and no older checkpoint, or a file cannot be written.
         """
         self.wait()
+        store.sweep(self._root)
         if not self._room(state.step):
             return False
         try:
@@ -112,7 +114,7 @@ class Saver:
             if self.save(state):
                 self.wait()
                 self._warn(f"step {state.step} is saved: started again, the run goes on from there")
-        except (RunError, UserError, OSError, RuntimeError) as e:  # what breaks inside a rank is often a RuntimeError
+        except (RunError, UserError, *ORDINARY) as e:
             self.give_up(state.step, str(e).partition("\n")[0])
 
     def give_up(self, step: int, why: str) -> None:
@@ -137,17 +139,14 @@ class Saver:
         if self._pending is None:
             return
         step, self._pending = self._pending, None
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(store.sweep, self._root)
             entries = self._writers.finish_save()
-        except (RunError, OSError):
-            store.sweep(self._root)
-            raise
-        try:
-            store.finish(self._root, step, {f"{store.TRAINER}/{name}": e for name, e in entries.items()})
-            store.prune(self._root, self._config, self._values() if self._config.best_metric else {})
-        except OSError as e:
-            store.sweep(self._root)
-            raise RunError(f"{self._root}: cannot save step {step}: {e}") from e
+            try:
+                store.finish(self._root, step, {f"{store.TRAINER}/{name}": e for name, e in entries.items()})
+                store.prune(self._root, self._config, self._values() if self._config.best_metric else {})
+            except OSError as e:
+                raise RunError(f"{self._root}: cannot save step {step}: {e}") from e
 
     def _room(self, step: int) -> bool:
         older = store.complete(self._root)

@@ -14,11 +14,10 @@ from stare_megatron.checkpoint.state import LoopState
 from stare_megatron.config import CheckpointConfig
 from stare_megatron.errors import UserError
 from stare_megatron.host import manifest
-from stare_megatron.host.files import PARTIAL, write_atomic
+from stare_megatron.host.files import PARTIAL, STALE, take_place, write_atomic
 
 TRAINER = "trainer"
 LATEST = "latest"
-_STALE = ".stale" + PARTIAL
 
 
 def folder_name(step: int) -> str:
@@ -32,7 +31,6 @@ def step_of(folder: Path) -> int:
 def begin(root: Path, state: LoopState, settings: Settings) -> Path:
     """Make the unfinished folder of a step, with everything but the ranks' part, which goes to its `trainer/`."""
     partial = root / (folder_name(state.step) + PARTIAL)
-    sweep(root)
     partial.mkdir(parents=True)
     loop.write(partial, state)
     stored.write(partial, settings)
@@ -50,11 +48,7 @@ def finish(root: Path, step: int, known: Mapping[str, manifest.FileEntry]) -> Pa
     final = root / folder_name(step)
     partial = final.with_name(final.name + PARTIAL)
     manifest.write(partial, known)
-    stale = final.with_name(final.name + _STALE)
-    shutil.rmtree(stale, ignore_errors=True)
-    if final.exists():
-        os.rename(final, stale)
-    os.rename(partial, final)
+    stale = take_place(partial, final)
     _sync_folder(root)
     write_atomic(root / LATEST, final.name + "\n")
     _sync_folder(root)
@@ -83,7 +77,7 @@ def prune(root: Path, keep: CheckpointConfig, values: Mapping[int, float]) -> No
     """Remove the checkpoints that nothing keeps. `values`: of the metric that tells the best, by step."""
     for folder in stale(complete(root), keep, values):
         # A folder that is half removed must not look whole.
-        doomed = folder.with_name(folder.name + _STALE)
+        doomed = folder.with_name(folder.name + STALE)
         shutil.rmtree(doomed, ignore_errors=True)
         os.rename(folder, doomed)
         shutil.rmtree(doomed)

@@ -24,7 +24,7 @@ from pydantic import Field, SerializeAsAny, SerializerFunctionWrapHandler, model
 
 from stare_megatron import paths
 from stare_megatron.config.base import Section
-from stare_megatron.errors import UserError, nearest
+from stare_megatron.errors import ORDINARY, UserError, nearest
 
 FORMS = "package.module:object or path/to/file.py:object"
 # What others call a reward, environment or method -> its name here.
@@ -46,11 +46,6 @@ _SYNONYMS = {
     **dict.fromkeys(("80_20", "forking_tokens", "entropy_mask"), "high_entropy_tokens"),
     "reinforce_plus_plus": "w_reinforce",
 }
-# What code raises when it is imported; an exception class of its own shows its traceback.
-_IMPORT_ERRORS = (
-    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError, RuntimeError),
-    *(SyntaxError, TypeError, ValueError),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +119,7 @@ def _module_name(where: str) -> str:
 def _import(where: str, fault: str) -> ModuleType:
     try:
         return _import_file(Path(where), fault) if where.endswith(".py") else importlib.import_module(where)
-    except _IMPORT_ERRORS as e:
+    except ORDINARY as e:
         if isinstance(e, ModuleNotFoundError) and e.name and f"{where}.".startswith(f"{e.name}."):
             raise UserError(
                 f"{fault}: no module named {e.name!r}; install it, put its folder on PYTHONPATH, or give "

@@ -13,6 +13,7 @@ from typing import Any
 from stare_megatron.errors import UserError
 
 PARTIAL = ".partial"
+STALE = ".stale" + PARTIAL
 
 # What a file begins with that is something else than its name says.
 _DISGUISES = (
@@ -44,20 +45,34 @@ def whole_folder(path: Path) -> Iterator[Path]:
     Raises:
         OSError: it cannot be made or renamed.
     """
-    partial, stale = (path.with_name(path.name + ending) for ending in (PARTIAL, ".stale" + PARTIAL))
+    partial, stale = (path.with_name(path.name + ending) for ending in (PARTIAL, STALE))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
-        shutil.rmtree(stale, ignore_errors=True)
+        take_place(partial, path)
+    finally:
+        for left in (partial, stale):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def take_place(folder: Path, path: Path) -> Path:
+    """Give a folder the name `path`, in place of what is there; after an error `path` is as it was. Returns where the
+    old one lies then, if there was one, to be removed.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    stale = path.with_name(path.name + STALE)
+    shutil.rmtree(stale, ignore_errors=True)
+    try:
         if path.exists():
             os.rename(path, stale)
-        os.rename(partial, path)
+        os.rename(folder, path)
     finally:
         if stale.exists() and not path.exists():  # the second rename failed
             os.rename(stale, path)
-        for left in (partial, stale):
-            shutil.rmtree(left, ignore_errors=True)
+    return stale
 
 
 def free_bytes(path: Path) -> int:

@@ -252,6 +252,18 @@ def test_what_cannot_be_saved_is_said(tmp_path, monkeypatch, call, why):
     assert parts.said == [f"step {step} is not saved: {why}"]
 
 
+@pytest.mark.parametrize("kind", [ValueError, KeyError])
+def test_a_bug_in_saving_does_not_hide_the_error_of_the_run(tmp_path, monkeypatch, kind):
+    parts = made(tmp_path)
+    fail(monkeypatch, parts, "trainers.update", RunError("the run's own"), always=True)
+    fail(monkeypatch, parts, "trainers.begin_save", kind("a bug"), always=True)
+    monkeypatch.setattr(parts.trainers, "held_step", lambda: parts.saving._learned.step)
+    with pytest.raises(RunError, match="the run's own"):
+        train(parts)
+    assert len(parts.said) == 1
+    assert "is not saved" in parts.said[0]
+
+
 def test_a_full_disk_costs_the_step_and_not_the_message(tmp_path, monkeypatch):
     parts = made(tmp_path, every=1)
     begin = store.begin
