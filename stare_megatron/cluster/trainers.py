@@ -79,17 +79,23 @@ class TrainerActor:
         """Returns checksums of what rank 0 sent, taken on the way."""
         from stare_megatron.sync.check import share
 
-        every = frozenset(spec.name for spec in self._stream.specs)
-        self._wanted = {"none": frozenset(), "share": share(self._stream.specs, version), "all": every}[sums]
+        self._wanted: frozenset[str] = frozenset()
+        if sums == "all":
+            self._wanted = self._all_names()
+        elif sums == "share":
+            self._wanted = share(self._stream.specs, version // self._config.sync.probe_every)
         self._pusher.push(version)
         return self._found
 
     def checksums(self) -> dict[str, str]:
         """Of each exported parameter, by its Hugging Face name; a collective, computed on rank 0."""
-        self._wanted = frozenset(spec.name for spec in self._stream.specs)
+        self._wanted = self._all_names()
         for _ in self._stream.tensors():
             pass
         return self._found
+
+    def _all_names(self) -> frozenset[str]:
+        return frozenset(spec.name for spec in self._stream.specs)
 
     def _weights(self) -> Iterator[tuple[str, Any]]:
         """A pass over the parameters. Leaves the checksums of those that are wanted, on rank 0."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
 from stare_megatron.config import SyncConfig
@@ -69,8 +69,7 @@ class Weights:
         if not self._due(version):
             return math.nan
         if self._sent:  # exact, where log-probs would not show a small fault
-            for i, theirs in enumerate(self._engines.checksums(self._sent)):
-                require_same(f"engine {i}", version, first_difference(self._sent, theirs))
+            self._require_same(version, self._sent, self._sent)
             self._compared = True
         tokens = self._probe_tokens()
         ours = self.trainers.score_tokens(tokens)
@@ -80,14 +79,19 @@ class Weights:
             require_agreement(f"engine {i}", version, agreement, threshold, lambda i=i: self._difference(i))
         worst = max(agreement.mean for agreement in found)
         if self._calibrated and (not self.baseline or worst > expected(self._dtype, self.baseline)):
-            for i in range(len(found) if self.baseline else 0):
-                require_same(f"engine {i}", version, self._difference(i))
+            if self.baseline:
+                self._require_same(version, self.trainers.checksums())
             self.baseline = worst
         return worst
 
     def _due(self, version: int) -> bool:
         every = self._config.probe_every
         return bool(every) and version % every == 0
+
+    def _require_same(self, version: int, ours: Mapping[str, str], names: Collection[str] = ()) -> None:
+        """Raises: RunError: an engine's checksums, of `names` or all, differ from the trainer's."""
+        for i, theirs in enumerate(self._engines.checksums(names)):
+            require_same(f"engine {i}", version, first_difference(ours, theirs))
 
     def _difference(self, engine: int) -> str | None:
         return first_difference(self.trainers.checksums(), self._engines.checksums()[engine])

@@ -96,11 +96,13 @@ def first_difference(trainer: Mapping[str, str], engine: Mapping[str, str]) -> s
     return next((name for name in engine if name not in trainer), None)
 
 
-def share(specs: Sequence[ParamSpec], version: int) -> frozenset[str]:
-    """Names of the parameters whose checksums are compared after the push of `version`: the whole of a small model; of
-    a large one so many as take no time worth mentioning, others each time, so that all have their turn."""
-    turns = grouped(specs, lambda spec: math.prod(spec.shape), _SHARE)
-    return frozenset(spec.name for spec in turns[version % len(turns)])
+def share(specs: Sequence[ParamSpec], turn: int) -> frozenset[str]:
+    """Names of the parameters whose checksums are compared at the probe that is number `turn`: the whole of a small
+    model; of a large one so many as take no time worth mentioning, others each time, so that all have their turn. Those
+    of experts are not compared: an engine keeps them fused."""
+    comparable = [spec for spec in specs if ".experts." not in spec.name]
+    turns = grouped(comparable, lambda spec: math.prod(spec.shape), _SHARE)
+    return frozenset(spec.name for spec in turns[turn % len(turns)])
 
 
 def expected(dtype: str, baseline: float) -> float:
@@ -130,7 +132,8 @@ def compare(engine: npt.NDArray[np.float32], trainer: npt.NDArray[np.float32]) -
 def require_agreement(
     engine: str, version: int, agreement: Agreement, threshold: float, difference: Callable[[], str | None]
 ) -> None:
-    """Stop the run if the mean difference exceeds `threshold` or is NaN.
+    """Stop the run if the mean difference exceeds `threshold`, `sync.probe_threshold` or what the dtype makes of it, or
+    is NaN.
 
     Args:
         engine: the engine's name.

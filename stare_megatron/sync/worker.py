@@ -29,7 +29,8 @@ Packed = Mapping[str, list[str]]
 
 class Piece(NamedTuple):
     """A block of one parameter on this worker: `tensor` [rows, columns] at (`row`, `column`) of a matrix `width`
-    wide. Workers with the same `shard` hold the same block."""
+    wide. Workers with the same `shard` hold the same block. `stray`: of an LM head that is tied to an embedding and
+    does not equal it."""
 
     name: str
     tensor: torch.Tensor
@@ -37,6 +38,7 @@ class Piece(NamedTuple):
     column: int
     width: int
     shard: int
+    stray: bool = False
 
 
 class ChecksumExtension:
@@ -46,7 +48,7 @@ class ChecksumExtension:
 
     def stare_checksums(self, names: list[str]) -> dict[str, str]:
         """Parameter name -> checksum of the whole parameter; all workers make the call and return the same. `names`:
-        which parameters; empty: all.
+        which parameters; empty: all. A head that does not equal the embedding it is tied to is among them in any case.
 
         Covers linear layers, embeddings, LM heads and unsharded parameters; not fused mixture-of-experts weights.
         """
@@ -54,7 +56,7 @@ class ChecksumExtension:
         mine = {
             p.name: (p.shard, shard_sum(p.tensor, p.row, p.column, p.width))
             for p in pieces(model, model.packed_modules_mapping)
-            if not names or p.name in names
+            if not names or p.name in names or p.stray
         }
         group = get_world_group()
         everyone: list[dict[str, tuple[int, int]]] = [{} for _ in range(group.world_size)]
@@ -68,9 +70,9 @@ def pieces(model: torch.nn.Module, packed: Packed) -> Iterator[Piece]:
     embeddings: set[int] = set()
     for path, module in model.named_modules():
         if isinstance(module, ParallelLMHead):
-            weight = _weight(module)
-            if id(module.weight) not in embeddings or not torch.equal(weight, _stored(module)):
-                yield from _embedding(path, module, weight)
+            weight, tied = _weight(module), id(module.weight) in embeddings
+            if not tied or not torch.equal(weight, _stored(module)):
+                yield from _embedding(path, module, weight, stray=tied)
         elif isinstance(module, VocabParallelEmbedding):
             embeddings.add(id(module.weight))
             yield from _embedding(path, module, _stored(module))
@@ -82,10 +84,10 @@ def pieces(model: torch.nn.Module, packed: Packed) -> Iterator[Piece]:
                 yield Piece(f"{path}.{name}", matrix, 0, 0, matrix.shape[1], 0)
 
 
-def _embedding(path: str, module: Any, weight: torch.Tensor) -> Iterator[Piece]:
+def _embedding(path: str, module: Any, weight: torch.Tensor, *, stray: bool = False) -> Iterator[Piece]:
     where = module.shard_indices
-    rows = where.org_vocab_end_index - where.org_vocab_start_index
-    yield Piece(f"{path}.weight", weight[:rows], where.org_vocab_start_index, 0, module.embedding_dim, module.tp_rank)
+    first, rows = where.org_vocab_start_index, where.org_vocab_end_index - where.org_vocab_start_index
+    yield Piece(f"{path}.weight", weight[:rows], first, 0, module.embedding_dim, module.tp_rank, stray)
 
 
 def _linear(path: str, module: Any, packed: Packed) -> Iterator[Piece]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from stare_megatron.cluster.trainers import TrainerActor
 from stare_megatron.config import SyncConfig
 from stare_megatron.errors import RunError
 from stare_megatron.run.weights import Weights
@@ -225,3 +226,40 @@ def test_every_parameter_has_its_turn(monkeypatch):
     turns = [check.share(specs, version) for version in range(4)]
     assert turns == [{"3", "5"}, {"9"}, {"1", "2"}, {"6"}]
     assert check.share(specs, 4) == turns[0]
+
+
+def test_experts_take_no_turn(monkeypatch):
+    """Engines keep them fused and cannot report them."""
+    monkeypatch.setattr(check, "_SHARE", 8)
+    layer = "model.layers.0."
+    names = [layer + "norm", *(layer + f"mlp.experts.{i}.up_proj.weight" for i in range(9)), layer + "mlp.gate.weight"]
+    specs = [ParamSpec(name, torch.bfloat16, (5,)) for name in names]
+    assert [check.share(specs, turn) for turn in range(3)] == [{names[0]}, {names[-1]}, {names[0]}]
+
+
+def test_a_rank_takes_turns_by_probes_and_not_by_versions(monkeypatch):
+    asked: list[int] = []
+    monkeypatch.setattr(check, "share", lambda specs, turn: asked.append(turn) or frozenset())
+    rank: Any = object.__new__(TrainerActor.__ray_metadata__.modified_class)
+    rank._config = SimpleNamespace(sync=SyncConfig(probe_every=4))
+    rank._stream, rank._found = SimpleNamespace(specs=()), {}
+    rank._pusher = SimpleNamespace(push=lambda version: None)
+    for version in range(4, 17, 4):
+        rank.push(version, "share")
+    assert asked == [1, 2, 3, 4]
+
+
+def test_a_head_that_left_its_embedding_is_reported_whatever_was_asked_for(monkeypatch):
+    """The trainer has no such parameter, so it can ask for none."""
+    worker = pytest.importorskip("stare_megatron.sync.worker")
+    rows = torch.arange(6.0).reshape(3, 2)
+    head = worker.Piece("lm_head.weight", rows, 0, 0, 2, 0, stray=True)
+    parts = [worker.Piece("a.weight", rows, 0, 0, 2, 0), worker.Piece("b.weight", rows, 0, 0, 2, 0), head]
+    monkeypatch.setattr(worker, "pieces", lambda model, packed: iter(parts))
+    monkeypatch.setattr(worker, "get_world_group", lambda: SimpleNamespace(world_size=1, cpu_group=None))
+    monkeypatch.setattr(torch.distributed, "all_gather_object", lambda out, mine, group: out.__setitem__(0, mine))
+    extension = worker.ChecksumExtension()
+    extension.model_runner = SimpleNamespace(get_model=lambda: SimpleNamespace(packed_modules_mapping={}))
+    found = extension.stare_checksums(["a.weight"])
+    assert found.keys() == {"a.weight", "lm_head.weight"}
+    assert check.first_difference({"a.weight": found["a.weight"]}, found) == "lm_head.weight"
