@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import ray
 
 from stare_megatron.cluster import runtime
+from stare_megatron.cluster.activity import ActivityLog
 from stare_megatron.cluster.placement import Slot
 from stare_megatron.config import Config
 from stare_megatron.data.packing import plan_updates
@@ -17,6 +18,7 @@ from stare_megatron.host import device
 from stare_megatron.host.manifest import FileEntry
 from stare_megatron.host.ports import free_port
 from stare_megatron.types import Control, EntropyReading, Group, GroupSummary, StepStats, UpdateShare
+from stare_megatron.types.report import Report
 from stare_megatron.types.token_record import TokenRecord, join
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ class TrainerActor:
         self._config = config
         self._rank = rank
         self._local_rank = local_rank
+        self._activity = ActivityLog()
 
     def hello(self) -> runtime.Station:
         return runtime.station()
@@ -84,7 +87,8 @@ class TrainerActor:
             self._wanted = self._all_names()
         elif sums == "share":
             self._wanted = share(self._stream.specs, version // self._config.sync.probe_every)
-        self._pusher.push(version)
+        with self._activity.during("push", f"version {version}"):
+            self._pusher.push(version)
         return self._found
 
     def checksums(self) -> dict[str, str]:
@@ -108,12 +112,17 @@ class TrainerActor:
             yield name, tensor
 
     def load(self, updates: list[tuple[list[ray.ObjectRef], UpdateShare]]) -> None:
-        fetched: list[tuple[list[Group], UpdateShare]] = [(ray.get(refs), share) for refs, share in updates]
-        self._trainer.load(fetched)
+        with self._activity.during("load"):
+            fetched: list[tuple[list[Group], UpdateShare]] = [(ray.get(refs), share) for refs, share in updates]
+            self._trainer.load(fetched)
 
     def call(self, method: str, *args: Any, **named: Any) -> Any:
         """A method of the rank, by its name."""
-        return getattr(self._trainer, method)(*args, **named)
+        with self._activity.during(method):
+            return getattr(self._trainer, method)(*args, **named)
+
+    def report(self) -> Report:
+        return Report(self._activity.take(), self._trainer.peak_memory_bytes())
 
 
 class UpdateBatch(Protocol):
@@ -232,9 +241,9 @@ class TrainerGroup:
     def export_hf(self, folder: Path) -> None:
         self._rank("export_hf", folder)
 
-    def peak_memory_bytes(self) -> list[int]:
-        """Each rank's."""
-        return self._rank("peak_memory_bytes")
+    def report(self) -> list[Report]:
+        """What each rank did since it was last asked, and what that took."""
+        return self._all("report")
 
     def close(self) -> None:
         for actor in self._actors:

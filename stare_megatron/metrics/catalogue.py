@@ -176,6 +176,14 @@ _ENTRIES = (
     Entry("time/eval", "s", R.ONE, "Evaluation after the previous step; 0 when none was due."),
     Entry("time/step", "s", R.ONE, "The whole step, without time/eval."),
     Entry("time/elapsed", "s", R.ONE, "Since this start of the run."),
+    Entry(
+        "idle/engines", "fraction", R.FRACTION, "Of an engine's time in the step, evaluation included: it did nothing."
+    ),
+    Entry("idle/trainers", "fraction", R.FRACTION, "The same of a trainer rank."),
+    Entry("engine/requests", "requests", R.MEAN, "Running at once in an engine, over its iterations."),
+    Entry("engine/kv_use", "fraction", R.MEAN, "KV cache in use in an engine, over its iterations."),
+    Entry("engine/kv_use_max", "fraction", R.MAX, "The most, of any engine."),
+    Entry("engine/preemptions", "requests", R.SUM, "Put back for want of KV cache, to be computed again."),
     Entry("memory/trainer_peak", "MB", R.PROCESS_MAX, "Peak memory of a trainer rank: device memory on a GPU."),
     Entry("memory/engine_peak", "MB", R.PROCESS_MAX, "Peak memory of an engine: device memory on a GPU."),
     Entry("memory/driver_peak", "MB", R.ONE, "Peak resident memory of the driver."),

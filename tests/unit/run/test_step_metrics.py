@@ -29,6 +29,7 @@ from stare_megatron.types import (
     Status,
     UpdateStats,
 )
+from stare_megatron.types.report import EngineLoad
 
 VERSION = 9
 BY_UPDATE = {  # name: whether it has a weight
@@ -60,6 +61,9 @@ SINGLE = (
     "mismatch/sequence_ess",
 )
 
+# Idle seconds, of seconds.
+IDLE = {"engines": [(1.0, 4.5), (3.0, 4.25)], "trainers": [(2.0, 4.5), (0.5, 4.0), (2.5, 4.25)]}
+
 
 @dataclass(frozen=True)
 class Step:
@@ -84,7 +88,8 @@ class Step:
         tokens = sum(n for group, _ in self.groups for n in group.num_action_tokens)
         batch = Collected((), tokens, tuple(parts))
         stats = (batch, self.scores, self.control, self.updates, 1e-6, self.costs, self.progress)
-        late = late_metrics({"save": 1.5, "eval": 2.5}, 4.0, tokens)
+        idle = [Measured(f"idle/{kind}", *part) for kind, parts in IDLE.items() for part in parts]
+        late = late_metrics({"save": 1.5, "eval": 2.5}, 4.0, tokens, idle)
         return by_name((*step_metrics(VERSION, *stats), *late))
 
 
@@ -145,7 +150,15 @@ def random_step(seed: int) -> Step:
         updates=updates,
         totals=totals,
         control=Control(True, 1.25, 0.75, 0.5, 0.625, 0.01),
-        costs=StepCosts(seconds, 17.0, [5 << 20, 7 << 20, 6 << 20], [9 << 20, 3 << 20], 2 << 20, HostMemory(8, 9)),
+        costs=StepCosts(
+            seconds,
+            17.0,
+            [5 << 20, 7 << 20, 6 << 20],
+            [9 << 20, 3 << 20],
+            2 << 20,
+            HostMemory(8, 9),
+            [EngineLoad(10, 30, 2.5, 0.5, 3), EngineLoad(40, 60, 9.0, 0.75, 1), EngineLoad(5, 50, 1.0, 0.25, 2)],
+        ),
         progress=Progress(2, 12345, Observed(0.5, -0.25), GateDuty(8, 3)),
     )
 
@@ -261,6 +274,12 @@ def expected(step: Step) -> dict[str, float]:
             "memory/driver_peak": 2.0,
             "memory/host_run": 8 / 2**20,
             "memory/host_available": 9 / 2**20,
+            "idle/engines": 4.0 / 8.75,
+            "idle/trainers": 5.0 / 12.75,
+            "engine/requests": 140 / 55,
+            "engine/kv_use": 12.5 / 55,
+            "engine/kv_use_max": 0.75,
+            "engine/preemptions": 6,
         }
     )
 
