@@ -23,6 +23,7 @@ from stare_megatron.data.packing import plan_updates
 from stare_megatron.data.tokenizer import read_vocab_size
 from stare_megatron.errors import UserError
 from stare_megatron.host import device
+from stare_megatron.models.families import read_hf_config
 from stare_megatron.run.folder import hardware, package_versions
 from stare_megatron.trainer.rank import TrainerRank
 from stare_megatron.types import Control, Group, Prompt, Score, Span, SpanKind, Status, Trajectory
@@ -66,15 +67,9 @@ def make_rank(config: Config) -> TrainerRank:
 
 def load(trainer: TrainerRank, config: Config, number: int) -> int:
     """Give the rank its share of a random batch, the same for the same `number`; tokens in the whole batch."""
-    t = config.trainer
     groups = random_groups(config, number)
-    plans = plan_updates(
-        [group.summary() for group in groups],
-        data_parallel=t.data_parallel,
-        updates_per_batch=t.updates_per_batch,
-        micro_batch_tokens=t.micro_batch_tokens,
-        min_micro_batch_multiple=t.pipeline_parallel if t.virtual_pipeline > 1 else 1,
-    )
+    cost = read_hf_config(config.model.path).sequence_cost
+    plans = plan_updates([group.summary() for group in groups], config.trainer, cost)
     trainer.load([(groups, plan[trainer.position().data_parallel_rank]) for plan in plans])
     return sum(trajectory.num_tokens for group in groups for trajectory in group.trajectories)
 

@@ -17,7 +17,7 @@ from stare_megatron.data.packing import plan_updates
 from stare_megatron.host import device
 from stare_megatron.host.manifest import FileEntry
 from stare_megatron.host.ports import free_port
-from stare_megatron.types import Control, EntropyReading, Group, GroupSummary, StepStats, UpdateShare
+from stare_megatron.types import Control, EntropyReading, Group, GroupSummary, SequenceCost, StepStats, UpdateShare
 from stare_megatron.types.report import Report
 from stare_megatron.types.token_record import TokenRecord, join
 
@@ -135,8 +135,10 @@ class UpdateBatch(Protocol):
 class TrainerGroup:
     """All trainer ranks. Every method runs on all of them and returns what rank 0 says."""
 
-    def __init__(self, config: Config, slots: Sequence[Slot], logs: Path, say: Callable[[str], None]) -> None:
-        self._config = config
+    def __init__(
+        self, config: Config, slots: Sequence[Slot], logs: Path, say: Callable[[str], None], cost: SequenceCost
+    ) -> None:
+        self._config, self._cost = config, cost
         names = [f"trainer rank {rank}" for rank in range(len(slots))]
         self._crew = runtime.Crew(names, say, named_hosts=config.cluster.address != "local")
         self._actors: list[Any] = [
@@ -162,14 +164,8 @@ class TrainerGroup:
 
     def load(self, batch: UpdateBatch) -> None:
         """Give each rank its share of the update batch; tokens travel from the engines' nodes, not through here."""
-        groups, trainer = batch.groups, self._config.trainer
-        plans = plan_updates(
-            [summary for _, summary in groups],
-            data_parallel=trainer.data_parallel,
-            updates_per_batch=trainer.updates_per_batch,
-            micro_batch_tokens=trainer.micro_batch_tokens,
-            min_micro_batch_multiple=trainer.pipeline_parallel if trainer.virtual_pipeline > 1 else 1,
-        )
+        groups = batch.groups
+        plans = plan_updates([summary for _, summary in groups], self._config.trainer, self._cost)
         self._first_tokens = {
             (assignment.group, sample): first
             for plan in plans

@@ -103,6 +103,12 @@ _ENTRIES = (
     Entry("stare/tokens_neg", "tokens", R.UPDATE_SUM, "Tokens with a negative advantage (T-)."),
     Entry("update/loss", "loss", R.UPDATE_MEAN, "The objective; on-policy its value is near 0 by design."),
     Entry("update/grad_norm", "norm", R.UPDATE_MEAN, "L2 norm of the gradient before clipping."),
+    Entry(
+        "packing/cost_imbalance",
+        "fraction",
+        R.UPDATE_MEAN,
+        "Costliest data-parallel rank by the mean, less 1, in FLOPs of its sequences; see docs/packing.md.",
+    ),
     Entry("update/lr", "1", R.LAST, "Learning rate."),
     Entry("update/loss_scale", "factor", R.LAST, "float16: factor of the loss while its gradients were made."),
     Entry("update/overflows", "updates", R.UPDATE_SUM, "float16: updates skipped since their gradients overflowed."),
