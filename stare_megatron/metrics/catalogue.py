@@ -49,6 +49,8 @@ _KINDS = {
     "change": "Signed share of the predicted change",
 }
 
+_PHASES = {"rollout": "sampling", "score": "the scoring pass", "update": "the update, three forward passes' worth"}
+
 _ENTRIES = (
     Entry("reward/mean", "reward", R.MEAN, "All sampled trajectories, also those of dropped groups."),
     Entry("reward/kept_mean", "reward", R.MEAN, "Trajectories of the update batch."),
@@ -170,6 +172,12 @@ _ENTRIES = (
     Entry("sync/staleness", "versions", R.MAX, "Versions a trained trajectory's policy is behind."),
     Entry("throughput/tokens_per_second", "tokens/s", R.MEAN, "Action tokens sampled, by time of the step."),
     Entry("throughput/rollout_tokens_per_second", "tokens/s", R.MEAN, "Action tokens sampled, by rollout time."),
+    Entry(
+        "throughput/tokens_per_second_per_device",
+        "tokens/s",
+        R.MEAN,
+        "throughput/tokens_per_second by the devices (GPUs; ranks and workers on CPUs) of ranks and engines.",
+    ),
     Entry("throughput/trained_tokens", "tokens", R.UPDATE_SUM, "Action tokens of the step's update batch."),
     Entry("throughput/trained_tokens_total", "tokens", R.ONE, "Action tokens trained on since step 0."),
     Entry("time/rollout", "s", R.ONE, "Sampling and rewards."),
@@ -182,6 +190,14 @@ _ENTRIES = (
     Entry("time/eval", "s", R.ONE, "Evaluation after the previous step; 0 when none was due."),
     Entry("time/step", "s", R.ONE, "The whole step, without time/eval."),
     Entry("time/elapsed", "s", R.ONE, "Since this start of the run."),
+    *(
+        entry
+        for phase, what in _PHASES.items()
+        for entry in (
+            Entry(f"rates/{phase}_tflops", "TFLOP/s", R.MEAN, f"Model operations of {what}, by seconds and devices."),
+            Entry(f"rates/{phase}_mfu", "fraction", R.MEAN, "The same by what the GPU can do; NaN if not known."),
+        )
+    ),
     Entry(
         "idle/engines", "fraction", R.FRACTION, "Of an engine's time in the step, evaluation included: it did nothing."
     ),

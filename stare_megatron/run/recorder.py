@@ -16,6 +16,7 @@ from stare_megatron.metrics.sample_records import write_sample_records
 from stare_megatron.metrics.samples import FOLDER, Decode, choose, excerpt, pick, write_samples
 from stare_megatron.metrics.sinks import Sinks
 from stare_megatron.rollout.collect import Collected
+from stare_megatron.run.rates import Rates
 from stare_megatron.run.sampling import Sampler
 from stare_megatron.run.step_metrics import Progress, StepCosts, late_metrics, observed, step_metrics
 from stare_megatron.run.timeline import Timeline
@@ -74,6 +75,7 @@ class Recorder(Generic[Ref]):
     Args:
         fetch: groups by the references that stand for them.
         decode: token ids -> text.
+        rates: of the run's devices.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Recorder(Generic[Ref]):
         sinks: Sinks,
         fetch: Callable[[Sequence[Ref]], Sequence[Group]],
         decode: Decode,
+        rates: Rates,
     ) -> None:
         self._config = config
         self._session = session
@@ -91,6 +94,7 @@ class Recorder(Generic[Ref]):
         self._sinks = sinks
         self._fetch = fetch
         self._decode = decode
+        self._rates = rates
         self._clock = Clock()
         self._timeline = Timeline(session, config.folder if config.logging.trace else None)
         self._open: Collected[Ref] | None = None  # the batch of the step that is recorded and not closed
@@ -131,6 +135,7 @@ class Recorder(Generic[Ref]):
             driver_peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             host=host_memory(),
             loads=taken.loads,
+            rates=self._rates.of_phases(batch.sampled, [s for _, s in batch.groups], self._clock.seconds),
         )
         progress = Progress(self._sampler.state().epoch, known.trained_tokens, self._before, known.duty)
         values = step_metrics(step, batch, done.scores, control, done.updates, probe, costs, progress)
@@ -153,8 +158,9 @@ class Recorder(Generic[Ref]):
     def _late(self) -> tuple[Metric, ...]:
         """The metrics that are settled when the step is over, as they are now."""
         assert self._open is not None
-        tokens = self._open.tokens_sampled
-        return late_metrics(self._clock.seconds, self._clock.step_seconds, tokens, self._timeline.idle())
+        tokens, seconds = self._open.tokens_sampled, self._clock.step_seconds
+        rate = self._rates.of_step(tokens, seconds)
+        return late_metrics(self._clock.seconds, seconds, tokens, (rate, *self._timeline.idle()))
 
     def _write_samples(self, step: int, batch: Collected[Ref]) -> None:
         """Some trajectories of the step, as text and as data with what the update knew of their tokens."""
@@ -164,6 +170,6 @@ class Recorder(Generic[Ref]):
         groups = dict(zip(wanted, self._fetch([batch.groups[i][0] for i in wanted]), strict=True))
         picked = pick(groups, places)
         records = self._session.trainers.token_records(places)
-        write_samples(folder, step, picked, len(batch.groups) * size, batch.groups_sampled * size, self._decode)
+        write_samples(folder, step, picked, len(batch.groups) * size, len(batch.sampled) * size, self._decode)
         write_sample_records(folder, step, picked, records, self._decode)
         self._sinks.sample(excerpt(picked[step % len(picked)], self._decode))

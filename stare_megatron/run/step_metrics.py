@@ -19,7 +19,8 @@ _MB = 2**20
 @dataclass(frozen=True)
 class StepCosts:
     """What a step took. `seconds`: by phase; `elapsed`: of the run, seconds; peaks in bytes, of each trainer rank, of
-    each engine and of the driver; `loads`: of each engine while it sampled the step."""
+    each engine and of the driver; `loads`: of each engine while it sampled the step; `rates`: of its
+    phases."""
 
     seconds: Mapping[str, float]
     elapsed: float
@@ -28,6 +29,7 @@ class StepCosts:
     driver_peak: int
     host: HostMemory
     loads: Sequence[EngineLoad]
+    rates: Sequence[Measured]
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def step_metrics(
 
 
 def late_metrics(
-    seconds: Mapping[str, float], step_seconds: float, tokens_sampled: int, idle: Sequence[Measured]
+    seconds: Mapping[str, float], step_seconds: float, tokens_sampled: int, others: Sequence[Measured]
 ) -> tuple[Metric, ...]:
     """What is known once the step has been saved and evaluated. `step_seconds`: without the evaluation."""
     return reduce(
@@ -82,7 +84,7 @@ def late_metrics(
             *(Measured(f"time/{phase}", seconds.get(phase, 0.0)) for phase in ("save", "eval")),
             Measured("time/step", step_seconds),
             Measured("throughput/tokens_per_second", tokens_sampled, step_seconds),
-            *idle,
+            *others,
         )
     )
 
@@ -107,6 +109,7 @@ def _costs(costs: StepCosts) -> tuple[Measured, ...]:
         Measured("memory/host_run", costs.host.run / _MB),
         Measured("memory/host_available", costs.host.available / _MB),
         *(part for load in costs.loads for part in _load(load)),
+        *costs.rates,
     )
 
 

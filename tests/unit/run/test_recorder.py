@@ -14,6 +14,7 @@ from stare_megatron.metrics import trace
 from stare_megatron.metrics.catalogue import by_name, metrics
 from stare_megatron.run import recorder as module
 from stare_megatron.run import timeline
+from stare_megatron.run.rates import Rates
 from stare_megatron.run.recorder import Recorder, Remembered
 from stare_megatron.types import (
     UNOBSERVED,
@@ -24,6 +25,7 @@ from stare_megatron.types import (
     Prompt,
     Score,
     ScoreSummary,
+    SequenceCost,
     Span,
     SpanKind,
     Status,
@@ -97,7 +99,11 @@ def made(tmp_path, monkeypatch, request):
     engines = SimpleNamespace(report=lambda: [EngineReport(did.pop("engine", ()), 1 << 20, EngineLoad())])
     trainers = SimpleNamespace(report=lambda: [Report(did.pop("trainer", ()), 1 << 20)], token_records=token_records)
     groups = [group("a"), group("b")]
-    batch = SimpleNamespace(groups=tuple((g, g.summary()) for g in groups), tokens_sampled=600, groups_sampled=5)
+    batch = SimpleNamespace(
+        groups=tuple((g, g.summary()) for g in groups),
+        tokens_sampled=600,
+        sampled=[g.summary() for g in groups] * 2 + [groups[0].summary()],
+    )
     sinks = SimpleNamespace(
         status=lambda text: None,
         log=lambda step, values, late: logged.append((step, by_name(values), by_name(late))),
@@ -111,6 +117,7 @@ def made(tmp_path, monkeypatch, request):
         sinks,
         list,
         lambda ids: " ".join(map(str, ids)),
+        Rates(SequenceCost(1.0, 1.0), ranks=1, workers=1, devices=2, peak=math.nan, scores=True),
     )
     return SimpleNamespace(
         recorder=recorder,
@@ -144,13 +151,11 @@ def test_seconds_belong_to_the_step_they_were_spent_in(made):
     assert (first[0], second[0]) == (1, 2)
     assert first[1] == {"reward/mean": 0.5}
     nothing_done = {"idle/engines": 1.0, "idle/trainers": 1.0}
-    provisional = {"time/save": 0.0, "time/eval": 0.0, "time/step": 10.0, "throughput/tokens_per_second": 60.0}
-    assert first[2] == provisional | nothing_done
-    provisional |= nothing_done
-    assert first_late == (
-        1,
-        provisional | {"time/save": 5.0, "time/eval": 3.0, "time/step": 15.0} | {"throughput/tokens_per_second": 40.0},
-    )
+    rate, each = "throughput/tokens_per_second", "throughput/tokens_per_second_per_device"
+    provisional = {"time/save": 0.0, "time/eval": 0.0, "time/step": 10.0, rate: 60.0, each: 30.0} | nothing_done
+    assert first[2] == provisional
+    settled = {"time/save": 5.0, "time/eval": 3.0, "time/step": 15.0, rate: 40.0, each: 20.0}
+    assert first_late == (1, provisional | settled)
     assert second_late[1]["time/save"] == 10.0
     assert second_late[1]["time/eval"] == 6.0
     assert second_late[1]["time/step"] == 20.0

@@ -64,6 +64,11 @@ SINGLE = (
 
 # Idle seconds, of seconds.
 IDLE = {"engines": [(1.0, 4.5), (3.0, 4.25)], "trainers": [(2.0, 4.5), (0.5, 4.0), (2.5, 4.25)]}
+RATES = {
+    f"rates/{phase}_{unit}": (3.0 + i, 16.0 / (i + 1) + j)
+    for i, phase in enumerate(("rollout", "score", "update"))
+    for j, unit in enumerate(("tflops", "mfu"))
+}
 
 
 @dataclass(frozen=True)
@@ -86,11 +91,11 @@ class Step:
         parts = [part for group, label in self.groups for part in measure(group, label)]
         parts += [Measured("groups/dropped", 2), Measured("groups/surplus", 1), Measured("groups/refills", 3)]
         parts += [part for group in self.kept for part in _measure_kept(group, VERSION - 1)]
-        tokens = sum(n for group, _ in self.groups for n in group.num_action_tokens)
-        batch = Collected((), tokens, tuple(parts))
+        batch = Collected((), tuple(group for group, _ in self.groups), tuple(parts))
         stats = (batch, self.scores, self.control, self.updates, 1e-6, self.costs, self.progress)
         idle = [Measured(f"idle/{kind}", *part) for kind, parts in IDLE.items() for part in parts]
-        late = late_metrics({"save": 1.5, "eval": 2.5}, 4.0, tokens, idle)
+        others = [*idle, Measured("throughput/tokens_per_second_per_device", 90.0, 12.0)]
+        late = late_metrics({"save": 1.5, "eval": 2.5}, 4.0, batch.tokens_sampled, others)
         return by_name((*step_metrics(VERSION, *stats), *late))
 
 
@@ -159,6 +164,7 @@ def random_step(seed: int) -> Step:
             2 << 20,
             HostMemory(8, 9),
             [EngineLoad(10, 30, 2.5, 0.5, 3), EngineLoad(40, 60, 9.0, 0.75, 1), EngineLoad(5, 50, 1.0, 0.25, 2)],
+            [Measured(name, *part) for name, part in RATES.items()],
         ),
         progress=Progress(2, 12345, Observed(0.5, -0.25), GateDuty(8, 3)),
     )
@@ -247,6 +253,7 @@ def expected(step: Step) -> dict[str, float]:
     found = {name: step.scores.part(name).total / 210 for name in SCORED}
     found |= {name: step.scores.part(name).total for name in SINGLE}
     found |= {f"time/{phase}": seconds for phase, seconds in step.costs.seconds.items()}
+    found |= {name: total / weight for name, (total, weight) in RATES.items()}
     return (
         sampled(step)
         | updated(step)
@@ -277,6 +284,7 @@ def expected(step: Step) -> dict[str, float]:
             "memory/host_available": 9 / 2**20,
             "idle/engines": 4.0 / 8.75,
             "idle/trainers": 5.0 / 12.75,
+            "throughput/tokens_per_second_per_device": 7.5,
             "engine/requests": 140 / 55,
             "engine/kv_use": 12.5 / 55,
             "engine/kv_use_max": 0.75,
