@@ -175,5 +175,6 @@ def read_vocab_size(model: Path) -> int:
 
 
 def first_line(error: BaseException) -> str:
-    """Of what an error says; its type where it says nothing."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    """Of what an error says, lone surrogates escaped: they could not be written out; its type where it says nothing."""
+    said = str(error).strip().partition("\n")[0] or type(error).__name__
+    return said.encode(errors="backslashreplace").decode()
