@@ -170,9 +170,7 @@ def _number(text: str) -> complex | None:
     return value if cmath.isfinite(value) else None
 
 
-_FRACTION = re.compile(
-    r"(\$?)\s*(?:([0-9]+)\s*/\s*([0-9]+)|\\d?frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\})\s*\1"
-)
+_FRACTION = re.compile(r"(\$?)\s*(?:([0-9]+)\s*/\s*([0-9]+)|\\d?frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\})\s*\1")
 
 
 def _same_fraction(said: str, answer: str) -> bool:
