@@ -81,7 +81,9 @@ def test_an_end_outside_the_vocabulary(folder: Path, name: str, value: Any) -> N
 def test_ends_that_are_ordinary_tokens(folder: Path) -> None:
     change(folder, "config.json", eos_token_id=5)
     change(folder, "generation_config.json", eos_token_id=[5, 6])
-    assert "eos_token_id = 5 is an ordinary token" in said(folder)
+    assert f"{folder / 'config.json'}: eos_token_id = 5 is an ordinary token" in said(folder)
+    change(folder, "config.json", eos_token_id=None)
+    assert f"{folder / 'generation_config.json'}: eos_token_id = 5 is an ordinary token" in said(folder)
     change(folder, "generation_config.json", eos_token_id=[5, 258])
     load_tokenizer(folder)
 
