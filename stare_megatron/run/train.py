@@ -30,7 +30,7 @@ from stare_megatron.metrics.summary import how_to_go_on, next_steps, opening, op
 from stare_megatron.rollout.collect import Collector
 from stare_megatron.rollout.groups import check_env, check_prompts
 from stare_megatron.run import folder as run_folder
-from stare_megatron.run import loop, preflight
+from stare_megatron.run import forecast, loop, preflight
 from stare_megatron.run.evaluation import Evaluations, Evaluator
 from stare_megatron.run.recorder import Recorder
 from stare_megatron.run.residency import Residency
@@ -78,6 +78,9 @@ def train(config: Config, *, quiet: bool, command: list[str]) -> int:
     held_out = {benchmark.name: len(benchmark.prompts) for benchmark in prepared.benchmarks}
     parameters = run_folder.parameter_count(config.model.path)
     say(opening(config, parameters, len(prepared.stream.prompts), held_out))
+    expected = forecast.forecast(config)
+    if lines := expected.lines():
+        say(forecast.as_text(lines))
     for note in prepared.notes:
         say(f"note: {note}", style="yellow")
     with contextlib.ExitStack() as end:
@@ -87,7 +90,9 @@ def train(config: Config, *, quiet: bool, command: list[str]) -> int:
         finished = done >= config.run.steps
         if run_folder.is_used(folder):
             plot(folder.path)
-            console.print(render(summarize(folder.path), config.run.name, folder.outputs(), finished=finished))
+            planned = expected.against(folder.path)
+            summary = summarize(folder.path)
+            console.print(render(summary, config.run.name, folder.outputs(), planned, finished=finished))
             say(next_steps(config, finished=finished))
     return 0 if finished else 130
 

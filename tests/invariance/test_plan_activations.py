@@ -51,6 +51,46 @@ def saved(here: Rank, *, paths: dict[str, str], trainer: dict[str, Any]) -> dict
     return found
 
 
+def head_operators(here: Rank, *, path: str) -> list[str]:
+    """On a rank: the operators of the output layer's backward pass that write a tensor as large as the logits."""
+    import dataclasses
+
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from stare_megatron.trainer import parallel
+    from stare_megatron.trainer.head import Head
+    from stare_megatron.trainer.model import build_model
+    from stare_megatron.trainer.partials import VocabShard
+
+    parallel.initialize(TrainerConfig(), **dataclasses.asdict(here), seed=1, timeout_s=60)
+    model: Any = build_model(Path(path), torch.bfloat16, TrainerConfig(), torch.device("cpu"), 128)[0].module
+    hidden = torch.randn(40, model.config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    head, columns = Head(model, VocabShard(0, 112, None), 0), model.output_weight().shape[0]
+    how = {"temperature": 1.0, "entropy_gradient": False, "sensitivity": False}
+    logprob, _, _ = head.log_probs(hidden, torch.randint(0, 112, (40,)), **how)
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dtype is torch.bfloat16 and out.numel() == 40 * columns:
+                seen.append(str(func))
+            return out
+
+    with Watch():
+        logprob.sum().backward()
+    parallel.shutdown()
+    return seen
+
+
+def test_the_gradient_of_the_logits_is_made_once(paths: dict[str, str]) -> None:
+    """In place of the logits; the plan counts one copy. (An index of the logits, in place of a view, copies it.)"""
+    (seen,) = launch("test_plan_activations:head_operators", 1, {"path": paths["qwen3"]})
+    assert any("index_put_" in name for name in seen), "the watch sees the backward"
+    assert not any("select_backward" in name or "zeros" in name or "clone" in name for name in seen), seen
+
+
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("checkpoints")
