@@ -126,22 +126,26 @@ def first_lines(plan: Plan) -> list[tuple[str, str]]:
 
 
 def show_search(found: Sequence[Proposal], console: Console) -> None:
-    """The best proposals, and the settings of the first one."""
+    """The best proposals, a line each, and the settings of the first one."""
+
+    def say(text: str, style: str = "") -> None:
+        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
     if not found:
-        console.print("no layout of these GPUs fits; take more, or shorter sequences", style="red")
+        say("no layout of these GPUs fits; take more, or shorter sequences", "red")
         return
-    columns = ("s a step", "TP", "PP", "CP", "EP", "DP", "engines", "recompute", "tokens", "why")
-    table = Table(*columns, box=None, header_style="bold")
+    say(f"{'s a step':>8}  TP PP CP EP  DP  {'engines':<11}{'recompute':<11}{'tokens':>6}  why", "bold")
     for proposal in found[:_SHOWN]:
         t, i = proposal.plan.config.trainer, proposal.plan.config.inference
-        sizes = (t.tensor_parallel, t.pipeline_parallel, t.context_parallel, t.expert_parallel, t.data_parallel)
-        table.add_row(
-            _seconds(proposal.plan.seconds), *map(str, sizes), f"{i.engines} x TP {i.tensor_parallel}", t.recompute,
-            f"{t.micro_batch_tokens:,}", proposal.why,
-        )  # fmt: skip
-    console.print(table)
+        sizes = (t.tensor_parallel, t.pipeline_parallel, t.context_parallel, t.expert_parallel)
+        layout = " ".join(f"{n:>2}" for n in sizes) + f" {t.data_parallel:>3}"
+        engines = f"{i.engines} x TP {i.tensor_parallel}"
+        say(
+            f"{_seconds(proposal.plan.seconds):>8}  {layout}  {engines:<11}{t.recompute:<11}"
+            f"{t.micro_batch_tokens:>6}  {proposal.why}"
+        )
     settings = " ".join(f"{key}={_value(value)}" for key, value in found[0].changes.items())
-    console.print(f"first: {settings}", markup=False, highlight=False, soft_wrap=True)
+    say(f"the first: {settings}")
 
 
 def _value(value: Any) -> str:

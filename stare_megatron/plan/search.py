@@ -19,7 +19,7 @@ _SIZES = (1, 2, 4, 8, 16, 32)
 
 @dataclass(frozen=True)
 class Proposal:
-    """`changes`: settings beside the run's own, by key."""
+    """`changes`: settings that differ from the run's, by key."""
 
     changes: dict[str, Any]
     plan: Plan
@@ -58,8 +58,17 @@ def search(config: Config, shape: ModelShape, given: Given) -> list[Proposal]:
                 continue
             plan = make(violations.changed_config(config, whole), shape, given, cures=False)
             if not plan.violations and plan.tightest().free >= 0:
-                found[repr(sorted(whole.items()))] = Proposal(whole, plan)
+                found[repr(sorted(whole.items()))] = Proposal(_differing(config, whole), plan)
     return sorted(found.values(), key=lambda proposal: proposal.plan.seconds)
+
+
+def _differing(config: Config, changes: dict[str, Any]) -> dict[str, Any]:
+    """Those that the configuration does not have already."""
+    have = {f"trainer.{key}": value for key, value in config.trainer} | {
+        f"inference.{key}": value for key, value in config.inference
+    }
+    have |= {f"inference.vllm.{key}": value for key, value in config.inference.vllm.items()}
+    return {key: value for key, value in changes.items() if have.get(key) != value}
 
 
 def _distinct(ranked: list[tuple[float, int, dict[str, Any]]]) -> list[tuple[float, int, dict[str, Any]]]:

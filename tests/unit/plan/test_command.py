@@ -18,6 +18,7 @@ from stare_megatron.errors import UserError
 from stare_megatron.plan import calibrate, hardware, lengths
 from stare_megatron.plan.command import Options, run
 from tests.contracts.source import ROOT
+from tests.guide import blocks
 from tests.unit.plan.models import MODELS
 
 RUN = """
@@ -157,3 +158,14 @@ def test_calibration_wants_a_gpu(
     assert main(["plan", "--calibrate", str(tmp_path / "gpu.json")]) == 2
     assert "no GPU is visible" in capsys.readouterr().err
     assert not (tmp_path / "gpu.json").exists()
+
+
+def test_the_page_shows_what_the_command_prints(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["plan", "examples/tool_use_7b/run.toml", "model.path=tests/data/models/qwen2.5-7b"]) == 0
+    printed = "\n".join(line.rstrip() for line in capsys.readouterr().out.rstrip().splitlines())
+    (shown,) = blocks("planning")["text"]
+    assert shown.rstrip() == printed
