@@ -16,6 +16,7 @@ from stare_megatron.convert import arguments
 from stare_megatron.data.prepare.recipes import RECIPES
 from stare_megatron.data.prepare.settings import INSTRUCTION
 from stare_megatron.errors import RunError, UserError
+from stare_megatron.plan.arguments import ABOUT, EXAMPLES, add_plan
 
 Handler = Callable[[argparse.Namespace, list[str]], int]
 
@@ -52,6 +53,17 @@ def _doctor(args: argparse.Namespace, rest: list[str]) -> int:
     from stare_megatron.doctor import command
 
     return command.run([*args.settings, *rest], Console())
+
+
+def _plan(args: argparse.Namespace, rest: list[str]) -> int:
+    from rich.console import Console
+
+    from stare_megatron.plan import command
+
+    code, text = command.main(args, [*args.settings, *rest], Console())
+    if text:
+        print(text)
+    return code
 
 
 def _plot(args: argparse.Namespace, rest: list[str]) -> int:
@@ -253,6 +265,8 @@ def _add_runs(commands: Any) -> None:
     add("--steps", default="", metavar="A-B", help="only these steps, e.g. 7 or 3-5")
     add("--out", type=paths.argument, metavar="FILE", help="file to write (default: RUN/trace.json)")
 
+    add_plan(_command(commands, "plan", _plan, ABOUT, *EXAMPLES))
+
     add = _command(commands, "plot", _plot, "draw a run's curves from its metrics", "plot runs/demo").add_argument
     add("run", type=paths.argument, help="run folder")
 
@@ -353,7 +367,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     # argparse takes a list of positionals in one piece only; overrides after an option are what is left over.
     args, rest = parser.parse_known_args(argv)
-    if rest and (args.handler not in (_train, _eval) or any(item.startswith("-") for item in rest)):
+    if rest and (args.handler not in (_train, _eval, _plan) or any(item.startswith("-") for item in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return args.handler(args, rest)

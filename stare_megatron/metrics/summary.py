@@ -141,8 +141,16 @@ def how_to_go_on(config: Config, *, finished: bool) -> str:
     return "\n".join(f"{label:<11}{text}" for label, text in rows.items())
 
 
-def render(summary: Summary, name: str, paths: Sequence[tuple[str, Path]], *, finished: bool) -> RenderableType:
-    """For `rich.console.Console.print`. `paths`: label and path of what the run wrote; absent ones are left out."""
+def render(
+    summary: Summary,
+    name: str,
+    paths: Sequence[tuple[str, Path]],
+    planned: Sequence[tuple[str, str]] = (),
+    *,
+    finished: bool,
+) -> RenderableType:
+    """For `rich.console.Console.print`. `paths`: label and path of what the run wrote; absent ones are left out.
+    `planned`: label and text of the plan against what was measured."""
     s = summary
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
@@ -160,6 +168,8 @@ def render(summary: Summary, name: str, paths: Sequence[tuple[str, Path]], *, fi
     table.add_row("time", f"{clock(s.seconds)}, {each:.1f} s per step; {s.trained_tokens:,.0f} tokens trained on")
     if s.trainer_peak or s.engine_peak:
         table.add_row("peak memory", f"trainer rank {s.trainer_peak:,.0f} MB, engine {s.engine_peak:,.0f} MB")
+    for label, text in planned:
+        table.add_row(label, text)
     for label, path in paths:
         if path.exists():
             table.add_row(label, str(path))

@@ -250,7 +250,10 @@ def check_engine_layout(config: Config, shape: ModelShape) -> None:
     """Raises: UserError: the model cannot be split as `[inference]` says."""
     tp = config.inference.tensor_parallel
     if shape.heads % tp:
-        raise UserError(f"inference.tensor_parallel = {tp} does not divide the model's {shape.heads} attention heads")
+        raise UserError(
+            f"inference.tensor_parallel = {tp} does not divide the model's {shape.heads} attention heads; choose a "
+            "divisor"
+        )
     if max(shape.kv_groups, tp) % min(shape.kv_groups, tp):
         raise UserError(
             f"inference.tensor_parallel = {tp} and the model's {shape.kv_groups} key-value heads: one must divide the "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from stare_megatron.models.families import read_hf_config
 from stare_megatron.rollout.collect import Collector
 from stare_megatron.rollout.groups import check_env, check_prompts
 from stare_megatron.run import folder as run_folder
-from stare_megatron.run import loop, preflight
+from stare_megatron.run import forecast, loop, preflight
 from stare_megatron.run.evaluation import Evaluations, Evaluator
 from stare_megatron.run.rates import rates_of
 from stare_megatron.run.recorder import Recorder
@@ -81,6 +80,9 @@ def train(config: Config, *, quiet: bool, command: list[str]) -> int:
     held_out = {benchmark.name: len(benchmark.prompts) for benchmark in prepared.benchmarks}
     parameters = run_folder.parameter_count(config.model.path)
     say(opening(config, parameters, len(prepared.stream.prompts), held_out))
+    expected = forecast.forecast(config)
+    if lines := expected.lines():
+        say(forecast.as_text(lines))
     for note in prepared.notes:
         say(f"note: {note}", style="yellow")
     with contextlib.ExitStack() as end:
@@ -90,7 +92,9 @@ def train(config: Config, *, quiet: bool, command: list[str]) -> int:
         finished = done >= config.run.steps
         if run_folder.is_used(folder):
             plot(folder.path)
-            console.print(render(summarize(folder.path), config.run.name, folder.outputs(), finished=finished))
+            planned = expected.against(folder.path)
+            summary = summarize(folder.path)
+            console.print(render(summary, config.run.name, folder.outputs(), planned, finished=finished))
             say(next_steps(config, finished=finished))
     return 0 if finished else 130
 
@@ -199,7 +203,7 @@ def _assemble(
     sampler = SynchronousSampler(Collector(config, engines, stream), stream)
     controller = EntropyController(config.algorithm, ALGORITHMS[config.algorithm.method])
     weights = Weights(config.sync, config.model.dtype, trainers, engines, functools.cache(stream.probe))
-    rates = rates_of(config, read_hf_config(config.model.path).sequence_cost, math.nan)
+    rates = rates_of(config, read_hf_config(config.model.path).sequence_cost, forecast.peak_flops(config))
     recorder = Recorder(config, session, sampler, sinks, runtime.fetch, decode, rates)
     return loop.Run(
         steps=config.run.steps,

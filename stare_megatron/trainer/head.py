@@ -54,7 +54,7 @@ class PolicyModel(GPTModel):
     def logits(self, hidden_RH: torch.Tensor) -> torch.Tensor:
         """[R, H] to [R, V_local]; the gradient of the hidden states is summed over TP."""
         logits_R1V, _ = self.output_layer(hidden_RH[:, None], weight=self.output_weight())
-        return logits_R1V[:, 0]
+        return logits_R1V.squeeze(1)  # a view backward too: an index would copy the whole gradient into zeros
 
 
 @dataclass(frozen=True, eq=False)

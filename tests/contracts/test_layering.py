@@ -34,6 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "sync": CONTRACTS | {"models"},
     "cluster": CONTRACTS | {"trainer", "inference", "sync", "sandbox", "data"},
     "doctor": CONTRACTS | {"cluster"},
+    "plan": CONTRACTS | {"models", "metrics"},
     "convert": CONTRACTS | {"models", "data"},
     "checkpoint": CONTRACTS | {"algo", "data"},
     "compare": CONTRACTS | {"metrics"},
@@ -50,10 +51,11 @@ ALLOWED: dict[str, set[str]] = {
         "sync",
         "cluster",
         "doctor",
+        "plan",
         "checkpoint",
         "inference",
     },
-    "__main__": CONTRACTS | {"run", "doctor", "metrics", "study", "compare", "convert", "data", "tasks"},
+    "__main__": CONTRACTS | {"run", "doctor", "plan", "metrics", "study", "compare", "convert", "data", "tasks"},
     # The Python API, imported when asked for.
     "__init__": {"run", "config", "errors"},
     "patches": {"host"},
@@ -63,6 +65,9 @@ ALLOWED: dict[str, set[str]] = {
 EXCEPTIONS: dict[str, set[str]] = {
     # Where the files of a run's folder are.
     "stare_megatron/compare/load.py": {"run"},
+    # What a run would refuse or choose.
+    "stare_megatron/plan/violations.py": {"run"},
+    "stare_megatron/plan/estimate.py": {"run"},
     # Compares logits with Megatron-Core's, in a process of its own.
     "stare_megatron/convert/verify.py": {"trainer"},
 }
@@ -79,8 +84,8 @@ THIRD_PARTY: dict[str, set[str]] = {
     "tensorboard": {"metrics"},
     "matplotlib": {"metrics", "compare"},
     "triton": {"trainer"},
-    "torch": {"types", "host", "models", "algo", "tasks", "trainer", "inference", "sync", "patches", "convert"},
-    "rich": {"metrics", "run", "tasks", "study", "convert", "doctor", "__main__"},
+    "torch": {"types", "host", "models", "algo", "tasks", "trainer", "inference", "sync", "patches", "convert", "plan"},
+    "rich": {"metrics", "run", "tasks", "study", "convert", "doctor", "plan", "__main__"},
     "transformers": {"data", "tasks", "rewards", "envs", "rollout", "run", "convert"},
     "tokenizers": {"tasks"},
     "safetensors": {"models", "tasks", "run"},
@@ -125,6 +130,7 @@ LIGHT = (
     "stare_megatron.__main__",
     "stare_megatron.run.preflight",
     "stare_megatron.run.folder",
+    "stare_megatron.plan.command",
     "stare_megatron.config",
 )
 

@@ -13,6 +13,7 @@ from stare_megatron import __main__ as program
 from stare_megatron.errors import RunError, UserError
 from stare_megatron.metrics.summary import how_to_go_on
 from stare_megatron.run import train
+from stare_megatron.run.forecast import Forecast
 from tests.configs import configuration
 
 
@@ -46,6 +47,7 @@ def end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseExcept
         monkeypatch.setattr(train.run_folder, "open_run", lambda *_: folder)
         monkeypatch.setattr(train.run_folder, "parameter_count", lambda _: 1)
         monkeypatch.setattr(train, "open_sinks", lambda *_: Closed())
+        monkeypatch.setattr(train.forecast, "forecast", lambda config: Forecast(config, None, 0))
         monkeypatch.setattr(train, "_run", fails)
         monkeypatch.setattr(train, "plot", lambda _: None)
         monkeypatch.setattr(train, "summarize", lambda _: None)

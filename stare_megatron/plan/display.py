@@ -1,0 +1,191 @@
+"""A plan as text and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from stare_megatron.plan.activations import Layers
+from stare_megatron.plan.estimate import Plan
+from stare_megatron.plan.parameters import Layout, largest
+from stare_megatron.plan.search import Proposal
+from stare_megatron.plan.timing import PassTime
+
+_GIB = 2**30
+_SHOWN = 8
+
+
+def show(plan: Plan, console: Console) -> None:
+    """The whole plan."""
+
+    def say(text: str, style: str = "") -> None:
+        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    for label, text in headline(plan):
+        say(f"{label:<11}{text}")
+    say("")
+    console.print(memory_table(plan))
+    say("")
+    console.print(time_table(plan))
+    say("")
+    for problem in plan.violations:
+        say(f"does not fit  {problem}", "red")
+    if not plan.violations:
+        use = plan.tightest()
+        say(f"fits: {use.free / _GIB:.1f} GiB of a GPU are free in the {use.phase.value}, where the least is")
+
+
+def headline(plan: Plan) -> list[tuple[str, str]]:
+    """Label and text of what the plan is of."""
+    c, m = plan.config, plan.given.machine
+    t, i = c.trainer, c.inference
+    layout = Layout.of(t)
+    fullest = max((largest(plan.shape, layout, s) for s in range(layout.pipeline)), key=lambda h: h.parameters)
+    layers = "Transformer Engine's layers" if m.layers is Layers.ENGINE else "Megatron-Core's own layers"
+    room = plan.room
+    return [
+        (
+            "plan",
+            f"{plan.gpus} x {m.gpu.name} ({m.gpu.memory / _GIB:.0f} GiB, {m.gpu.flops / 1e12:,.0f} TFLOP/s), {layers}",
+        ),
+        (
+            "trainer",
+            f"{t.world_size} ranks: TP {t.tensor_parallel}, PP {t.pipeline_parallel}, CP {t.context_parallel}, EP "
+            f"{t.expert_parallel}, DP {t.data_parallel}; at most {fullest.parameters:,} parameters a rank",
+        ),
+        ("engines", f"{i.engines}, TP {i.tensor_parallel}, {i.placement}"),
+        (
+            "KV cache",
+            f"{max(0.0, room.kv) / _GIB:.1f} GiB an engine rank, {room.token / 1024:.0f} KiB a token: "
+            f"{room.at_mean:,} sequences at mean length, {room.at_full:,} at full; {room.running:,} run at a time",
+        ),
+        ("lengths", plan.given.lengths.source),
+    ]
+
+
+def memory_table(plan: Plan) -> Table:
+    """GiB of the fullest GPU, a row a part."""
+    columns = [f"{use.phase.value}" + ("" if "+" in use.role else f", {use.role}") for use in plan.uses]
+    table = Table("GiB a GPU", box=None, header_style="bold")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for name in dict.fromkeys(name for use in plan.uses for name in use.parts):
+        table.add_row(name, *(_gib(use.parts.get(name, 0.0)) for use in plan.uses))
+    table.add_row("total", *(_gib(use.total) for use in plan.uses), style="bold")
+    table.add_row("free", *(f"{use.free / _GIB:.1f}" for use in plan.uses), style="bold")
+    return table
+
+
+def _gib(size: float) -> str:
+    return f"{size / _GIB:.1f}" if size else "-"
+
+
+def time_table(plan: Plan) -> Table:
+    """Seconds of a step, a row a phase."""
+    table = Table("phase", "s", "what bounds it", box=None, header_style="bold")
+    table.columns[1].justify = "right"
+    r, save = plan.rollout, plan.save
+    rounds = f" in {r.rounds} generation batches" if r.rounds > 1 else ""
+    table.add_row("rollout", _seconds(r.seconds), f"{r.bound}; {r.tokens:,} tokens{rounds}")
+    table.add_row("score", _seconds(plan.score.seconds), _pass(plan.score))
+    table.add_row("update", _seconds(plan.update.seconds), _pass(plan.update))
+    table.add_row("push", _seconds(plan.push.seconds), f"{plan.push.bytes / _GIB:.1f} GiB of weights")
+    table.add_row("step", _seconds(plan.seconds), f"MFU of score and update {plan.mfu:.1%}", style="bold")
+    stands = f"{save.bytes / _GIB:,.0f} GiB; training stands {_seconds(save.seconds)} s"
+    table.add_row("save", _seconds(save.written), f"{stands} of it, when one is due")
+    return table
+
+
+def _pass(p: PassTime) -> str:
+    if not p.seconds:
+        return 'none (trainer.scoring = "rollout")'
+    bubble = f", bubbles {p.bubble_share:.0%}" if p.bubble else ""
+    return f"{p.bound}; {p.micro_batches} micro-batches, MFU {p.mfu:.1%}{bubble}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:,.1f}" if math.isfinite(value) else "never"
+
+
+def first_lines(plan: Plan) -> list[tuple[str, str]]:
+    """What a run says of its plan before it starts."""
+    use = plan.tightest()
+    phases = {"rollout": plan.rollout, "score": plan.score, "update": plan.update, "push": plan.push}
+    times = " + ".join(f"{name} {_seconds(phase.seconds)}" for name, phase in phases.items())
+    state = f"{use.total / _GIB:.0f} of {use.capacity / _GIB:.0f} GiB in the {use.phase.value}"
+    return [
+        ("plan", f"{_seconds(plan.seconds)} s a step ({times}), MFU {plan.mfu:.0%}; fullest GPU {state}"),
+        *(("plan", f"does not fit: {problem}") for problem in plan.violations[:2]),
+    ]
+
+
+def show_search(found: Sequence[Proposal], console: Console) -> None:
+    """The best proposals, a line each, and the settings of the first one."""
+
+    def say(text: str, style: str = "") -> None:
+        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    if not found:
+        say("no layout of these GPUs fits; take more, or shorter sequences", "red")
+        return
+    say(f"{'s a step':>8}  TP PP CP EP  DP  {'engines':<11}{'recompute':<11}{'tokens':>6}  why", "bold")
+    for proposal in found[:_SHOWN]:
+        t, i = proposal.plan.config.trainer, proposal.plan.config.inference
+        sizes = (t.tensor_parallel, t.pipeline_parallel, t.context_parallel, t.expert_parallel)
+        layout = " ".join(f"{n:>2}" for n in sizes) + f" {t.data_parallel:>3}"
+        engines = f"{i.engines} x TP {i.tensor_parallel}"
+        say(
+            f"{_seconds(proposal.plan.seconds):>8}  {layout}  {engines:<11}{t.recompute:<11}"
+            f"{t.micro_batch_tokens:>6}  {proposal.why}"
+        )
+    settings = " ".join(f"{key}={_value(value)}" for key, value in found[0].changes.items())
+    say(f"the first: {settings}")
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        inner = ", ".join(f"{key} = {_value(v)}" for key, v in value.items())
+        return f"'{{ {inner} }}'"
+    return str(value)
+
+
+def as_json(plan: Plan, found: Sequence[Proposal]) -> dict[str, Any]:
+    """Bytes and seconds under the names of the code."""
+    gpu = plan.given.machine.gpu
+    return {
+        "gpu": dataclasses.asdict(gpu),
+        "gpus": plan.gpus,
+        "fits": not plan.violations,
+        "violations": list(plan.violations),
+        "memory": [
+            {"role": u.role, "phase": u.phase.value, "parts": dict(u.parts), "total": u.total, "free": u.free}
+            for u in plan.uses
+        ],
+        "kv": _plain(dataclasses.asdict(plan.room)),
+        "seconds": {"step": _number(plan.seconds), "rollout": _number(plan.rollout.seconds)}
+        | {name: getattr(plan, name).seconds for name in ("score", "update", "push", "save")},
+        "rollout": _plain(dataclasses.asdict(plan.rollout)),
+        "score": _plain(dataclasses.asdict(plan.score)) | {"bound": plan.score.bound},
+        "update": _plain(dataclasses.asdict(plan.update)) | {"bound": plan.update.bound},
+        "push": dataclasses.asdict(plan.push),
+        "save": dataclasses.asdict(plan.save),
+        "mfu": plan.mfu,
+        "search": [{"changes": p.changes, "seconds": p.plan.seconds, "why": p.why} for p in found],
+    }
+
+
+def _plain(table: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.value if isinstance(value, enum.Enum) else _number(value) for name, value in table.items()}
+
+
+def _number(value: Any) -> Any:
+    """JSON has no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

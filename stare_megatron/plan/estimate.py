@@ -1,0 +1,125 @@
+"""A plan: memory, room, times and violations of one configuration on one kind of GPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from stare_megatron.config import Config
+from stare_megatron.errors import UserError
+from stare_megatron.models.shape import ModelShape
+from stare_megatron.plan import violations
+from stare_megatron.plan.hardware import Gpu
+from stare_megatron.plan.lengths import Lengths
+from stare_megatron.plan.memory import EngineRoom, Phase, RankInput, Use, engine_room, largest_pack, residency, uses
+from stare_megatron.plan.sampling import Engine, RolloutTime, rollout_time
+from stare_megatron.plan.timing import Machine, PassTime, PushTime, Ranks, SaveTime, push_time, save_time
+from stare_megatron.run.sizing import with_engine_sizes
+
+SPARE = 2.0 * 2**30  # of a GPU, beside what is counted
+_ALONE = 0.92  # vLLM's share of a GPU that an engine has for itself
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a plan is made for, beside the configuration. `nodes`: 0: as many as it takes; `kept`: share of the groups
+    that dynamic sampling keeps; `copies`: of the logits in the backward pass."""
+
+    machine: Machine
+    lengths: Lengths
+    nodes: int = 0
+    kept: float = 1.0
+    copies: int = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`config`: with the engines' sizes that a run would choose. Seconds are of one step."""
+
+    config: Config
+    shape: ModelShape
+    given: Given
+    uses: tuple[Use, ...]
+    room: EngineRoom
+    rollout: RolloutTime
+    score: PassTime
+    update: PassTime
+    push: PushTime
+    save: SaveTime
+    violations: tuple[str, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Of a step without saving."""
+        return self.rollout.seconds + self.score.seconds + self.update.seconds + self.push.seconds
+
+    @property
+    def gpus(self) -> int:
+        return violations.gpus_needed(self.config)
+
+    @property
+    def mfu(self) -> float:
+        """Of scoring and update, by the ranks' GPUs over their time."""
+        time = self.score.seconds + self.update.seconds
+        able = time * self.config.trainer.world_size * self.given.machine.gpu.flops
+        return (self.score.flops + self.update.flops) / able if able else 0.0
+
+    def tightest(self) -> Use:
+        """Where the least is free."""
+        return min(self.uses, key=lambda use: use.free)
+
+
+def sized(config: Config, shape: ModelShape, memory: int) -> tuple[Config, float, str]:
+    """The configuration with its engines' sizes, their share of a GPU, and why there is none, "" where there is one."""
+    wrong = ""
+    try:
+        config = with_engine_sizes(config, shape, memory, trainers=True)
+    except UserError as e:
+        wrong = str(e)
+        # The batches follow from the load alone; 0: no memory is known to be shared.
+        config = with_engine_sizes(config, shape, 0, trainers=True)
+    return config, float(config.inference.vllm.get("gpu_memory_utilization", _ALONE)), wrong
+
+
+def memory_of(config: Config, shape: ModelShape, given: Given) -> tuple[Config, Sequence[Use], EngineRoom, list[str]]:
+    """Memory alone: sized configuration, uses, the engines' room, and what is wrong with their share."""
+    m = given.machine
+    config, share, wrong = sized(config, shape, m.gpu.memory)
+    room = engine_room(config, shape, m.gpu, given.lengths, share)
+    count = max(map(len, Ranks(config, shape, m, given.lengths).batches()))
+    rank = RankInput(m.layers, largest_pack(config, given.lengths, given.copies), count, residency(config))
+    return config, uses(config, shape, m.gpu, m.constants, rank, room), room, [wrong] if wrong else []
+
+
+def roomiest_share(used: Sequence[Use], gpu: Gpu) -> float:
+    """The largest part of a GPU for colocated engines that leaves a rank what it holds while they sample, in
+    hundredths; 0 where there is none."""
+    rank = max(sum(u.parts[p] for p in u.parts if p.startswith("rank")) for u in used if u.phase is Phase.ROLLOUT)
+    return max(0, math.floor(100 * (gpu.memory - rank - SPARE) / gpu.memory)) / 100
+
+
+def make(config: Config, shape: ModelShape, given: Given, *, cures: bool = True) -> Plan:
+    """The plan of a configuration. Where the model cannot be split so, sizes are of the split's next smaller part.
+    `cures`: violations say what mends them."""
+    wrong = violations.of_layout(config, shape, given.machine.gpu, given.nodes)
+    config, used, room, engines = memory_of(config, shape, given)
+    share = roomiest_share(used, given.machine.gpu) if config.inference.placement == "colocated" else 0.0
+    wrong += engines or violations.of_engines(config, room, share)
+    again = (lambda changed: memory_of(changed, shape, given)[1]) if cures else None
+    wrong += violations.of_memory(config, used, again)
+    ranks = Ranks(config, shape, given.machine, given.lengths)
+    engine = Engine(config, shape, given.machine, room, room.running)
+    return Plan(
+        config=config,
+        shape=shape,
+        given=given,
+        uses=tuple(used),
+        room=room,
+        rollout=rollout_time(engine, given.lengths, given.kept),
+        score=ranks.score(),
+        update=ranks.update(),
+        push=push_time(config, shape, given.machine),
+        save=save_time(config, shape, given.machine),
+        violations=tuple(wrong),
+    )

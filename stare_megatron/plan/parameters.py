@@ -1,0 +1,216 @@
+"""Parameters and optimizer state of each trainer rank, exactly as Megatron-Core lays them out. No torch.
+
+Source: megatron/core/distributed/param_and_grad_buffer.py (one buffer a chunk and a kind of parameter, filled from the
+last parameter to the first) and optimizer/distrib_optimizer.py (each data-parallel rank owns an equal piece of every
+bucket). Held to real ranks by tests/invariance/test_plan_layouts.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from stare_megatron.config import TrainerConfig
+from stare_megatron.models.entries import full_shapes
+from stare_megatron.models.families import FAMILIES
+from stare_megatron.models.layout import padded_vocab
+from stare_megatron.models.shape import ModelShape, Split
+
+# Elements: where a parameter may begin in a buffer, and of what a bucket's size is a multiple beside DP.
+_PARAMETER_ALIGNMENT, _BUCKET_ALIGNMENT = 64, 128
+# The order in which Megatron-Core's local layer registers its parts; Transformer Engine's differs in the norms' places,
+# which moves what a rank owns by at most an alignment.
+_ORDER = ("input_layernorm", "linear_proj", "linear_qkv", "q_layernorm", "k_layernorm", "pre_mlp", "router")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the groups that split a model and its batches. `experts`: ranks that split one expert, `sharded`: the
+    optimizer's state is split over data-parallel ranks."""
+
+    world: int
+    tensor: int
+    pipeline: int
+    virtual: int
+    context: int
+    expert: int
+    expert_tensor: int
+    sequence_parallel: bool
+    sharded: bool
+
+    @classmethod
+    def of(cls, t: TrainerConfig) -> Layout:
+        return cls(
+            world=t.world_size,
+            tensor=t.tensor_parallel,
+            pipeline=t.pipeline_parallel,
+            virtual=t.virtual_pipeline,
+            context=t.context_parallel,
+            expert=t.expert_parallel,
+            expert_tensor=t.expert_tensor_parallel,
+            sequence_parallel=t.sequence_parallel,
+            sharded=t.distributed_optimizer,
+        )
+
+    @property
+    def data(self) -> int:
+        """Ranks that hold the same dense parameters and train on different sequences."""
+        return self.world // (self.tensor * self.pipeline * self.context)
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same dense parameters: of data and context parallelism."""
+        return self.data * self.context
+
+    @property
+    def expert_replicas(self) -> int:
+        """Ranks that hold the same experts."""
+        return max(1, self.world // (self.pipeline * self.expert * self.expert_tensor))
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Parameters that are reduced together, in the order of their places; all counts in elements.
+
+    `replicas`: ranks that share it; `size`: with padding, of the buffers of gradients and parameters.
+    """
+
+    starts: tuple[int, ...]
+    counts: tuple[int, ...]
+    size: int
+    replicas: int
+
+    @property
+    def parameters(self) -> int:
+        return sum(self.counts)
+
+    def owned(self, replica: int) -> int:
+        """Elements whose optimizer state is `replica`'s where it is split."""
+        piece = self.size // self.replicas
+        low, high = replica * piece, (replica + 1) * piece
+        return sum(max(0, min(start + n, high) - max(start, low)) for start, n in self.places)
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        return list(zip(self.starts, self.counts, strict=True))
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a rank holds from its first optimizer step on. Elements: `parameters` of its own, `buffer` with padding,
+    `owned` those whose optimizer state it has."""
+
+    parameters: int
+    buffer: int
+    owned: int
+
+    def state(self, dtype: str, *, sharded: bool) -> StateBytes:
+        """In bytes, for parameters of `dtype`. The distributed optimizer keeps parameters in a padded buffer too."""
+        weight = 4 if dtype == "float32" else 2
+        return StateBytes(
+            parameters=weight * (self.buffer if sharded else self.parameters),
+            gradients=4 * self.buffer,
+            master=0 if dtype == "float32" else 4 * self.owned,
+            moments=8 * self.owned,
+        )
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes of parameters, of float32 gradients, master weights and Adam's two moments."""
+
+    parameters: int
+    gradients: int
+    master: int
+    moments: int
+
+    @property
+    def optimizer(self) -> int:
+        return self.master + self.moments
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer
+
+
+@functools.lru_cache(maxsize=4096)
+def layer_counts(shape: ModelShape, layout: Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Elements of a layer's parameters on one rank, in the order of registration: dense ones, and its experts'."""
+    dense: list[tuple[int, int]] = []
+    experts: list[int] = []
+    for tensor in FAMILIES[shape.family].layer(shape):
+        whole = sum(math.prod(want) for want in full_shapes(tensor.layout, shape, tensor.local))
+        if tensor.layout in (Split.EXPERT_GATED, Split.EXPERT_ROW):
+            experts.append(whole // layout.expert_tensor)
+            continue
+        place = next((i for i, part in enumerate(_ORDER) if part in tensor.local), len(_ORDER))
+        dense.append((place, whole // (1 if tensor.layout is Split.REPLICATED else layout.tensor)))
+    local = shape.experts.number // layout.expert if shape.experts else 0
+    return tuple(n for _, n in sorted(dense, key=lambda pair: pair[0])), tuple(experts) * local
+
+
+def _bucket(counts: Sequence[int], replicas: int, sharded: bool) -> Bucket:
+    """`counts`: in the order of registration; the buffer is filled from the last one."""
+    starts, end = [], 0
+    for n in reversed(counts):
+        start = -(-end // _PARAMETER_ALIGNMENT) * _PARAMETER_ALIGNMENT if sharded else end
+        starts.append(start)
+        end = start + n
+    multiple = math.lcm(replicas, _BUCKET_ALIGNMENT) if sharded else 1
+    return Bucket(tuple(starts), tuple(reversed(counts)), -(-end // multiple) * multiple, replicas)
+
+
+def buckets(shape: ModelShape, layout: Layout, stage: int) -> list[Bucket]:
+    """Of all chunks of a rank in pipeline stage `stage` (from 0)."""
+    dense, experts = layer_counts(shape, layout)
+    # Without expert parallelism Megatron-Core counts experts among the dense parameters.
+    apart = layout.expert > 1
+    layers = shape.layers // (layout.pipeline * layout.virtual)
+    found: list[Bucket] = []
+    for chunk in range(layout.virtual):
+        first = stage == 0 and chunk == 0
+        last = stage == layout.pipeline - 1 and chunk == layout.virtual - 1
+        rows = padded_vocab(shape.vocab, layout.tensor) // layout.tensor
+        vocabulary = rows * shape.hidden
+        # A tied embedding and its copy on the last stage have a bucket of their own under the distributed optimizer.
+        shared = shape.tied and first != last
+        body = [*(dense if apart else dense + experts)] * layers + [shape.hidden] * last
+        separate = shared and layout.sharded
+        before = [vocabulary] * (first and not separate)
+        after = [vocabulary] * (last and (not shape.tied or shared) and not separate)
+        parts = [[vocabulary]] * separate + [[*before, *body, *after]]
+        found += [_bucket(part, layout.replicas, layout.sharded) for part in parts if part]
+        if apart and experts:
+            found.append(_bucket(experts * layers, layout.expert_replicas, layout.sharded))
+    return found
+
+
+def held(shape: ModelShape, layout: Layout, rank: int) -> Held:
+    """What global rank `rank` holds. Raises: ValueError: no such rank."""
+    if not 0 <= rank < layout.world:
+        raise ValueError(f"rank {rank} of {layout.world}")
+    place, stage = rank % (layout.world // layout.pipeline), rank // (layout.world // layout.pipeline)
+    dense, expert = place // layout.tensor, place // (layout.expert_tensor * layout.expert)
+    found = buckets(shape, layout, stage)
+    apart = _expert_buckets(shape, layout, found)
+    owned = [b.owned(expert if i in apart else dense) if layout.sharded else b.parameters for i, b in enumerate(found)]
+    return Held(sum(b.parameters for b in found), sum(b.size for b in found), sum(owned))
+
+
+def _expert_buckets(shape: ModelShape, layout: Layout, found: Sequence[Bucket]) -> set[int]:
+    """Which of a rank's buckets hold its experts: the last one of each chunk."""
+    if layout.expert == 1 or shape.experts is None:
+        return set()
+    each, tied = layer_counts(shape, layout)[1], shape.layers // (layout.pipeline * layout.virtual)
+    count = sum(each) * tied
+    return {i for i, b in enumerate(found) if b.parameters == count and b.replicas == layout.expert_replicas}
+
+
+@functools.lru_cache(maxsize=4096)
+def largest(shape: ModelShape, layout: Layout, stage: int) -> Held:
+    """The most that any rank of a stage holds. An owner's piece counts whole, padding included."""
+    found = buckets(shape, layout, stage)
+    owned = sum(b.size // b.replicas if layout.sharded else b.parameters for b in found)
+    return Held(sum(b.parameters for b in found), sum(b.size for b in found), owned)
