@@ -29,12 +29,11 @@ from ray._private.services import find_bootstrap_address
 from stare_megatron.config import ClusterConfig
 from stare_megatron.data.tokenizer import first_line
 from stare_megatron.errors import RunError, UserError
-from stare_megatron.host.ports import interface_of
+from stare_megatron.host.ports import connect_error, host_port, interface_of
 
 Ref = ray.ObjectRef
 _ENDS = (signal.SIGTERM, signal.SIGHUP)
 
-_CONNECT_S = 5.0
 _POLL_S = 5.0
 _SAY_S = 60.0
 _ERROR_LINE = re.compile(r"\s*[A-Za-z_][\w.]*(Error|Exception|Interrupt): ")
@@ -108,16 +107,11 @@ def _check_named_address() -> None:
     if not named:
         named = find_bootstrap_address(None) or ""
         source, cure = f"this machine's last `ray start`, {named}", "set cluster.address=HOST:PORT"
-    host, _, port = named.rpartition(":")
-    if not host or not port.isdigit():
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
-    except OSError as e:
+    target = host_port(named)
+    if target is not None and (why := connect_error(target)):
         raise UserError(
-            f'cluster.address = "auto" follows {source}, where nothing answers ({e.strerror or e}); {cure}, or start '
-            "Ray there"
-        ) from e
+            f'cluster.address = "auto" follows {source}, where nothing answers ({why}); {cure}, or start Ray there'
+        )
 
 
 @contextlib.contextmanager

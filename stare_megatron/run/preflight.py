@@ -21,6 +21,7 @@ from stare_megatron.data import rows
 from stare_megatron.data.tokenizer import has_tokenizer, read_files
 from stare_megatron.errors import UserError
 from stare_megatron.host import device
+from stare_megatron.host.ports import connect_error, host_port
 from stare_megatron.models import layout, weights
 from stare_megatron.models.families import read_hf_config
 from stare_megatron.models.shape import ModelShape
@@ -31,7 +32,6 @@ from stare_megatron.sandbox.remote import RemoteSandbox
 
 T = TypeVar("T")
 
-_CONNECT_SECONDS = 1.0
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # what `ray job submit` gives its command
 
 
@@ -279,17 +279,11 @@ def check_cluster(config: Config) -> None:
             )
         if port and not port_is_free(port):
             raise UserError(f"cluster.port = {port}: the port is in use; choose another, or 0 for a free one")
-    elif address != "auto":
-        host, colon, number = address.rpartition(":")
-        if not colon or not host or not number.isdigit() or not 0 < int(number) < 65536:
-            raise UserError(f"cluster.address = {address!r}: use `local`, `auto` or HOST:PORT")
-        try:
-            socket.create_connection((host, int(number)), timeout=_CONNECT_SECONDS).close()
-        except (OSError, ValueError) as e:  # ValueError: no name that a resolver takes
-            raise UserError(
-                f"cluster.address = {address!r}: nothing answers there ({e}); start Ray with "
-                f"`ray start --head --port={number}`, or use cluster.address=local"
-            ) from e
+    elif (target := host_port(address)) is not None and (why := connect_error(target)):
+        raise UserError(
+            f"cluster.address = {address!r}: nothing answers there ({why}); start Ray with "
+            f"`ray start --head --port={target[1]}`, or use cluster.address=local"
+        )
 
 
 def port_is_free(port: int) -> bool:

@@ -197,6 +197,10 @@ def test_a_parser_in_capitals_is_told() -> None:
         ("algorithm.stare.alpha", 0.2, {}, "is for algorithm.stare.adaptive = true"),
         ("algorithm.clip_cov.low", 6.0, {"algorithm__method": "clip_cov"}, "is not below high = 5.0"),
         ("checkpoint.best_mode", "min", {}, "is for best_metric"),
+        *(
+            ("cluster.address", address, {}, f"= {address!r}: must be `local`, `auto` or HOST:PORT")
+            for address in ("nowhere", "host:", ":6379", "host:port", "host:70000", "host:0", "h:999999")
+        ),
         ("cluster.object_store_mb", 900, {"cluster__address": "auto"}, 'is for address = "local"'),
         ("env.tool", "shell", {"env__name": "tool_use", "env__parser": "retool"}, 'is for parser = "hermes"'),
         ("sandbox.preload", ["os; x"], {}, "no name of a module"),

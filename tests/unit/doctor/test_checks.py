@@ -212,6 +212,28 @@ def test_only_the_address_can_be_set_without_a_file():
         command.run(["run.name=x"], Console())
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["cluster.address="], "command line: cluster.address = '': must not be empty"),
+        (["cluster.address='a\0'"], "must not hold the character NUL"),
+        (
+            ["cluster.address=nowhere"],
+            "command line: cluster.address = 'nowhere': must be `local`, `auto` or HOST:PORT",
+        ),
+        (["cluster.address=3"], "command line: cluster.address = 3: must be a string, in quotes"),
+        ([""], "file = '': must be a path"),
+        (["a\0b"], "file = 'a\\x00b': must be a path"),
+        (["$NOWHERE_AT_ALL/run.toml"], "the environment variable $NOWHERE_AT_ALL is not defined"),
+    ],
+)
+def test_odd_arguments_are_told_in_one_line(settings, words):
+    with pytest.raises(UserError) as e:
+        command.run(settings, Console())
+    assert words in str(e.value)
+    assert "\n" not in str(e.value)
+
+
 def test_a_run_stops_at_the_first_problem_and_counts_the_others(monkeypatch):
     facts = second(paths={MODEL: MISSING}, shared_visible=False, clock=99.0)(two_gpu_nodes())
     monkeypatch.setattr(survey, "short", lambda config, folder: facts)

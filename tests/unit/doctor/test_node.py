@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from stare_megatron import doctor
-from stare_megatron.cluster.nodes import connect_error
 from stare_megatron.doctor import checks, node, survey
 from stare_megatron.doctor.facts import MISSING, Ask, ClusterFacts, NodeFacts, Resources
 from stare_megatron.errors import UserError
+from stare_megatron.host.ports import connect_error
 from tests.configs import configuration
 
 SMI = """#!/bin/sh
