@@ -29,6 +29,7 @@ from stare_megatron.errors import UserError
 from stare_megatron.host import device, manifest
 from stare_megatron.host.files import free_bytes, write_atomic
 from stare_megatron.models.families import read_hf_config
+from stare_megatron.models.layout import element_bytes
 from stare_megatron.models.weights import parameters
 
 _PACKAGES = (
@@ -199,8 +200,7 @@ def check_disk(config: Config) -> None:
 def disk_need_mb(config: Config) -> int:
     """Estimate of what the run's checkpoints and exports, and some slack, take at a time; MB."""
     saves, exports = _most_on_disk(config)
-    policy = parameter_count(config.model.path) * (4 if config.model.dtype == "float32" else 2)
-    return (checkpoint_bytes(config) * saves + policy * exports) // 2**20 + _SLACK_MB
+    return (checkpoint_bytes(config) * saves + weight_bytes(config) * exports) // 2**20 + _SLACK_MB
 
 
 def _most_on_disk(config: Config) -> tuple[int, int]:
@@ -216,6 +216,11 @@ def _most_on_disk(config: Config) -> tuple[int, int]:
 def checkpoint_bytes(config: Config) -> int:
     """Estimate of one training checkpoint."""
     return parameter_count(config.model.path) * _CHECKPOINT_BYTES
+
+
+def weight_bytes(config: Config) -> int:
+    """Of the whole model in `model.dtype`."""
+    return parameter_count(config.model.path) * element_bytes(config.model.dtype)
 
 
 def parameter_count(model: Path) -> int:

@@ -11,9 +11,9 @@ from typing import Any
 
 from stare_megatron.config import Config
 from stare_megatron.errors import UserError
-from stare_megatron.models.layout import expert_tensor_parallel
+from stare_megatron.models.layout import element_bytes, expert_tensor_parallel
 from stare_megatron.models.shape import ModelShape
-from stare_megatron.run.folder import parameter_count
+from stare_megatron.run import folder as run_folder
 
 _GIB = 2**30
 _START_S, _PUSH_S = 600.0, 300.0
@@ -29,7 +29,7 @@ _UNKNOWN_SHARE = 0.4
 
 def with_time_limits(config: Config) -> Config:
     """`config` with `cluster.start_timeout` and `sync.push_timeout`, seconds, where they are 0."""
-    slow = weight_bytes(config) / _SLOW_BYTES_S
+    slow = run_folder.weight_bytes(config) / _SLOW_BYTES_S
     cluster = {"start_timeout": config.cluster.start_timeout or _START_S + slow}
     sync = {"push_timeout": config.sync.push_timeout or _PUSH_S + slow}
     return config.model_copy(
@@ -62,18 +62,14 @@ def with_engine_sizes(config: Config, shape: ModelShape, gpu_bytes: int, *, trai
     return config.model_copy(update={"inference": i.model_copy(update={"vllm": chosen | given})})
 
 
-def weight_bytes(config: Config) -> int:
-    """Of the whole model in `model.dtype`."""
-    return parameter_count(config.model.path) * (4 if config.model.dtype == "float32" else 2)
-
-
 def rank_bytes(config: Config, shape: ModelShape) -> int:
     """What a rank holds from its first step on, whatever it does: weights, float32 gradients, optimizer state."""
     t = config.trainer
     experts = t.expert_parallel * expert_tensor_parallel(t) if shape.experts else t.tensor_parallel
-    mine = parameter_count(config.model.path) / (t.pipeline_parallel * max(experts, t.tensor_parallel))
+    mine = run_folder.parameter_count(config.model.path) / (t.pipeline_parallel * max(experts, t.tensor_parallel))
     # Adam's moments, and a float32 copy of weights that are not float32.
-    weight, optimizer = (4, 8.0) if config.model.dtype == "float32" else (2, 12.0)
+    weight = element_bytes(config.model.dtype)
+    optimizer = 8.0 if config.model.dtype == "float32" else 12.0
     if t.distributed_optimizer:
         optimizer /= t.data_parallel * t.context_parallel
     return int(mine * (weight + 4 + optimizer))
@@ -90,9 +86,9 @@ def _share(config: Config, shape: ModelShape, gpu_bytes: int) -> float:
     if not gpu_bytes:
         return given if given is not None else _UNKNOWN_SHARE
     rank = rank_bytes(config, shape)
-    engine = weight_bytes(config) / i.tensor_parallel
+    engine = run_folder.weight_bytes(config) / i.tensor_parallel
     # A push gathers the largest tensor, copies it, and packs it into a buffer of at least 1 GiB.
-    largest = shape.vocab * shape.hidden * (4 if config.model.dtype == "float32" else 2)
+    largest = shape.vocab * shape.hidden * element_bytes(config.model.dtype)
     free = gpu_bytes - rank - _CONTEXTS_BYTES - 3 * largest - max(largest, _GIB)
     share = given if given is not None else max(0, math.floor(50 * free / gpu_bytes)) / 100
     sizes = (

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from stare_megatron.host import device
-from stare_megatron.run import session, sizing
+from stare_megatron.run import folder as run_folder
+from stare_megatron.run import session
 from tests.configs import configuration
 
 
@@ -40,7 +41,7 @@ def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     places = SimpleNamespace(trainers=(), engines=(), gpu_bytes=0, release=lambda: None)
     monkeypatch.setattr(session.placement, "plan", lambda *_, **__: places)
     monkeypatch.setattr(session, "read_hf_config", lambda _: None)
-    monkeypatch.setattr(sizing, "parameter_count", lambda _: 0)
+    monkeypatch.setattr(run_folder, "parameter_count", lambda _: 0)
     return said
 
 

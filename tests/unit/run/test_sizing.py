@@ -10,6 +10,7 @@ import pytest
 from stare_megatron.config import Config
 from stare_megatron.errors import UserError
 from stare_megatron.models.shape import ModelShape
+from stare_megatron.run import folder as run_folder
 from stare_megatron.run import sizing
 from tests.configs import configuration
 
@@ -24,7 +25,7 @@ B7 = ModelShape(
 def parameters(monkeypatch) -> dict[str, int]:
     """7.6 billion, unless a test changes it."""
     count = {"n": 7_600_000_000}
-    monkeypatch.setattr(sizing, "parameter_count", lambda _: count["n"])
+    monkeypatch.setattr(run_folder, "parameter_count", lambda _: count["n"])
     return count
 
 
