@@ -122,8 +122,9 @@ def prepare(config: Config, console: Console) -> Prepared:
     notes += [f"sandbox: {sandbox}"] if sandbox else []
     resume_from = _find_checkpoint(config, console)
     config = checkpoint.with_date(config, resume_from)
+    settings = checkpoint.settings_of(config)
     if resume_from is not None:
-        checkpoint.check_settings(resume_from, checkpoint.settings_of(config), config.run.resume_allow)
+        checkpoint.check_settings(resume_from, settings, config.run.resume_allow)
     tokenizer = load_tokenizer(config.model.path)
     config = today(config, tokenizer)
     check_env(config.env, tokenizer)
@@ -141,9 +142,17 @@ def prepare(config: Config, console: Console) -> Prepared:
         restored = state.step
         if resume_from.resolve().is_relative_to(config.folder.resolve()):
             wandb_run = state.wandb_run
-    settings = checkpoint.settings_of(config)
     return Prepared(
-        config, settings, tokenizer, stream, benchmarks, resume_from, restored, wandb_run, sandbox, tuple(notes)
+        config=config,
+        settings=settings.of(config),
+        tokenizer=tokenizer,
+        stream=stream,
+        benchmarks=benchmarks,
+        resume_from=resume_from,
+        restored=restored,
+        wandb_run=wandb_run,
+        sandbox=sandbox,
+        notes=tuple(notes),
     )
 
 
@@ -151,8 +160,7 @@ def today(config: Config, tokenizer: PreTrainedTokenizerBase) -> Config:
     """`config` with today's date where the chat template writes one and none is settled."""
     if config.data.date or not writes_date(tokenizer):
         return config
-    date = datetime.date.today().isoformat()
-    return config.model_copy(update={"data": config.data.model_copy(update={"date": date})})
+    return config.dated(datetime.date.today().isoformat())
 
 
 def _find_checkpoint(config: Config, console: Console) -> Path | None:
