@@ -7,9 +7,12 @@ GPUs, the engines' part of the memory. Estimates in bytes; a GPU's memory is wha
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from stare_megatron.config import Config
+from stare_megatron.data.benchmarks import Benchmark
 from stare_megatron.errors import UserError
 from stare_megatron.models.layout import element_bytes, expert_tensor_parallel
 from stare_megatron.models.shape import ModelShape
@@ -27,6 +30,26 @@ _BATCHED_TOKENS = 8192
 _UNKNOWN_SHARE = 0.4
 
 
+@dataclass(frozen=True)
+class Load:
+    """What engines are asked for at a time: `sequences`, in groups of at most `group`, each on one engine."""
+
+    sequences: int
+    group: int
+
+
+def rollout_load(config: Config) -> Load:
+    """Of a training step."""
+    r = config.rollout
+    return Load((r.prompts_per_generation or r.prompts_per_step) * r.group_size, r.group_size)
+
+
+def eval_load(benchmarks: Sequence[Benchmark]) -> Load:
+    """Of an evaluation's samples; greedy responses are fewer."""
+    sequences = sum(len(b.prompts) * b.samples for b in benchmarks)
+    return Load(sequences, max((b.samples for b in benchmarks), default=1))
+
+
 def with_time_limits(config: Config) -> Config:
     """`config` with `cluster.start_timeout` and `sync.push_timeout`, seconds, where they are 0."""
     slow = run_folder.weight_bytes(config) / _SLOW_BYTES_S
@@ -37,7 +60,7 @@ def with_time_limits(config: Config) -> Config:
     )
 
 
-def with_engine_sizes(config: Config, shape: ModelShape, gpu_bytes: int, *, trainers: bool) -> Config:
+def with_engine_sizes(config: Config, shape: ModelShape, gpu_bytes: int, load: Load, *, trainers: bool) -> Config:
     """`config` for engines on GPUs of `gpu_bytes` (0: unknown): what `[inference.vllm]` leaves open.
 
     vLLM's defaults for an engine inside another program are 128 sequences and 2,048 tokens a batch, and 92 % of the
@@ -46,13 +69,12 @@ def with_engine_sizes(config: Config, shape: ModelShape, gpu_bytes: int, *, trai
     Raises:
         UserError: engines and ranks cannot share a GPU of this size.
     """
-    given, i, r = config.inference.vllm, config.inference, config.rollout
+    given, i = config.inference.vllm, config.inference
     chosen: dict[str, Any] = {}
     tokens = given.get("max_num_batched_tokens", _BATCHED_TOKENS)
     if "max_num_seqs" not in given:
-        prompts = r.prompts_per_generation or r.prompts_per_step
         # Groups stay together, so that one engine may get a group more than another.
-        share = math.ceil(prompts * r.group_size / i.engines) + r.group_size
+        share = math.ceil(load.sequences / i.engines) + load.group
         chosen["max_num_seqs"] = min(max(-(-share // 8) * 8, _MIN_SEQUENCES), _MAX_SEQUENCES, tokens)
     # Without chunked prefill a batch must hold the longest prompt; vLLM knows how large it is then.
     if "max_num_batched_tokens" not in given and given.get("enable_chunked_prefill", True):

@@ -30,7 +30,7 @@ from stare_megatron.metrics.summary import how_to_go_on, next_steps, opening, op
 from stare_megatron.rollout.collect import Collector
 from stare_megatron.rollout.groups import check_env, check_prompts
 from stare_megatron.run import folder as run_folder
-from stare_megatron.run import loop, preflight
+from stare_megatron.run import loop, preflight, sizing
 from stare_megatron.run.evaluation import Evaluations, Evaluator
 from stare_megatron.run.recorder import Recorder
 from stare_megatron.run.residency import Residency
@@ -181,7 +181,8 @@ def _run(prepared: Prepared, folder: run_folder.RunFolder, sinks: Sinks) -> int:
     """Start everything and train; returns the steps done."""
     config = prepared.config
     stop = StopSignal(sinks.note)
-    with open_session(config, folder.logs, sinks.status) as session, stop.installed():
+    load = sizing.rollout_load(config)
+    with open_session(config, folder.logs, sinks.status, load) as session, stop.installed():
         return loop.train(_assemble(prepared, folder, sinks, stop, session))
 
 
