@@ -15,6 +15,7 @@ import ray.exceptions
 from ray._private.state import available_resources_per_node
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from stare_megatron.cluster.runtime import cause
 from stare_megatron.host.ports import connect_error, free_port
 
 _CLOCK_S = 5.0
@@ -153,15 +154,8 @@ class Probes:
             except ray.exceptions.GetTimeoutError:
                 self.silent[node] = f"no answer within {timeout:.0f} s"
             except ray.exceptions.RayError as e:
-                self.silent[node] = _reason(e)
+                self.silent[node] = cause(e) or type(e).__name__
         return found
-
-
-def _reason(error: Exception) -> str:
-    """The last line that names an error: Ray puts a traceback before it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    named = [line for line in lines if "Error: " in line]
-    return (named[-1:] or lines[:1] or [type(error).__name__])[0].rstrip(".")
 
 
 @contextlib.contextmanager

@@ -11,8 +11,9 @@ from stare_megatron import config as configuration
 from stare_megatron import paths
 from stare_megatron.config import ClusterConfig, Config
 from stare_megatron.doctor import checks, machine, survey
-from stare_megatron.doctor.facts import MISSING, ClusterFacts
+from stare_megatron.doctor.facts import ClusterFacts
 from stare_megatron.errors import UserError
+from stare_megatron.host.packages import MISSING
 
 _GIB = 2**30
 _ADDRESS = "cluster.address="

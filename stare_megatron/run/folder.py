@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
@@ -26,7 +25,7 @@ import tomli_w
 
 from stare_megatron.config import Config
 from stare_megatron.errors import UserError
-from stare_megatron.host import device, manifest
+from stare_megatron.host import device, manifest, packages
 from stare_megatron.host.files import free_bytes, write_atomic
 from stare_megatron.models.families import read_hf_config
 from stare_megatron.models.layout import element_bytes
@@ -256,13 +255,8 @@ def start_record(config: Config, command: list[str], sandbox: str) -> StartRecor
 
 def package_versions() -> dict[str, str]:
     """Versions of the installed packages that decide what a run computes."""
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
+    found = {name: packages.version(name) for name in _PACKAGES}
+    return {name: version for name, version in found.items() if version != packages.MISSING}
 
 
 def git_state(folder: Path) -> tuple[str, bool]:
