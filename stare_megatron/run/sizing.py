@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stare_megatron.config import Config
-from stare_megatron.data.benchmarks import Benchmark
 from stare_megatron.errors import UserError
 from stare_megatron.models.layout import element_bytes, expert_tensor_parallel
 from stare_megatron.models.shape import ModelShape
 from stare_megatron.run import folder as run_folder
+
+if TYPE_CHECKING:
+    from stare_megatron.data.benchmarks import Benchmark  # which imports pyarrow
 
 _GIB = 2**30
 _START_S, _PUSH_S = 600.0, 300.0
