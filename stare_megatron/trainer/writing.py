@@ -97,7 +97,8 @@ class Writer:
         self._threads = max(1, min(threads, _MOST_THREADS))
         # Reuses its plan from the third save on, when the second has made the same as the first.
         self._strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=self._threads, cached_metadata=True)
-        self._dealing = FullyParallelSaveStrategyWrapper(self._strategy, replicas, True) if replicas else None
+        several = replicas is not None and replicas.size() > 1
+        self._dealing = FullyParallelSaveStrategyWrapper(self._strategy, replicas, True) if several else None
         self._checked = False
         # A copy's memory, kept for the next: memory that is new to the process costs several times the copying.
         self._copies: dict[tuple[str, int], torch.Tensor] = {}
