@@ -60,7 +60,7 @@ def begin_save(
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    _make_moments(optimizer)
+    make_moments(optimizer)
     with shares.in_place(optimizer):
         state, _ = _sharded_state(chunks, optimizer, is_loading=False)
         state |= {
@@ -128,7 +128,7 @@ def _sharded_state(
     return state | {"optimizer": optimizer_state}, [frozenset(own) for own in split.values()]
 
 
-def _make_moments(optimizer: MegatronOptimizer) -> None:
+def make_moments(optimizer: MegatronOptimizer) -> None:
     """Give an optimizer that has done no step the moments it begins with, zeros; saving asks for them.
 
     By a step without gradient, learning rate or decay, which is undone in the count of steps.
