@@ -18,7 +18,6 @@ from stare_megatron.host.files import PARTIAL, STALE, take_place, write_atomic
 
 TRAINER = "trainer"
 LATEST = "latest"
-_MOST_THREADS = 8  # that read at a time to verify
 
 
 def folder_name(step: int) -> str:
@@ -137,7 +136,7 @@ def verify(folder: Path, *, contents: bool, progress: Callable[[int], object] = 
             raise UserError(f"{folder}: {manifest.NAME} is missing, so the files cannot be checked")
         for name in sorted({loop.FILE, stored.FILE, f"{TRAINER}/.metadata", f"{TRAINER}/common.pt"} - entries.keys()):
             raise UserError(f"{folder / manifest.NAME}: does not list {name}")
-        threads = min(os.cpu_count() or 1, _MOST_THREADS)
+        threads = min(os.cpu_count() or 1, 8)
         manifest.verify(folder, contents=contents, threads=threads, progress=progress)
     except UserError as e:
         others = [p.name for p in complete(folder.parent) if p.name != folder.name]
