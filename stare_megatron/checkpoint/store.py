@@ -168,7 +168,8 @@ def verify(folder: Path, *, contents: bool, progress: Callable[[int], object] = 
             raise UserError(f"{folder}: {manifest.NAME} is missing, so the files cannot be checked")
         for name in sorted({loop.FILE, stored.FILE, f"{TRAINER}/.metadata", f"{TRAINER}/common.pt"} - entries.keys()):
             raise UserError(f"{folder / manifest.NAME}: does not list {name}")
-        manifest.verify(folder, contents=contents, progress=progress)
+        threads = min(os.cpu_count() or 1, 8)
+        manifest.verify(folder, contents=contents, threads=threads, progress=progress)
     except UserError as e:
         others = [p.name for p in complete(folder.parent) if p.name != folder.name]
         cure = f"run.resume={folder.parent / others[-1]}" if others else "start over under another run.name"
