@@ -14,7 +14,7 @@ from step_cases import Ports, keep_gradients, load, make_config, make_groups, st
 
 from stare_megatron.errors import RunError
 from stare_megatron.trainer.rank import TrainerRank
-from stare_megatron.types import Control, Group, Trajectory
+from stare_megatron.types import Control, Group, Prompt, Score, Span, SpanKind, Status, Trajectory
 
 LAYERS, EXPERTS, TOP_K = 4, 4, 2
 Experts = npt.NDArray[np.uint8]
@@ -96,6 +96,40 @@ def own_choice(rank: Rank, *, checkpoint: Path) -> list[dict[int, float]]:
     again = logprobs(trainer)
     trainer.close()
     return [plain, again]
+
+
+def mismatch(rank: Rank, *, checkpoint: Path, sampled: list[Any]) -> dict[bool, dict[str, float]]:
+    """Metrics of a scored batch in bfloat16 without and with replay. `sampled`: as `replay_engine` writes it."""
+    groups = []
+    for g in range(0, len(sampled), 4):
+        prompt = Prompt(f"p{g}", "test", "", tuple(sampled[g][0]), "")
+        made = [_trajectory(prompt.id, i, *one) for i, one in enumerate(sampled[g : g + 4])]
+        groups.append(Group(prompt, tuple(made), tuple(Score(float(i % 2), False, "") for i in range(len(made)))))
+    ports, found = Ports(rank), {}
+    for replay in (False, True):
+        tables = {
+            "model": {"path": str(checkpoint), "dtype": "bfloat16"},
+            "inference": {"routing_replay": replay},
+            "trainer": {"micro_batch_tokens": 512},
+        }
+        config = make_config(checkpoint, tables)
+        trainer = start(ports.next(), config)
+        load(trainer, config, groups)
+        entropy = trainer.score().entropy
+        scores = trainer.update(Control(True, 1.5, 0.5, entropy, 9.0)).scores
+        found[replay] = {m.name: scores[m.name] for m in scores.measured}
+        trainer.close()
+    return found
+
+
+def _trajectory(
+    name: str, sample: int, prompt: list[int], response: list[int], logprobs: list[float], experts: Experts
+):
+    spans = (
+        Span(SpanKind.PROMPT, np.array(prompt, np.int32), np.empty(0, np.float32)),
+        Span(SpanKind.ACTION, np.array(response, np.int32), np.array(logprobs, np.float32)),
+    )
+    return Trajectory(name, sample, spans, Status.COMPLETED, (0, 0), sample, routed_experts=experts)
 
 
 def refused(rank: Rank, *, checkpoint: Path) -> list[str]:

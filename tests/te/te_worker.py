@@ -51,6 +51,7 @@ def _both(hf: Path, mcore: Path, out: Path, trainer: Any) -> dict[str, Any]:
     engine, local = _build(hf, trainer, True), _build(hf, trainer, False)
     found = {
         "modules": sorted({type(m).__name__ for chunk in engine for m in chunk.modules()}),
+        "communication": _communication(engine),
         "exported": [_wrong(chunks, hf) for chunks in (engine, local)],
         "marks": _marks(engine, local),
         "tensors": [_tensors(chunks) for chunks in (engine, local)],
@@ -60,6 +61,15 @@ def _both(hf: Path, mcore: Path, out: Path, trainer: Any) -> dict[str, Any]:
         _save(chunks, out / name)
         found[f"saved by {name}"] = _wrong(_build(hf, trainer, other, out / name), hf)
     return found
+
+
+def _communication(engine: Sequence[Any]) -> list[tuple[str, int]]:
+    """How the attentions of a rank exchange keys and values, and among how many; empty without context parallelism."""
+    found = set()
+    for module in (m for chunk in engine for m in chunk.modules()):
+        if type(module).__name__ == "TEDotProductAttention" and module.config.context_parallel_size > 1:
+            found.add((module.cp_comm_type, module.cp_group.size()))
+    return sorted(found)
 
 
 def _build(hf: Path, trainer: Any, engine: bool, mcore: Path | None = None) -> Sequence[Any]:
