@@ -13,6 +13,7 @@ from stare_megatron.config import Config
 from stare_megatron.errors import UserError
 from stare_megatron.models.layout import expert_tensor_parallel
 from stare_megatron.models.shape import ModelShape
+from stare_megatron.models.weights import expert_share
 from stare_megatron.run.folder import parameter_count
 
 _GIB = 2**30
@@ -69,14 +70,20 @@ def weight_bytes(config: Config) -> int:
 
 def rank_bytes(config: Config, shape: ModelShape) -> int:
     """What a rank holds from its first step on, whatever it does: weights, float32 gradients, optimizer state."""
-    t = config.trainer
-    experts = t.expert_parallel * expert_tensor_parallel(t) if shape.experts else t.tensor_parallel
-    mine = parameter_count(config.model.path) / (t.pipeline_parallel * max(experts, t.tensor_parallel))
+    held, owned = _parameters(config, shape)
     # Adam's moments, and a float32 copy of weights that are not float32.
-    weight, optimizer = (4, 8.0) if config.model.dtype == "float32" else (2, 12.0)
-    if t.distributed_optimizer:
-        optimizer /= t.data_parallel * t.context_parallel
-    return int(mine * (weight + 4 + optimizer))
+    weight, optimizer = (4, 8) if config.model.dtype == "float32" else (2, 12)
+    return int(held * (weight + 4) + owned * optimizer)
+
+
+def _parameters(config: Config, shape: ModelShape) -> tuple[float, float]:
+    """Parameters that a rank holds, and those of which it has the optimizer's state. Experts are split over other ranks
+    than the rest; a distributed optimizer splits the state of both over all ranks of the stage."""
+    t = config.trainer
+    stage = parameter_count(config.model.path) / t.pipeline_parallel
+    of_experts = stage * expert_share(shape)
+    held = (stage - of_experts) / t.tensor_parallel + of_experts / (t.expert_parallel * expert_tensor_parallel(t))
+    return held, stage / (t.world_size / t.pipeline_parallel) if t.distributed_optimizer else held
 
 
 def _share(config: Config, shape: ModelShape, gpu_bytes: int) -> float:

@@ -111,8 +111,6 @@ class Runner:
         def _score(row: MicroBatch, hidden_RH: torch.Tensor, non_loss_data: bool) -> None:
             consume(hidden_RH, row)
 
-        if self.replay is not None:
-            self.replay.forget()
         schedule = get_forward_backward_func()
         with torch.set_grad_enabled(train):
             schedule(
@@ -125,6 +123,8 @@ class Runner:
                 forward_only=not train,
                 collect_non_loss_data=not train,
             )
+        if self.replay is not None:
+            self.replay.forget()
 
     def from_last_stage(self, x: torch.Tensor) -> torch.Tensor:
         """`x` as the last pipeline stage has it, on every stage; in place."""

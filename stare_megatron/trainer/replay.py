@@ -64,7 +64,7 @@ class Replay:
                 self.layers.append(router.layer_number - 1)
 
     def forget(self) -> None:
-        """Before a pass: what the last one left."""
+        """After a pass: what it was given."""
         for routers in self._routers.values():
             for router in routers:
                 router.clear_indices()

@@ -19,7 +19,7 @@ REQUESTS, TOKENS, VOCAB = 16, 48, 256
 def main(checkpoint: str, out: str) -> None:
     """Writes, of each request: prompt, response, log-probs, experts [tokens read, layers, top_k]."""
     from vllm import LLM, SamplingParams
-    from vllm.model_executor.layers.fused_moe.layer import MoERunner
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
     llm = LLM(
         model=checkpoint,
