@@ -77,6 +77,9 @@ def _build(hf: Path, trainer: Any, engine: bool, mcore: Path | None = None) -> S
 
     from stare_megatron.trainer.model import build_model
 
+    if not engine:  # which refuse what is for Transformer Engine's attention
+        local = {key: value for key, value in trainer.megatron.items() if key != "cp_comm_type"}
+        trainer = trainer.model_copy(update={"megatron": local})
     with layers(engine):
         return build_model(hf, torch.float32, trainer, torch.device("cpu"), 128, mcore)
 
