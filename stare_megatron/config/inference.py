@@ -18,4 +18,9 @@ class InferenceConfig(Section):
     max_model_len: int = Field(
         default=0, ge=0, description="Engine window, tokens; 0: longest prompt + longest response."
     )
+    routing_replay: bool = Field(
+        default=False,
+        description="Mixtures of experts: engines return the experts of every token, and scoring and update route by "
+        "them; see docs/routing_replay.md.",
+    )
     vllm: PassThrough = Field(default_factory=dict, description="Further vLLM EngineArgs, by their upstream names.")

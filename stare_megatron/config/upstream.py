@@ -154,6 +154,7 @@ ENGINE_REFUSED: tuple[tuple[str, str], ...] = (
     ("seed", "set run.seed instead"),
     ("data_parallel_size", "set inference.engines instead"),
     ("enable_sleep_mode", "set inference.placement instead"),
+    ("enable_return_routed_experts", "set inference.routing_replay instead"),
     # Log-probs and weight pushes depend on these.
     (
         "skip_tokenizer_init|generation_config|logprobs_mode|weight_transfer_config|worker_extension_cls",

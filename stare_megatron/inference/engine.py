@@ -72,8 +72,10 @@ class Engine:
             "weight_transfer_config": {"backend": transport},
             "worker_extension_cls": "stare_megatron.sync.worker.ChecksumExtension",
             **device.engine_args(config.placement == "colocated", config.tensor_parallel),
+            **({"enable_return_routed_experts": True} if config.routing_replay else {}),
             **config.vllm,
         }
+        self._routed = config.routing_replay
         self._llm: AsyncLLM | None = None
         self._meter: LoadMeter | None = None
         self._children = ChildProcesses()
@@ -135,11 +137,19 @@ class Engine:
         logprobs = np.asarray(values, np.float32)
         if len(ids) != len(logprobs):
             raise RunError(f"{self.name}: {len(ids)} tokens came with {len(logprobs)} log-probs")
+        status = _STATUS.get(output.finish_reason or "", Status.FAILED)
+        routed = output.routed_experts if self._routed else None
+        if self._routed and status is not Status.FAILED:
+            # The last token was sampled and not read.
+            read, need = 0 if routed is None else len(routed), len(token_ids) + len(ids) - 1
+            if read < need:
+                raise RunError(f"{self.name}: experts of {read} tokens came where {need} were read")
         return Completion(
             token_ids=ids,
             logprobs=logprobs,
-            status=_STATUS.get(output.finish_reason or "", Status.FAILED),
+            status=status,
             weight_version=int(output.weight_versions[0].version) if output.weight_versions else self.version,
+            routed_experts=routed,
         )
 
     async def logprobs(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,12 +15,24 @@ from stare_megatron.envs.base import ENDS, End, Env, EnvError, MakeEnv
 from stare_megatron.rewards.base import Reward, RewardError
 from stare_megatron.rollout.sampler import SampleError, Sampler
 from stare_megatron.rollout.seeds import derive_seed
-from stare_megatron.types import Group, GroupRequest, Prompt, Sampling, Score, Span, SpanKind, Status, Trajectory
+from stare_megatron.types import (
+    Completion,
+    Group,
+    GroupRequest,
+    Prompt,
+    Sampling,
+    Score,
+    Span,
+    SpanKind,
+    Status,
+    Trajectory,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
+Experts: TypeAlias = "npt.NDArray[np.unsignedinteger[Any]] | None"
 
 
 @dataclass(frozen=True)
@@ -55,11 +67,17 @@ class _Stream:
         self.spans = [Span(SpanKind.PROMPT, prompt, _NO_LOGPROBS)]
         self.token_ids: list[int] = prompt.tolist()
         self.left = budget
+        self.routed_experts: Experts = None
 
     def append(self, span: Span) -> None:
         self.spans.append(span)
         self.token_ids += span.token_ids.tolist()
         self.left -= len(span.token_ids)
+
+    def sampled(self, completion: Completion) -> None:
+        """A turn's request began with the stream so far, so its experts are those of all of it."""
+        self.append(Span(SpanKind.ACTION, completion.token_ids, completion.logprobs))
+        self.routed_experts = completion.routed_experts
 
 
 async def run_episode(
@@ -86,8 +104,16 @@ async def run_episode(
     finally:
         await env.close()
     versions = versions or [sampler.version]
-    spans, span_of_versions = tuple(stream.spans), (min(versions), max(versions))
-    return Trajectory(prompt.id, sample, spans, end.status, span_of_versions, sampling.seed, env.turns), end.note
+    return Trajectory(
+        prompt.id,
+        sample,
+        tuple(stream.spans),
+        end.status,
+        weight_versions=(min(versions), max(versions)),
+        seed=sampling.seed,
+        turns=env.turns,
+        routed_experts=stream.routed_experts,
+    ), end.note
 
 
 async def _turns(
@@ -105,7 +131,7 @@ async def _turns(
             stream.token_ids, dataclasses.replace(sampling, max_tokens=stream.left, seed=seed)
         )
         versions.append(completion.weight_version)
-        stream.append(Span(SpanKind.ACTION, completion.token_ids, completion.logprobs))
+        stream.sampled(completion)
         if completion.status is not Status.COMPLETED:
             return End(completion.status)
         observation = await env.step(completion)

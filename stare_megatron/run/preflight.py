@@ -98,6 +98,8 @@ def check_engine_options(config: Config, shape: ModelShape) -> None:
             f"inference.vllm.max_num_batched_tokens = {tokens} is less than the window of {config.window} tokens, "
             "which is read in one step here; raise it or leave it out"
         )
+    if config.inference.routing_replay:
+        check_routing_replay(config, shape)
     room = table.get("kv_cache_memory_bytes", device.CPU_KV_CACHE_BYTES if gpus is False else 0)
     need = kv_cache_bytes(config, shape)
     if room and need > room:
@@ -105,6 +107,24 @@ def check_engine_options(config: Config, shape: ModelShape) -> None:
             f"inference.vllm.kv_cache_memory_bytes = {room} holds less than one sequence of the window, "
             f"{config.window} tokens (data.max_prompt_tokens, rollout.max_response_tokens), which takes {need}; raise "
             "the one or lower the others"
+        )
+
+
+def check_routing_replay(config: Config, shape: ModelShape) -> None:
+    """Raises: UserError: there are no experts to return, or these engines do not return them."""
+    if shape.experts is None:
+        raise UserError(
+            "inference.routing_replay = true is for a mixture of experts, and model.path has none; leave it out"
+        )
+    if on_gpus(config) is False:
+        raise UserError(
+            "inference.routing_replay = true needs engines on GPUs: vLLM returns experts from its second model runner "
+            "alone, which does not run on a CPU; leave it out"
+        )
+    if config.inference.vllm.get("enable_prefix_caching") is False:
+        raise UserError(
+            "inference.routing_replay = true needs the engines' prefix cache, along which vLLM keeps experts; leave "
+            "out inference.vllm.enable_prefix_caching = false"
         )
 
 

@@ -15,6 +15,7 @@ from stare_megatron.config import Config
 from stare_megatron.errors import UserError
 from stare_megatron.models.layout import element_bytes
 from stare_megatron.models.shape import ModelShape
+from stare_megatron.models.weights import expert_share
 from stare_megatron.run import folder as run_folder
 
 if TYPE_CHECKING:
@@ -88,15 +89,20 @@ def with_engine_sizes(config: Config, shape: ModelShape, gpu_bytes: int, load: L
 
 def rank_bytes(config: Config, shape: ModelShape) -> int:
     """What a rank holds from its first step on, whatever it does: weights, float32 gradients, optimizer state."""
-    t = config.trainer
-    experts = t.expert_parallel * t.expert_tensor_parallel if shape.experts else t.tensor_parallel
-    mine = run_folder.parameter_count(config.model.path) / (t.pipeline_parallel * max(experts, t.tensor_parallel))
+    held, owned = _parameters(config, shape)
     # Adam's moments, and a float32 copy of weights that are not float32.
-    weight = element_bytes(config.model.dtype)
-    optimizer = 8.0 if config.model.dtype == "float32" else 12.0
-    if t.distributed_optimizer:
-        optimizer /= t.data_parallel * t.context_parallel
-    return int(mine * (weight + 4 + optimizer))
+    weight, optimizer = element_bytes(config.model.dtype), 8 if config.model.dtype == "float32" else 12
+    return int(held * (weight + 4) + owned * optimizer)
+
+
+def _parameters(config: Config, shape: ModelShape) -> tuple[float, float]:
+    """Parameters that a rank holds, and those of which it has the optimizer's state. Experts are split over other ranks
+    than the rest; a distributed optimizer splits the state of both over all ranks of the stage."""
+    t = config.trainer
+    stage = run_folder.parameter_count(config.model.path) / t.pipeline_parallel
+    of_experts = stage * expert_share(shape)
+    held = (stage - of_experts) / t.tensor_parallel + of_experts / (t.expert_parallel * t.expert_tensor_parallel)
+    return held, stage / (t.world_size / t.pipeline_parallel) if t.distributed_optimizer else held
 
 
 def _share(config: Config, shape: ModelShape, gpu_bytes: int) -> float:

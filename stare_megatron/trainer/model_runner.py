@@ -16,6 +16,7 @@ from stare_megatron.algo.comm import Comm
 from stare_megatron.algo.reduce import token_factors
 from stare_megatron.config import AlgorithmConfig
 from stare_megatron.trainer.head import Head
+from stare_megatron.trainer.replay import Replay
 from stare_megatron.trainer.sequence import MicroBatch, SequenceLayout, micro_batches
 from stare_megatron.trainer.spec import providers
 from stare_megatron.types import TokenBatch, UpdateShare
@@ -39,8 +40,14 @@ class RankBatch:
     cost_imbalance: float
 
 
-def rank_batch(batch: TokenBatch, share: UpdateShare, layout: SequenceLayout, config: AlgorithmConfig) -> RankBatch:
-    rows = micro_batches(batch, share, layout)
+def rank_batch(
+    batch: TokenBatch,
+    share: UpdateShare,
+    layout: SequenceLayout,
+    config: AlgorithmConfig,
+    experts_TLK: torch.Tensor | None = None,
+) -> RankBatch:
+    rows = micro_batches(batch, share, layout, experts_TLK)
     owned_T = torch.zeros_like(batch.action_T)
     for row in rows:
         owned_T[row.source_P[row.source_P >= 0]] = True
@@ -61,7 +68,7 @@ class Runner:
     """How this rank runs its model: chunks, the output layer (of the last stage), and who shares what.
 
     `comm`: the data- x context-parallel ranks; `context_comm`: the context-parallel ones. `pipeline`: the pipeline
-    group, `last_stage`: global rank of its last stage.
+    group, `last_stage`: global rank of its last stage. `replay`: of runs that route as the engines did.
     """
 
     chunks: Sequence[torch.nn.Module]
@@ -72,6 +79,7 @@ class Runner:
     last_stage: int
     is_last_stage: bool
     place: torch.device
+    replay: Replay | None
 
     def run(
         self, rows: Sequence[MicroBatch], consume: Callable[[torch.Tensor, MicroBatch], Any], *, train: bool
@@ -84,6 +92,8 @@ class Runner:
 
         def forward(rows_left: Any, chunk: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
             row: MicroBatch = next(rows_left)
+            if self.replay is not None:
+                self.replay.set(chunk, row.experts_PLK)
             output = chunk(
                 input_ids=row.token_ids_1P,
                 position_ids=row.position_ids_1P,
@@ -113,6 +123,8 @@ class Runner:
                 forward_only=not train,
                 collect_non_loss_data=not train,
             )
+        if self.replay is not None:
+            self.replay.forget()
 
     def from_last_stage(self, x: torch.Tensor) -> torch.Tensor:
         """`x` as the last pipeline stage has it, on every stage; in place."""

@@ -30,6 +30,7 @@ from stare_megatron.trainer.model import build_model
 from stare_megatron.trainer.model_runner import RankBatch, Runner, rank_batch
 from stare_megatron.trainer.optimizer import build_optimizer, step, zero_grad
 from stare_megatron.trainer.partials import vocab_shard
+from stare_megatron.trainer.replay import Replay, routed_experts
 from stare_megatron.trainer.schedule import learning_rate
 from stare_megatron.trainer.scoring import SampledBatch, Scored, ScoredBatch, read_rollout, score, summarize
 from stare_megatron.trainer.sequence import MicroBatch, SequenceLayout, dummy, probe, token_batch
@@ -103,6 +104,7 @@ class TrainerRank:
             last_stage=parallel.last_stage_rank(),
             is_last_stage=parallel.is_last_stage(),
             place=place,
+            replay=self._replay(),
         )
         self._layout = SequenceLayout(
             sequence_parallel=trainer.tensor_parallel if trainer.sequence_parallel else 1,
@@ -118,6 +120,12 @@ class TrainerRank:
         self._writer = checkpoint.writer(trainer)
         self._writing: Writing | None = None
 
+    def _replay(self) -> Replay | None:
+        if not self._config.inference.routing_replay:
+            return None
+        shared = (self._config.trainer.tensor_parallel, parallel.tensor_parallel_rank())
+        return Replay(self._chunks, shared if self._config.trainer.sequence_parallel else (1, 0))
+
     def position(self) -> Position:
         return Position(
             data_parallel_rank=parallel.data_parallel_rank(),
@@ -128,13 +136,22 @@ class TrainerRank:
         )
 
     def load(self, groups_per_update: list[tuple[list[Group], UpdateShare]]) -> None:
-        """Take this rank's share of an update batch: for each optimizer step the groups its share names, by index."""
+        """Take this rank's share of an update batch: for each optimizer step the groups its share names, by index.
+
+        Raises:
+            RunError: with `inference.routing_replay`, a trajectory without its experts.
+        """
 
         algorithm = self._config.algorithm
         self._loaded, self._known, self._trained = [], None, []
         for groups, share in groups_per_update:
             batch = token_batch(groups, share, self._algorithm, algorithm, self._runner.place)
-            self._loaded.append(rank_batch(batch, share, self._layout, algorithm))
+            experts_TLK = None
+            if self._runner.replay is not None:
+                experts_TLK = routed_experts(groups, share, self._runner.replay.layers, self._shape).to(
+                    batch.action_T.device
+                )
+            self._loaded.append(rank_batch(batch, share, self._layout, algorithm, experts_TLK))
 
     def score(self) -> EntropyReading:
         """The mean entropy of the loaded batch under the present weights, equal on every rank: measured by a forward

@@ -31,6 +31,7 @@ class MicroBatch:
     NO_TARGET where it carries no loss. `source_P` int64: index of that target in the `TokenBatch`, -1 likewise.
     `head_R` int64: positions that go through the output layer, those with a target; position 0 if there is none, so
     that no rank's graph or collective is empty. `target_R`, `source_R`: the two above at those positions.
+    `experts_PLK` int16 [P, layers, top_k]: the engine's experts in this rank's layers; None: the routers' own.
     `cu_seqlens_M1` int32 [M + 1], on the CPU: bounds of the M sequences, with padding, over all context-parallel ranks;
     `max_seqlen`: the longest of them.
     """
@@ -44,6 +45,7 @@ class MicroBatch:
     source_R: torch.Tensor
     cu_seqlens_M1: torch.Tensor
     max_seqlen: int
+    experts_PLK: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -104,13 +106,16 @@ def token_batch(
     )
 
 
-def micro_batches(batch: TokenBatch, share: UpdateShare, layout: SequenceLayout) -> list[MicroBatch]:
-    """A packed row for each of `share.micro_batches`; one without sequences is a dummy."""
+def micro_batches(
+    batch: TokenBatch, share: UpdateShare, layout: SequenceLayout, experts_TLK: torch.Tensor | None = None
+) -> list[MicroBatch]:
+    """A packed row for each of `share.micro_batches`; one without sequences is a dummy. `experts_TLK`: as
+    `replay.routed_experts` gives them."""
     bounds = batch.cu_seqlens_N1.tolist()
     made = []
     for members in share.micro_batches:
         pieces = [torch.arange(bounds[n], bounds[n + 1], device=batch.token_ids_T.device) for n in members]
-        made.append(_row(batch, pieces, layout))
+        made.append(_assemble(pieces, batch.token_ids_T, batch.action_T, layout, experts_TLK))
     return made
 
 
@@ -120,22 +125,22 @@ def probe(token_ids: torch.Tensor, layout: SequenceLayout) -> MicroBatch:
     return _assemble([everything], token_ids, torch.ones_like(token_ids, dtype=torch.bool), layout)
 
 
-def _row(batch: TokenBatch, pieces: list[torch.Tensor], layout: SequenceLayout) -> MicroBatch:
-    return _assemble(pieces, batch.token_ids_T, batch.action_T, layout)
-
-
 def dummy(layout: SequenceLayout, device: torch.device) -> MicroBatch:
     """The shortest row that every rank can run; it has no target."""
     return _assemble([], torch.empty(0, dtype=torch.int64, device=device), torch.empty(0, device=device), layout)
 
 
 def _assemble(
-    pieces: list[torch.Tensor], token_ids_T: torch.Tensor, wanted_T: torch.Tensor, layout: SequenceLayout
+    pieces: list[torch.Tensor],
+    token_ids_T: torch.Tensor,
+    wanted_T: torch.Tensor,
+    layout: SequenceLayout,
+    experts_TLK: torch.Tensor | None = None,
 ) -> MicroBatch:
     """`pieces`: token indices of each sequence; the targets are the `wanted_T` tokens."""
     device = token_ids_T.device
     lengths = padded_lengths([len(p) for p in pieces], layout)
-    token_ids, positions, targets, sources = [], [], [], []
+    token_ids, positions, targets, sources, experts = [], [], [], [], []
     for i, length in enumerate(lengths):
         piece = pieces[i] if i < len(pieces) else token_ids_T.new_empty(0)
         n = len(piece)
@@ -153,6 +158,8 @@ def _assemble(
         positions.append(torch.arange(length, device=device)[keep])
         targets.append(target_P[keep])
         sources.append(source_P[keep])
+        if experts_TLK is not None:
+            experts.append(_routed(experts_TLK, piece, length)[keep])
     cu_seqlens_M1 = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     target_P, source_P = torch.cat(targets), torch.cat(sources)
     head_R = (target_P != NO_TARGET).nonzero()[:, 0]
@@ -168,7 +175,16 @@ def _assemble(
         source_P[head_R],
         cu_seqlens_M1,
         max(lengths),
+        torch.cat(experts) if experts else None,
     )
+
+
+def _routed(experts_TLK: torch.Tensor, piece: torch.Tensor, length: int) -> torch.Tensor:
+    """Experts of a sequence's own tokens, the first ones of its padding."""
+    layers, top_k = experts_TLK.shape[1:]
+    first_K = torch.arange(top_k, dtype=experts_TLK.dtype, device=experts_TLK.device)
+    padding = first_K.expand(length - len(piece), layers, top_k)
+    return torch.cat([experts_TLK[piece], padding])
 
 
 def padded_lengths(lengths: Sequence[int], layout: SequenceLayout) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -84,13 +84,14 @@ class Completion:
     """What an engine sampled for one request: `token_ids` int32 [n], `logprobs` float32 [n] (raw, natural log).
 
     `status` is COMPLETED (end-of-sequence or stop string), TRUNCATED (token budget) or FAILED; `weight_version` is the
-    policy version of the first token.
+    policy version of the first token. `routed_experts`: as of a `Trajectory`, from the request's first token on.
     """
 
     token_ids: npt.NDArray[np.int32]
     logprobs: npt.NDArray[np.float32]
     status: Status
     weight_version: int
+    routed_experts: npt.NDArray[np.unsignedinteger[Any]] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +179,9 @@ class Trajectory:
 
     `weight_versions`: the oldest and the newest policy version that a turn of it began with. `seed`: the sampling seed.
     `turns`: what an environment with tools made of the action spans, in their order; a last span that a budget or a
-    failure ended was not shown to it and has none. Empty in other environments.
+    failure ended was not shown to it and has none. Empty in other environments. `routed_experts`: the experts that the
+    engine sent the first m tokens to, unsigned integers [m, layers, top_k]; at least all but the last action token and
+    what follows it. None: not asked for.
 
     Example:
         Trajectory("sum-00017", 0, (prompt_span, action_span), Status.COMPLETED, weight_versions=(3, 3), seed=71)
@@ -191,6 +194,7 @@ class Trajectory:
     weight_versions: tuple[int, int]
     seed: int
     turns: tuple[Turn, ...] = ()
+    routed_experts: npt.NDArray[np.unsignedinteger[Any]] | None = None
 
     def __post_init__(self) -> None:
         if not self.spans or self.spans[0].kind is not SpanKind.PROMPT:

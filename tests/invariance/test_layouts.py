@@ -34,6 +34,7 @@ TWO_RANKS: list[tuple[str, dict[str, Any]]] = [
     ("qwen3", TP2 | SP),
     ("qwen3", VPP2),
     ("qwen3", CP2),
+    ("qwen3_moe", CP2),
     ("qwen3_moe", EP2),
     ("qwen3_moe", EP2 | TP2 | SP | ETP1),
 ]
@@ -48,7 +49,6 @@ SLOW_TWO_RANKS: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", PP2 | {"distributed_optimizer": False}),
     ("qwen3", TP2),
     ("qwen3_moe", TP2 | SP),
-    ("qwen3_moe", CP2),
     ("qwen3_moe", VPP2),
     ("qwen3", TP2 | {"recompute": "selective"}),
     ("qwen3", TP2 | {"recompute": "selective", "recompute_modules": ["mlp", "core_attn"]}),

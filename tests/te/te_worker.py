@@ -51,6 +51,7 @@ def _both(hf: Path, mcore: Path, out: Path, trainer: Any) -> dict[str, Any]:
     engine, local = _build(hf, trainer, True), _build(hf, trainer, False)
     found = {
         "modules": sorted({type(m).__name__ for chunk in engine for m in chunk.modules()}),
+        "communication": _communication(engine),
         "exported": [_wrong(chunks, hf) for chunks in (engine, local)],
         "marks": _marks(engine, local),
         "tensors": [_tensors(chunks) for chunks in (engine, local)],
@@ -62,11 +63,23 @@ def _both(hf: Path, mcore: Path, out: Path, trainer: Any) -> dict[str, Any]:
     return found
 
 
+def _communication(engine: Sequence[Any]) -> list[tuple[str, int]]:
+    """How the attentions of a rank exchange keys and values, and among how many; empty without context parallelism."""
+    found = set()
+    for module in (m for chunk in engine for m in chunk.modules()):
+        if type(module).__name__ == "TEDotProductAttention" and module.config.context_parallel_size > 1:
+            found.add((module.cp_comm_type, module.cp_group.size()))
+    return sorted(found)
+
+
 def _build(hf: Path, trainer: Any, engine: bool, mcore: Path | None = None) -> Sequence[Any]:
     import torch
 
     from stare_megatron.trainer.model import build_model
 
+    if not engine:  # which refuse what is for Transformer Engine's attention
+        local = {key: value for key, value in trainer.megatron.items() if key != "cp_comm_type"}
+        trainer = trainer.model_copy(update={"megatron": local})
     with layers(engine):
         return build_model(hf, torch.float32, trainer, torch.device("cpu"), 128, mcore)
 

@@ -26,6 +26,9 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "PP2": {"pipeline_parallel": 2},
         "PP2 VPP2": {"pipeline_parallel": 2, "virtual_pipeline": 2},
         "CP2": {"context_parallel": 2},
+        **{
+            f"CP2 {kind}": {"context_parallel": 2, "megatron": {"cp_comm_type": kind}} for kind in ("all_gather", "a2a")
+        },
     },
     4: {"TP2 PP2": {"tensor_parallel": 2, "pipeline_parallel": 2}},
 }
@@ -87,6 +90,14 @@ def test_the_layers_are_those_of_transformer_engine(found, ranks, layout, family
             seen["modules"]
         )
         assert ("TEColumnParallelGroupedLinear" in seen["modules"]) == (family in EXPERTS)
+
+
+@each
+def test_attention_communicates_as_asked(found, ranks, layout, family) -> None:
+    """p2p is Transformer Engine's default where nothing is asked for, and upstream's."""
+    asked = layout.removeprefix("CP2").strip() or "p2p"
+    for seen in found[ranks, layout, family]:
+        assert seen["communication"] == ([(asked, 2)] if layout.startswith("CP2") else [])
 
 
 @each

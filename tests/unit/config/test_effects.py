@@ -197,6 +197,7 @@ EFFECTS: dict[str, Seen | Refused | str] = {
     "inference.tensor_parallel": Seen(probes.engine, 2),
     "inference.placement": "tests/unit/run/test_preflight.py::test_colocated_engines_fit_the_trainers_gpus",
     "inference.max_model_len": Seen(probes.engine, 50),
+    "inference.routing_replay": Seen(probes.engine, True),
     "inference.vllm": Seen(probes.engine, {"max_num_seqs": 5}),
     "sync.probe_every": "tests/unit/run/test_weights.py::test_probed_every_nth_version",
     "sync.push_timeout": "tests/unit/run/test_sizing.py",

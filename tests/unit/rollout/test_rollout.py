@@ -62,7 +62,8 @@ class Sampler:
         self.running -= 1
         rng = random.Random(sampling.seed)
         ids = np.array([12 + rng.randrange(50), 2], np.int32)
-        return Completion(ids, np.array([-0.5, -0.1], np.float32), self._status, self.version)
+        routed = np.full((len(token_ids) + 1, 2, 1), len(self.asked), np.uint8)
+        return Completion(ids, np.array([-0.5, -0.1], np.float32), self._status, self.version, routed)
 
 
 class Echo:
@@ -101,6 +102,14 @@ def test_single_turn_keeps_the_sampled_ids():
     assert trajectory.token_ids().tolist() == [*PROMPT.token_ids, 12 + random.Random(0).randrange(50), 2]
     assert trajectory.rollout_logprobs().tolist() == pytest.approx([0, 0, 0, 0, -0.5, -0.1])
     assert (trajectory.status, trajectory.weight_versions, trajectory.sample, note) == (Status.COMPLETED, (5, 5), 3, "")
+
+
+def test_experts_are_those_of_the_last_request():
+    """Which began with all tokens before, so that it read them too."""
+    trajectory, _ = play(Echo(PROMPT), Sampler())
+    assert trajectory.routed_experts is not None
+    assert trajectory.routed_experts.shape == (trajectory.num_tokens - 1, 2, 1)
+    assert (trajectory.routed_experts == 2).all()
 
 
 def test_turns_continue_the_exact_stream_under_one_budget():

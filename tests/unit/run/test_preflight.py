@@ -171,6 +171,19 @@ def test_experts_train_in_bfloat16(make, files):
     preflight.check(make(model={"path": str(files / "model"), "dtype": "bfloat16"}))
 
 
+def test_routing_replay_needs_experts_and_engines_that_return_them(make, files, monkeypatch):
+    replay = {"routing_replay": True}
+    refused(make(inference=replay), "inference.routing_replay = true is for a mixture of experts", "leave it out")
+    set_model(files, **MOE)
+    refused(make(inference=replay), "inference.routing_replay = true needs engines on GPUs", "second model runner")
+    config = make(inference=replay | {"vllm": {"enable_prefix_caching": False}})
+    monkeypatch.setattr(preflight, "on_gpus", lambda _: True)
+    with pytest.raises(UserError, match=r"prefix cache.* leave out inference\.vllm\.enable_prefix_caching = false"):
+        preflight.check_engine_options(config, preflight.read_hf_config(files / "model"))
+    preflight.check_engine_options(make(inference=replay), preflight.read_hf_config(files / "model"))
+    refused(make(inference={"vllm": {"enable_return_routed_experts": True}}), "set inference.routing_replay instead")
+
+
 def test_engine_layout(make, files):
     refused(make(inference={"tensor_parallel": 3}), "inference.tensor_parallel = 3", "4 attention heads")
     set_model(files, num_attention_heads=12, num_key_value_heads=4, hidden_size=384)

@@ -11,7 +11,8 @@ import pytest
 from stare_megatron.config import Config
 from stare_megatron.data.benchmarks import Benchmark
 from stare_megatron.errors import UserError
-from stare_megatron.models.shape import ModelShape
+from stare_megatron.models import weights
+from stare_megatron.models.shape import Experts, ModelShape
 from stare_megatron.run import folder as run_folder
 from stare_megatron.run import sizing
 from tests.configs import configuration
@@ -127,10 +128,21 @@ def test_what_cannot_fit_is_refused_with_the_sizes(tables, said):
 
 
 def test_experts_are_split_over_their_own_ranks(parameters):
-    import dataclasses
-
-    from stare_megatron.models.shape import Experts
-
-    moe = dataclasses.replace(B7, experts=Experts(number=64, top_k=8, ffn=768, normalize=True))
-    config = make(trainer={"world_size": 16, "tensor_parallel": 1, "expert_parallel": 8})
-    assert sizing.rank_bytes(config, moe) < sizing.rank_bytes(config, B7) / 4
+    """Qwen3-30B-A3B on 16 ranks: 1.54 G parameters are on each, of 29 G in experts each has an eighth."""
+    moe = ModelShape(
+        family="qwen3_moe", layers=48, hidden=2048, ffn=6144, heads=32, kv_groups=4, head_dim=128, vocab=151936,
+        tied=False, qkv_bias=False, qk_norm=True, norm_eps=1e-6, max_positions=40960, rope_theta=1e6, rope_scaling=None,
+        experts=Experts(number=128, top_k=8, ffn=768, normalize=True),
+    )  # fmt: skip
+    parameters["n"] = weights.parameters(moe)
+    of_experts = 48 * 128 * 3 * 2048 * 768
+    dense = parameters["n"] - of_experts
+    assert 30e9 < parameters["n"] < 31e9
+    sizes = {"world_size": 16, "tensor_parallel": 1, "expert_parallel": 8}
+    split = 6 * (dense + of_experts / 8)  # weights and gradients
+    assert sizing.rank_bytes(make(trainer=sizes), moe) == pytest.approx(split + 12 * parameters["n"] / 16)
+    whole = make(trainer=sizes | {"distributed_optimizer": False})
+    assert sizing.rank_bytes(whole, moe) == pytest.approx(3 * split)
+    tensor = make(trainer=sizes | {"world_size": 32, "tensor_parallel": 4, "sequence_parallel": True})
+    split = 6 * (dense / 4 + of_experts / 32)
+    assert sizing.rank_bytes(tensor, moe) == pytest.approx(split + 12 * parameters["n"] / 32)
