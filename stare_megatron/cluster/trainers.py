@@ -16,7 +16,7 @@ from stare_megatron.data.packing import plan_updates
 from stare_megatron.host import device
 from stare_megatron.host.manifest import FileEntry
 from stare_megatron.host.ports import free_port
-from stare_megatron.types import Control, EntropyReading, Group, GroupSummary, StepStats, UpdateShare
+from stare_megatron.types import Control, EntropyReading, Group, GroupSummary, Measured, StepStats, UpdateShare
 from stare_megatron.types.token_record import TokenRecord, join
 
 if TYPE_CHECKING:
@@ -231,6 +231,22 @@ class TrainerGroup:
 
     def export_hf(self, folder: Path) -> None:
         self._rank("export_hf", folder)
+
+    def to_device(self) -> None:
+        """The engines sleep: the ranks take back what the scoring pass needs."""
+        self._rank("to_device")
+
+    def to_host(self) -> None:
+        """What `trainer.offload` names leaves the GPUs; returns when their memory is free.
+
+        Raises:
+            RunError: more is left there than should be.
+        """
+        self._rank("to_host")
+
+    def memory(self) -> list[Measured]:
+        """Each rank's state by class and place, MB, and the seconds its moves took since this was asked last."""
+        return [part for rank in self._rank("memory") for part in rank]
 
     def peak_memory_bytes(self) -> list[int]:
         """Each rank's."""

@@ -10,6 +10,9 @@ from stare_megatron.config.base import Free, PassThrough, Section
 
 _TRIAL_STEPS = 100
 
+# What a rank holds, by class. `optimizer`: master weights and moments.
+StateClass = Literal["gradients", "optimizer", "parameters"]
+
 
 class OptimizerConfig(Section):
     lr: float = Field(default=1e-6, gt=0, le=1, description="Peak learning rate.")
@@ -100,6 +103,19 @@ class TrainerConfig(Section):
         default=[],
         description='What `recompute = "selective"` computes again: `mlp` (a dense model\'s), `moe` or `moe_act` (a '
         "mixture of experts', or its activation alone), `layernorm`, `core_attn`; empty: `mlp` or `moe`.",
+    )
+    offload: Free[list[StateClass]] = Field(
+        default=[],
+        description="What leaves a rank's GPU for host memory while it is not used: `optimizer` (master weights and "
+        "moments) outside the optimizer step, `gradients` (given up, not copied) outside the update, `parameters` "
+        "while colocated engines sample; see docs/memory.md.",
+    )
+    offload_residue_mb: Free[int] = Field(
+        default=2048,
+        ge=0,
+        le=2**20,
+        description="Most that `offload` may leave of a rank on its GPU beside the classes that stay, MiB; more ends "
+        "the run, naming the largest tensors.",
     )
     optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(), description="Optimizer settings.")
     megatron: PassThrough = Field(

@@ -126,6 +126,7 @@ class Recorder(Generic[Ref]):
             elapsed=self._clock.elapsed,
             trainer_peaks=self._session.trainers.peak_memory_bytes(),
             engine_peaks=self._session.engines.peak_memory_bytes(),
+            trainer_memory=self._session.trainers.memory(),
             driver_peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             host=host_memory(),
         )

@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 from stare_megatron.config import Config
+from stare_megatron.config.trainer import StateClass
 from stare_megatron.errors import UserError
 from stare_megatron.models.layout import expert_tensor_parallel
 from stare_megatron.models.shape import ModelShape
@@ -25,6 +26,7 @@ _ENGINE_BYTES = 2 * _GIB
 _MIN_SEQUENCES, _MAX_SEQUENCES = 8, 1024
 _BATCHED_TOKENS = 8192
 _UNKNOWN_SHARE = 0.4
+_SHARE_BESIDE_OFFLOAD = 0.95  # of what is free, for what vLLM does not count
 
 
 def with_time_limits(config: Config) -> Config:
@@ -68,7 +70,25 @@ def weight_bytes(config: Config) -> int:
 
 
 def rank_bytes(config: Config, shape: ModelShape) -> int:
-    """What a rank holds from its first step on, whatever it does: weights, float32 gradients, optimizer state."""
+    """What a rank holds from its first step on: weights, float32 gradients, optimizer state."""
+    return sum(class_bytes(config, shape).values())
+
+
+def resident_bytes(config: Config, shape: ModelShape) -> int:
+    """What a rank keeps on its GPU while engines sample, as far as it follows from the model."""
+    t = config.trainer
+    stays = sum(size for name, size in class_bytes(config, shape).items() if name not in t.offload)
+    return stays + (t.offload_residue_mb << 20 if t.offload else 0)
+
+
+def arena_bytes(config: Config, shape: ModelShape) -> int:
+    """What a rank keeps in host memory for `trainer.offload`."""
+    moved = set(config.trainer.offload) - {"gradients"}  # given up, not copied
+    return sum(size for name, size in class_bytes(config, shape).items() if name in moved)
+
+
+def class_bytes(config: Config, shape: ModelShape) -> dict[StateClass, int]:
+    """A rank's state by class."""
     t = config.trainer
     experts = t.expert_parallel * expert_tensor_parallel(t) if shape.experts else t.tensor_parallel
     mine = parameter_count(config.model.path) / (t.pipeline_parallel * max(experts, t.tensor_parallel))
@@ -76,12 +96,13 @@ def rank_bytes(config: Config, shape: ModelShape) -> int:
     weight, optimizer = (4, 8.0) if config.model.dtype == "float32" else (2, 12.0)
     if t.distributed_optimizer:
         optimizer /= t.data_parallel * t.context_parallel
-    return int(mine * (weight + 4 + optimizer))
+    return {"parameters": int(mine * weight), "gradients": int(mine * 4), "optimizer": int(mine * optimizer)}
 
 
 def _share(config: Config, shape: ModelShape, gpu_bytes: int) -> float:
     """`gpu_memory_utilization` of a colocated engine, as given or chosen: half of what is left beside what a rank holds
-    for good and the buffers of a push, so that the other half is for a rank's activations.
+    for good and the buffers of a push, so that the other half is for a rank's activations. With `trainer.offload` ranks
+    return those too, and it is nearly all that is left beside what stays.
 
     Raises:
         UserError: too much for the GPU, or too little for the engine's weights.
@@ -89,20 +110,30 @@ def _share(config: Config, shape: ModelShape, gpu_bytes: int) -> float:
     i, given = config.inference, config.inference.vllm.get("gpu_memory_utilization")
     if not gpu_bytes:
         return given if given is not None else _UNKNOWN_SHARE
-    rank = rank_bytes(config, shape)
+    rank = resident_bytes(config, shape)
     engine = weight_bytes(config) / i.tensor_parallel
     # A push gathers the largest tensor, copies it, and packs it into a buffer of at least 1 GiB.
     largest = shape.vocab * shape.hidden * (4 if config.model.dtype == "float32" else 2)
-    free = gpu_bytes - rank - _CONTEXTS_BYTES - 3 * largest - max(largest, _GIB)
-    share = given if given is not None else max(0, math.floor(50 * free / gpu_bytes)) / 100
+    free = gpu_bytes - rank - _CONTEXTS_BYTES
+    part = _SHARE_BESIDE_OFFLOAD if config.trainer.offload else 0.5
+    if not config.trainer.offload:
+        free -= 3 * largest + max(largest, _GIB)
+    share = given if given is not None else max(0, math.floor(100 * part * free / gpu_bytes)) / 100
     sizes = (
-        f"a trainer rank holds {rank / _GIB:.1f} GiB for good and an engine's weights take {engine / _GIB:.1f} of the "
-        f"GPU's {gpu_bytes / _GIB:.1f} GiB"
+        f"a trainer rank holds {rank / _GIB:.1f} GiB while engines sample and an engine's weights take "
+        f"{engine / _GIB:.1f} of the GPU's {gpu_bytes / _GIB:.1f} GiB"
     )
     cure = (
         "raise trainer.tensor_parallel, trainer.pipeline_parallel or inference.tensor_parallel, or set "
         "inference.placement=separate"
     )
+    whole = rank_bytes(config, shape) + _CONTEXTS_BYTES
+    if config.trainer.offload and whole > gpu_bytes:
+        raise UserError(
+            f"trainer.offload = {config.trainer.offload} makes too little room: an optimizer step has "
+            f"{whole / _GIB:.1f} GiB on a GPU of {gpu_bytes / _GIB:.1f}; raise trainer.tensor_parallel, "
+            "trainer.pipeline_parallel or trainer.world_size"
+        )
     if share * gpu_bytes < engine + _ENGINE_BYTES:
         raise UserError(f"inference.vllm.gpu_memory_utilization = {share:g} leaves an engine no room: {sizes}; {cure}")
     if share * gpu_bytes + rank + _CONTEXTS_BYTES > gpu_bytes:

@@ -54,7 +54,7 @@ def begin_save(
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    _make_moments(optimizer)
+    make_moments(optimizer)
     with local_state(optimizer):
         state = _sharded_state(chunks, optimizer, is_loading=False) | {
             "step": step,
@@ -108,7 +108,7 @@ def _sharded_state(
     return models | {"optimizer": optimizer_state}
 
 
-def _make_moments(optimizer: MegatronOptimizer) -> None:
+def make_moments(optimizer: MegatronOptimizer) -> None:
     """Give an optimizer that has done no step the moments it begins with, zeros; saving asks for them.
 
     By a step without gradient, learning rate or decay, which is undone in the count of steps.

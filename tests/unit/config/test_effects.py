@@ -185,6 +185,8 @@ EFFECTS: dict[str, Seen | Refused | str] = {
     "trainer.scoring": Refused("rollout", "needs rollout.temperature = 1"),
     "trainer.recompute": Seen(probes.megatron, "full"),
     "trainer.recompute_modules": Seen(probes.megatron, ["core_attn"], {"trainer.recompute": "selective"}),
+    "trainer.offload": "tests/invariance/test_offload.py",
+    "trainer.offload_residue_mb": "tests/unit/trainer/test_offload.py::test_what_is_left_is_named",
     "trainer.optimizer.lr": Seen(probes.rates, 1e-3),
     "trainer.optimizer.warmup_steps": Seen(probes.rates, 3),
     "trainer.optimizer.schedule": Seen(probes.rates, "linear"),

@@ -17,6 +17,7 @@ from stare_megatron.types import (
     Control,
     GateDuty,
     Group,
+    Measured,
     Observed,
     Prompt,
     Score,
@@ -84,7 +85,9 @@ def made(tmp_path, monkeypatch):
         asked.append(list(wanted))
         return {}
 
-    trainers = SimpleNamespace(peak_memory_bytes=lambda: [1 << 20], token_records=token_records)
+    trainers = SimpleNamespace(
+        peak_memory_bytes=lambda: [1 << 20], memory=lambda: [Measured("time/offload", 2.0)], token_records=token_records
+    )
     groups = [group("a"), group("b")]
     batch = SimpleNamespace(groups=tuple((g, g.summary()) for g in groups), tokens_sampled=600, groups_sampled=5)
     sinks = SimpleNamespace(

@@ -61,6 +61,14 @@ SINGLE = (
 )
 
 
+OF_RANKS = (
+    "time/offload",
+    "time/onload",
+    *(f"memory/trainer_{part}" for part in ("parameters", "gradients", "optimizer", "resident", "arena")),
+)
+RANKS = [Measured(name, rank + n) for rank in (1.0, 3.0, 2.0) for n, name in enumerate(OF_RANKS)]
+
+
 @dataclass(frozen=True)
 class Step:
     """What a step was made of: sampled groups with their labels, of which the first four are kept."""
@@ -145,7 +153,9 @@ def random_step(seed: int) -> Step:
         updates=updates,
         totals=totals,
         control=Control(True, 1.25, 0.75, 0.5, 0.625, 0.01),
-        costs=StepCosts(seconds, 17.0, [5 << 20, 7 << 20, 6 << 20], [9 << 20, 3 << 20], 2 << 20, HostMemory(8, 9)),
+        costs=StepCosts(
+            seconds, 17.0, [5 << 20, 7 << 20, 6 << 20], [9 << 20, 3 << 20], RANKS, 2 << 20, HostMemory(8, 9)
+        ),
         progress=Progress(2, 12345, Observed(0.5, -0.25), GateDuty(8, 3)),
     )
 
@@ -256,6 +266,7 @@ def expected(step: Step) -> dict[str, float]:
             "time/save": 1.5,
             "time/eval": 2.5,
             "time/elapsed": 17.0,
+            **{name: 3.0 + n for n, name in enumerate(OF_RANKS)},
             "memory/trainer_peak": 7.0,
             "memory/engine_peak": 9.0,
             "memory/driver_peak": 2.0,

@@ -1,0 +1,303 @@
+"""What a rank holds on its device, by class, and what of it is away in host memory.
+
+Gradients are given up and come back as zeros; parameters and optimizer state (master weights and moments) go to one
+host allocation made at the start, the arena, and come back bit for bit. Storages move, not tensors: a storage that is
+resized to 0 and back keeps every view of it, so that Megatron-Core's parameters, their buffer, its shards and what the
+optimizer was given stay views of the same memory. The same on a CPU, where it saves nothing and shows that it is right.
+
+Nothing may touch a tensor that is away: on a CPU the process dies of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+
+from stare_megatron.config.trainer import StateClass
+from stare_megatron.errors import RunError
+from stare_megatron.host import copies
+from stare_megatron.trainer.residue import largest
+from stare_megatron.trainer.ungathered import parts
+from stare_megatron.types import Measured
+
+CLASSES: tuple[StateClass, ...] = ("parameters", "gradients", "optimizer")
+_KEPT: tuple[StateClass, ...] = ("parameters", "optimizer")  # the rest is not copied
+_ALIGNED = 512
+# Storages below this are gathered on the device, and a bundle of them is copied at once: a copy of a few kilobytes
+# takes as long as one of a megabyte.
+_SMALL = 1 << 20
+_BUNDLE = 32 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class _Away:
+    """A storage that is resized to 0, and the size it had, bytes."""
+
+    storage: torch.UntypedStorage
+    size: int
+
+
+class Offload:
+    """Moves a rank's state between its device and host memory.
+
+    Args:
+        moved: the classes that may be away. The optimizer must have its moments by now if its state is one.
+        residue_bytes: on a GPU, most that may be left of a rank while all of `moved` is away, beside the classes that
+            stay.
+
+    Raises:
+        RunError: the host has no memory for the arena.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[DistributedDataParallel],
+        optimizer: MegatronOptimizer,
+        moved: Sequence[StateClass],
+        place: torch.device,
+        residue_bytes: int,
+    ) -> None:
+        self._chunks = chunks
+        self._optimizer = optimizer
+        self._moved: tuple[StateClass, ...] = tuple(name for name in CLASSES if name in moved)
+        self._place = place
+        self._residue_bytes = residue_bytes
+        self._away: dict[StateClass, list[_Away]] = {}
+        self._regions: dict[StateClass, torch.Tensor] = {}
+        sizes: dict[StateClass, int] = {
+            name: _room([s.nbytes() for s in self._storages(name)]) for name in self._moved if name in _KEPT
+        }
+        self._arena_B = copies.host_block(sum(sizes.values()))
+        start = 0
+        for name, size in sizes.items():
+            self._regions[name] = self._arena_B[start : start + size]
+            start += size
+        self._stream = copies.copy_stream()
+        self._seconds = {"time/offload": 0.0, "time/onload": 0.0}
+
+    @property
+    def moves(self) -> bool:
+        """Whether any class is ever away."""
+        return bool(self._moved)
+
+    @property
+    def away(self) -> tuple[StateClass, ...]:
+        """The classes that are in host memory now."""
+        return tuple(name for name in CLASSES if name in self._away)
+
+    def measured(self) -> tuple[Measured, ...]:
+        """Sizes of the classes and the arena, and what is on the device, MB; seconds of moves since the last call."""
+        seconds, self._seconds = self._seconds, dict.fromkeys(self._seconds, 0.0)
+        sizes = self.sizes()
+        here = copies.allocated_bytes() or sum(size for name, size in sizes.items() if name not in self._away)
+        megabytes = {f"memory/trainer_{name}": size for name, size in sizes.items()}
+        megabytes |= {"memory/trainer_resident": here, "memory/trainer_arena": self._arena_B.numel()}
+        values = seconds | {name: size / 2**20 for name, size in megabytes.items()}
+        return tuple(Measured(name, value) for name, value in values.items())
+
+    def sizes(self) -> Mapping[StateClass, int]:
+        """Bytes of each class, wherever it is."""
+        return {
+            name: sum(s.size for s in self._away[name])
+            if name in self._away
+            else sum(s.nbytes() for s in self._storages(name))
+            for name in CLASSES
+        }
+
+    def bring(self, *names: StateClass) -> tuple[StateClass, ...]:
+        """Bring classes to the device that are away; returns them. Gradients come as zeros.
+
+        Raises:
+            RunError: the device has no room; those that did not come are still away, whole.
+        """
+        began = time.perf_counter()
+        brought: list[StateClass] = [name for name in CLASSES if name in names and name in self._away]
+        for name in brought:
+            away = self._away[name]
+            self._allocate(name, away)
+            if name in _KEPT:
+                with copies.on_stream(self._stream):
+                    _copy([item.storage for item in away], self._regions[name], out=False)
+            else:
+                for item in away:
+                    _bytes(item.storage).zero_()
+            del self._away[name]
+        if brought:
+            copies.wait_for(self._stream)
+            self._seconds["time/onload"] += time.perf_counter() - began
+        return tuple(brought)
+
+    def put_away(self, *names: StateClass) -> None:
+        """Move those of `names` that may be away and are not. Their memory is torch's until `give_back`."""
+        began = time.perf_counter()
+        leaving: list[StateClass] = [name for name in self._moved if name in names and name not in self._away]
+        for name in leaving:
+            storages = self._storages(name)
+            sizes = [storage.nbytes() for storage in storages]
+            if name in _KEPT:
+                if _room(sizes) > self._regions[name].numel():
+                    raise RuntimeError(
+                        f"{name}: {sum(sizes)} bytes do not fit the arena's {self._regions[name].numel()}"
+                    )
+                with copies.on_stream(self._stream):
+                    _copy(storages, self._regions[name], out=True)
+                copies.wait_for(self._stream)  # the memory is another's as soon as it is freed
+            for storage in storages:
+                _empty(storage)
+            self._away[name] = [_Away(storage, size) for storage, size in zip(storages, sizes, strict=True)]
+        if leaving:
+            self._seconds["time/offload"] += time.perf_counter() - began
+
+    @contextlib.contextmanager
+    def present(self, *names: StateClass) -> Iterator[None]:
+        """Within it these classes are on the device; afterwards those that were away are away again.
+
+        Raises:
+            RunError: the device has no room for them.
+        """
+        brought = self.bring(*names)
+        try:
+            yield
+        finally:
+            self.put_away(*brought)
+
+    def give_back(self) -> None:
+        """Return freed memory to the device, for other processes. Does nothing where no class is ever away."""
+        if self.moves:
+            copies.release_cache()
+
+    def clear(self) -> None:
+        """Put everything away that may be, and give its memory back.
+
+        Raises:
+            RunError: on a GPU, more is left than the classes that stay and the residue that is allowed; names the
+                largest tensors.
+        """
+        if not self.moves:
+            return
+        self.put_away(*self._moved)
+        self.give_back()
+        left = copies.allocated_bytes()
+        allowed = self._residue_bytes + sum(size for name, size in self.sizes().items() if name not in self._away)
+        if left > allowed:
+            raise RunError(
+                f"{left / 2**20:,.0f} MiB of a trainer rank are left on its GPU while engines sample, "
+                f"{allowed / 2**20:,.0f} were expected (trainer.offload_residue_mb {self._residue_bytes >> 20} beside "
+                f"the classes that stay); the largest: {'; '.join(largest(self._place, self._names()))}"
+            )
+
+    def contents(self, name: StateClass) -> Iterator[bytes]:
+        """The bytes of each storage of a class that is on the device."""
+        for storage in self._storages(name):
+            yield _bytes(storage).to("cpu", copy=True).numpy().tobytes()
+
+    def _allocate(self, name: StateClass, away: Sequence[_Away]) -> None:
+        try:
+            for item in away:
+                if item.storage.resizable():
+                    item.storage.resize_(item.size)
+        except torch.OutOfMemoryError as e:
+            for item in away:
+                item.storage.resize_(0)
+            copies.release_cache()
+            need = sum(item.size for item in away)
+            raise RunError(
+                f"no room on the GPU for a trainer rank's {name}, {need / 2**20:,.0f} MiB: {copies.free_bytes() >> 20} "
+                "MiB are free; lower inference.vllm.gpu_memory_utilization or trainer.micro_batch_tokens"
+            ) from e
+
+    def _storages(self, name: StateClass) -> list[torch.UntypedStorage]:
+        """Those of a class that is on the device, each once, in an order that stays."""
+        found = {storage._cdata: storage for storage in map(_storage, self._tensors(name))}
+        if name == "optimizer":  # float32 parameters are their own master weights
+            for other in (*self._tensors("parameters"), *self._tensors("gradients")):
+                found.pop(_storage(other)._cdata, None)
+        return list(found.values())
+
+    def _tensors(self, name: StateClass) -> Iterator[torch.Tensor]:
+        if name == "optimizer":
+            for part in parts(self._optimizer):
+                for group in part.optimizer.param_groups:
+                    yield from (p for p in group["params"] if self._is_here(p))
+                for state in part.optimizer.state.values():
+                    yield from (t for t in state.values() if isinstance(t, torch.Tensor) and self._is_here(t))
+            return
+        chunk: Any  # its `buffers` are not those of a module
+        for chunk in self._chunks:
+            for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+                if name == "gradients":
+                    yield buffer.grad_data
+                elif buffer.param_data is not None:
+                    yield buffer.param_data
+            if name == "parameters":
+                yield from chunk.module.parameters()
+
+    def _is_here(self, tensor: torch.Tensor) -> bool:
+        return tensor.numel() > 1 and tensor.device == self._place  # counts of steps are single numbers
+
+    def _names(self) -> dict[int, str]:
+        """What the storages are of that this object knows, by their addresses."""
+        return {storage.data_ptr(): name for name in CLASSES for storage in self._storages(name) if storage.nbytes()}
+
+
+def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
+    return tensor.untyped_storage()
+
+
+def _empty(storage: torch.UntypedStorage) -> None:
+    if storage.resizable():
+        storage.resize_(0)
+    else:  # on a CPU: numpy was given a view of it, as for a checksum. What reads it now reads NaN
+        _bytes(storage).fill_(0xFF)
+
+
+def _bytes(storage: torch.UntypedStorage) -> torch.Tensor:
+    """uint8 [size], a view."""
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # pyright: ignore[reportArgumentType]
+
+
+def _bundles(sizes: Sequence[int]) -> Iterator[range]:
+    """Runs of storages that are copied at once: several small ones, or one large."""
+    first, size = 0, 0
+    for i, here in enumerate(sizes):
+        if i > first and (here >= _SMALL or size + here > _BUNDLE):
+            yield range(first, i)
+            first, size = i, 0
+        size += here
+        if here >= _SMALL:
+            yield range(first, i + 1)
+            first, size = i + 1, 0
+    if first < len(sizes):
+        yield range(first, len(sizes))
+
+
+def _room(sizes: Sequence[int]) -> int:
+    """What storages of these sizes take of the arena, bytes."""
+    return sum(-(-sum(sizes[i] for i in bundle) // _ALIGNED) * _ALIGNED for bundle in _bundles(sizes))
+
+
+def _copy(storages: Sequence[torch.UntypedStorage], region_B: torch.Tensor, *, out: bool) -> None:
+    """Between storages and their places in the arena: `out` of the device, or into it."""
+    sizes = [storage.nbytes() for storage in storages]
+    start = 0
+    for bundle in _bundles(sizes):
+        size = sum(sizes[i] for i in bundle)
+        host_B = region_B[start : start + size]
+        start += -(-size // _ALIGNED) * _ALIGNED
+        views = [_bytes(storages[i]) for i in bundle]
+        if out:
+            host_B.copy_(torch.cat(views) if len(views) > 1 else views[0], non_blocking=True)
+        elif len(views) > 1:
+            here_B = host_B.to(views[0].device, non_blocking=True)
+            torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
+                views, list(here_B.split([sizes[i] for i in bundle]))
+            )
+        else:
+            views[0].copy_(host_B, non_blocking=True)
