@@ -110,6 +110,13 @@ class TrainerConfig(Section):
         "moments) outside the optimizer step, `gradients` (given up, not copied) outside the update, `parameters` "
         "while colocated engines sample; see docs/memory.md.",
     )
+    offload_step_mb: Free[int] = Field(
+        default=0,
+        ge=0,
+        le=2**20,
+        description='Most of the optimizer state that a step with `offload = ["optimizer"]` has on the GPU at a time, '
+        "MiB: it comes and goes in bundles. 0: all of it.",
+    )
     offload_residue_mb: Free[int] = Field(
         default=2048,
         ge=0,
@@ -138,6 +145,10 @@ class TrainerConfig(Section):
             raise ValueError("virtual_pipeline > 1 needs pipeline_parallel > 1")
         if self.sequence_parallel and self.tensor_parallel == 1:
             raise ValueError("sequence_parallel needs tensor_parallel > 1")
+        if self.offload_step_mb and "optimizer" not in self.offload:
+            raise ValueError(
+                f'offload_step_mb = {self.offload_step_mb} is for offload = ["optimizer"], it is {self.offload}'
+            )
         if self.recompute_modules and self.recompute != "selective":
             raise ValueError(
                 f'recompute_modules = {self.recompute_modules} is for recompute = "selective", it is "{self.recompute}"'

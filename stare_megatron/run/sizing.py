@@ -99,6 +99,13 @@ def class_bytes(config: Config, shape: ModelShape) -> dict[StateClass, int]:
     return {"parameters": int(mine * weight), "gradients": int(mine * 4), "optimizer": int(mine * optimizer)}
 
 
+def _step_bytes(config: Config, shape: ModelShape) -> int:
+    """A rank's state in an optimizer step."""
+    bundle = config.trainer.offload_step_mb << 20
+    kept = class_bytes(config, shape)["optimizer"]
+    return rank_bytes(config, shape) - (max(0, kept - bundle) if bundle else 0)
+
+
 def _share(config: Config, shape: ModelShape, gpu_bytes: int) -> float:
     """`gpu_memory_utilization` of a colocated engine, as given or chosen: half of what is left beside what a rank holds
     for good and the buffers of a push, so that the other half is for a rank's activations. With `trainer.offload` ranks
@@ -127,12 +134,13 @@ def _share(config: Config, shape: ModelShape, gpu_bytes: int) -> float:
         "raise trainer.tensor_parallel, trainer.pipeline_parallel or inference.tensor_parallel, or set "
         "inference.placement=separate"
     )
-    whole = rank_bytes(config, shape) + _CONTEXTS_BYTES
+    whole = _step_bytes(config, shape) + _CONTEXTS_BYTES
     if config.trainer.offload and whole > gpu_bytes:
         raise UserError(
             f"trainer.offload = {config.trainer.offload} makes too little room: an optimizer step has "
             f"{whole / _GIB:.1f} GiB on a GPU of {gpu_bytes / _GIB:.1f}; raise trainer.tensor_parallel, "
-            "trainer.pipeline_parallel or trainer.world_size"
+            "trainer.pipeline_parallel or trainer.world_size, or lower trainer.offload_step_mb, "
+            f"{config.trainer.offload_step_mb} (0: no limit)"
         )
     if share * gpu_bytes < engine + _ENGINE_BYTES:
         raise UserError(f"inference.vllm.gpu_memory_utilization = {share:g} leaves an engine no room: {sizes}; {cure}")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,10 +38,11 @@ _BUNDLE = 32 << 20
 
 @dataclass(frozen=True, eq=False)
 class _Away:
-    """A storage that is resized to 0, and the size it had, bytes."""
+    """A storage that is resized to 0, the size it had and where in its class's part of the arena it is, bytes."""
 
     storage: torch.UntypedStorage
     size: int
+    offset: int
 
 
 class Offload:
@@ -72,7 +73,7 @@ class Offload:
         self._away: dict[StateClass, list[_Away]] = {}
         self._regions: dict[StateClass, torch.Tensor] = {}
         sizes: dict[StateClass, int] = {
-            name: _room([s.nbytes() for s in self._storages(name)]) for name in self._moved if name in _KEPT
+            name: _places([s.nbytes() for s in self._storages(name)])[1] for name in self._moved if name in _KEPT
         }
         self._arena_B = copies.host_block(sum(sizes.values()))
         start = 0
@@ -124,7 +125,7 @@ class Offload:
             self._allocate(name, away)
             if name in _KEPT:
                 with copies.on_stream(self._stream):
-                    _copy([item.storage for item in away], self._regions[name], out=False)
+                    _copy(away, self._regions[name], out=False)
             else:
                 for item in away:
                     _bytes(item.storage).zero_()
@@ -141,18 +142,60 @@ class Offload:
         for name in leaving:
             storages = self._storages(name)
             sizes = [storage.nbytes() for storage in storages]
+            offsets, room = _places(sizes)
+            leave = [_Away(*item) for item in zip(storages, sizes, offsets, strict=True)]
             if name in _KEPT:
-                if _room(sizes) > self._regions[name].numel():
+                if room > self._regions[name].numel():
                     raise RuntimeError(
                         f"{name}: {sum(sizes)} bytes do not fit the arena's {self._regions[name].numel()}"
                     )
-                with copies.on_stream(self._stream):
-                    _copy(storages, self._regions[name], out=True)
-                copies.wait_for(self._stream)  # the memory is another's as soon as it is freed
-            for storage in storages:
-                _empty(storage)
-            self._away[name] = [_Away(storage, size) for storage, size in zip(storages, sizes, strict=True)]
+                self._leave(leave, self._regions[name])
+            for item in leave:
+                _empty(item.storage)
+            self._away[name] = leave
         if leaving:
+            self._seconds["time/offload"] += time.perf_counter() - began
+
+    def bundles(
+        self, params: Sequence[torch.Tensor], state: Mapping[Any, Any], size: int
+    ) -> Generator[list[int], None, None]:
+        """Bring the optimizer state of some of `params` after the other, in their order: master weights that are away,
+        and moments in `state`. Yields the indices of those whose state is on the device until the next are asked for.
+
+        `size`: most of it at a time, bytes; the state of one parameter comes whole.
+
+        Raises:
+            RunError: the device has no room.
+        """
+        away = {item.storage._cdata: item for item in self._away["optimizer"]}
+        here: list[int] = []
+        brought: dict[int, _Away] = {}
+        for i, param in enumerate(params):
+            tensors = [param, *(t for t in state[param].values() if isinstance(t, torch.Tensor))]
+            own = {key: away[key] for key in (_storage(t)._cdata for t in tensors) if key in away}
+            more = sum(item.size for key, item in own.items() if key not in brought)
+            if here and sum(item.size for item in brought.values()) + more > size:
+                yield from self._with(list(brought.values()), here)
+                here, brought = [], {}
+            here.append(i)
+            brought |= own
+        if here:
+            yield from self._with(list(brought.values()), here)
+
+    def _with(self, away: Sequence[_Away], here: list[int]) -> Iterator[list[int]]:
+        region_B, began = self._regions["optimizer"], time.perf_counter()
+        self._allocate("optimizer", away)
+        with copies.on_stream(self._stream):
+            _copy(away, region_B, out=False)
+        copies.wait_for(self._stream)
+        self._seconds["time/onload"] += time.perf_counter() - began
+        try:
+            yield here
+        finally:
+            began = time.perf_counter()
+            self._leave(away, region_B)
+            for item in away:
+                _empty(item.storage)
             self._seconds["time/offload"] += time.perf_counter() - began
 
     @contextlib.contextmanager
@@ -198,6 +241,11 @@ class Offload:
         for storage in self._storages(name):
             yield _bytes(storage).to("cpu", copy=True).numpy().tobytes()
 
+    def _leave(self, leave: Sequence[_Away], region_B: torch.Tensor) -> None:
+        with copies.on_stream(self._stream):
+            _copy(leave, region_B, out=True)
+        copies.wait_for(self._stream)  # the memory is another's as soon as it is freed
+
     def _allocate(self, name: StateClass, away: Sequence[_Away]) -> None:
         try:
             for item in away:
@@ -224,10 +272,10 @@ class Offload:
     def _tensors(self, name: StateClass) -> Iterator[torch.Tensor]:
         if name == "optimizer":
             for part in parts(self._optimizer):
-                for group in part.optimizer.param_groups:
-                    yield from (p for p in group["params"] if self._is_here(p))
-                for state in part.optimizer.state.values():
-                    yield from (t for t in state.values() if isinstance(t, torch.Tensor) and self._is_here(t))
+                for p in (p for group in part.optimizer.param_groups for p in group["params"]):
+                    state = part.optimizer.state[p].values() if p in part.optimizer.state else ()
+                    own = (p, *(t for t in state if isinstance(t, torch.Tensor)))
+                    yield from (t for t in own if self._is_here(t))
             return
         chunk: Any  # its `buffers` are not those of a module
         for chunk in self._chunks:
@@ -263,41 +311,42 @@ def _bytes(storage: torch.UntypedStorage) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # pyright: ignore[reportArgumentType]
 
 
-def _bundles(sizes: Sequence[int]) -> Iterator[range]:
-    """Runs of storages that are copied at once: several small ones, or one large."""
-    first, size = 0, 0
-    for i, here in enumerate(sizes):
-        if i > first and (here >= _SMALL or size + here > _BUNDLE):
-            yield range(first, i)
-            first, size = i, 0
-        size += here
-        if here >= _SMALL:
-            yield range(first, i + 1)
-            first, size = i + 1, 0
-    if first < len(sizes):
-        yield range(first, len(sizes))
+def _places(sizes: Sequence[int]) -> tuple[list[int], int]:
+    """Where storages of these sizes are in the arena, and where they end: small ones close together, bytes."""
+    offsets, end, small = [], 0, False
+    for size in sizes:
+        if not (small and size < _SMALL):
+            end = -(-end // _ALIGNED) * _ALIGNED
+        small = size < _SMALL
+        offsets.append(end)
+        end += size
+    return offsets, -(-end // _ALIGNED) * _ALIGNED
 
 
-def _room(sizes: Sequence[int]) -> int:
-    """What storages of these sizes take of the arena, bytes."""
-    return sum(-(-sum(sizes[i] for i in bundle) // _ALIGNED) * _ALIGNED for bundle in _bundles(sizes))
+def _runs(items: Sequence[_Away]) -> Iterator[list[_Away]]:
+    """What is copied at once: several small storages that are neighbours in the arena, or one large."""
+    run: list[_Away] = []
+    for item in items:
+        size = sum(before.size for before in run)
+        joins = run and item.offset == run[0].offset + size and size + item.size <= _BUNDLE
+        if run and not (joins and max(item.size, run[-1].size) < _SMALL):
+            yield run
+            run = []
+        run.append(item)
+    if run:
+        yield run
 
 
-def _copy(storages: Sequence[torch.UntypedStorage], region_B: torch.Tensor, *, out: bool) -> None:
+def _copy(items: Sequence[_Away], region_B: torch.Tensor, *, out: bool) -> None:
     """Between storages and their places in the arena: `out` of the device, or into it."""
-    sizes = [storage.nbytes() for storage in storages]
-    start = 0
-    for bundle in _bundles(sizes):
-        size = sum(sizes[i] for i in bundle)
-        host_B = region_B[start : start + size]
-        start += -(-size // _ALIGNED) * _ALIGNED
-        views = [_bytes(storages[i]) for i in bundle]
+    for run in _runs(items):
+        sizes = [item.size for item in run]
+        host_B = region_B[run[0].offset : run[0].offset + sum(sizes)]
+        views = [_bytes(item.storage) for item in run]
         if out:
             host_B.copy_(torch.cat(views) if len(views) > 1 else views[0], non_blocking=True)
         elif len(views) > 1:
             here_B = host_B.to(views[0].device, non_blocking=True)
-            torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
-                views, list(here_B.split([sizes[i] for i in bundle]))
-            )
+            torch._foreach_copy_(views, list(here_B.split(sizes)))  # pyright: ignore[reportPrivateImportUsage]
         else:
             views[0].copy_(host_B, non_blocking=True)

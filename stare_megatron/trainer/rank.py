@@ -50,6 +50,7 @@ from stare_megatron.trainer.step import (
     token_records,
     weigh,
 )
+from stare_megatron.trainer.streaming import streamed
 from stare_megatron.trainer.writing import Writer, Writing
 from stare_megatron.types import (
     Control,
@@ -263,7 +264,9 @@ class TrainerRank:
         if self._writing is not None:
             self._writing.copied()
         self._whole = False
-        with self._offload.present("optimizer"):
+        bundle = trainer.offload_step_mb << 20
+        whole = self._offload.present("optimizer") if not bundle else streamed(self._optimizer, self._offload, bundle)
+        with whole:
             done = step(self._optimizer, trainer.optimizer, lr)
         if done.grad_norm is not None and not math.isfinite(done.grad_norm):
             raise RunError(f"optimizer step {number}: the gradient norm is {done.grad_norm} at a loss of {loss:.6g}")

@@ -52,9 +52,13 @@ def updates(rank: Rank, *, checkpoint: Path, cases: dict[str, Overrides], count:
     ports, found = Ports(rank), {}
     for name, overrides in cases.items():
         for classes in ([], ALL):
-            config = make_config(checkpoint, with_offload(overrides, classes))
+            plain, given = dict(overrides), overrides["trainer"]
+            if not classes:  # what is for the others alone
+                plain["trainer"] = {key: value for key, value in given.items() if key != "offload_step_mb"}
+            config = make_config(checkpoint, with_offload(plain, classes))
             trainer = start(ports.next(), config)
             assert set(trainer._offload.away) == set(classes)
+            assert trainer._offload.sizes()["optimizer"] > config.trainer.offload_step_mb << 20 or not classes
             seen = [update(trainer, config, seed) for seed in range(1, count + 1)]
             assert set(trainer._offload.away) == set(classes)
             found[name, bool(classes)] = seen, digests(trainer)

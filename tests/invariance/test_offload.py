@@ -22,22 +22,29 @@ def case(ranks: int, model: dict[str, str] | None = None, **trainer: Any) -> dic
     return {"model": model or {}, "trainer": fixed | trainer}
 
 
+STREAMED = {"offload_step_mb": 1}  # more than one parameter's state, less than all
 ONE = {"float32": case(1), "bfloat16": case(1, BFLOAT16), "two updates a batch": case(1, updates_per_batch=2)}
 TWO = {
     "DP2": case(2),
     "DP2 bfloat16": case(2, BFLOAT16),
+    "DP2 bfloat16 in bundles": case(2, BFLOAT16, **STREAMED),
     "DP2 bfloat16 whole optimizer": case(2, BFLOAT16, distributed_optimizer=False),
     "DP2 whole optimizer": case(2, distributed_optimizer=False),
     "TP2 SP float16": case(2, FLOAT16, tensor_parallel=2, sequence_parallel=True),
     "PP2 VPP2 bfloat16": case(2, BFLOAT16, pipeline_parallel=2, virtual_pipeline=2),
     "CP2 bfloat16": case(2, BFLOAT16, context_parallel=2),
 }
+BUNDLES = {
+    "float32": case(1, **STREAMED),
+    "bfloat16": case(1, BFLOAT16, **STREAMED),
+    "float16 whole optimizer": case(1, FLOAT16, distributed_optimizer=False, **STREAMED),
+}
 MOE = {"EP2 bfloat16": case(2, BFLOAT16, expert_parallel=2)}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("model") / "qwen2")
+    return make_checkpoint(tmp_path_factory.mktemp("model") / "qwen2", layers=8)
 
 
 def _same(model: Path, ranks: int, cases: dict[str, Any]) -> None:
@@ -47,7 +54,9 @@ def _same(model: Path, ranks: int, cases: dict[str, Any]) -> None:
             assert found[name, True] == found[name, False], name
 
 
-@pytest.mark.parametrize(("ranks", "cases"), [(1, ONE), (2, TWO)], ids=["one rank", "two ranks"])
+@pytest.mark.parametrize(
+    ("ranks", "cases"), [(1, ONE), (1, BUNDLES), (2, TWO)], ids=["one rank", "in bundles", "two ranks"]
+)
 def test_three_updates_are_the_same_bit_for_bit(model, ranks, cases):
     _same(model, ranks, cases)
 

@@ -104,6 +104,9 @@ def test_offload_makes_no_room_for_a_step_that_does_not_fit():
     config = make(trainer={"world_size": 1, "tensor_parallel": 1, "offload": ["optimizer"]}, inference={"engines": 1})
     with pytest.raises(UserError, match=r"offload = \['optimizer'\] makes too little room: .* 131.* 79.6; raise"):
         chosen(config)
+    everything = {"offload": ["gradients", "optimizer", "parameters"], "offload_step_mb": 4096}
+    config = make(trainer={"world_size": 1, "tensor_parallel": 1} | everything, inference={"engines": 1})
+    assert chosen(config)["gpu_memory_utilization"] > 0.8  # 6 bytes a parameter and 4 GiB fit
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def made(size: int = 100, moved: Any = ("gradients", "optimizer", "parameters"),
     chunk = Chunk(size)
     master, moments = torch.randn(size), [torch.randn(size), torch.randn(3), torch.tensor(7.0)]
     inner = SimpleNamespace(
-        param_groups=[{"params": [master, chunk.second[3:9]]}], state={0: dict(zip("abc", moments, strict=True))}
+        param_groups=[{"params": [master, chunk.second[3:9]]}], state={master: dict(zip("abc", moments, strict=True))}
     )
     optimizer = SimpleNamespace(optimizer=inner)
     return SimpleNamespace(
@@ -103,13 +103,13 @@ def test_nothing_moves_where_nothing_is_named():
 
 def test_state_that_was_replaced_meanwhile_moves_in_its_place():
     x = made()
-    x.inner.state[0]["a"] = new = torch.randn(100)
+    x.inner.state[x.master]["a"] = new = torch.randn(100)
     kept = new.clone()
     x.offload.put_away("optimizer")
     assert new.untyped_storage().nbytes() == 0
     x.offload.bring("optimizer")
     assert torch.equal(new, kept)
-    x.inner.state[0]["d"] = torch.randn(1000)
+    x.inner.state[x.master]["d"] = torch.randn(1000)
     with pytest.raises(RuntimeError, match=r"optimizer: .* bytes do not fit the arena's"):
         x.offload.put_away("optimizer")
     assert x.offload.away == ()
@@ -126,14 +126,42 @@ def test_memory_that_numpy_saw_is_overwritten_where_it_cannot_be_freed():
     assert torch.equal(x.chunk.param, kept)
 
 
-def test_small_storages_are_copied_in_bundles():
+def runs(*sizes: int) -> list[int]:
+    """How many storages are copied at once."""
+    offsets, _ = module._places(sizes)
+    items = [module._Away(torch.empty(0).untyped_storage(), *x) for x in zip(sizes, offsets, strict=True)]
+    return [len(run) for run in module._runs(items)]
+
+
+def test_small_storages_are_copied_together():
     small, large = module._SMALL // 4, module._SMALL
-    counts = [len(run) for run in module._bundles([small, small, large, small, small, 3 * large])]
-    assert counts == [2, 1, 2, 1]
-    assert [len(run) for run in module._bundles([small] * 200)] == [128, 72]
-    assert list(module._bundles([])) == []
-    assert module._room([1, 1]) == 512
-    assert module._room([large, 1]) == large + 512
+    assert runs(small, small, large, small, small, 3 * large) == [2, 1, 2, 1]
+    assert runs(*[small] * 200) == [128, 72]
+    assert runs() == []
+    assert module._places([1, 1, large, 3]) == ([0, 1, 512, large + 512], large + 1024)
+
+
+@pytest.mark.parametrize(("size", "expected"), [(1, [[0], [1]]), (811, [[0], [1]]), (1 << 20, [[0, 1]])])
+def test_bundles_of_state_come_and_go(size, expected):
+    x = made()
+    params = x.inner.param_groups[0]["params"]
+    x.inner.state = {params[0]: {"m": torch.randn(100), "step": torch.tensor(1.0)}, params[1]: {"m": torch.randn(6)}}
+    kept = [x.master, *(state["m"] for state in x.inner.state.values())]
+    before = [t.clone() for t in kept]
+    x.offload.put_away("optimizer")
+    seen = []
+    for here in x.offload.bundles(params, x.inner.state, size):
+        there = [t.untyped_storage().nbytes() > 0 for t in kept]
+        assert there == [0 in here, 0 in here, 1 in here]
+        for t, comes in zip(kept, there, strict=True):
+            if comes:
+                t += 1
+        seen.append(here)
+    assert seen == expected
+    assert x.offload.away == ("optimizer",)
+    assert [t.untyped_storage().nbytes() for t in kept] == [0, 0, 0]
+    x.offload.bring("optimizer")
+    assert all(torch.equal(a, b + 1) for a, b in zip(kept, before, strict=True))
 
 
 def test_sizes_and_seconds():
@@ -162,7 +190,7 @@ def test_a_device_without_room_keeps_nothing_of_what_did_not_fit(monkeypatch):
 
     storage = SimpleNamespace(resize_=lambda size: full(size) if size else None, resizable=lambda: True)
     away = x.offload._away["optimizer"]
-    monkeypatch.setitem(x.offload._away, "optimizer", [away[0], module._Away(storage, second.size)])  # type: ignore[arg-type]
+    monkeypatch.setitem(x.offload._away, "optimizer", [away[0], module._Away(storage, second.size, second.offset)])  # type: ignore[arg-type]
     with pytest.raises(RunError, match=r"no room on the GPU for a trainer rank's optimizer, .*gpu_memory_utilization"):
         x.offload.bring("parameters", "optimizer")
     assert x.offload.away == ("optimizer",)
