@@ -7,6 +7,7 @@ import hashlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +42,8 @@ class Seen:
 
 
 def check(context: Context) -> Outcome:
-    """Two runs without offload and one with it: the first two say whether this GPU repeats itself at all."""
+    """Two runs without offload, one with it and one with steps in bundles: the first two say whether this GPU repeats
+    itself at all."""
     shape = models.QWEN2_5_1_5B if context.on_gpu else models.SMALL
     model = context.shared / ("qwen2.5-1.5b" if context.on_gpu else "small-bf16")
     models.make(shape, model, on=context.device, dtype=torch.bfloat16)
@@ -49,12 +51,16 @@ def check(context: Context) -> Outcome:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     outcome = Outcome()
-    plain, again, moved = (_run(model, classes, context.on_gpu) for classes in ([], [], ALL))
+    bundle = 512 if context.on_gpu else 8  # MiB
+    tables: list[dict[str, Any]] = [{}, {}, {"offload": ALL}, {"offload": ALL, "offload_step_mb": bundle}]
+    plain, again, moved, bundled = (_run(model, table, context.on_gpu) for table in tables)
     outcome.numbers["repeats itself"] = plain.learned == again.learned
     if plain.learned == again.learned:
         outcome.require(moved.learned == plain.learned, "updates differ with offload")
+        outcome.require(bundled.learned == plain.learned, "updates differ with optimizer steps in bundles")
     else:  # an operator sums in another order each time: the state's own bits are what is left to compare
         outcome.numbers["updates"] = {"without": plain.learned, "again": again.learned, "with": moved.learned}
+        outcome.numbers["updates"]["in bundles"] = bundled.learned
     moved_bytes = sum(moved.memory[f"memory/trainer_{name}"] for name in ("parameters", "optimizer")) * 2**20
     outcome.numbers |= {
         "arena, GiB": moved.memory["memory/trainer_arena"] / 1024,
@@ -62,6 +68,7 @@ def check(context: Context) -> Outcome:
         "left while engines sample, MiB": moved.memory["memory/trainer_resident"],
         "peak without, GiB": plain.peak / _GIB,
         "peak with, GiB": moved.peak / _GIB,
+        "peak in bundles, GiB": bundled.peak / _GIB,
         "to host, GB/s": moved_bytes / 1e9 / float(np.median(moved.offload_s)),
         "to device, GB/s": moved_bytes / 1e9 / float(np.median(moved.onload_s)),
         "allocated after each cycle, MiB": [size / 2**20 for size in moved.allocated],
@@ -71,16 +78,16 @@ def check(context: Context) -> Outcome:
     return outcome
 
 
-def _run(model: Path, classes: list[StateClass], on_gpu: bool) -> Seen:
+def _run(model: Path, table: dict[str, Any], on_gpu: bool) -> Seen:
     as_torchrun()
-    config = configuration(model, "bfloat16", offload=classes)
+    config = configuration(model, "bfloat16", **table)
     seen, trainer = Seen(), make_rank(config)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     seen.learned = [_update(trainer, config, number) for number in range(UPDATES)]
     seen.peak = trainer.peak_memory_bytes()
     seen.memory = {part.name: part.total for part in trainer.memory()}
-    if classes:
+    if table:
         before = _digest(trainer)
         for _ in range(CYCLES):
             trainer.memory()

@@ -29,7 +29,7 @@ _PARTS = (
     Part(
         "rank", f"{_HERE}.rank:local", 120, "a trainer rank, local layers, bf16 and fp16: load to export, against a CPU"
     ),
-    Part("offload", f"{_HERE}.offload:check", 150, "`trainer.offload`: bits, bytes left, GB/s each way, twenty cycles"),
+    Part("offload", f"{_HERE}.offload:check", 180, "`trainer.offload`: bits, bytes left, GB/s each way, twenty cycles"),
     Part("transport", f"{_HERE}.transport:check", 120, "weights from one process to another (on a GPU by CUDA IPC)"),
     Part("loop", f"{_HERE}.loop:check", 240, "`stare-megatron train`, colocated: sleep, push, probe, save, resume"),
     Part("rank-te", f"{_HERE}.rank:transformer_engine", 120, "as `rank`, Transformer Engine's layers"),
