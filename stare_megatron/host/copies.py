@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import resource
+from typing import Any
 
 import psutil
 import torch
@@ -32,7 +33,8 @@ def host_block(size: int) -> torch.Tensor:
         )
     block_B = torch.empty(size, dtype=torch.uint8)
     if size and current() is Device.CUDA:
-        code = int(torch.cuda.cudart().cudaHostRegister(block_B.data_ptr(), size, 0))
+        cudart: Any = torch.cuda.cudart()
+        code = int(cudart.cudaHostRegister(block_B.data_ptr(), size, 0))
         if code:
             limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
             raise RunError(

@@ -11,6 +11,7 @@ Nothing may touch a tensor that is away: on a CPU the process dies of it.
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from stare_megatron.host import copies
 from stare_megatron.trainer.residue import largest
 from stare_megatron.trainer.ungathered import parts
 from stare_megatron.types import Measured
+
+log = logging.getLogger(__name__)
 
 CLASSES: tuple[StateClass, ...] = ("parameters", "gradients", "optimizer")
 _KEPT: tuple[StateClass, ...] = ("parameters", "optimizer")  # the rest is not copied
@@ -80,6 +83,9 @@ class Offload:
         for name, size in sizes.items():
             self._regions[name] = self._arena_B[start : start + size]
             start += size
+        if self.moves:
+            sizes_MB = ", ".join(f"{name} {size >> 20} MiB" for name, size in self.sizes().items())
+            log.info("offload %s: %s; arena %d MiB", ", ".join(self._moved), sizes_MB, self._arena_B.numel() >> 20)
         self._stream = copies.copy_stream()
         self._seconds = {"time/offload": 0.0, "time/onload": 0.0}
 

@@ -22,7 +22,7 @@ def case(ranks: int, model: dict[str, str] | None = None, **trainer: Any) -> dic
     return {"model": model or {}, "trainer": fixed | trainer}
 
 
-STREAMED = {"offload_step_mb": 1}  # more than one parameter's state, less than all
+STREAMED: dict[str, Any] = {"offload_step_mb": 1}  # more than one parameter's state, less than all
 ONE = {"float32": case(1), "bfloat16": case(1, BFLOAT16), "two updates a batch": case(1, updates_per_batch=2)}
 TWO = {
     "DP2": case(2),
