@@ -176,8 +176,9 @@ class EngineGroup:
         """Empty every engine's prefix cache."""
         self._all("reset_prefix_cache")
 
-    def sleep(self) -> None:
-        self._all("sleep")
+    def sleep(self, timeout: float = 0.0) -> None:
+        """Raises: RunError: an engine failed, or did not answer within `timeout` seconds (0: no limit)."""
+        self._all("sleep", timeout=timeout)
 
     def wake(self, part: Literal["weights", "kv_cache"]) -> None:
         self._all("wake", part)
@@ -193,9 +194,9 @@ class EngineGroup:
         for actor in self.actors:
             ray.kill(actor)
 
-    def _all(self, method: str, *args: Any) -> list[Any]:
+    def _all(self, method: str, *args: Any, timeout: float = 0.0) -> list[Any]:
         refs = [actor.call.remote(method, *args) for actor in self.actors]
-        return self._crew.wait(refs, method)
+        return self._crew.wait(refs, method, timeout)
 
 
 # More than an engine's scheduler runs at once (vLLM's max_num_seqs is 128 where nobody sets it), so that it never

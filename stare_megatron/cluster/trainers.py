@@ -17,7 +17,16 @@ from stare_megatron.data.packing import plan_updates
 from stare_megatron.host import device
 from stare_megatron.host.manifest import FileEntry
 from stare_megatron.host.ports import free_port
-from stare_megatron.types import Control, EntropyReading, Group, GroupSummary, SequenceCost, StepStats, UpdateShare
+from stare_megatron.types import (
+    Control,
+    EntropyReading,
+    Group,
+    GroupSummary,
+    Measured,
+    SequenceCost,
+    StepStats,
+    UpdateShare,
+)
 from stare_megatron.types.report import Report
 from stare_megatron.types.token_record import TokenRecord, join
 
@@ -240,6 +249,22 @@ class TrainerGroup:
     def report(self) -> list[Report]:
         """What each rank did since it was last asked, and what that took."""
         return self._all("report")
+
+    def to_device(self) -> None:
+        """The engines sleep: the ranks take back what the scoring pass needs."""
+        self._rank("to_device")
+
+    def to_host(self) -> None:
+        """What `trainer.offload` names leaves the GPUs; returns when their memory is free.
+
+        Raises:
+            RunError: more is left there than should be.
+        """
+        self._rank("to_host")
+
+    def memory(self) -> list[Measured]:
+        """Each rank's state by class and place, MB, and the seconds its moves took since this was asked last."""
+        return [part for rank in self._rank("memory") for part in rank]
 
     def close(self) -> None:
         for actor in self._actors:

@@ -110,6 +110,11 @@ class Config(Section):
                 f"sandbox.node_resource = {self.sandbox.node_resource!r} names nodes of a cluster, but cluster.address "
                 'is "local"; leave it empty, or join a cluster'
             )
+        if "parameters" in self.trainer.offload and self.inference.placement == "separate":
+            raise ValueError(
+                f'trainer.offload = {self.trainer.offload}: nobody wants the room of "parameters" where '
+                'inference.placement = "separate"; take it out, or set inference.placement = "colocated"'
+            )
         r, t = self.rollout, self.trainer
         fault = t.optimizer.fault(self.run.steps * t.updates_per_batch)
         if fault and not t.optimizer.short_warmup:

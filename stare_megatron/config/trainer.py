@@ -10,6 +10,9 @@ from stare_megatron.config.base import Free, PassThrough, Section
 
 _TRIAL_STEPS = 100
 
+# What a rank holds, by class. `optimizer`: master weights and moments.
+StateClass = Literal["gradients", "optimizer", "parameters"]
+
 
 class OptimizerConfig(Section):
     lr: float = Field(default=1e-6, gt=0, le=1, description="Peak learning rate.")
@@ -101,6 +104,26 @@ class TrainerConfig(Section):
         description='What `recompute = "selective"` computes again: `mlp` (a dense model\'s), `moe` or `moe_act` (a '
         "mixture of experts', or its activation alone), `layernorm`, `core_attn`; empty: `mlp` or `moe`.",
     )
+    offload: Free[list[StateClass]] = Field(
+        default=[],
+        description="What leaves a rank's GPU for host memory while it is not used: `optimizer` (master weights and "
+        "moments) outside the optimizer step, `gradients` (given up, not copied) outside the update, `parameters` "
+        "while colocated engines sample; see docs/memory.md.",
+    )
+    offload_step_mb: Free[int] = Field(
+        default=0,
+        ge=0,
+        le=2**20,
+        description='Most of the optimizer state that a step with `offload = ["optimizer"]` has on the GPU at a time, '
+        "MiB: it comes and goes in bundles. 0: all of it.",
+    )
+    offload_residue_mb: Free[int] = Field(
+        default=2048,
+        ge=0,
+        le=2**20,
+        description="Most that `offload` may leave of a rank on its GPU beside the classes that stay, MiB; more ends "
+        "the run, naming the largest tensors.",
+    )
     optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(), description="Optimizer settings.")
     megatron: PassThrough = Field(
         default_factory=dict, description="Further Megatron-Core TransformerConfig fields, by their upstream names."
@@ -133,6 +156,10 @@ class TrainerConfig(Section):
             raise ValueError("virtual_pipeline > 1 needs pipeline_parallel > 1")
         if self.sequence_parallel and self.tensor_parallel == 1:
             raise ValueError("sequence_parallel needs tensor_parallel > 1")
+        if self.offload_step_mb and "optimizer" not in self.offload:
+            raise ValueError(
+                f'offload_step_mb = {self.offload_step_mb} is for offload = ["optimizer"], it is {self.offload}'
+            )
         if self.recompute_modules and self.recompute != "selective":
             raise ValueError(
                 f'recompute_modules = {self.recompute_modules} is for recompute = "selective", it is "{self.recompute}"'

@@ -142,6 +142,14 @@ MEGATRON_REFUSED: tuple[tuple[str, str], ...] = (
         "cross_entropy_.*|attention_softmax_in_fp32|apply_query_key_layer_scaling|masked_softmax_fusion|persist_layer_norm",
         _OURS,
     ),
+    # pipeline_parallel/fine_grained_activation_offload.py: a pool by shape that only grows, and as many micro-batches a
+    # step as in the first.
+    (
+        "fine_grained_activation_offloading|offload_modules|min_offloaded_tensor_size",
+        "upstream keeps a page-locked buffer for every length of a micro-batch, and packs differ in theirs; set "
+        'trainer.recompute = "full" instead',
+    ),
+    (".*cpu_offloading.*", "set trainer.offload for what a rank keeps, trainer.recompute for activations"),
     ("num_layers_in_.*|pipeline_model_parallel_layout|account_for_.*", "the layers are split evenly over the stages"),
     ("inference_.*|flash_decode|use_inference_.*|symmetric_ar_type|mlp_chunks_.*", "the trainer's ranks do not sample"),
 )

@@ -206,6 +206,27 @@ _ENTRIES = (
     Entry("engine/kv_use", "fraction", R.MEAN, "KV cache in use in an engine, over its iterations."),
     Entry("engine/kv_use_max", "fraction", R.MAX, "The most, of any engine."),
     Entry("engine/preemptions", "requests", R.SUM, "Put back for want of KV cache, to be computed again."),
+    Entry(
+        "time/offload",
+        "s",
+        R.PROCESS_MAX,
+        "Moving a rank's state to host memory since the record before; part of other phases.",
+    ),
+    Entry(
+        "time/onload", "s", R.PROCESS_MAX, "Moving a rank's state back since the record before; part of other phases."
+    ),
+    Entry("memory/trainer_parameters", "MB", R.PROCESS_MAX, "A rank's parameters, wherever they are."),
+    Entry("memory/trainer_gradients", "MB", R.PROCESS_MAX, "A rank's gradient buffers on its device in an update."),
+    Entry("memory/trainer_optimizer", "MB", R.PROCESS_MAX, "A rank's master weights and moments, wherever they are."),
+    Entry(
+        "memory/trainer_resident",
+        "MB",
+        R.PROCESS_MAX,
+        "What a rank holds of its device while engines sample: of its state alone on a CPU.",
+    ),
+    Entry(
+        "memory/trainer_arena", "MB", R.PROCESS_MAX, "Host memory that a rank keeps for its state: `trainer.offload`."
+    ),
     Entry("memory/trainer_peak", "MB", R.PROCESS_MAX, "Peak memory of a trainer rank: device memory on a GPU."),
     Entry("memory/engine_peak", "MB", R.PROCESS_MAX, "Peak memory of an engine: device memory on a GPU."),
     Entry("memory/driver_peak", "MB", R.ONE, "Peak resident memory of the driver."),

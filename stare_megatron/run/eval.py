@@ -24,6 +24,7 @@ from stare_megatron.rollout.groups import check_env, check_prompts
 from stare_megatron.run import folder as run_folder
 from stare_megatron.run import preflight, sizing
 from stare_megatron.run.evaluation import Evaluation, Evaluator, fingerprint
+from stare_megatron.run.residency import Residency
 from stare_megatron.run.session import open_session
 from stare_megatron.run.train import today
 
@@ -136,7 +137,13 @@ def _engines(
     with open_session(config, logs, status, load, trainers=policy.checkpoint is not None) as session:
         if policy.checkpoint is not None:
             status(f"loading {policy.checkpoint}")
-            session.trainers.push(session.trainers.restore(policy.checkpoint / "trainer"))
+            engines, trainers = session.engines, session.trainers
+            shared, offload = config.inference.placement == "colocated", config.trainer.offload
+            residency = Residency(engines, trainers, shared=shared, offload=offload)
+            residency.to_checkpoint()
+            step = trainers.restore(policy.checkpoint / "trainer")
+            with residency.to_engines():
+                trainers.push(step)
         status("evaluating")
         yield session.engines
 

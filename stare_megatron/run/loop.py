@@ -25,6 +25,9 @@ from stare_megatron.rollout.collect import Collected
 from stare_megatron.run.sampling import Sampler
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from stare_megatron.algo.algorithm import EntropyController
     from stare_megatron.cluster.trainers import TrainerGroup
     from stare_megatron.run.evaluation import Evaluations
@@ -55,8 +58,9 @@ class Run(Generic[Ref]):
 
 def train(run: Run[Ref]) -> int:
     """Train until `run.steps` are done or the user asks for an end; returns the number of steps done."""
+    run.residency.to_checkpoint()
     step = run.saving.restore()
-    with run.saving:  # whatever ends the loop: the step learned last is saved, or why it is not is said
+    with run.saving, run.residency:  # whatever ends the loop: the step learned last is saved, or why it is not is said
         _push(run, step)
         _evaluate_when_due(run, step)
         run.recorder.close(step)
@@ -81,19 +85,29 @@ def train(run: Run[Ref]) -> int:
             stopping = run.stop.asked  # read once: a later wish is granted one step later, and that step saved
             if run.saving.due(step) or stopping:
                 with run.recorder.phase("save"):
+                    run.residency.to_checkpoint()
                     run.saving.save(step, last=stopping or step == run.steps)
             if run.saving.export_due(step):
                 with run.recorder.phase("save"):
+                    run.residency.to_checkpoint()
                     run.saving.export(step)
+            if run.residency.engines_sleep and step < run.steps and not stopping:
+                with run.recorder.phase("save"):  # part of its price: sleep leaves the engines without weights
+                    _hand_over(run, step)
             run.recorder.close(step)
     return step
 
 
 def _push(run: Run[Ref], version: int) -> float:
     with run.recorder.phase("push"):
-        with run.residency.to_engines():
-            run.weights.push(version)
-        return run.weights.probe(version)
+        return run.weights.probe(version, _hand_over(run, version))
+
+
+def _hand_over(run: Run[Ref], version: int) -> npt.NDArray[np.float32] | None:
+    """The devices and the weights go to the engines. Returns the trainer's scores of the probe, if one is due."""
+    with run.residency.to_engines():
+        run.weights.push(version)
+        return run.weights.score_probe(version)
 
 
 def _evaluate_when_due(run: Run[Ref], step: int) -> None:

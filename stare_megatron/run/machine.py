@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 
 import psutil
 
@@ -46,9 +47,10 @@ def check_machine(config: Config, shape: ModelShape) -> tuple[str, ...]:
                 f"{i.engines * i.tensor_parallel} GPUs, but colocated engines share the trainer's "
                 f"{t.world_size} (trainer.world_size); lower one, or set inference.placement=separate"
             )
-        if config.cluster.address == "local":
-            _check_gpus(config, gpus)
-        return ()
+        if config.cluster.address != "local":
+            return ()
+        _check_gpus(config, gpus)
+        return _check_arenas(config, shape)
     _check_cpu_heads(config, shape)
     return _check_cpu_memory(config, shape)
 
@@ -107,8 +109,8 @@ def cpu_memory_bytes(config: Config, shape: ModelShape) -> int:
         config.rollout.prompts_per_step * config.rollout.group_size * config.window // t.data_parallel,
     )
     logits = pack // t.context_parallel * shape.vocab // t.tensor_parallel * _LOGITS_BYTES
-    ranks = t.world_size * (_RANK_BYTES + sizing.rank_bytes(config, shape))
     # The logits exist on the last pipeline stage only.
+    ranks = t.world_size * (_RANK_BYTES + sizing.rank_bytes(config, shape) + sizing.arena_bytes(config, shape))
     ranks += t.world_size // t.pipeline_parallel * logits
     # vLLM keeps a second, repacked copy of what its matrix kernels read.
     engines = config.inference.engines * (_ENGINE_BYTES + run_folder.weight_bytes(config) * 2)
@@ -125,6 +127,32 @@ def _check_gpus(config: Config, gpus: int) -> None:
             f"trainer.world_size {t.world_size}{engines} = {t.world_size + own} GPUs, this machine shows {gpus}; "
             f"{cure}, or join a cluster with cluster.address"
         )
+
+
+def _check_arenas(config: Config, shape: ModelShape) -> tuple[str, ...]:
+    """Host memory for `trainer.offload`; a rank of a cluster checks its own node's when it starts.
+
+    Raises:
+        UserError: this machine has less.
+    """
+    ranks, memory = config.trainer.world_size, psutil.virtual_memory()
+    need = ranks * sizing.arena_bytes(config, shape)
+    said = (
+        f"trainer.offload = {config.trainer.offload} keeps {need / _GIB:.1f} GiB in host memory for {ranks} ranks, "
+        f"this machine has {memory.total / _GIB:.1f}"
+    )
+    if need > memory.total:
+        raise UserError(f"{said}; offload fewer classes, or raise trainer.world_size")
+    notes = []
+    if need > memory.available:
+        notes.append(f"{said}, of which {memory.available / _GIB:.1f} are free now: ranks may be refused it")
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    if limit != resource.RLIM_INFINITY and limit < need // ranks:
+        notes.append(
+            f"{said}; it is page-locked, and RLIMIT_MEMLOCK is {limit >> 20} MiB a process: CUDA rarely minds, and if "
+            "it does a rank says so; `ulimit -l unlimited` lifts it"
+        )
+    return tuple(notes)
 
 
 def _check_cpu_memory(config: Config, shape: ModelShape) -> tuple[str, ...]:

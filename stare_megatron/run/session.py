@@ -65,6 +65,9 @@ def open_session(
             shape = read_hf_config(config.model.path)
             config = sizing.with_engine_sizes(config, shape, places.gpu_bytes, load, trainers=trainers)
             status("engines: " + ", ".join(f"{key} {value}" for key, value in config.inference.vllm.items()))
+        if trainers and config.trainer.offload:
+            kept = sizing.arena_bytes(config, read_hf_config(config.model.path)) / 2**30
+            status(f"trainer.offload: {kept:.2f} GiB of host memory for each of {ranks} trainer ranks")
         sandboxes = Sandboxes(config.sandbox, logs, wanted=config.uses_sandbox)
         stack.callback(sandboxes.close)
         status("starting engines and trainer ranks" if trainers else "starting engines")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stare_megatron.config import Config
+from stare_megatron.config.trainer import StateClass
 from stare_megatron.errors import UserError
 from stare_megatron.models.layout import element_bytes
 from stare_megatron.models.shape import ModelShape
@@ -31,6 +32,7 @@ _ENGINE_BYTES = 2 * _GIB
 _MIN_SEQUENCES, _MAX_SEQUENCES = 8, 1024
 _BATCHED_TOKENS = 8192
 _UNKNOWN_SHARE = 0.4
+_SHARE_BESIDE_OFFLOAD = 0.95  # of what is free, for what vLLM does not count
 
 
 @dataclass(frozen=True)
@@ -88,11 +90,29 @@ def with_engine_sizes(config: Config, shape: ModelShape, gpu_bytes: int, load: L
 
 
 def rank_bytes(config: Config, shape: ModelShape) -> int:
-    """What a rank holds from its first step on, whatever it does: weights, float32 gradients, optimizer state."""
+    """What a rank holds from its first step on: weights, float32 gradients, optimizer state."""
+    return sum(class_bytes(config, shape).values())
+
+
+def resident_bytes(config: Config, shape: ModelShape) -> int:
+    """What a rank keeps on its GPU while engines sample, as far as it follows from the model."""
+    t = config.trainer
+    stays = sum(size for name, size in class_bytes(config, shape).items() if name not in t.offload)
+    return stays + (t.offload_residue_mb << 20 if t.offload else 0)
+
+
+def arena_bytes(config: Config, shape: ModelShape) -> int:
+    """What a rank keeps in host memory for `trainer.offload`."""
+    moved = set(config.trainer.offload) - {"gradients"}  # given up, not copied
+    return sum(size for name, size in class_bytes(config, shape).items() if name in moved)
+
+
+def class_bytes(config: Config, shape: ModelShape) -> dict[StateClass, int]:
+    """A rank's state by class."""
     held, owned = _parameters(config, shape)
     # Adam's moments, and a float32 copy of weights that are not float32.
     weight, optimizer = element_bytes(config.model.dtype), 8 if config.model.dtype == "float32" else 12
-    return int(held * (weight + 4) + owned * optimizer)
+    return {"parameters": int(held * weight), "gradients": int(held * 4), "optimizer": int(owned * optimizer)}
 
 
 def _parameters(config: Config, shape: ModelShape) -> tuple[float, float]:
@@ -105,9 +125,17 @@ def _parameters(config: Config, shape: ModelShape) -> tuple[float, float]:
     return held, stage / (t.world_size / t.pipeline_parallel) if t.distributed_optimizer else held
 
 
+def _step_bytes(config: Config, shape: ModelShape) -> int:
+    """A rank's state in an optimizer step."""
+    bundle = config.trainer.offload_step_mb << 20
+    kept = class_bytes(config, shape)["optimizer"]
+    return rank_bytes(config, shape) - (max(0, kept - bundle) if bundle else 0)
+
+
 def _share(config: Config, shape: ModelShape, gpu_bytes: int) -> float:
     """`gpu_memory_utilization` of a colocated engine, as given or chosen: half of what is left beside what a rank holds
-    for good and the buffers of a push, so that the other half is for a rank's activations.
+    for good and the buffers of a push, so that the other half is for a rank's activations. With `trainer.offload` ranks
+    return those too, and it is nearly all that is left beside what stays.
 
     Raises:
         UserError: too much for the GPU, or too little for the engine's weights.
@@ -115,20 +143,31 @@ def _share(config: Config, shape: ModelShape, gpu_bytes: int) -> float:
     i, given = config.inference, config.inference.vllm.get("gpu_memory_utilization")
     if not gpu_bytes:
         return given if given is not None else _UNKNOWN_SHARE
-    rank = rank_bytes(config, shape)
+    rank = resident_bytes(config, shape)
     engine = run_folder.weight_bytes(config) / i.tensor_parallel
     # A push gathers the largest tensor, copies it, and packs it into a buffer of at least 1 GiB.
     largest = shape.vocab * shape.hidden * element_bytes(config.model.dtype)
-    free = gpu_bytes - rank - _CONTEXTS_BYTES - 3 * largest - max(largest, _GIB)
-    share = given if given is not None else max(0, math.floor(50 * free / gpu_bytes)) / 100
+    free = gpu_bytes - rank - _CONTEXTS_BYTES
+    part = _SHARE_BESIDE_OFFLOAD if config.trainer.offload else 0.5
+    if not config.trainer.offload:
+        free -= 3 * largest + max(largest, _GIB)
+    share = given if given is not None else max(0, math.floor(100 * part * free / gpu_bytes)) / 100
     sizes = (
-        f"a trainer rank holds {rank / _GIB:.1f} GiB for good and an engine's weights take {engine / _GIB:.1f} of the "
-        f"GPU's {gpu_bytes / _GIB:.1f} GiB"
+        f"a trainer rank holds {rank / _GIB:.1f} GiB while engines sample and an engine's weights take "
+        f"{engine / _GIB:.1f} of the GPU's {gpu_bytes / _GIB:.1f} GiB"
     )
     cure = (
         "raise trainer.tensor_parallel, trainer.pipeline_parallel or inference.tensor_parallel, or set "
         "inference.placement=separate"
     )
+    whole = _step_bytes(config, shape) + _CONTEXTS_BYTES
+    if config.trainer.offload and whole > gpu_bytes:
+        raise UserError(
+            f"trainer.offload = {config.trainer.offload} makes too little room: an optimizer step has "
+            f"{whole / _GIB:.1f} GiB on a GPU of {gpu_bytes / _GIB:.1f}; raise trainer.tensor_parallel, "
+            "trainer.pipeline_parallel or trainer.world_size, or lower trainer.offload_step_mb, "
+            f"{config.trainer.offload_step_mb} (0: no limit)"
+        )
     if share * gpu_bytes < engine + _ENGINE_BYTES:
         raise UserError(f"inference.vllm.gpu_memory_utilization = {share:g} leaves an engine no room: {sizes}; {cure}")
     if share * gpu_bytes + rank + _CONTEXTS_BYTES > gpu_bytes:

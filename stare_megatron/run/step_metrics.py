@@ -19,13 +19,14 @@ _MB = 2**20
 @dataclass(frozen=True)
 class StepCosts:
     """What a step took. `seconds`: by phase; `elapsed`: of the run, seconds; peaks in bytes, of each trainer rank, of
-    each engine and of the driver; `loads`: of each engine while it sampled the step; `rates`: of its
-    phases."""
+    each engine and of the driver; `trainer_memory`: `TrainerGroup.memory`; `loads`: of each engine while it sampled
+    the step; `rates`: of its phases."""
 
     seconds: Mapping[str, float]
     elapsed: float
     trainer_peaks: Sequence[int]
     engine_peaks: Sequence[int]
+    trainer_memory: Sequence[Measured]
     driver_peak: int
     host: HostMemory
     loads: Sequence[EngineLoad]
@@ -105,6 +106,7 @@ def _costs(costs: StepCosts) -> tuple[Measured, ...]:
         *(Measured(f"time/{phase}", costs.seconds.get(phase, 0.0)) for phase in PHASES),
         *(Measured("memory/trainer_peak", peak / _MB) for peak in costs.trainer_peaks),
         *(Measured("memory/engine_peak", peak / _MB) for peak in costs.engine_peaks),
+        *costs.trainer_memory,
         Measured("memory/driver_peak", costs.driver_peak / _MB),
         Measured("memory/host_run", costs.host.run / _MB),
         Measured("memory/host_available", costs.host.available / _MB),

@@ -219,7 +219,12 @@ def _assemble(
         sampler=sampler,
         trainers=trainers,
         controller=controller,
-        residency=Residency(engines, shared=config.inference.placement == "colocated"),
+        residency=Residency(
+            engines,
+            trainers,
+            shared=config.inference.placement == "colocated",
+            offload=config.trainer.offload,
+        ),
         weights=weights,
         recorder=recorder,
         evaluations=Evaluations(

@@ -58,21 +58,25 @@ class Weights:
             sums = "share" if self._compared else "all"
         self._sent = self.trainers.push(version, sums)
 
-    def probe(self, version: int) -> float:
+    def score_probe(self, version: int) -> npt.NDArray[np.float32] | None:
+        """The trainer's log-probs of the probe prompt, for `probe`, while it has its parameters at hand; None when
+        `sync.probe_every` asks for none now."""
+        return self.trainers.score_tokens(self._probe_tokens()) if self._due(version) else None
+
+    def probe(self, version: int, ours: npt.NDArray[np.float32] | None) -> float:
         """The largest mean |log-prob difference| between an engine and the trainer on the probe prompt, nats; NaN when
-        `sync.probe_every` asks for none now.
+        there is none now. `ours`: what `score_probe` found.
 
         Raises:
             RunError: it is above `sync.probe_threshold`, or, in low precision, weights differ; names the engine and the
                 first parameter that differs.
         """
-        if not self._due(version):
+        if ours is None:
             return math.nan
         if self._sent:  # exact, where log-probs would not show a small fault
             self._require_same(version, self._sent, self._sent)
             self._compared = True
         tokens = self._probe_tokens()
-        ours = self.trainers.score_tokens(tokens)
         found = [compare(theirs, ours) for theirs in self._engines.logprobs(tokens)]
         threshold = self._config.probe_threshold or BOUNDS[self._dtype]
         for i, agreement in enumerate(found):

@@ -28,12 +28,21 @@ from stare_megatron.trainer.export import export_hf
 from stare_megatron.trainer.head import Head
 from stare_megatron.trainer.model import build_model
 from stare_megatron.trainer.model_runner import RankBatch, Runner, rank_batch
+from stare_megatron.trainer.offload import Offload
 from stare_megatron.trainer.optimizer import build_optimizer, step, zero_grad
 from stare_megatron.trainer.partials import vocab_shard
 from stare_megatron.trainer.replay import Replay, routed_experts
 from stare_megatron.trainer.schedule import learning_rate
-from stare_megatron.trainer.scoring import SampledBatch, Scored, ScoredBatch, read_rollout, score, summarize
-from stare_megatron.trainer.sequence import MicroBatch, SequenceLayout, dummy, probe, token_batch
+from stare_megatron.trainer.scoring import (
+    SampledBatch,
+    Scored,
+    ScoredBatch,
+    read_rollout,
+    score,
+    score_tokens,
+    summarize,
+)
+from stare_megatron.trainer.sequence import SequenceLayout, token_batch
 from stare_megatron.trainer.step import (
     ForwardBackwardResult,
     entropy_dynamics,
@@ -42,8 +51,18 @@ from stare_megatron.trainer.step import (
     token_records,
     weigh,
 )
+from stare_megatron.trainer.streaming import streamed
 from stare_megatron.trainer.writing import Writing
-from stare_megatron.types import Control, EntropyReading, Group, Measured, StepStats, UpdateShare, UpdateStats
+from stare_megatron.types import (
+    Control,
+    EntropyReading,
+    Group,
+    Measured,
+    ScoreSummary,
+    StepStats,
+    UpdateShare,
+    UpdateStats,
+)
 from stare_megatron.types.token_record import TokenRecord
 
 COLLECTIVE_TIMEOUT_S = 1800.0  # ranks enter a collective together; the slowest may be a long micro-batch behind
@@ -92,6 +111,11 @@ class TrainerRank:
         begin = Path(config.model.weights) if config.model.weights else None
         self._chunks = build_model(config.model.path, self._dtype, trainer, place, config.window, begin)
         self._optimizer = build_optimizer(self._chunks, trainer)
+        if "optimizer" in trainer.offload:
+            checkpoint.make_moments(self._optimizer)  # so that it is known how much there is to move
+        self._offload = Offload(self._chunks, self._optimizer, trainer.offload, place, trainer.offload_residue_mb << 20)
+        self._offload.put_away("gradients", "optimizer", "parameters")
+        self._offload.give_back()
         self._shape = get_model_config(self._chunks[0]).shape
         columns = padded_vocab(self._shape.vocab, trainer.tensor_parallel) // trainer.tensor_parallel
         vocab = vocab_shard(self._shape.vocab, columns, parallel.tp_group())
@@ -168,7 +192,8 @@ class TrainerRank:
             self._known = SampledBatch(data)
             return read_rollout(self._runner, self._known)
         temperature = self._config.rollout.temperature
-        scored = [score(self._runner, data, temperature) for data in self._loaded]
+        with self._offload.present("parameters"):
+            scored = [score(self._runner, data, temperature) for data in self._loaded]
         summary = summarize(self._runner, self._loaded, scored, found_by="scoring pass")
         self._known = ScoredBatch(self._loaded, scored, summary)
         return EntropyReading(summary.num_action_tokens, summary["policy/entropy"])
@@ -187,26 +212,33 @@ class TrainerRank:
         known = self._known
         if known is None:
             raise RuntimeError("score() comes before update()")
+        with self._offload.present("parameters", "gradients"):
+            summary, updates, passes = self._learn(known, control)
+        self._step, self._whole = self._step + 1, True
+        if keep_tokens:
+            self._trained = list(zip(self._loaded, passes, strict=True))
+        self._loaded, self._known = [], None
+        self._offload.give_back()  # the engines are next
+        return StepStats(summary, tuple(updates))
+
+    def _learn(
+        self, known: ScoredBatch | SampledBatch, control: Control
+    ) -> tuple[ScoreSummary, list[UpdateStats], list[ForwardBackwardResult]]:
         config = self._config.algorithm
         if isinstance(known, SampledBatch):
             (weights,) = self._weigh([known.data], known.tokens(), control)
             seen = self._forward_backward(known.data, None, weights, control)
             summary = summarize(self._runner, [known.data], [seen.scored], found_by="update pass")
             (exact_T,) = exact_sets(self._runner, [known.data], [seen.scored], config)
-            updates, passes = [self._optimizer_step(known.data, seen, exact_T)], [seen]
-        else:
-            summary, updates, passes = known.summary, [], []
-            weighed = self._weigh(known.data, known.tokens(), control)
-            exact = exact_sets(self._runner, known.data, known.scored, config)
-            for data, scored, weights, exact_T in zip(known.data, known.scored, weighed, exact, strict=True):
-                seen = self._forward_backward(data, scored, weights, control)
-                updates.append(self._optimizer_step(data, seen, exact_T))
-                passes.append(seen)
-        self._step, self._whole = self._step + 1, True
-        if keep_tokens:
-            self._trained = list(zip(self._loaded, passes, strict=True))
-        self._loaded, self._known = [], None
-        return StepStats(summary, tuple(updates))
+            return summary, [self._optimizer_step(known.data, seen, exact_T)], [seen]
+        updates, passes = [], []
+        weighed = self._weigh(known.data, known.tokens(), control)
+        exact = exact_sets(self._runner, known.data, known.scored, config)
+        for data, scored, weights, exact_T in zip(known.data, known.scored, weighed, exact, strict=True):
+            seen = self._forward_backward(data, scored, weights, control)
+            updates.append(self._optimizer_step(data, seen, exact_T))
+            passes.append(seen)
+        return known.summary, updates, passes
 
     def token_records(self, first_tokens: Collection[int]) -> dict[int, TokenRecord]:
         """Of the batch just updated on: what this rank knows of the tokens of the sequences that begin at these global
@@ -248,7 +280,10 @@ class TrainerRank:
         if self._writing is not None:
             self._writing.copied()
         self._whole = False
-        done = step(self._optimizer, trainer.optimizer, lr)
+        bundle = trainer.offload_step_mb << 20
+        whole = self._offload.present("optimizer") if not bundle else streamed(self._optimizer, self._offload, bundle)
+        with whole:
+            done = step(self._optimizer, trainer.optimizer, lr)
         if done.grad_norm is not None and not math.isfinite(done.grad_norm):
             raise RunError(f"optimizer step {number}: the gradient norm is {done.grad_norm} at a loss of {loss:.6g}")
         self._optimizer_steps = number
@@ -267,22 +302,10 @@ class TrainerRank:
     def score_tokens(self, token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """Log-probs of tokens 1.. of one sequence at temperature 1, float32 [n - 1]; equal on every rank."""
 
-        place = self._runner.place
-        ids_T = torch.from_numpy(token_ids).to(place, torch.int64)
-        logprob_T = torch.zeros(ids_T.shape[0], device=place)
-
-        def consume(hidden_RH: torch.Tensor, row: MicroBatch) -> None:
-            got_R = self._runner.head.token_scores(hidden_RH, row.target_R, temperature=1.0).logprob_T
-            kept_R = row.source_R >= 0
-            logprob_T[row.source_R[kept_R]] = got_R[kept_R]
-
-        # The interleaved schedule wants a multiple of the stages.
         trainer = self._config.trainer
-        fill = trainer.pipeline_parallel - 1 if trainer.virtual_pipeline > 1 else 0
-        rows = [probe(ids_T, self._layout)] + [dummy(self._layout, place) for _ in range(fill)]
-        self._runner.run(rows, consume, train=False)
-        self._runner.context_comm.sum(logprob_T)
-        return self._runner.from_last_stage(logprob_T)[1:].cpu().numpy()
+        multiple = trainer.pipeline_parallel if trainer.virtual_pipeline > 1 else 1
+        with self._offload.present("parameters"):
+            return score_tokens(self._runner, token_ids, self._layout, multiple)
 
     def weight_metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         """Hugging Face name, dtype and full shape of everything `weights` yields, in its order."""
@@ -292,7 +315,8 @@ class TrainerRank:
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter, whole, by Hugging Face name, in `model.dtype`; all ranks must run through it together."""
 
-        return export(self._chunks, self._dtype)
+        with self._offload.present("parameters"):
+            yield from export(self._chunks, self._dtype)
 
     def held_step(self) -> int | None:
         """The loop's step whose weights these are; None while an update has changed some of them and is not done."""
@@ -302,16 +326,19 @@ class TrainerRank:
         """Start to write this rank's shards under `folder`; `step`: of the loop. `snapshot`: of a copy, so that
         training may go on before `finish_save`."""
 
-        self._writing = checkpoint.begin_save(
-            folder,
-            self._chunks,
-            self._optimizer,
-            self._config.trainer,
-            self._writer,
-            step=step,
-            optimizer_steps=self._optimizer_steps,
-            snapshot=snapshot,
-        )
+        with self._offload.present("parameters", "optimizer"):
+            self._writing = checkpoint.begin_save(
+                folder,
+                self._chunks,
+                self._optimizer,
+                self._config.trainer,
+                self._writer,
+                step=step,
+                optimizer_steps=self._optimizer_steps,
+                snapshot=snapshot or self._offload.moves,
+            )
+            if self._offload.moves:
+                self._writing.copied()
 
     def save_written(self) -> bool:
         """Whether `finish_save` need not wait for this rank."""
@@ -335,7 +362,8 @@ class TrainerRank:
             UserError: no such checkpoint, or one of another model.
         """
 
-        found = checkpoint.restore(folder, self._chunks, self._optimizer, self._config.trainer)
+        with self._offload.present("parameters", "optimizer"):
+            found = checkpoint.restore(folder, self._chunks, self._optimizer, self._config.trainer)
         self._step, self._optimizer_steps = found
         return self._step
 
@@ -347,6 +375,28 @@ class TrainerRank:
         """
 
         export_hf(folder, self._config.model.path, self.weight_metadata(), self.weights())
+
+    def to_device(self) -> None:
+        """The devices are the ranks': the parameters come back, until `to_host`. Gradients and optimizer state come
+        when an update wants them.
+
+        Raises:
+            RunError: there is no room for them.
+        """
+        self._offload.bring("parameters")
+
+    def to_host(self) -> None:
+        """The devices are the engines': everything that `trainer.offload` names leaves.
+
+        Raises:
+            RunError: on a GPU, more than `trainer.offload_residue_mb` is left beside what stays.
+        """
+        self._offload.clear()
+
+    def memory(self) -> tuple[Measured, ...]:
+        """This rank's state: its size by class, what of it is on the device and the arena in host memory, MB; and the
+        seconds that moving took since this was asked last."""
+        return self._offload.measured()
 
     def peak_memory_bytes(self) -> int:
         """Most memory this rank has held: resident on a CPU, allocated by torch on a GPU."""

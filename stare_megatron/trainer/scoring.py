@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from stare_megatron.algo.comm import Comm
@@ -20,7 +22,7 @@ from stare_megatron.algo.stare import Candidates, ScoredCandidates
 from stare_megatron.algo.surrogate import importance_ratio, kl_estimate
 from stare_megatron.errors import RunError
 from stare_megatron.trainer.model_runner import RankBatch, Runner
-from stare_megatron.trainer.sequence import MicroBatch
+from stare_megatron.trainer.sequence import MicroBatch, SequenceLayout, dummy, probe
 from stare_megatron.types import EntropyReading, Measured, Scores, ScoreSummary
 
 # Bounds of one token's term of a mean, so that a sum in fixed point cannot overflow.
@@ -86,6 +88,27 @@ def score(runner: Runner, data: RankBatch, temperature: float) -> Scored:
     runner.run(data.rows, consume, train=False)
     logprob_T, entropy_T, sensitivity_T, raw_T = value_T4.t().contiguous()
     return Scored(Scores(logprob_T, entropy_T, sensitivity_T), raw_T)
+
+
+def score_tokens(
+    runner: Runner, token_ids: npt.NDArray[np.int32], layout: SequenceLayout, multiple: int
+) -> npt.NDArray[np.float32]:
+    """Log-probs of tokens 1.. of one sequence at temperature 1, float32 [n - 1]; equal on every rank.
+
+    `multiple`: of micro-batches, which the interleaved schedule wants to be one of the stages.
+    """
+    ids_T = torch.from_numpy(token_ids).to(runner.place, torch.int64)
+    logprob_T = torch.zeros(ids_T.shape[0], device=runner.place)
+
+    def consume(hidden_RH: torch.Tensor, row: MicroBatch) -> None:
+        got_R = runner.head.token_scores(hidden_RH, row.target_R, temperature=1.0).logprob_T
+        kept_R = row.source_R >= 0
+        logprob_T[row.source_R[kept_R]] = got_R[kept_R]
+
+    rows = [probe(ids_T, layout)] + [dummy(layout, runner.place) for _ in range(multiple - 1)]
+    runner.run(rows, consume, train=False)
+    runner.context_comm.sum(logprob_T)
+    return runner.from_last_stage(logprob_T)[1:].cpu().numpy()
 
 
 def read_rollout(runner: Runner, batch: SampledBatch) -> EntropyReading:

@@ -39,8 +39,11 @@ def test_cheap_parts(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_rank_and_a_push(tmp_path: Path) -> None:
-    found = check(tmp_path, "rank", "transport")
-    assert [p["status"] for p in found.values()] == ["ok", "ok"]
+    found = check(tmp_path, "rank", "offload", "transport")
+    assert [p["status"] for p in found.values()] == ["ok", "ok", "ok"]
+    moved = found["offload"]["numbers"]
+    assert moved["repeats itself"]
+    assert moved["arena, GiB"] >= moved["moved, GiB"] > 0 == moved["left while engines sample, MiB"]
     numbers = found["rank"]["numbers"]
     for dtype in ("bfloat16", "float16"):  # rounding is seen: they were not computed in float32
         assert numbers[f"{dtype} log-probs after the updates, mean"] > 1e-5

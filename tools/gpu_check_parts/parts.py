@@ -29,7 +29,7 @@ _PARTS = (
     Part(
         "rank", f"{_HERE}.rank:local", 120, "a trainer rank, local layers, bf16 and fp16: load to export, against a CPU"
     ),
-    # "offload" comes here, as `rank:offload`, once a rank can move its state off the GPU.
+    Part("offload", f"{_HERE}.offload:check", 180, "`trainer.offload`: bits, bytes left, GB/s each way, twenty cycles"),
     Part("transport", f"{_HERE}.transport:check", 120, "weights from one process to another (on a GPU by CUDA IPC)"),
     Part("loop", f"{_HERE}.loop:check", 240, "`stare-megatron train`, colocated: sleep, push, probe, save, resume"),
     Part("rank-te", f"{_HERE}.rank:transformer_engine", 120, "as `rank`, Transformer Engine's layers"),
@@ -39,6 +39,5 @@ _PARTS = (
 PARTS = {part.name: part for part in _PARTS}
 
 NOT_CHECKED = {
-    "offload": "a trainer rank does not move its state off the GPU yet",
     "several GPUs": "NCCL pushes, tensor-parallel engines and ranks: one GPU cannot show them",
 }

@@ -225,6 +225,13 @@ def test_a_parser_in_capitals_is_told() -> None:
         ("env.tool", "shell", {"env__name": "tool_use", "env__parser": "retool"}, 'is for parser = "hermes"'),
         ("sandbox.preload", ["os; x"], {}, "no name of a module"),
         ("logging.wandb_tags", ["x" * 65], {}, "at most 64 characters"),
+        (
+            "trainer.offload",
+            ["parameters"],
+            {"inference__placement": "separate"},
+            'set inference.placement = "colocated"',
+        ),
+        ("trainer.offload_step_mb", 100, {"trainer__offload": ["gradients"]}, "it is ['gradients']"),
         ("run.name", "..", {}, "must match"),
         ("run.name", "a b", {}, "must match"),
         ("run.name", "-x", {}, "must match"),

@@ -58,6 +58,8 @@ def test_unknown_key_names_the_nearest():
         ("bf16", "set model.dtype instead"),
         ("num_layers", "config.json"),
         ("hidden_dropout", "the run sets it itself"),
+        ("fine_grained_activation_offloading", 'trainer.recompute = "full" instead'),
+        ("cpu_offloading_weights", "set trainer.offload"),
     ],
 )
 def test_reserved_key_names_the_right_one(key, cure):

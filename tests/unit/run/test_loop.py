@@ -13,8 +13,9 @@ SUMMARY = ScoreSummary((), 10)
 class Everything:
     """Every part of a run at once; writes down what is asked of it."""
 
-    def __init__(self, restored=0, stop_at=None, evaluate=(), save=(), export=()):
+    def __init__(self, restored=0, stop_at=None, evaluate=(), save=(), export=(), offload=False):
         self.said: list[str] = []
+        self._offload, self.engines_sleep = offload, False
         self.asked = False
         self._restored, self._stop_at = restored, stop_at
         self._evaluate, self._save, self._export = evaluate, save, export
@@ -42,21 +43,35 @@ class Everything:
         return f"H={reading.entropy}"
 
     # residency
+    def __enter__(self): ...
+
+    def __exit__(self, *_): ...
+
     def to_trainer(self):
         self.said.append("devices: trainer")
+
+    def to_checkpoint(self):
+        self.said.append("devices: checkpoint")
+        self.engines_sleep = self._offload
 
     @contextlib.contextmanager
     def to_engines(self):
         self.said.append("devices: both")
         yield
+        self.engines_sleep = False
         self.said.append("devices: engines")
 
     # weights
     def push(self, version):
         self.said.append(f"push {version}")
 
-    def probe(self, version):
+    def score_probe(self, version):
+        self.said.append(f"score probe {version}")
+        return f"ours of {version}"
+
+    def probe(self, version, ours):
         self.said.append(f"probe {version}")
+        assert ours == f"ours of {version}"
         return 1e-6 * version
 
     # recorder
@@ -150,6 +165,7 @@ STEP_1 = [
     "learned 1",
     "devices: both",
     "push 1",
+    "score probe 1",
     "devices: engines",
     "probe 1",
     "poll",
@@ -157,10 +173,13 @@ STEP_1 = [
 ]
 
 
+PUSH_0 = ["devices: both", "push 0", "score probe 0", "devices: engines", "probe 0"]
+
+
 def test_the_order_of_a_run():
     parts = Everything(evaluate=(0, 2), save=(2,), export=(2,))
     assert run(parts) == 2
-    before = ["devices: both", "push 0", "devices: engines", "probe 0", "evaluate 0", "close 0"]
+    before = ["devices: checkpoint", *PUSH_0, "evaluate 0", "close 0"]
     step_2 = [
         "sample 1",
         "devices: trainer",
@@ -169,12 +188,15 @@ def test_the_order_of_a_run():
         "learned 2",
         "devices: both",
         "push 2",
+        "score probe 2",
         "devices: engines",
         "probe 2",
         "poll",
         "record 2 batch 1 H=0.3 2e-06",
         "evaluate 2",
+        "devices: checkpoint",
         "save 2 last",
+        "devices: checkpoint",
         "export 2",
         "close 2",
     ]
@@ -184,7 +206,16 @@ def test_the_order_of_a_run():
 def test_a_wish_to_stop_is_granted_after_the_step_which_is_saved_and_not_evaluated():
     parts = Everything(stop_at=1, evaluate=(0, 1))
     assert run(parts, steps=5) == 1
-    assert parts.said[-len(STEP_1) - 2 :] == [*STEP_1, "save 1 last", "close 1"]
+    assert parts.said[-len(STEP_1) - 3 :] == [*STEP_1, "devices: checkpoint", "save 1 last", "close 1"]
+
+
+def test_engines_that_slept_for_a_save_get_their_weights_again_if_anybody_samples():
+    parts = Everything(save=(1, 2), offload=True)
+    assert run(parts) == 2
+    hand_over = ["devices: both", "push 1", "score probe 1", "devices: engines"]
+    after_1 = ["devices: checkpoint", "save 1", *hand_over, "close 1", "sample 1"]
+    assert parts.said[len(PUSH_0) + 2 + len(STEP_1) :][: len(after_1)] == after_1
+    assert parts.said[-3:] == ["devices: checkpoint", "save 2 last", "close 2"]
 
 
 def test_a_restored_run_goes_on_where_it_was():

@@ -116,7 +116,15 @@ class Recorder:
 
 
 class Residency:
+    engines_sleep = False
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
     def to_trainer(self) -> None: ...
+
+    def to_checkpoint(self) -> None: ...
 
     @contextlib.contextmanager
     def to_engines(self) -> Any:
@@ -137,7 +145,9 @@ def made(folder: Path, **keep: Any) -> SimpleNamespace:
         trainers=Ranks(),
         controller=Controller(),
         residency=Residency(),
-        weights=SimpleNamespace(push=lambda version: None, probe=lambda version: 0.0, baseline=0.02),
+        weights=SimpleNamespace(
+            push=lambda version: None, score_probe=lambda version: None, probe=lambda version, ours: 0.0, baseline=0.02
+        ),
         recorder=Recorder(),
         evaluations=SimpleNamespace(due=lambda step: True, evaluate=lambda step: None),
         stop=SimpleNamespace(asked=False),
@@ -180,9 +190,11 @@ CALLS = [
     "controller.observe",
     "trainers.update",
     "weights.push",
+    "weights.score_probe",
     "weights.probe",
     "residency.wake",
     "residency.to_engines",
+    "residency.to_checkpoint",
     "saving.poll",
     "saving.due",
     "saving.save",

@@ -21,6 +21,7 @@ from stare_megatron.types import (
     Control,
     GateDuty,
     Group,
+    Measured,
     Observed,
     Prompt,
     Score,
@@ -97,7 +98,11 @@ def made(tmp_path, monkeypatch, request):
 
     did: dict[str, tuple[Activity, ...]] = {}  # since the last report
     engines = SimpleNamespace(report=lambda: [EngineReport(did.pop("engine", ()), 1 << 20, EngineLoad())])
-    trainers = SimpleNamespace(report=lambda: [Report(did.pop("trainer", ()), 1 << 20)], token_records=token_records)
+    trainers = SimpleNamespace(
+        report=lambda: [Report(did.pop("trainer", ()), 1 << 20)],
+        memory=lambda: [Measured("time/offload", 2.0)],
+        token_records=token_records,
+    )
     groups = [group("a"), group("b")]
     batch = SimpleNamespace(
         groups=tuple((g, g.summary()) for g in groups),

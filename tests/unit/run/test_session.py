@@ -60,3 +60,17 @@ def test_engines_measure_a_gpu_when_the_ranks_have_taken_theirs(monkeypatch, ord
     # Numbers of a CPU run depend on no estimate.
     assert ("seqs None" in order) == (where is device.Device.CPU)
     assert ("seqs 808" in order) == (where is device.Device.CUDA)
+
+
+def test_the_arenas_are_told(monkeypatch, order):
+    monkeypatch.setattr(device, "current", lambda: device.Device.CPU)
+    monkeypatch.setattr(sizing, "arena_bytes", lambda *_: 3 << 29)
+    config = configuration(trainer={"offload": ["optimizer"], "world_size": 2, "tensor_parallel": 2})
+    said: list[str] = []
+    with session.open_session(config, Path("logs"), said.append, sizing.Load(8, 8)):
+        pass
+    assert "trainer.offload: 1.50 GiB of host memory for each of 2 trainer ranks" in said
+    said.clear()
+    with session.open_session(config, Path("logs"), said.append, sizing.Load(8, 8), trainers=False):
+        pass
+    assert not any("offload" in text for text in said)

@@ -99,6 +99,32 @@ def test_a_colocated_engine_leaves_room_for_the_rank():
     assert chosen(config, 0)["gpu_memory_utilization"] == 0.4  # nobody knows the GPU
 
 
+def test_a_rank_that_leaves_the_gpu_gives_its_room_to_the_engine():
+    def offload(*classes: str, **more: Any) -> Config:
+        return make(trainer={"world_size": 16, "tensor_parallel": 4, "offload": list(classes)} | more)
+
+    everything = offload("gradients", "optimizer", "parameters")
+    assert sizing.resident_bytes(make(), B7) == sizing.rank_bytes(make(), B7)
+    assert sizing.resident_bytes(everything, B7) == 2 << 30  # trainer.offload_residue_mb
+    assert sizing.resident_bytes(offload("gradients", offload_residue_mb=1024), B7) == pytest.approx(
+        5 * 1.9e9 + 2**30, rel=1e-6
+    )
+    assert sizing.arena_bytes(everything, B7) == pytest.approx(5 * 1.9e9, rel=1e-6)  # gradients are not kept
+    assert sizing.arena_bytes(offload("gradients"), B7) == 0
+    share = chosen(everything)["gpu_memory_utilization"]
+    assert share == pytest.approx(0.95 * (H100 - 6 * 2**30) / H100, abs=0.01)
+    assert share > 2 * chosen(make())["gpu_memory_utilization"]
+
+
+def test_offload_makes_no_room_for_a_step_that_does_not_fit():
+    config = make(trainer={"world_size": 1, "tensor_parallel": 1, "offload": ["optimizer"]}, inference={"engines": 1})
+    with pytest.raises(UserError, match=r"offload = \['optimizer'\] makes too little room: .* 131.* 79.6; raise"):
+        chosen(config)
+    everything = {"offload": ["gradients", "optimizer", "parameters"], "offload_step_mb": 4096}
+    config = make(trainer={"world_size": 1, "tensor_parallel": 1} | everything, inference={"engines": 1})
+    assert chosen(config)["gpu_memory_utilization"] > 0.8  # 6 bytes a parameter and 4 GiB fit
+
+
 @pytest.mark.parametrize(
     ("tables", "trainers"),
     [

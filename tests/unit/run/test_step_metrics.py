@@ -71,6 +71,14 @@ RATES = {
 }
 
 
+OF_RANKS = (
+    "time/offload",
+    "time/onload",
+    *(f"memory/trainer_{part}" for part in ("parameters", "gradients", "optimizer", "resident", "arena")),
+)
+RANKS = [Measured(name, rank + n) for rank in (1.0, 3.0, 2.0) for n, name in enumerate(OF_RANKS)]
+
+
 @dataclass(frozen=True)
 class Step:
     """What a step was made of: sampled groups with their labels, of which the first four are kept."""
@@ -161,6 +169,7 @@ def random_step(seed: int) -> Step:
             17.0,
             [5 << 20, 7 << 20, 6 << 20],
             [9 << 20, 3 << 20],
+            RANKS,
             2 << 20,
             HostMemory(8, 9),
             [EngineLoad(10, 30, 2.5, 0.5, 3), EngineLoad(40, 60, 9.0, 0.75, 1), EngineLoad(5, 50, 1.0, 0.25, 2)],
@@ -277,6 +286,7 @@ def expected(step: Step) -> dict[str, float]:
             "time/save": 1.5,
             "time/eval": 2.5,
             "time/elapsed": 17.0,
+            **{name: 3.0 + n for n, name in enumerate(OF_RANKS)},
             "memory/trainer_peak": 7.0,
             "memory/engine_peak": 9.0,
             "memory/driver_peak": 2.0,

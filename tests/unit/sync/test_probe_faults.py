@@ -80,7 +80,7 @@ class Pair:
 
     def run(self, version: int) -> float:
         self.weights.push(version)
-        return self.weights.probe(version)
+        return self.weights.probe(version, self.weights.score_probe(version))
 
     def _push(self, version: int, sums: str) -> dict[str, str]:
         self.passes.append(sums)
