@@ -12,7 +12,17 @@ from stare_megatron.models.shape import ModelShape
 from stare_megatron.plan import violations
 from stare_megatron.plan.hardware import Gpu
 from stare_megatron.plan.lengths import Lengths
-from stare_megatron.plan.memory import EngineRoom, Phase, RankInput, Use, engine_room, largest_pack, residency, uses
+from stare_megatron.plan.memory import (
+    EngineRoom,
+    Phase,
+    RankInput,
+    Use,
+    engine_room,
+    largest_pack,
+    rank_parts,
+    residency,
+    uses,
+)
 from stare_megatron.plan.sampling import Engine, RolloutTime, rollout_time
 from stare_megatron.plan.timing import Machine, PassTime, PushTime, Ranks, SaveTime, push_time, save_time
 from stare_megatron.run.sizing import with_engine_sizes
@@ -90,6 +100,23 @@ def memory_of(config: Config, shape: ModelShape, given: Given) -> tuple[Config, 
     count = max(map(len, Ranks(config, shape, m, given.lengths).batches()))
     rank = RankInput(m.layers, largest_pack(config, given.lengths, given.copies), count, residency(config))
     return config, uses(config, shape, m.gpu, m.constants, rank, room), room, [wrong] if wrong else []
+
+
+def ranks_fit(config: Config, shape: ModelShape, given: Given) -> bool:
+    """Whether the ranks alone fit their GPUs in scoring and update, with some to spare."""
+    m = given.machine
+    count = max(map(len, Ranks(config, shape, m, given.lengths).batches()))
+    rank = RankInput(m.layers, largest_pack(config, given.lengths, given.copies), count, residency(config))
+    beside = m.constants.outside + SPARE
+    if config.inference.placement == "colocated":
+        beside += m.constants.sleeping
+    # The first stage keeps most micro-batches, the last one has the output layer.
+    for stage in {0, config.trainer.pipeline_parallel - 1}:
+        for phase in (Phase.UPDATE, Phase.SCORE):
+            held = sum(rank_parts(config, shape, rank, phase, stage).values())
+            if held * (1 + m.constants.fragmented) + beside > m.gpu.memory:
+                return False
+    return True
 
 
 def roomiest_share(used: Sequence[Use], gpu: Gpu) -> float:

@@ -249,6 +249,14 @@ def test_longer_responses_take_longer(response: int, factor: float) -> None:
     assert long.room.at_mean <= short.room.at_mean
 
 
+def test_a_huge_batch_is_planned_in_a_moment() -> None:
+    """By samples that stand for all: as long as so many smaller ones."""
+    one, many = (plan_of("qwen2.5-7b", rollout={"prompts_per_step": n}) for n in (2**12, 2**20))
+    assert many.score.seconds == pytest.approx(256 * one.score.seconds, rel=0.02)
+    assert many.rollout.seconds == pytest.approx(256 * one.rollout.seconds, rel=0.1)
+    assert many.rollout.tokens == pytest.approx(256 * one.rollout.tokens, rel=0.01)
+
+
 def test_larger_micro_batches_launch_less() -> None:
     few, many = (plan_of(trainer={"micro_batch_tokens": n}) for n in (32768, 16384))
     assert few.update.parts.launches < many.update.parts.launches
