@@ -130,11 +130,16 @@ def make(config: Config, shape: ModelShape, given: Given, *, cures: bool = True)
     """The plan of a configuration. Where the model cannot be split so, sizes are of the split's next smaller part.
     `cures`: violations say what mends them."""
     wrong = violations.of_layout(config, shape, given.machine.gpu, given.nodes)
+    layout = len(wrong)
+
+    def again(changed: Config) -> Sequence[Use]:
+        worse = len(violations.of_layout(changed, shape, given.machine.gpu, given.nodes)) > layout
+        return () if worse else memory_of(changed, shape, given)[1]
+
     config, used, room, engines = memory_of(config, shape, given)
     share = roomiest_share(used, given.machine.gpu) if config.inference.placement == "colocated" else 0.0
     wrong += engines or violations.of_engines(config, room, share)
-    again = (lambda changed: memory_of(changed, shape, given)[1]) if cures else None
-    wrong += violations.of_memory(config, used, again)
+    wrong += violations.of_memory(config, used, again if cures else None)
     ranks = Ranks(config, shape, given.machine, given.lengths)
     engine = Engine(config, shape, given.machine, room, room.running)
     return Plan(
