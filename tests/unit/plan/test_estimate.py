@@ -85,7 +85,7 @@ def test_a_cure_of_memory_is_tried_before_it_is_named() -> None:
 
 def test_engines_that_find_no_room_beside_ranks_are_placed_apart() -> None:
     trainer = {"world_size": 8, "tensor_parallel": 1, "sequence_parallel": False}
-    plan = plan_of("qwen2.5-7b", trainer=trainer, inference={"engines": 2})
+    plan = plan_of("qwen2.5-7b", trainer=trainer, inference={"engines": 8, "tensor_parallel": 1})
     (problem,) = [p for p in plan.violations if p.startswith("rollout")]
     assert problem.endswith("; set inference.placement=separate")
 
