@@ -73,6 +73,15 @@ def _plot(args: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
+def _trace(args: argparse.Namespace, rest: list[str]) -> int:
+    from stare_megatron.metrics.trace import parse_steps, write_chrome
+
+    out = args.out or args.run / "trace.json"
+    steps = write_chrome(args.run, out, parse_steps(args.steps))
+    print(f"{out}: {steps} step(s); open it at https://ui.perfetto.dev or chrome://tracing")
+    return 0
+
+
 def _study(args: argparse.Namespace, rest: list[str]) -> int:
     from stare_megatron.study import command
 
@@ -249,6 +258,12 @@ def _add_runs(commands: Any) -> None:
     add = _command(commands, "doctor", _doctor, about, *examples).add_argument
     settings = "TOML file of a run and overrides, or cluster.address=... alone; without any: this machine"
     add("settings", nargs="*", metavar="run.toml key.sub=value", help=settings)
+
+    about = "write what each process of a run did when, for Perfetto or Chrome"
+    add = _command(commands, "trace", _trace, about, "trace runs/demo", "trace runs/demo --steps 3-5").add_argument
+    add("run", type=paths.argument, help="run folder")
+    add("--steps", default="", metavar="A-B", help="only these steps, e.g. 7 or 3-5")
+    add("--out", type=paths.argument, metavar="FILE", help="file to write (default: RUN/trace.json)")
 
     add_plan(_command(commands, "plan", _plan, ABOUT, *EXAMPLES))
 

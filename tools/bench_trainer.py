@@ -72,15 +72,9 @@ def make_rank(config: Config) -> TrainerRank:
 
 def load(trainer: TrainerRank, config: Config, number: int) -> int:
     """Give the rank its share of a random batch, the same for the same `number`; tokens in the whole batch."""
-    t = config.trainer
     groups = random_groups(config, number)
-    plans = plan_updates(
-        [group.summary() for group in groups],
-        data_parallel=t.data_parallel,
-        updates_per_batch=t.updates_per_batch,
-        micro_batch_tokens=t.micro_batch_tokens,
-        min_micro_batch_multiple=t.pipeline_parallel if t.virtual_pipeline > 1 else 1,
-    )
+    cost = read_hf_config(config.model.path).sequence_cost
+    plans = plan_updates([group.summary() for group in groups], config.trainer, cost)
     trainer.load([(groups, plan[trainer.position().data_parallel_rank]) for plan in plans])
     return sum(trajectory.num_tokens for group in groups for trajectory in group.trajectories)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import ray
 
 from stare_megatron.cluster import runtime
+from stare_megatron.cluster.activity import ActivityLog
 from stare_megatron.cluster.placement import Slot
 from stare_megatron.cluster.sandboxes import make_client
 from stare_megatron.config import Config
@@ -20,6 +21,7 @@ from stare_megatron.data.tokenizer import first_line
 from stare_megatron.errors import RunError
 from stare_megatron.sandbox.client import SandboxClient
 from stare_megatron.types import Group, GroupRequest, GroupSummary
+from stare_megatron.types.report import EngineReport
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,6 +51,7 @@ class EngineActor:
         self._sandboxes = sandboxes
         self._opened = contextlib.AsyncExitStack()
         self._failure = ""
+        self._activity = ActivityLog()
 
     async def hello(self) -> runtime.Station:
         return runtime.station()
@@ -74,11 +77,13 @@ class EngineActor:
 
     @ray.method(num_returns=2)
     async def run_group(self, request: GroupRequest) -> tuple[Group, GroupSummary]:
-        return await self._run(request)
+        with self._activity.during("sample", request.prompt.id):
+            return await self._run(request)
 
     async def call(self, method: str, *args: Any) -> Any:
         """A method of the engine, by its name."""
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self._activity.during(method))
             stack.push(functools.partial(self._keep_failure, method))
             found = getattr(self._engine, method)(*args)
             return await found if inspect.isawaitable(found) else found
@@ -90,6 +95,9 @@ class EngineActor:
     async def failure(self) -> str:
         """The last error of `call`, "" if there was none: a trainer rank that it was raised to may be blocked."""
         return self._failure
+
+    async def report(self) -> EngineReport:
+        return EngineReport(self._activity.take(), self._engine.peak_memory_bytes(), self._engine.load())
 
     async def close(self) -> None:
         await self._opened.aclose()
@@ -174,9 +182,9 @@ class EngineGroup:
     def wake(self, part: Literal["weights", "kv_cache"]) -> None:
         self._all("wake", part)
 
-    def peak_memory_bytes(self) -> list[int]:
-        """Each engine's."""
-        return self._all("peak_memory_bytes")
+    def report(self) -> list[EngineReport]:
+        """What each engine did since it was last asked, and what that took."""
+        return self._crew.wait([actor.report.remote() for actor in self.actors], "report")
 
     def close(self) -> None:
         """Stop every engine; one that does not answer within 20 s is killed."""

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import ray
 
 from stare_megatron.cluster import runtime
+from stare_megatron.cluster.activity import ActivityLog
 from stare_megatron.cluster.placement import Slot
 from stare_megatron.config import Config
 from stare_megatron.data.packing import plan_updates
 from stare_megatron.host import device
 from stare_megatron.host.manifest import FileEntry
 from stare_megatron.host.ports import free_port
-from stare_megatron.types import Control, EntropyReading, Group, GroupSummary, StepStats, UpdateShare
+from stare_megatron.types import Control, EntropyReading, Group, GroupSummary, SequenceCost, StepStats, UpdateShare
+from stare_megatron.types.report import Report
 from stare_megatron.types.token_record import TokenRecord, join
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ class TrainerActor:
         self._config = config
         self._rank = rank
         self._local_rank = local_rank
+        self._activity = ActivityLog()
 
     def hello(self) -> runtime.Station:
         return runtime.station()
@@ -84,7 +87,8 @@ class TrainerActor:
             self._wanted = self._all_names()
         elif sums == "share":
             self._wanted = share(self._stream.specs, version // self._config.sync.probe_every)
-        self._pusher.push(version)
+        with self._activity.during("push", f"version {version}"):
+            self._pusher.push(version)
         return self._found
 
     def checksums(self) -> dict[str, str]:
@@ -108,12 +112,17 @@ class TrainerActor:
             yield name, tensor
 
     def load(self, updates: list[tuple[list[ray.ObjectRef], UpdateShare]]) -> None:
-        fetched: list[tuple[list[Group], UpdateShare]] = [(ray.get(refs), share) for refs, share in updates]
-        self._trainer.load(fetched)
+        with self._activity.during("load"):
+            fetched: list[tuple[list[Group], UpdateShare]] = [(ray.get(refs), share) for refs, share in updates]
+            self._trainer.load(fetched)
 
     def call(self, method: str, *args: Any, **named: Any) -> Any:
         """A method of the rank, by its name."""
-        return getattr(self._trainer, method)(*args, **named)
+        with self._activity.during(method):
+            return getattr(self._trainer, method)(*args, **named)
+
+    def report(self) -> Report:
+        return Report(self._activity.take(), self._trainer.peak_memory_bytes())
 
 
 class UpdateBatch(Protocol):
@@ -126,8 +135,10 @@ class UpdateBatch(Protocol):
 class TrainerGroup:
     """All trainer ranks. Every method runs on all of them and returns what rank 0 says."""
 
-    def __init__(self, config: Config, slots: Sequence[Slot], logs: Path, say: Callable[[str], None]) -> None:
-        self._config = config
+    def __init__(
+        self, config: Config, slots: Sequence[Slot], logs: Path, say: Callable[[str], None], cost: SequenceCost
+    ) -> None:
+        self._config, self._cost = config, cost
         names = [f"trainer rank {rank}" for rank in range(len(slots))]
         self._crew = runtime.Crew(names, say, named_hosts=config.cluster.address != "local")
         self._actors: list[Any] = [
@@ -153,14 +164,8 @@ class TrainerGroup:
 
     def load(self, batch: UpdateBatch) -> None:
         """Give each rank its share of the update batch; tokens travel from the engines' nodes, not through here."""
-        groups, trainer = batch.groups, self._config.trainer
-        plans = plan_updates(
-            [summary for _, summary in groups],
-            data_parallel=trainer.data_parallel,
-            updates_per_batch=trainer.updates_per_batch,
-            micro_batch_tokens=trainer.micro_batch_tokens,
-            min_micro_batch_multiple=trainer.pipeline_parallel if trainer.virtual_pipeline > 1 else 1,
-        )
+        groups = batch.groups
+        plans = plan_updates([summary for _, summary in groups], self._config.trainer, self._cost)
         self._first_tokens = {
             (assignment.group, sample): first
             for plan in plans
@@ -232,9 +237,9 @@ class TrainerGroup:
     def export_hf(self, folder: Path) -> None:
         self._rank("export_hf", folder)
 
-    def peak_memory_bytes(self) -> list[int]:
-        """Each rank's."""
-        return self._rank("peak_memory_bytes")
+    def report(self) -> list[Report]:
+        """What each rank did since it was last asked, and what that took."""
+        return self._all("report")
 
     def close(self) -> None:
         for actor in self._actors:

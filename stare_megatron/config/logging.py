@@ -40,6 +40,9 @@ class LoggingConfig(Section):
         default=10, ge=0, description="Write sampled trajectories, as text and as data, every n steps; 0: never."
     )
     samples: int = Field(default=4, ge=1, description="Trajectories written each time.")
+    trace: bool = Field(
+        default=True, description="Write what each process does when, for `stare-megatron trace RUN`; at most 64 MB."
+    )
     reflection_words: list[str] = Field(
         default_factory=lambda: list(REFLECTION_WORDS),
         description="Words and phrases counted in responses, whole and in any case; empty: nothing is counted.",

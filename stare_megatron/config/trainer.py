@@ -110,6 +110,17 @@ class TrainerConfig(Section):
     def data_parallel(self) -> int:
         return self.world_size // (self.tensor_parallel * self.pipeline_parallel * self.context_parallel)
 
+    @property
+    def expert_tensor_parallel(self) -> int:
+        """Ranks that split one expert: `megatron.expert_tensor_parallel_size`, upstream's default is TP."""
+        return int(self.megatron.get("expert_tensor_parallel_size") or self.tensor_parallel)
+
+    @property
+    def lockstep(self) -> int:
+        """Consecutive data-parallel ranks that meet in every micro-batch, because each has some of the experts."""
+        experts = self.expert_parallel * self.expert_tensor_parallel
+        return max(1, experts // (self.tensor_parallel * self.context_parallel))
+
     @model_validator(mode="after")
     def _layout(self) -> TrainerConfig:
         ranks = self.tensor_parallel * self.pipeline_parallel * self.context_parallel

@@ -54,6 +54,7 @@ def mcore_objects(shape: ModelShape) -> Iterator[str]:
     first = [entry for entry in entries(shape) if entry.layer == 0]
     modules = {"decoder.layers.self_attention.core_attention": first[0]}
     modules |= {entry.saved.removesuffix(".weight"): entry for entry in first if entry.saved.endswith(".weight")}
+    modules.pop("decoder.layers.mlp.router", None)  # neither kind of linear
     for module, entry in modules.items():
         for layer in range(shape.layers):
             if not entry.of_experts:

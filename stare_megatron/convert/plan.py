@@ -23,11 +23,11 @@ from stare_megatron.models.entries import hf_names
 from stare_megatron.models.families import FAMILIES, read_hf_config
 from stare_megatron.models.layout import padded_vocab
 from stare_megatron.models.shape import ModelShape
-from stare_megatron.models.shards import Checkpoint
-from stare_megatron.models.weights import check
+from stare_megatron.models.shards import TORCH_DTYPES
+from stare_megatron.models.weights import check, parameters
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_FORMAT = 1  # raise it when an interrupted conversion of before must not be gone on with
+_FORMAT = 2  # raise it when an interrupted conversion of before must not be gone on with
 # Files are kept large, but there are at least a few for each process.
 _FILES_A_PROCESS = 2
 
@@ -129,7 +129,7 @@ def make_plan(source: Source, *, to: Kind, dtype: str, layout: ParallelLayout, f
         padded_vocab=padded,
         files=tuple(files),
         tensors=len(names),
-        parameters=sum(n // target.itemsize for n in sizes.values()),
+        parameters=parameters(shape),
         largest=(largest, sizes[largest]),
         tokenizer=check_tokenizer(hf),
         key=_key(source, hf, to, target, files),
@@ -149,9 +149,8 @@ def check_disk(plan: Plan, out: Path, present: int) -> None:
 
 def _hf_dtypes(source: Source, shape: ModelShape) -> tuple[torch.dtype, ...]:
     """Check every header against the configuration."""
-    check(source.weights, shape)
-    file = Checkpoint(source.weights)
-    return tuple(dict.fromkeys(file.info(name).dtype for name in hf_names(shape)))
+    found = check(source.weights, shape)
+    return tuple(dict.fromkeys(TORCH_DTYPES[found[name].dtype] for name in hf_names(shape)))
 
 
 def _mcore_dtypes(source: Source, shape: ModelShape, hf: Path) -> tuple[torch.dtype, ...]:

@@ -100,11 +100,14 @@ def require_hf(source: Source) -> Path:
 
 
 def check_tokenizer(hf: Path) -> str:
-    """What to tell of the tokenizer beside a config.json.
+    """What to tell of the tokenizer beside a config.json; the files that go along are read with or without one.
 
     Raises:
         UserError: it is damaged, or of another model.
     """
-    from stare_megatron.data.tokenizer import has_tokenizer, load_tokenizer
+    from stare_megatron.data.tokenizer import has_tokenizer, load_tokenizer, read_files
 
-    return f"{len(load_tokenizer(hf).get_vocab()):,} tokens" if has_tokenizer(hf) else "none in the folder"
+    if has_tokenizer(hf):
+        return f"{len(load_tokenizer(hf).get_vocab()):,} tokens"
+    read_files(hf)
+    return "none in the folder"

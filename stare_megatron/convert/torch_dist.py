@@ -114,6 +114,9 @@ class TorchDist:
             if not isinstance(value, TensorStorageMetadata) or not isinstance(value.properties.dtype, torch.dtype):
                 raise ValueError(f"{key!r} is neither a tensor nor an object")
             whole = Box((0,) * len(value.size), tuple(map(int, value.size)))
+            most = math.prod(max(n, 1) for n in whole.sizes) * value.properties.dtype.itemsize
+            if min(whole.sizes, default=0) < 0 or most >= 1 << 63:
+                raise ValueError(f"{key!r} has the size {list(whole.sizes)}, which no tensor has")
             self.tensors[key] = TensorInfo(value.properties.dtype, whole.sizes)
             self._pieces[key] = []
             for chunk in value.chunks:
@@ -126,6 +129,8 @@ class TorchDist:
                 file, offset, length = str(info.relative_path), int(info.offset), int(info.length)
                 if Path(file).name != file or offset < 0 or length < 0:
                     raise ValueError(f"a piece of {key!r} lies outside the folder")
+                if math.prod(box.sizes) * value.properties.dtype.itemsize > length:
+                    raise ValueError(f"a piece of {key!r} is larger than its bytes in {file}")
                 self._pieces[key].append(Stored(key, box, file, offset, length))
 
     def _check_files(self) -> None:
@@ -167,16 +172,14 @@ class TorchDist:
         exact = next((piece for piece in pieces if piece.box == box), None)
         if exact is not None:
             return self._piece(exact)
-        out = torch.empty(box.sizes, dtype=self.tensors[key].dtype)
-        filled = 0
-        for piece in pieces:
-            assert piece.box is not None
-            shared = piece.box.meet(box)
-            if shared is not None:
-                out[shared.within(box)] = self._piece(piece)[shared.within(piece.box)]
-                filled += math.prod(shared.sizes)
-        if filled != out.numel():
+        met = [(piece, piece.box, piece.box.meet(box)) for piece in pieces if piece.box is not None]
+        parts = [(piece, outer, shared) for piece, outer, shared in met if shared is not None]
+        # Before anything of the size that the index says is allocated.
+        if sum(math.prod(shared.sizes) for _, _, shared in parts) != math.prod(box.sizes):
             raise UserError(f"{self.folder / INDEX}: the pieces of {key!r} do not cover the tensor once; {_AGAIN}")
+        out = torch.empty(box.sizes, dtype=self.tensors[key].dtype)
+        for piece, outer, shared in parts:
+            out[shared.within(box)] = self._piece(piece)[shared.within(outer)]
         return out
 
     def _piece(self, piece: Stored) -> torch.Tensor:

@@ -25,7 +25,8 @@ def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer. What it makes of roles is tried once for each sequence of them.
+    """The chat template of a tokenizer. What it makes of messages is tried once for each sequence of roles, keys
+    and whether the contents are blank.
 
     `date`: the day it is for the template, and midnight, ISO; empty: today.
     """
@@ -36,7 +37,7 @@ class ChatTemplate:
         self._clock: dict[str, Any] = {}
         if date:
             self._clock["strftime_now"] = datetime.datetime.fromisoformat(date).strftime
-        self._tried: dict[tuple[str, ...], str | None] = {}
+        self._tried: dict[tuple[tuple[str, bool, frozenset[str]], ...], str | None] = {}
 
     def render(self, messages: list[Any]) -> str:
         """The prompt that asks for the next message. No content is lost on the way: white space around it may be.
@@ -70,15 +71,17 @@ class ChatTemplate:
 
     def _ignored(self, messages: list[dict[str, Any]]) -> str | None:
         """A role whose messages the template does not write out: a content may be in the text for another reason."""
-        roles = tuple(message["role"] for message in messages)
-        if roles not in self._tried:
-            marks = [f"staremark{i}x" for i in range(len(roles))]
+        kinds = tuple((m["role"], is_blank(m["content"]), frozenset(m)) for m in messages)
+        if kinds not in self._tried:
+            # A blank content, which a call of a tool has, stays: a template may write out the call in its place.
+            marks = ["" if blank else f"staremark{i}x" for i, (_, blank, _) in enumerate(kinds)]
             try:
-                text = self._write([m | {"content": mark} for m, mark in zip(messages, marks, strict=True)])
+                text = self._write([m | {"content": k or m["content"]} for m, k in zip(messages, marks, strict=True)])
             except ValueError:  # a template that looks into the contents: they have been found already
                 text = "".join(marks)
-            self._tried[roles] = next((role for role, mark in zip(roles, marks, strict=True) if mark not in text), None)
-        return self._tried[roles]
+            lost = (role for (role, *_), mark in zip(kinds, marks, strict=True) if mark not in text)
+            self._tried[kinds] = next(lost, None)
+        return self._tried[kinds]
 
 
 def _message(place: int, message: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import json
 import math
 import re
 import reprlib
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
@@ -16,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from stare_megatron.data.json_text import decode, decode_line
+from stare_megatron.data.tokenizer import first_line
 from stare_megatron.errors import UserError
 from stare_megatron.host.files import disguise
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 ABSENT = object()  # no such key; a value may be None
+_UNSEEN = frozenset({"Cc", "Cf", "Cs", "Zs", "Zl", "Zp"})  # control, format, lone surrogates, white space
 _SHOWN = 200  # characters of a broken row that are kept
 _BATCH = 1024  # rows of parquet in memory at a time
 _BETWEEN = re.compile(r"\s*(,?)\s*")  # two items of an array
@@ -149,7 +152,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
                     number += 1
                     yield str(number), row
     except (pa.ArrowException, OSError, UnicodeDecodeError) as e:  # the last: names of columns
-        raise UserError(f"{path}: not a readable parquet file: {str(e).partition(chr(10))[0]}") from e
+        raise UserError(f"{path}: not a readable parquet file: {first_line(e)}") from e
 
 
 def _one_by_one(batch: Any, row: int) -> Row:
@@ -158,7 +161,7 @@ def _one_by_one(batch: Any, row: int) -> Row:
         try:
             found[name] = batch.column(name)[row].as_py()
         except (ValueError, OverflowError) as e:
-            return Broken(f"key {name!r}: a value that cannot be read: {str(e).partition(chr(10))[0]}", shown(found))
+            return Broken(f"key {name!r}: a value that cannot be read: {first_line(e)}", shown(found))
     return found
 
 
@@ -199,7 +202,7 @@ def text_of(value: Any) -> str:
 
 def is_blank(text: str) -> bool:
     """Whether nothing of it can be seen."""
-    return not any(c.isprintable() and not c.isspace() for c in text)
+    return all(unicodedata.category(c) in _UNSEEN for c in text)
 
 
 def is_written_messages(text: str) -> bool:

@@ -40,11 +40,11 @@ def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
             tokenizer that is another model's ("vocabulary mismatch").
     """
     vocab_size = read_vocab_size(model)
+    trees = read_files(model)
     if not has_tokenizer(model):  # AutoTokenizer would make an empty one
         raise UserError(
             f"{model}: no tokenizer: none of {', '.join(_VOCABULARIES)}; copy the tokenizer of the base model here"
         )
-    trees = read_files(model)
     tokenizer = _load(model, trees)
     vocabulary = tokenizer.get_vocab()
     largest = max(vocabulary.values(), default=-1)
@@ -125,7 +125,8 @@ def _check_special_ids(
 ) -> None:
     """Special tokens that the two configurations name. `ids`: of all tokens."""
     other = "it is another model's, or the file names a wrong id"
-    special, ends = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder), set()
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    ends: dict[int, str] = {}  # and the file that names it
     for name in _MODEL:
         for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = trees.get(name, {}).get(field)
@@ -137,11 +138,11 @@ def _check_special_ids(
                     raise UserError(
                         f"{model / name}: {field} = {one!r:.20} is no token of the tokenizer beside it; {other}"
                     )
-            ends |= set(values) - {-1} if field == "eos_token_id" else set()
-    if ends and not ends & special:
-        raise UserError(
-            f"{model / 'config.json'}: eos_token_id = {min(ends)} is an ordinary token of the tokenizer; {other}"
-        )
+            if field == "eos_token_id":
+                ends = {one: name for one in values if one != -1} | ends
+    if ends and not ends.keys() & special:
+        end = min(ends)
+        raise UserError(f"{model / ends[end]}: eos_token_id = {end} is an ordinary token of the tokenizer; {other}")
 
 
 def decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
@@ -175,5 +176,6 @@ def read_vocab_size(model: Path) -> int:
 
 
 def first_line(error: BaseException) -> str:
-    """Of what an error says; its type where it says nothing."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    """Of what an error says, lone surrogates escaped: they could not be written out; its type where it says nothing."""
+    said = str(error).strip().partition("\n")[0] or type(error).__name__
+    return said.encode(errors="backslashreplace").decode()

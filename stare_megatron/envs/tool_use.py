@@ -79,7 +79,8 @@ class ToolUse:
 
     async def step(self, action: Completion) -> npt.NDArray[np.int32] | End:
         token_ids = action.token_ids.tolist()
-        ended = ends_a_sequence(token_ids, self._tokenizer)
+        # A stop string may be a special token (`</tool_call>`): it ends the call, not the sequence.
+        ended = ends_a_sequence(token_ids, self._tokenizer) and self._tokenizer.decode(token_ids[-1:]) not in self.stop
         text = str(
             self._tokenizer.decode(
                 token_ids[:-1] if ended else token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False

@@ -22,11 +22,14 @@ from stare_megatron.errors import RunError
 from stare_megatron.host import device
 from stare_megatron.inference.processes import ChildProcesses
 from stare_megatron.types import Completion, Sampling, Status
+from stare_megatron.types.report import EngineLoad
 
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
+
+    from stare_megatron.inference.load import LoadMeter
 
 T = TypeVar("T")
 
@@ -65,13 +68,14 @@ class Engine:
             "generation_config": "vllm",  # no sampling defaults from the checkpoint
             "logprobs_mode": "raw_logprobs",  # before temperature and top-p
             "enable_prefix_caching": True,
-            "disable_log_stats": True,
+            "disable_log_stats": True,  # of vLLM's own; `load` has its meter
             "weight_transfer_config": {"backend": transport},
             "worker_extension_cls": "stare_megatron.sync.worker.ChecksumExtension",
             **device.engine_args(config.placement == "colocated", config.tensor_parallel),
             **config.vllm,
         }
         self._llm: AsyncLLM | None = None
+        self._meter: LoadMeter | None = None
         self._children = ChildProcesses()
         self._ids = itertools.count()
         self._asleep = False
@@ -85,10 +89,14 @@ class Engine:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        from stare_megatron.inference.load import LoadMeter
+
+        self._meter = meter = LoadMeter()
         self._children.begin()
         os.environ["STARE_ENGINE_PARENT"] = str(os.getpid())  # see sync.plugin
         try:
-            self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._args))
+            args = AsyncEngineArgs(**self._args)
+            self._llm = AsyncLLM.from_engine_args(args, stat_loggers=[meter.made_for])
             await self._llm.update_weight_version(str(UNPUSHED))
         except (RuntimeError, ValueError, OSError) as e:
             await self.close()
@@ -205,6 +213,10 @@ class Engine:
         elif part == "kv_cache":
             await self._call(llm.resume_generation())
         self._asleep = self._asleep and part != "kv_cache"
+
+    def load(self) -> EngineLoad:
+        """How full it was since this was last asked."""
+        return self._meter.take() if self._meter else EngineLoad()
 
     def peak_memory_bytes(self) -> int:
         """Sum over this process and those of the engine of each one's largest resident size so far (Linux)."""

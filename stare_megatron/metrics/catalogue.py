@@ -49,6 +49,8 @@ _KINDS = {
     "change": "Signed share of the predicted change",
 }
 
+_PHASES = {"rollout": "sampling", "score": "the scoring pass", "update": "the update, three forward passes' worth"}
+
 _ENTRIES = (
     Entry("reward/mean", "reward", R.MEAN, "All sampled trajectories, also those of dropped groups."),
     Entry("reward/kept_mean", "reward", R.MEAN, "Trajectories of the update batch."),
@@ -103,6 +105,12 @@ _ENTRIES = (
     Entry("stare/tokens_neg", "tokens", R.UPDATE_SUM, "Tokens with a negative advantage (T-)."),
     Entry("update/loss", "loss", R.UPDATE_MEAN, "The objective; on-policy its value is near 0 by design."),
     Entry("update/grad_norm", "norm", R.UPDATE_MEAN, "L2 norm of the gradient before clipping."),
+    Entry(
+        "packing/cost_imbalance",
+        "fraction",
+        R.UPDATE_MEAN,
+        "Costliest data-parallel rank by the mean, less 1, in FLOPs of its sequences; see docs/packing.md.",
+    ),
     Entry("update/lr", "1", R.LAST, "Learning rate."),
     Entry("update/loss_scale", "factor", R.LAST, "float16: factor of the loss while its gradients were made."),
     Entry("update/overflows", "updates", R.UPDATE_SUM, "float16: updates skipped since their gradients overflowed."),
@@ -164,6 +172,12 @@ _ENTRIES = (
     Entry("sync/staleness", "versions", R.MAX, "Versions a trained trajectory's policy is behind."),
     Entry("throughput/tokens_per_second", "tokens/s", R.MEAN, "Action tokens sampled, by time of the step."),
     Entry("throughput/rollout_tokens_per_second", "tokens/s", R.MEAN, "Action tokens sampled, by rollout time."),
+    Entry(
+        "throughput/tokens_per_second_per_device",
+        "tokens/s",
+        R.MEAN,
+        "throughput/tokens_per_second by the devices (GPUs; ranks and workers on CPUs) of ranks and engines.",
+    ),
     Entry("throughput/trained_tokens", "tokens", R.UPDATE_SUM, "Action tokens of the step's update batch."),
     Entry("throughput/trained_tokens_total", "tokens", R.ONE, "Action tokens trained on since step 0."),
     Entry("time/rollout", "s", R.ONE, "Sampling and rewards."),
@@ -176,6 +190,22 @@ _ENTRIES = (
     Entry("time/eval", "s", R.ONE, "Evaluation after the previous step; 0 when none was due."),
     Entry("time/step", "s", R.ONE, "The whole step, without time/eval."),
     Entry("time/elapsed", "s", R.ONE, "Since this start of the run."),
+    *(
+        entry
+        for phase, what in _PHASES.items()
+        for entry in (
+            Entry(f"rates/{phase}_tflops", "TFLOP/s", R.MEAN, f"Model operations of {what}, by seconds and devices."),
+            Entry(f"rates/{phase}_mfu", "fraction", R.MEAN, "The same by what the GPU can do; NaN if not known."),
+        )
+    ),
+    Entry(
+        "idle/engines", "fraction", R.FRACTION, "Of an engine's time in the step, evaluation included: it did nothing."
+    ),
+    Entry("idle/trainers", "fraction", R.FRACTION, "The same of a trainer rank."),
+    Entry("engine/requests", "requests", R.MEAN, "Running at once in an engine, over its iterations."),
+    Entry("engine/kv_use", "fraction", R.MEAN, "KV cache in use in an engine, over its iterations."),
+    Entry("engine/kv_use_max", "fraction", R.MAX, "The most, of any engine."),
+    Entry("engine/preemptions", "requests", R.SUM, "Put back for want of KV cache, to be computed again."),
     Entry("memory/trainer_peak", "MB", R.PROCESS_MAX, "Peak memory of a trainer rank: device memory on a GPU."),
     Entry("memory/engine_peak", "MB", R.PROCESS_MAX, "Peak memory of an engine: device memory on a GPU."),
     Entry("memory/driver_peak", "MB", R.ONE, "Peak resident memory of the driver."),

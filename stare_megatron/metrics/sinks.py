@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +18,11 @@ from stare_megatron.metrics.console import ConsoleSink
 
 class Sink(Protocol):
     def log(self, step: int, metrics: Sequence[Metric]) -> None:
-        """Write one finished step. Steps come in rising order; further values of a step may follow it."""
+        """Write one finished step. Steps come in rising order; further values of a step may follow it.
+
+        Raises:
+            ConnectionError: who it writes to is gone, and it can log no more.
+        """
         ...
 
     def close(self) -> None:
@@ -31,7 +36,7 @@ class Sinks:
     def __init__(self, console: ConsoleSink, record: jsonl.JsonlSink, plotted: Sequence[Sink]) -> None:
         self._console = console
         self._record = record
-        self._plotted = tuple(plotted)
+        self._plotted = list(plotted)
 
     def status(self, text: str) -> None:
         """Tell the user what is going on now."""
@@ -49,27 +54,38 @@ class Sinks:
         """A step that is done. `late`: metrics that are only settled when it has been saved and evaluated, as they are
         now: the record must not lack the step if the run dies meanwhile, nor the display show it late."""
         self._record.log(step, [*metrics, *late])
-        for sink in self._plotted:
-            sink.log(step, metrics)
+        self._plot(step, metrics)
         self._console.log(step, [*metrics, *late])
 
     def complete(self, step: int, late: Sequence[Metric]) -> None:
         """The settled values of `late`."""
         self._record.amend(late)
-        for sink in self._plotted:
-            sink.log(step, late)
+        self._plot(step, late)
         self._console.amend(late)
 
     def log_evaluation(self, step: int, metrics: Sequence[Metric], lines: Sequence[str]) -> None:
         """An evaluation, on record elsewhere: to the plotting sinks, and `lines` to the display."""
-        for sink in self._plotted:
-            sink.log(step, metrics)
+        self._plot(step, metrics)
         self._console.evaluated(step, lines)
 
     def close(self) -> None:
         with contextlib.ExitStack() as stack:
-            for sink in (self._record, *self._plotted, self._console):
-                stack.callback(sink.close)
+            stack.callback(self._console.close)
+            for sink in self._plotted:
+                stack.callback(self._without, sink, sink.close)
+            stack.callback(self._record.close)
+
+    def _plot(self, step: int, metrics: Sequence[Metric]) -> None:
+        for sink in tuple(self._plotted):
+            self._without(sink, functools.partial(sink.log, step, metrics))
+
+    def _without(self, sink: Sink, call: Callable[[], None]) -> None:
+        """`call` the sink; the run goes on without one that lost whom it writes to."""
+        try:
+            call()
+        except ConnectionError as e:
+            self._console.note(str(e))
+            self._plotted.remove(sink)
 
 
 def open_sinks(config: Config, folder: Path, restored_step: int, quiet: bool, console: Console) -> Sinks:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import wandb
+from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
 
 from stare_megatron.config import LoggingConfig
 from stare_megatron.errors import UserError
@@ -59,7 +61,27 @@ class WandbSink:
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, metrics: Sequence[Metric]) -> None:
-        self._run.log({"step": step, **by_name(metrics)})
+        with _service():
+            self._run.log({"step": step, **by_name(metrics)})
 
     def close(self) -> None:
-        self._run.finish()
+        with _service():
+            self._run.finish()
+
+
+@contextlib.contextmanager
+def _service() -> Iterator[None]:
+    """wandb's process hears SIGTERM even where it is blocked, and schedulers send it to every process of a job.
+
+    Raises:
+        ConnectionError: that process is gone.
+    """
+    try:
+        yield
+    except (ConnectionError, wandb.Error, MailboxClosedError, HandleAbandonedError) as e:
+        with contextlib.suppress(ConnectionError):
+            wandb.teardown()  # else it is tried, and fails, when Python ends
+        cause = str(e).strip().partition("\n")[0] or type(e).__name__
+        raise ConnectionError(
+            f"wandb lost its process ({cause}); the rest of this start is in metrics.jsonl only"
+        ) from e

@@ -58,14 +58,17 @@ def local_entries(shape: ModelShape) -> list[ParameterEntry]:
     return entries(shape) + [ParameterEntry(None, _TIED_HEAD)] * shape.tied
 
 
-def hf_names(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+def hf_tensors(shape: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and full shape of every Hugging Face tensor of the model, in the order of export."""
-    return {
-        name: want
-        for entry in entries(shape)
-        for expert in range(entry.experts(shape))
-        for name, want in zip(entry.names(expert), entry.wants(shape), strict=True)
-    }
+    for entry in entries(shape):
+        wants = entry.wants(shape)
+        for expert in range(entry.experts(shape)):
+            yield from zip(entry.names(expert), wants, strict=True)
+
+
+def hf_names(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """All of `hf_tensors`."""
+    return dict(hf_tensors(shape))
 
 
 def full_shapes(layout: Split, shape: ModelShape, last: str) -> list[tuple[int, ...]]:

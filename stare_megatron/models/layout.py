@@ -14,7 +14,7 @@ def check_layout(config: TrainerConfig, gpus: bool | None) -> None:
         UserError: no such layout.
     """
     ranks = config.world_size // config.pipeline_parallel
-    expert_tensor = expert_tensor_parallel(config)
+    expert_tensor = config.expert_tensor_parallel
     if ranks % (config.expert_parallel * expert_tensor):
         raise UserError(
             f"trainer.expert_parallel = {config.expert_parallel} x expert tensor parallel {expert_tensor} does not "
@@ -29,11 +29,6 @@ def check_layout(config: TrainerConfig, gpus: bool | None) -> None:
         )
     if config.expert_parallel > 1 and config.tensor_parallel > 1 and not config.sequence_parallel:
         raise UserError("trainer.expert_parallel > 1 with tensor_parallel > 1 needs trainer.sequence_parallel = true")
-
-
-def expert_tensor_parallel(config: TrainerConfig) -> int:
-    """Ranks that split one expert: `trainer.megatron.expert_tensor_parallel_size`, upstream's default is TP."""
-    return int(config.megatron.get("expert_tensor_parallel_size") or config.tensor_parallel)
 
 
 def recompute_modules(config: TrainerConfig, shape: ModelShape) -> list[str]:

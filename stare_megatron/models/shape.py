@@ -12,6 +12,7 @@ from typing import Any
 from stare_megatron.errors import UserError
 from stare_megatron.models import rotary
 from stare_megatron.models.rotary import RopeScaling
+from stare_megatron.types import SequenceCost
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,19 @@ class ModelShape:
     rope_theta: float
     rope_scaling: RopeScaling | None
     experts: Experts | None
+
+    @property
+    def sequence_cost(self) -> SequenceCost:
+        """Of a forward pass: two operations for each weight that a token meets, and causal attention's two products,
+        of which half is masked. A training pass takes three or four times that, of both parts."""
+        heads = self.heads * self.head_dim
+        if self.experts:
+            mlp = 3 * self.hidden * self.experts.ffn * self.experts.top_k + self.hidden * self.experts.number
+        else:
+            mlp = 3 * self.hidden * self.ffn
+        attention = 2 * self.hidden * (heads + self.kv_groups * self.head_dim)
+        weights = self.layers * (attention + mlp) + self.hidden * self.vocab
+        return SequenceCost(linear=2.0 * weights, quadratic=2.0 * self.layers * heads)
 
     def check_layout(
         self, *, tensor_parallel: int, pipeline_parallel: int, virtual_pipeline: int, expert_parallel: int

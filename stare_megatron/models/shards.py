@@ -15,7 +15,8 @@ from stare_megatron.errors import UserError
 from stare_megatron.models.shape import ModelShape, Split
 from stare_megatron.models.weights import Stored, check_dtype, read_headers
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# By what safetensors calls them.
+TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -58,16 +59,11 @@ class Checkpoint:
         """Every tensor, sorted."""
         return tuple(sorted(self.headers))
 
-    @property
-    def files(self) -> tuple[str, ...]:
-        """Every file with weights, sorted."""
-        return tuple(sorted({stored.file for stored in self.headers.values()}))
-
     def info(self, name: str) -> TensorInfo:
         """Raises: UserError: no such tensor, or one of a dtype that is not read."""
         stored = self._stored(name)
         check_dtype(self.folder, name, stored)
-        return TensorInfo(_DTYPES[stored.dtype], stored.shape)
+        return TensorInfo(TORCH_DTYPES[stored.dtype], stored.shape)
 
     def _stored(self, name: str) -> Stored:
         if name not in self.headers:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from stare_megatron.errors import UserError
 from stare_megatron.host.files import disguise, read_object
-from stare_megatron.models.entries import entries
+from stare_megatron.models.entries import entries, hf_tensors
 from stare_megatron.models.shape import ModelShape
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -146,11 +146,9 @@ def check_names(folder: Path, found: Mapping[str, Stored], shape: ModelShape) ->
         UserError: as `check`, but for the values of a tied head.
     """
     known = {_HEAD} if shape.tied else set()
-    for entry in entries(shape):
-        for expert in range(entry.experts(shape)):
-            for name, want in zip(entry.names(expert), entry.wants(shape), strict=True):
-                known.add(name)
-                _check_tensor(folder, found, name, want)
+    for name, want in hf_tensors(shape):
+        known.add(name)
+        _check_tensor(folder, found, name, want)
     for name in found:
         if name not in known and not name.endswith(_HARMLESS_SUFFIX):
             raise UserError(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from stare_megatron.config import TrainerConfig
 from stare_megatron.models.entries import full_shapes
 from stare_megatron.models.families import FAMILIES
-from stare_megatron.models.layout import expert_tensor_parallel, padded_vocab
+from stare_megatron.models.layout import padded_vocab
 from stare_megatron.models.shape import ModelShape, Split
 
 # Elements: where a parameter may begin in a buffer, and of what a bucket's size is a multiple beside DP.
@@ -49,7 +49,7 @@ class Layout:
             virtual=t.virtual_pipeline,
             context=t.context_parallel,
             expert=t.expert_parallel,
-            expert_tensor=expert_tensor_parallel(t),
+            expert_tensor=t.expert_tensor_parallel,
             sequence_parallel=t.sequence_parallel,
             sharded=t.distributed_optimizer,
         )

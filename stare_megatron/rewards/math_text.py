@@ -159,10 +159,14 @@ def _bare(text: str) -> str:
 
 def plain(text: str) -> str:
     """The text without `\\text{...}` and its like around parts of it and outer white space."""
-    before = None
-    while before != text:
-        before, text = text, _WRAPPER.sub(r"\1", text)
+    for _ in range(_DEEPEST):
+        text, found = _WRAPPER.subn(r"\1", text)
+        if not found:
+            break
     return text.strip()
+
+
+_DEEPEST = 20  # styles within styles that are taken off: one a pass over the text
 
 
 def _one_separator(groups: str) -> bool:

@@ -236,18 +236,13 @@ def _close(gold: Any, found: Any) -> bool:
         return True
     a, b = gold.doit(), found.doit()
     if a.is_Rational and b.is_Rational:
-        return bool(a == b) or _is_percent_of(a, b)
+        return bool(a == b)
     difference, size = abs((a - b).evalf(30)), abs(a.evalf(30))
     if not (difference.is_Float or difference.is_Integer) or not size.is_Float:
         return True  # complex or symbolic after all: math-verify's word
     exact = not (a.has(Float) or b.has(Float))
     bound = 1e-15 if exact else _RELATIVE
-    return bool(difference <= bound * size) or _is_percent_of(a, b)
-
-
-def _is_percent_of(a: Any, b: Any) -> bool:
-    """math-verify lets 50 % stand for 50 as for 0.5; both read as 1/2 here."""
-    return bool(a * 100 == b) or bool(b * 100 == a)
+    return bool(difference <= bound * size)
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ _RELATIVE = Fraction(1, 10**5)
 
 @dataclass(frozen=True)
 class Number:
-    """`decimal`: whether it was written with a point or a power of ten, so that it may be rounded."""
+    """`decimal`: whether it was written with a point, so that it may be rounded."""
 
     value: Fraction
     decimal: bool

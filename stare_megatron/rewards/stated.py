@@ -27,15 +27,16 @@ _END = re.compile(
 )
 _LEAD = re.compile(
     r"(?:(?:the|a|an|number|value|total|sum|of|equal|equals|to|is|it|that|we|get|have|find|there|are|so|then|just|final|result"
-    r"|will|be|approximately|about|roughly|answer)\b\s*:?\s*)+(?=[-+$\\(\[{.\d])",
+    r"|will|be|approximately|about|roughly|answer)\b\s*(?::\s*)?)+(?=[-+$\\(\[{.\d])",
     re.IGNORECASE,
 )
+_THUS = re.compile(r"^(?:(?:therefore|thus|hence|so|then|finally|consequently)\b[,:]?\s+|∴\s*)", re.IGNORECASE)
 _CLUSTER = re.compile(
     r"(?<![\w.])[-+−]?[$€£¥₹]?(?:\d|\.\d|\\frac|\\sqrt|√)[\w.,/^%√π°:{}\\+*()−-]*(?:\s+[ap]\.?m\b\.?)?"
 )
 _UNSURE = re.compile(
-    r"\b(?:or|between|either|at least|at most|less than|more than|fewer than|greater than|not|except|n't|over|under"
-    r"|twice|half|negative|minus)\s*[($\\]*\s*$",
+    r"(?:n't|\b(?:or|between|either|at least|at most|less than|more than|fewer than|greater than|not|except|over|under"
+    r"|twice|half|negative|minus))\s*[($\\]*\s*$",
     re.IGNORECASE,
 )
 _PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}")
@@ -112,8 +113,9 @@ def _last(tail: str) -> str | None:
     the lines before it."""
     lines = [line.strip() for line in tail.splitlines() if line.strip()]
     line = lines[-1] if lines else ""
-    if line and len(line) <= _SHORT and len(_PROSE.findall(plain(line))) <= 1 and not _NEGATED.search(line):
-        return _LEAD.sub("", line, count=1) if _LEAD.match(line) else line
+    bare = _THUS.sub("", line)
+    if bare and len(line) <= _SHORT and len(_PROSE.findall(plain(bare))) <= 1 and not _NEGATED.search(line):
+        return _LEAD.sub("", bare, count=1) if _LEAD.match(bare) else bare
     for text in (line, tail):
         formulas, numbers = list(_MATH.finditer(text)), list(_CLUSTER.finditer(text))
         if formulas and (not numbers or numbers[-1].start() < formulas[-1].end() or "." not in _after(text, formulas)):
@@ -198,7 +200,9 @@ def choice_in(content: str) -> str | None:
 def stated_choice(tail: str) -> str | None:
     """The letter that running text states last; "" where it states two at once, None where it states none."""
     if tags := _TAG.findall(tail):
-        return choice_in(tags[-1])
+        if (letter := choice_in(tags[-1])) is not None:
+            return letter
+        tail = tags[-1]
     text = _MARKUP.sub("", plain(tail))
     found = [m for m in _CHOSEN.finditer(text) if not _DENIED.match(text, m.end())]
     if not found and len(listed := list(_LISTED.finditer(text))) == 1:  # not the options over again

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 from stare_megatron.rewards.base import RewardError, RewardKind, response_text
@@ -11,19 +12,22 @@ from stare_megatron.types import Prompt, Score, Status, Trajectory
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_PROMPTS = 1024  # that are remembered as checked
+
 
 class TaskReward:
     """1 for a right response that ended by itself, else 0. Special tokens in its middle make it wrong."""
 
     def __init__(self, task: Task) -> None:
         self._task = task
+        self._check = functools.lru_cache(_PROMPTS)(task.check)  # the answers to a prompt come one after the other
 
     async def __call__(self, prompt: Prompt, trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase) -> Score:
         """Raises:
         RewardError: the prompt is none of the task's.
         """
         try:
-            self._task.check(prompt.text, prompt.answer)
+            self._check(prompt.text, prompt.answer)
         except ValueError as e:
             raise RewardError(str(e)) from e
         if trajectory.status is not Status.COMPLETED:

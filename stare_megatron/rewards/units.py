@@ -79,7 +79,7 @@ _SIGN_AT_END = re.compile(r"\s*(\\\$|\$|€|£|¥|₹|元|\\(?:euro|pounds|yen))
 _COUNTER = re.compile(r"(?<=[\d})])\s*[\u3040-\u30ff\u4e00-\u9fff]{1,4}$")
 _CHANGES = re.compile("[百千万萬亿億兆十分半倍成折点至到或和]")
 # Words of several letters after a number are what is counted (`18 apples`), but for those that change its value.
-_COUNTED = re.compile(r"(?<=[\d})])\s+[A-Za-z]{2,}(?:['-]?[A-Za-z]+)*(?:\s+[A-Za-z]+(?:['-][A-Za-z]+)*){0,3}$")
+_COUNTED = re.compile(r"(?<=[\d})])\s+[A-Za-z]{2,}(?:['-][A-Za-z]+)*(?:\s+[A-Za-z]+(?:['-][A-Za-z]+)*){0,3}$")
 _VALUE_WORDS = re.compile(
     r"\b(?:or|and|to|of|mod|base|hundred|thousand|million|billion|trillion|dozens?|squared|cubed|factorial|choose"
     r"|times|plus|minus|over|divided|less|more|than|least|most|fewer|not|percent|pct|per|cent|half|halves|thirds?"

@@ -33,17 +33,17 @@ class GroupDispatcher(Protocol[Ref_co]):
 
 @dataclass(frozen=True)
 class Collected(Generic[Ref]):
-    """The groups of one update batch, in the order of their requests. `tokens_sampled`: action tokens of all groups
-    sampled for it, dropped ones included; `measured` of them and of the batch."""
+    """The groups of one update batch, in the order of their requests. `sampled`: all groups sampled for it, dropped
+    ones included; `measured` of them and of the batch."""
 
     groups: tuple[tuple[Ref, GroupSummary], ...]
-    tokens_sampled: int
+    sampled: tuple[GroupSummary, ...]
     measured: tuple[Measured, ...]
 
     @property
-    def groups_sampled(self) -> int:
-        """All that were sampled for it."""
-        return sum(int(part.total) for part in self.measured if part.name == "groups/sampled")
+    def tokens_sampled(self) -> int:
+        """Action tokens of all groups that were sampled for it."""
+        return sum(n for summary in self.sampled for n in summary.num_action_tokens)
 
 
 class Collector(Generic[Ref]):
@@ -87,8 +87,7 @@ class Collector(Generic[Ref]):
             Measured("groups/refills", batches - 1),
             *(part for _, _, s in kept for part in _measure_kept(s, step)),
         )
-        tokens = sum(n for s in summaries for n in s.num_action_tokens)
-        return Collected(tuple((ref, summary) for _, ref, summary in kept), tokens, measured)
+        return Collected(tuple((ref, summary) for _, ref, summary in kept), tuple(summaries), measured)
 
     def _requests(self, step: int, first: int) -> list[GroupRequest]:
         def sampling(order: int) -> Sampling:

@@ -2,7 +2,7 @@
 
 config.toml        the resolved configuration of the newest start (config.1.toml, ... of earlier ones)
 run.json           what ran: one record a start (versions, commit, hardware, seed, command line)
-metrics.jsonl      curves.png  tensorboard/  wandb/  samples/
+metrics.jsonl      curves.png  tensorboard/  wandb/  samples/  trace.jsonl
 checkpoints/       to resume from      hf/  the final policy, a Hugging Face checkpoint      logs/  of all processes
 exports/           the policy of earlier steps, as hf/
 """
@@ -86,6 +86,10 @@ class RunFolder:
     @property
     def samples(self) -> Path:
         return self.path / "samples"
+
+    @property
+    def trace(self) -> Path:
+        return self.path / "trace.jsonl"
 
     @property
     def checkpoints(self) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,14 +86,9 @@ def forecast(config: Config) -> Forecast:
     shape = read_hf_config(config.model.path)
     if on_gpus(config) is False:
         return Forecast(config, None, cpu_memory_bytes(config, shape))
-    seen = device.gpus()
-    try:
-        gpu = hardware.find(seen[0].name) if seen else None
-    except UserError:  # not in the table: nothing is known of its speed
-        gpu = None
+    gpu = _gpu()
     if gpu is None:
         return Forecast(config, None, 0)
-    gpu = dataclasses.replace(gpu, memory=seen[0].bytes or gpu.memory)
     engine = importlib.util.find_spec("transformer_engine") is not None
     machine = Machine(gpu, hardware.CONSTANTS, Layers.ENGINE if engine else Layers.LOCAL)
     count = config.rollout.prompts_per_step * config.rollout.group_size
@@ -100,6 +96,22 @@ def forecast(config: Config) -> Forecast:
         count, longest=config.rollout.max_response_tokens, longest_prompt=config.data.max_prompt_tokens
     )
     return Forecast(config, make(config, shape, Given(machine, known)), 0)
+
+
+def peak_flops(config: Config) -> float:
+    """Of one of the run's GPUs in its precision, FLOP/s; NaN where that is not known."""
+    gpu = None if on_gpus(config) is False or config.model.dtype == "float32" else _gpu()
+    return gpu.flops if gpu else math.nan
+
+
+def _gpu() -> hardware.Gpu | None:
+    """The first that this process sees; None without, and for one that is not in the table."""
+    seen = device.gpus()
+    try:
+        gpu = hardware.find(seen[0].name) if seen else None
+    except UserError:
+        return None
+    return dataclasses.replace(gpu, memory=seen[0].bytes or gpu.memory) if gpu else None
 
 
 def _at_lengths_of(plan: Plan, folder: Path) -> Plan:

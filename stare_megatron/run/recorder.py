@@ -16,8 +16,10 @@ from stare_megatron.metrics.sample_records import write_sample_records
 from stare_megatron.metrics.samples import FOLDER, Decode, choose, excerpt, pick, write_samples
 from stare_megatron.metrics.sinks import Sinks
 from stare_megatron.rollout.collect import Collected
+from stare_megatron.run.rates import Rates
 from stare_megatron.run.sampling import Sampler
 from stare_megatron.run.step_metrics import Progress, StepCosts, late_metrics, observed, step_metrics
+from stare_megatron.run.timeline import Timeline
 from stare_megatron.types import UNOBSERVED, Control, GateDuty, Group, Observed, StepStats
 
 if TYPE_CHECKING:
@@ -73,6 +75,7 @@ class Recorder(Generic[Ref]):
     Args:
         fetch: groups by the references that stand for them.
         decode: token ids -> text.
+        rates: of the run's devices.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Recorder(Generic[Ref]):
         sinks: Sinks,
         fetch: Callable[[Sequence[Ref]], Sequence[Group]],
         decode: Decode,
+        rates: Rates,
     ) -> None:
         self._config = config
         self._session = session
@@ -90,8 +94,10 @@ class Recorder(Generic[Ref]):
         self._sinks = sinks
         self._fetch = fetch
         self._decode = decode
+        self._rates = rates
         self._clock = Clock()
-        self._open: int | None = None  # tokens sampled for the step that is recorded and not closed
+        self._timeline = Timeline(session, config.folder if config.logging.trace else None)
+        self._open: Collected[Ref] | None = None  # the batch of the step that is recorded and not closed
         self.remembered = Remembered(0, UNOBSERVED, GateDuty(0, 0))
         self._before = UNOBSERVED
 
@@ -103,7 +109,7 @@ class Recorder(Generic[Ref]):
     def phase(self, name: str) -> Iterator[None]:
         """Time a phase of the step, and tell the user of it."""
         self.status(name)
-        with self._clock.phase(name):
+        with self._clock.phase(name), self._timeline.during(name):
             yield
 
     def shows_tokens(self, step: int) -> bool:
@@ -120,33 +126,41 @@ class Recorder(Generic[Ref]):
 
     def record(self, step: int, batch: Collected[Ref], control: Control, done: StepStats, probe: float) -> None:
         """Log the step just remembered and write its samples. What it takes from here on is added by `close`."""
-        known = self.remembered
+        known, taken = self.remembered, self._timeline.gather()
         costs = StepCosts(
             seconds=self._clock.seconds,
             elapsed=self._clock.elapsed,
-            trainer_peaks=self._session.trainers.peak_memory_bytes(),
-            engine_peaks=self._session.engines.peak_memory_bytes(),
+            trainer_peaks=taken.trainer_peaks,
+            engine_peaks=taken.engine_peaks,
             driver_peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             host=host_memory(),
+            loads=taken.loads,
+            rates=self._rates.of_phases(batch.sampled, [s for _, s in batch.groups], self._clock.seconds),
         )
         progress = Progress(self._sampler.state().epoch, known.trained_tokens, self._before, known.duty)
         values = step_metrics(step, batch, done.scores, control, done.updates, probe, costs, progress)
-        self._open = batch.tokens_sampled
+        self._open = batch
         self._sinks.log(step, values, self._late())
         if self.shows_tokens(step):
             self._write_samples(step, batch)
 
     def close(self, step: int) -> None:
         """The step is over: log what saving and evaluating took, and begin the next."""
+        self._timeline.gather()
+        trained: list[str] = []
         if self._open is not None:
             self._sinks.complete(step, self._late())
+            trained = [summary.prompt_id for _, summary in self._open.groups]
             self._open = None
         self._clock.restart()
+        self._timeline.close(step, trained)
 
     def _late(self) -> tuple[Metric, ...]:
         """The metrics that are settled when the step is over, as they are now."""
         assert self._open is not None
-        return late_metrics(self._clock.seconds, self._clock.step_seconds, self._open)
+        tokens, seconds = self._open.tokens_sampled, self._clock.step_seconds
+        rate = self._rates.of_step(tokens, seconds)
+        return late_metrics(self._clock.seconds, seconds, tokens, (rate, *self._timeline.idle()))
 
     def _write_samples(self, step: int, batch: Collected[Ref]) -> None:
         """Some trajectories of the step, as text and as data with what the update knew of their tokens."""
@@ -156,6 +170,6 @@ class Recorder(Generic[Ref]):
         groups = dict(zip(wanted, self._fetch([batch.groups[i][0] for i in wanted]), strict=True))
         picked = pick(groups, places)
         records = self._session.trainers.token_records(places)
-        write_samples(folder, step, picked, len(batch.groups) * size, batch.groups_sampled * size, self._decode)
+        write_samples(folder, step, picked, len(batch.groups) * size, len(batch.sampled) * size, self._decode)
         write_sample_records(folder, step, picked, records, self._decode)
         self._sinks.sample(excerpt(picked[step % len(picked)], self._decode))

@@ -70,7 +70,8 @@ def open_session(
         runner = functools.partial(make_runner, config)
 
         def start_ranks() -> TrainerGroup:
-            group = TrainerGroup(config, places.trainers, logs, status)
+            cost = read_hf_config(config.model.path).sequence_cost
+            group = TrainerGroup(config, places.trainers, logs, status, cost)
             stack.callback(group.close)
             return group
 

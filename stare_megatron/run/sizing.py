@@ -11,7 +11,6 @@ from typing import Any
 
 from stare_megatron.config import Config
 from stare_megatron.errors import UserError
-from stare_megatron.models.layout import expert_tensor_parallel
 from stare_megatron.models.shape import ModelShape
 from stare_megatron.run.folder import parameter_count
 
@@ -70,7 +69,7 @@ def weight_bytes(config: Config) -> int:
 def rank_bytes(config: Config, shape: ModelShape) -> int:
     """What a rank holds from its first step on, whatever it does: weights, float32 gradients, optimizer state."""
     t = config.trainer
-    experts = t.expert_parallel * expert_tensor_parallel(t) if shape.experts else t.tensor_parallel
+    experts = t.expert_parallel * t.expert_tensor_parallel if shape.experts else t.tensor_parallel
     mine = parameter_count(config.model.path) / (t.pipeline_parallel * max(experts, t.tensor_parallel))
     # Adam's moments, and a float32 copy of weights that are not float32.
     weight, optimizer = (4, 8.0) if config.model.dtype == "float32" else (2, 12.0)

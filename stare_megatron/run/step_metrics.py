@@ -10,6 +10,7 @@ from stare_megatron.metrics.catalogue import Metric, by_name
 from stare_megatron.metrics.reduce import reduce
 from stare_megatron.rollout.collect import Collected
 from stare_megatron.types import Control, GateDuty, Measured, Observed, ScoreSummary, UpdateStats
+from stare_megatron.types.report import EngineLoad
 
 PHASES = ("rollout", "score", "update", "push")
 _MB = 2**20
@@ -18,7 +19,8 @@ _MB = 2**20
 @dataclass(frozen=True)
 class StepCosts:
     """What a step took. `seconds`: by phase; `elapsed`: of the run, seconds; peaks in bytes, of each trainer rank, of
-    each engine and of the driver."""
+    each engine and of the driver; `loads`: of each engine while it sampled the step; `rates`: of its
+    phases."""
 
     seconds: Mapping[str, float]
     elapsed: float
@@ -26,6 +28,8 @@ class StepCosts:
     engine_peaks: Sequence[int]
     driver_peak: int
     host: HostMemory
+    loads: Sequence[EngineLoad]
+    rates: Sequence[Measured]
 
 
 @dataclass(frozen=True)
@@ -71,13 +75,16 @@ def step_metrics(
     return reduce((*batch.measured, *scores.measured, *updated, *control_parts, *driver, *_costs(costs)))
 
 
-def late_metrics(seconds: Mapping[str, float], step_seconds: float, tokens_sampled: int) -> tuple[Metric, ...]:
+def late_metrics(
+    seconds: Mapping[str, float], step_seconds: float, tokens_sampled: int, others: Sequence[Measured]
+) -> tuple[Metric, ...]:
     """What is known once the step has been saved and evaluated. `step_seconds`: without the evaluation."""
     return reduce(
         (
             *(Measured(f"time/{phase}", seconds.get(phase, 0.0)) for phase in ("save", "eval")),
             Measured("time/step", step_seconds),
             Measured("throughput/tokens_per_second", tokens_sampled, step_seconds),
+            *others,
         )
     )
 
@@ -101,4 +108,15 @@ def _costs(costs: StepCosts) -> tuple[Measured, ...]:
         Measured("memory/driver_peak", costs.driver_peak / _MB),
         Measured("memory/host_run", costs.host.run / _MB),
         Measured("memory/host_available", costs.host.available / _MB),
+        *(part for load in costs.loads for part in _load(load)),
+        *costs.rates,
+    )
+
+
+def _load(load: EngineLoad) -> tuple[Measured, ...]:
+    return (
+        Measured("engine/requests", load.requests, load.iterations),
+        Measured("engine/kv_use", load.kv_use, load.iterations),
+        Measured("engine/kv_use_max", load.kv_use_max),
+        Measured("engine/preemptions", load.preemptions),
     )

@@ -27,11 +27,13 @@ from stare_megatron.metrics import catalogue, wandb_id
 from stare_megatron.metrics.plot import plot
 from stare_megatron.metrics.sinks import Sinks, open_sinks
 from stare_megatron.metrics.summary import how_to_go_on, next_steps, opening, opening_notes, render, summarize
+from stare_megatron.models.families import read_hf_config
 from stare_megatron.rollout.collect import Collector
 from stare_megatron.rollout.groups import check_env, check_prompts
 from stare_megatron.run import folder as run_folder
 from stare_megatron.run import forecast, loop, preflight
 from stare_megatron.run.evaluation import Evaluations, Evaluator
+from stare_megatron.run.rates import rates_of
 from stare_megatron.run.recorder import Recorder
 from stare_megatron.run.residency import Residency
 from stare_megatron.run.sampling import SynchronousSampler
@@ -201,7 +203,8 @@ def _assemble(
     sampler = SynchronousSampler(Collector(config, engines, stream), stream)
     controller = EntropyController(config.algorithm, ALGORITHMS[config.algorithm.method])
     weights = Weights(config.sync, config.model.dtype, trainers, engines, functools.cache(stream.probe))
-    recorder = Recorder(config, session, sampler, sinks, runtime.fetch, decode)
+    rates = rates_of(config, read_hf_config(config.model.path).sequence_cost, forecast.peak_flops(config))
+    recorder = Recorder(config, session, sampler, sinks, runtime.fetch, decode, rates)
     return loop.Run(
         steps=config.run.steps,
         sampler=sampler,

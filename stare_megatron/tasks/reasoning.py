@@ -114,7 +114,8 @@ _MOST = 2000  # characters of an answer, or four times those of the reference
 _DEEPEST = 40  # nested brackets
 # Towers of powers and powers with long exponents, attributes that are Python's own, alternatives.
 _REFUSED = re.compile(
-    r"(?:\*\*|\^)\s*[(\w.)-]*\s*(?:\*\*|\^)|(?:\*\*|\^)\s*\(*\s*-?\s*(?:\d{5,}|\d[\d.]*[eE*])|<<|factorial|gamma|__|\bor\b",
+    r"(?:\*\*|\^)(?:[\s(-]*(?:[\w.)]+\s*)?|\s*\([^()]*\)\s*)(?:\*\*|\^)"
+    r"|(?:\*\*|\^)[\s(-]*(?:\d{5,}|\d[\d.]*[eE*])|<<|factorial|gamma|__|\bor\b",
     re.IGNORECASE,
 )
 
@@ -127,9 +128,9 @@ def _score(reference: Reference, said: str) -> tuple[bool, str]:
         return False, "no answer"
     if any(part[0].lower() not in reference.answer.lower() for part in _REFUSED.finditer(said)) or _deep(said):
         return False, f"{said!r:.40} is not evaluated"
-    if reference.dataset in _OWN:
-        return _OWN[reference.dataset](said, reference.answer), ""
     try:
+        if reference.dataset in _OWN:
+            return _OWN[reference.dataset](said, reference.answer), ""
         return _gym().get_score_answer_fn(reference.dataset)(said, reference.entry) == 1.0, ""
     except UPSTREAM_ERRORS as e:
         return False, f"{said!r:.40}: {type(e).__name__}"
@@ -153,20 +154,33 @@ def _same_number(said: str, answer: str) -> bool:
     return one is not None and other is not None and abs(one - other) <= 1e-4
 
 
+_LOOSE = re.compile(r"\s*([-+/])\s*|\s+(?=i\b)")  # spaces that a number may have in it
+_THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
+
+
 def _number(text: str) -> complex | None:
-    text = re.sub(r"[\s,$]", "", text).rstrip(".")
+    text = _LOOSE.sub(r"\1", text.strip(" $")).replace("-$", "-").rstrip(".")
+    text = _THOUSANDS.sub(lambda m: m[0].replace(",", ""), text)
+    if "_" in text:  # Python's separator
+        return None
     try:
-        value = complex(Fraction(text)) if "/" in text else complex(re.sub(r"i$|i\b", "j", text))
+        value = complex(Fraction(text)) if "/" in text else complex(re.sub(r"i\b", "j", text))
     except (ValueError, ArithmeticError):
         return None
     return value if cmath.isfinite(value) else None
 
 
+_FRACTION = re.compile(r"(\$?)\s*(?:([0-9]+)\s*/\s*([0-9]+)|\\d?frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\})\s*\1")
+
+
 def _same_fraction(said: str, answer: str) -> bool:
-    """The same numerator and denominator in any of upstream's four styles."""
-    one, other = ([int(n) for n in re.findall(r"\d+", re.sub(r"[$\\{}()]|frac", " ", s))] for s in (said[:200], answer))
-    shaped = re.fullmatch(r"[-\d\s/$\\{}()]*|\$?\s*\\d?frac\s*\{[-\d\s]+\}\s*\{[-\d\s]+\}\s*\$?", said)
-    return bool(shaped) and one == other and said.count("-") == answer.count("-")
+    """The same numerator and denominator in any of upstream's four styles, and nothing else."""
+    one, other = _FRACTION.fullmatch(said), _FRACTION.fullmatch(answer)
+    return one is not None and other is not None and _parts(one) == _parts(other)
+
+
+def _parts(fraction: re.Match[str]) -> tuple[str, str]:
+    return fraction[2] or fraction[4], fraction[3] or fraction[5]
 
 
 # Data sets whose scorer gives its full score to answers that are wrong (0.1.25), and what is asked instead:

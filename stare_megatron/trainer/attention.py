@@ -25,16 +25,16 @@ from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True, eq=False)
-class _Bucket:
-    """Sequences attended as one batch. `take_BL` int64: token index of each place, padding points at token 0.
+class _Plan:
+    """How a pack is attended: batches of sequences, end to end in one padded row.
 
-    `put_M`: places (flattened B x L) of the real tokens; `tokens_M`: their token indices. `whole`: the batch is the
-    whole pack in its order, so that nothing has to move.
+    `take_P` int64: token index of each place of the row, padding points at token 0. `shapes`: (B, L) of each batch.
+    `place_T` int64: where each token is in the row. `whole`: the pack is one batch as it is, so that nothing moves.
     """
 
-    take_BL: torch.Tensor
-    put_M: torch.Tensor
-    tokens_M: torch.Tensor
+    take_P: torch.Tensor
+    shapes: tuple[tuple[int, int], ...]
+    place_T: torch.Tensor
     whole: bool
 
 
@@ -45,16 +45,16 @@ def _rounded(length: int) -> int:
 
 
 @functools.lru_cache(maxsize=16)
-def _plan(lengths: tuple[int, ...], device: torch.device) -> tuple[_Bucket, ...]:
+def _plan(lengths: tuple[int, ...], device: torch.device) -> _Plan:
     """Group sequences of a pack by rounded length. All layers of a micro-batch share one plan."""
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
+    starts = [0, *itertools.accumulate(lengths)]
     members: dict[int, list[int]] = defaultdict(list)
     for n, length in enumerate(lengths):
         if length:
             members[_rounded(length)].append(n)
-    buckets = []
+    if not members:
+        raise ValueError("a pack without tokens")
+    take, shapes, place_T, begin = [], [], torch.empty(starts[-1], dtype=torch.int64), 0
     for ns in members.values():
         widest = max(lengths[n] for n in ns)
         start_B1 = torch.tensor([[starts[n]] for n in ns])
@@ -62,10 +62,12 @@ def _plan(lengths: tuple[int, ...], device: torch.device) -> tuple[_Bucket, ...]
         offset_1L = torch.arange(widest)[None]
         real_BL = offset_1L < length_B1
         take_BL = torch.where(real_BL, start_B1 + offset_1L, 0)
-        put_M = real_BL.flatten().nonzero().flatten()
-        whole = len(members) == 1 and bool(real_BL.all()) and len(ns) == len(lengths)
-        buckets.append(_Bucket(take_BL.to(device), put_M.to(device), take_BL[real_BL].to(device), whole))
-    return tuple(buckets)
+        place_T[take_BL[real_BL]] = begin + real_BL.flatten().nonzero().flatten()
+        take.append(take_BL.flatten())
+        shapes.append((len(ns), widest))
+        begin += len(ns) * widest
+    whole = len(shapes) == 1 and begin == starts[-1]
+    return _Plan(torch.cat(take).to(device), tuple(shapes), place_T.to(device), whole)
 
 
 def _sdpa(q_BLHD: torch.Tensor, k_BSGD: torch.Tensor, v_BSGD: torch.Tensor, scale: float) -> torch.Tensor:
@@ -84,22 +86,34 @@ def _sdpa(q_BLHD: torch.Tensor, k_BSGD: torch.Tensor, v_BSGD: torch.Tensor, scal
 def packed(
     q_THD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor, lengths: tuple[int, ...], scale: float
 ) -> torch.Tensor:
-    """Causal attention within each sequence of a pack; returns [T, H, D]."""
-    tokens = q_THD.shape[0]
-    out = None
-    for b in _plan(lengths, q_THD.device):
-        if b.whole:
-            shape = (*b.take_BL.shape, -1)
-            return _sdpa(*(x.unflatten(0, shape[:2]) for x in (q_THD, k_TGD, v_TGD)), scale).flatten(0, 1)  # pyright: ignore[reportCallIssue]
-        flat = b.take_BL.flatten()
-        batch = (x.index_select(0, flat).unflatten(0, b.take_BL.shape) for x in (q_THD, k_TGD, v_TGD))
-        attended_MHD = _sdpa(*batch, scale).flatten(0, 1).index_select(0, b.put_M)  # pyright: ignore[reportCallIssue]
-        if out is None:
-            out = attended_MHD.new_zeros((tokens, *attended_MHD.shape[1:]))
-        out = out.index_copy(0, b.tokens_M, attended_MHD)
-    if out is None:
-        raise ValueError("a pack without tokens")
-    return out
+    """Causal attention within each sequence of a pack; returns [T, H, D].
+
+    Tokens move to their batches, and back, in one gather each: one for each batch would cost its backward pass a
+    gradient of the whole pack each time.
+    """
+    plan = _plan(lengths, q_THD.device)
+    rows = (q_THD, k_TGD, v_TGD) if plan.whole else [x.index_select(0, plan.take_P) for x in (q_THD, k_TGD, v_TGD)]
+    sizes = [batch * length for batch, length in plan.shapes]
+    outs = [
+        _sdpa(*(x.unflatten(0, shape) for x in batch), scale).flatten(0, 1)  # pyright: ignore[reportCallIssue]
+        for shape, *batch in zip(plan.shapes, *(x.split(sizes) for x in rows), strict=True)
+    ]
+    out_PHD = torch.cat(outs)
+    return out_PHD if plan.whole else out_PHD.index_select(0, plan.place_T)
+
+
+@functools.lru_cache(maxsize=16)
+def _zigzag(lengths: tuple[int, ...], size: int, device: torch.device) -> torch.Tensor:
+    """Of each token of a pack, its place where the ranks' tokens are gathered end to end; int64 [T x CP]."""
+    tokens, places, start = sum(lengths) // size, [], 0
+    for length in lengths:
+        chunk = length // (2 * size)
+        # Chunk c lives on rank c (first half of the sequence) or 2 CP - 1 - c (second half).
+        for c in range(2 * size):
+            begin = c * tokens + start if c < size else (2 * size - 1 - c) * tokens + start + chunk
+            places.append(torch.arange(begin, begin + chunk))
+        start += 2 * chunk
+    return torch.cat(places).to(device)
 
 
 def packed_context_parallel(
@@ -117,27 +131,17 @@ def packed_context_parallel(
     """
     size, rank = group.size(), group.rank()
     # Forward gathers along dimension 0, backward sums each rank's share of the gradient over the group.
+    order = _zigzag(lengths, size, q_THD.device)
     keys, values = (
-        gather_from_sequence_parallel_region(x.contiguous(), group=group).unflatten(0, (size, -1))
+        gather_from_sequence_parallel_region(x.contiguous(), group=group).index_select(0, order).split(lengths)
         for x in (k_TGD, v_TGD)
     )
-    # Chunk c lives on rank c (first half of the sequence) or 2 CP - 1 - c (second half).
-    owner = [c if c < size else 2 * size - 1 - c for c in range(2 * size)]
-    half = [0 if c < size else 1 for c in range(2 * size)]
-    outs, start = [], 0
-    for length in lengths:
-        chunk = length // (2 * size)
-        local = slice(start, start + 2 * chunk)
-
-        def whole(x: torch.Tensor, start: int = start, chunk: int = chunk) -> torch.Tensor:
-            parts = [x[o, start + h * chunk : start + (h + 1) * chunk] for o, h in zip(owner, half, strict=True)]
-            return torch.cat(parts)[None]
-
-        k_full, v_full, q = whole(keys), whole(values), q_THD[local]
-        for h, c in enumerate((rank, 2 * size - 1 - rank)):
-            seen = (c + 1) * chunk
-            outs.append(_sdpa(q[None, h * chunk : (h + 1) * chunk], k_full[:, :seen], v_full[:, :seen], scale)[0])
-        start += 2 * chunk
+    chunks = [length // (2 * size) for length in lengths for _ in range(2)]
+    outs = []
+    for n, q in enumerate(q_THD.split(chunks)):
+        c = (rank, 2 * size - 1 - rank)[n % 2]
+        seen = (c + 1) * q.shape[0]
+        outs.append(_sdpa(q[None], keys[n // 2][None, :seen], values[n // 2][None, :seen], scale)[0])
     return torch.cat(outs)
 
 

@@ -19,7 +19,7 @@ from stare_megatron.errors import UserError
 from stare_megatron.host import device as devices
 from stare_megatron.models import rotary
 from stare_megatron.models.families import read_hf_config
-from stare_megatron.models.layout import expert_tensor_parallel, padded_vocab, recompute_modules
+from stare_megatron.models.layout import padded_vocab, recompute_modules
 from stare_megatron.models.shape import ModelShape
 from stare_megatron.trainer import bridge, initial_weights, parallel, rope, spec
 from stare_megatron.trainer.head import PolicyModel
@@ -79,7 +79,7 @@ def policy_config(shape: ModelShape, dtype: torch.dtype, trainer: TrainerConfig)
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline(trainer),
         "context_parallel_size": trainer.context_parallel,
         "expert_model_parallel_size": trainer.expert_parallel,
-        "expert_tensor_parallel_size": expert_tensor_parallel(trainer),
+        "expert_tensor_parallel_size": trainer.expert_tensor_parallel,
         "sequence_parallel": trainer.sequence_parallel,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,

@@ -16,9 +16,9 @@ from stare_megatron.algo.comm import Comm
 from stare_megatron.algo.reduce import token_factors
 from stare_megatron.config import AlgorithmConfig
 from stare_megatron.trainer.head import Head
-from stare_megatron.trainer.sequence import MicroBatch
+from stare_megatron.trainer.sequence import MicroBatch, SequenceLayout, micro_batches
 from stare_megatron.trainer.spec import providers
-from stare_megatron.types import TokenBatch
+from stare_megatron.types import TokenBatch, UpdateShare
 
 Whatever = TypeVar("Whatever")
 
@@ -29,16 +29,18 @@ class RankBatch:
 
     `owned_T` bool: action tokens whose prediction this context-parallel rank makes; over the data- and
     context-parallel ranks each action token of the step is owned once. `factor_T` float32: weight of a token's loss in
-    the plain sum (`algo.reduce`).
+    the plain sum (`algo.reduce`). `cost_imbalance`: of the step over all ranks, as planned.
     """
 
     batch: TokenBatch
     rows: list[MicroBatch]
     owned_T: torch.Tensor
     factor_T: torch.Tensor
+    cost_imbalance: float
 
 
-def rank_batch(batch: TokenBatch, rows: list[MicroBatch], config: AlgorithmConfig) -> RankBatch:
+def rank_batch(batch: TokenBatch, share: UpdateShare, layout: SequenceLayout, config: AlgorithmConfig) -> RankBatch:
+    rows = micro_batches(batch, share, layout)
     owned_T = torch.zeros_like(batch.action_T)
     for row in rows:
         owned_T[row.source_P[row.source_P >= 0]] = True
@@ -51,7 +53,7 @@ def rank_batch(batch: TokenBatch, rows: list[MicroBatch], config: AlgorithmConfi
         num_sequences=batch.num_sequences,
         constant_length=config.response_tokens,
     )
-    return RankBatch(batch, rows, owned_T, factor_T)
+    return RankBatch(batch, rows, owned_T, factor_T, share.cost_imbalance)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 from stare_megatron.config import TrainerConfig
 from stare_megatron.errors import UserError
 from stare_megatron.host import device
-from stare_megatron.models.layout import check_layout, expert_tensor_parallel
+from stare_megatron.models.layout import check_layout
 
 
 def initialize(
@@ -56,7 +56,7 @@ def initialize(
         virtual_pipeline_model_parallel_size=virtual_pipeline(config),
         context_parallel_size=config.context_parallel,
         expert_model_parallel_size=config.expert_parallel,
-        expert_tensor_parallel_size=expert_tensor_parallel(config),
+        expert_tensor_parallel_size=config.expert_tensor_parallel,
         distributed_timeout_minutes=max(1, round(timeout_s / 60)),
         # Gloo twins of NCCL groups serve checkpoint formats that are not used here.
         create_gloo_process_groups=False,

@@ -32,7 +32,7 @@ from stare_megatron.trainer.optimizer import build_optimizer, step, zero_grad
 from stare_megatron.trainer.partials import vocab_shard
 from stare_megatron.trainer.schedule import learning_rate
 from stare_megatron.trainer.scoring import SampledBatch, Scored, ScoredBatch, read_rollout, score, summarize
-from stare_megatron.trainer.sequence import MicroBatch, SequenceLayout, dummy, micro_batches, probe, token_batch
+from stare_megatron.trainer.sequence import MicroBatch, SequenceLayout, dummy, probe, token_batch
 from stare_megatron.trainer.step import (
     ForwardBackwardResult,
     entropy_dynamics,
@@ -134,8 +134,7 @@ class TrainerRank:
         self._loaded, self._known, self._trained = [], None, []
         for groups, share in groups_per_update:
             batch = token_batch(groups, share, self._algorithm, algorithm, self._runner.place)
-            rows = micro_batches(batch, share, self._config.trainer.micro_batch_tokens, self._layout)
-            self._loaded.append(rank_batch(batch, rows, algorithm))
+            self._loaded.append(rank_batch(batch, share, self._layout, algorithm))
 
     def score(self) -> EntropyReading:
         """The mean entropy of the loaded batch under the present weights, equal on every rank: measured by a forward
@@ -236,7 +235,11 @@ class TrainerRank:
         if done.grad_norm is not None and not math.isfinite(done.grad_norm):
             raise RunError(f"optimizer step {number}: the gradient norm is {done.grad_norm} at a loss of {loss:.6g}")
         self._optimizer_steps = number
-        own = [Measured("update/lr", lr), Measured("throughput/trained_tokens", data.batch.num_action_tokens)]
+        own = [
+            Measured("update/lr", lr),
+            Measured("throughput/trained_tokens", data.batch.num_action_tokens),
+            Measured("packing/cost_imbalance", data.cost_imbalance),
+        ]
         if done.grad_norm is not None:
             own.append(Measured("update/grad_norm", done.grad_norm))
         if self._dtype is torch.float16:

@@ -17,7 +17,6 @@ import torch
 from stare_megatron.algo.advantages import Outcome
 from stare_megatron.algo.registry import Algorithm
 from stare_megatron.config import AlgorithmConfig
-from stare_megatron.data.packing import pack
 from stare_megatron.trainer.partials import NO_TARGET
 from stare_megatron.types import Group, TokenBatch, UpdateShare
 
@@ -105,12 +104,11 @@ def token_batch(
     )
 
 
-def micro_batches(batch: TokenBatch, share: UpdateShare, budget: int, layout: SequenceLayout) -> list[MicroBatch]:
-    """Exactly `share.num_micro_batches` packed rows of about `budget` tokens; one without sequences is a dummy."""
+def micro_batches(batch: TokenBatch, share: UpdateShare, layout: SequenceLayout) -> list[MicroBatch]:
+    """A packed row for each of `share.micro_batches`; one without sequences is a dummy."""
     bounds = batch.cu_seqlens_N1.tolist()
-    lengths = [b - a for a, b in itertools.pairwise(bounds)]
     made = []
-    for members in pack(lengths, budget, share.num_micro_batches):
+    for members in share.micro_batches:
         pieces = [torch.arange(bounds[n], bounds[n + 1], device=batch.token_ids_T.device) for n in members]
         made.append(_row(batch, pieces, layout))
     return made

@@ -12,6 +12,7 @@ from stare_megatron.types.batch import (
     GroupSummary,
     Score,
     Scores,
+    SequenceCost,
     TokenBatch,
     UpdateShare,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "Score",
     "ScoreSummary",
     "Scores",
+    "SequenceCost",
     "Span",
     "SpanKind",
     "Status",

@@ -144,21 +144,39 @@ class Assignment:
 
 
 @dataclass(frozen=True)
+class SequenceCost:
+    """What a sequence of s tokens costs a forward pass, in floating-point operations: `linear` s + `quadratic` s^2.
+
+    Example:
+        SequenceCost(linear=6.4e10, quadratic=1.05e6)(32768)  # Qwen3-32B: 3.2e15
+    """
+
+    linear: float
+    quadratic: float
+
+    def __call__(self, tokens: int) -> float:
+        return self.linear * tokens + self.quadratic * tokens * tokens
+
+
+@dataclass(frozen=True)
 class UpdateShare:
     """One data-parallel rank's part of one optimizer step, as the driver orders it.
 
     `assignments` name groups by their index in the list of groups handed over with it. `num_action_tokens` and
-    `num_sequences` count the whole step over all ranks. `num_micro_batches` is the same on every rank.
+    `num_sequences` count the whole step over all ranks. `micro_batches`: indices of the sequences of each, counted
+    through the assignments; as many on every rank, some may be empty. `cost_imbalance`: of the whole step, see
+    `data.packing.cost_imbalance`.
 
     Example:
         UpdateShare(assignments=(Assignment(0, (0, 1), (0, 22)),), num_action_tokens=30, num_sequences=2,
-                    num_micro_batches=1)
+                    micro_batches=((0, 1),), cost_imbalance=0.0)
     """
 
     assignments: tuple[Assignment, ...]
     num_action_tokens: int
     num_sequences: int
-    num_micro_batches: int
+    micro_batches: tuple[tuple[int, ...], ...]
+    cost_imbalance: float
 
 
 @dataclass(frozen=True, eq=False)

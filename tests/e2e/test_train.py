@@ -16,7 +16,7 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
-from stare_megatron.metrics import jsonl
+from stare_megatron.metrics import jsonl, trace
 from stare_megatron.tasks.make import make
 from stare_megatron.tasks.smollm2 import make_smollm2
 from stare_megatron.tasks.tiny_model import default_settings
@@ -86,6 +86,27 @@ def test_stare_trains(material: Path, trained: Path) -> None:
         assert (run / name).exists(), name
 
 
+def test_the_trace_of_a_run_is_whole(trained: Path) -> None:
+    """Every group is sampled in one engine and leads to its update; the phases fill the step; all were as busy as
+    their metrics say."""
+    rows = {int(row["step"]): row for row in jsonl.read(trained / "metrics.jsonl")}
+    steps = [s for s in trace.read(trained) if s.step in rows]
+    assert [s.step for s in steps] == list(rows)
+    for s in steps:
+        row, (whole, *phases) = rows[s.step], s.tracks["driver"]
+        assert sum(p.seconds for p in phases) == pytest.approx(whole.seconds, rel=0.1, abs=0.2)
+        sampled = [a.detail for a in s.tracks["engine 0"] if a.name == "sample"]
+        assert len(sampled) >= row["groups/sampled"]  # and those of an evaluation
+        assert set(s.trained) <= set(sampled)
+        assert {"load", "score", "update", "push"} <= {a.name for a in s.tracks["trainer rank 0"]}
+        assert 0 < row["idle/engines"] < 1
+        assert 0 < row["idle/trainers"] < 1
+        assert 0 < row["engine/kv_use"] <= row["engine/kv_use_max"] <= 1
+        assert row["engine/requests"] > 0
+    arrows = [e for e in trace.events(steps) if e["ph"] == "s"]
+    assert len(arrows) == sum(len(s.trained) for s in steps)
+
+
 def test_samples_hold_what_engine_and_trainer_knew(trained: Path) -> None:
     """Of every trained trajectory: both log-probs of each action token, and a selection on the advantage's side whose
     size and weight are the step's."""
@@ -108,7 +129,8 @@ def test_samples_hold_what_engine_and_trainer_knew(trained: Path) -> None:
 
 def learned(row: jsonl.Row) -> dict[str, str]:
     """What a step found and did, without what it cost; as text, since NaN is not equal to itself."""
-    return {name: repr(x) for name, x in row.items() if not name.startswith(("time/", "memory/", "throughput/"))}
+    costs = ("time/", "memory/", "throughput/", "idle/", "engine/")
+    return {name: repr(x) for name, x in row.items() if not name.startswith(costs)}
 
 
 def prompts_of(file: Path) -> list[dict[str, Any]]:

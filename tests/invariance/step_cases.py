@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from launch import Rank, free_port
 
-from stare_megatron.config import AlgorithmConfig, Config, parse
+from stare_megatron.config import AlgorithmConfig, Config, TrainerConfig, parse
 from stare_megatron.data.packing import plan_updates
 from stare_megatron.errors import RunError
 from stare_megatron.trainer.rank import TrainerRank
@@ -23,6 +23,7 @@ from stare_megatron.types import (
     Group,
     Prompt,
     Score,
+    SequenceCost,
     Span,
     SpanKind,
     Status,
@@ -33,6 +34,7 @@ from stare_megatron.types import (
 
 VOCAB = 112
 PROBE = np.arange(3, 20, dtype=np.int32)
+COST = SequenceCost(1.0, 0.02)  # half is attention at 50 tokens
 Overrides = dict[str, dict[str, Any]]
 
 
@@ -130,8 +132,7 @@ def save(trainer: TrainerRank, folder: Path, step: int) -> None:
 
 def first_tokens(groups: list[Group]) -> dict[tuple[str, int], int]:
     """Global id of each trajectory's first token, by prompt and sample, when `groups` come in this order."""
-    one = {"data_parallel": 1, "updates_per_batch": 1, "micro_batch_tokens": 1, "min_micro_batch_multiple": 1}
-    (plan,) = plan_updates([g.summary() for g in groups], **one)
+    (plan,) = plan_updates([g.summary() for g in groups], TrainerConfig(), COST)
     return {
         (groups[a.group].prompt.id, groups[a.group].trajectories[s].sample): first
         for a in plan[0].assignments
@@ -143,14 +144,7 @@ def load(
     trainer: TrainerRank, config: Config, groups: list[Group], ids: dict[tuple[str, int], int] | None = None
 ) -> None:
     """What the driver does: plan, and hand each rank its share. `ids`: first tokens, if not those of this order."""
-    settings = config.trainer
-    plans = plan_updates(
-        [g.summary() for g in groups],
-        data_parallel=settings.data_parallel,
-        updates_per_batch=settings.updates_per_batch,
-        micro_batch_tokens=settings.micro_batch_tokens,
-        min_micro_batch_multiple=settings.pipeline_parallel if settings.virtual_pipeline > 1 else 1,
-    )
+    plans = plan_updates([g.summary() for g in groups], config.trainer, COST)
     shares: list[UpdateShare] = [plan[trainer.position().data_parallel_rank] for plan in plans]
     if ids is not None:
         shares = [

@@ -121,7 +121,7 @@ def _answers(recipe: Recipe, layout: FileLayout, fields: dict[str, Any]) -> tupl
 
 def _published_id(fields: dict[str, Any], key: str) -> str:
     value = rows.find(fields, key) if key else rows.ABSENT
-    if value is rows.ABSENT or value is None:
+    if value is rows.ABSENT or value is None or (isinstance(value, str) and rows.is_blank(value)):
         return ""
     try:
         return rows.text_of(value)

@@ -20,9 +20,9 @@ def read(path: Path) -> Iterator[RawRow | Malformed]:
     Raises:
         UserError: the file is missing, of another kind, or broken as a whole.
     """
-    if why := rows.fault(path, SUFFIXES):
-        raise UserError(f"{path}: {why}")
-    if path.suffix == ".csv":
+    if path.suffix not in rows.SUFFIXES:  # `rows.read` looks at those itself
+        if why := rows.fault(path, SUFFIXES):
+            raise UserError(f"{path}: {why}")
         yield from _csv(path)
         return
     kind = "row " if path.suffix == ".parquet" else ""

@@ -20,7 +20,7 @@ from stare_megatron.algo.reduce import token_factors
 from stare_megatron.algo.registry import ALGORITHMS
 from stare_megatron.cluster import placement, runtime
 from stare_megatron.config import Config
-from stare_megatron.data.packing import num_micro_batches, plan_updates
+from stare_megatron.data.packing import plan_updates
 from stare_megatron.data.prompts import PromptStream, load_prompts
 from stare_megatron.inference.engine import Engine
 from stare_megatron.models.families import read_hf_config
@@ -33,7 +33,7 @@ from stare_megatron.sandbox.pool import Sandbox
 from stare_megatron.tasks.tiny_model import make_tokenizer
 from stare_megatron.trainer import model, optimizer
 from stare_megatron.trainer.schedule import learning_rate
-from stare_megatron.types import Control, EntropyReading
+from stare_megatron.types import Control, EntropyReading, SequenceCost
 from tests.unit.algo.test_methods import ADVANTAGE_T, ENTROPY_T, LENGTHS, NUM, OLD_T, SEQUENCE_T, candidates, column
 from tests.unit.data.test_packing import summary
 
@@ -107,15 +107,9 @@ def sampled(c: Config) -> Any:
 
 def plan(c: Config) -> Any:
     """Who trains on what, and in which micro-batches."""
-    r, t = c.rollout, c.trainer
-    shares = plan_updates(
-        [summary([(n + i + 5, n + 3) for i in range(r.group_size)]) for n in range(r.prompts_per_step)],
-        data_parallel=t.data_parallel,
-        updates_per_batch=t.updates_per_batch,
-        micro_batch_tokens=t.micro_batch_tokens,
-        min_micro_batch_multiple=t.pipeline_parallel if t.virtual_pipeline > 1 else 1,
-    )
-    return shares, num_micro_batches([n + 5 for n in range(32)], t.micro_batch_tokens)
+    r = c.rollout
+    summaries = [summary([(n + i + 5, n + 3) for i in range(r.group_size)]) for n in range(r.prompts_per_step)]
+    return plan_updates(summaries, c.trainer, SequenceCost(1.0, 0.1))
 
 
 def objective(c: Config) -> Any:

@@ -217,6 +217,7 @@ EFFECTS: dict[str, Seen | Refused | str] = {
         SINKS + "test_wandb_is_told_project_entity_group_tags_and_notes",
     ),
     "logging.samples_every": Seen(probes.saved, 2),
+    "logging.trace": "tests/unit/run/test_recorder.py::test_without_a_trace_nothing_is_kept_of_it",
     "logging.samples": "tests/unit/run/test_recorder.py",
     "logging.reflection_words": Seen(probes.reflections, ["so"]),
     "eval.every": Seen(probes.questions, 2),

@@ -48,6 +48,13 @@ def links(folder: Path) -> None:
         (folder / path.name).symlink_to(path)
 
 
+def bare(folder: Path) -> None:
+    """No tokenizer, and a damaged file that would go along."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    (folder / "generation_config.json").write_text('{"eos_token_id"')
+
+
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SOUND = {
     "whole": lambda folder: None,
@@ -80,6 +87,7 @@ FAULTY = {
     "end is a text": edit("generation_config.json", eos_token_id="w2"),
     "ends are ordinary": edit("generation_config.json", eos_token_id=[2, 200]),
     "generation config is cut": text("generation_config.json", '{"eos_token_id"'),
+    "no tokenizer, generation config is cut": bare,
     "tokenizer is a pointer": text("tokenizer.json", LFS),
     "tokenizer is {}": text("tokenizer.json", "{}"),
     "unknown eos_token": edit("tokenizer_config.json", eos_token="<end>"),

@@ -172,6 +172,34 @@ def test_an_index_of_anything(saved: Path, tensors: Any, places: Any) -> None:
     read_with(saved, INDEX, content)
 
 
+def described(whole: list[int], length: int, *chunks: tuple[list[int], list[int]]) -> bytes:
+    """An index of one tensor `a` of `whole` size in pieces of so many bytes, each with its offsets and sizes."""
+    pieces = [ChunkStorageMetadata(torch.Size(at), torch.Size(sizes)) for at, sizes in chunks]
+    tensors: Any = {"a": TensorStorageMetadata(TensorProperties(), torch.Size(whole), pieces)}
+    stored = {MetadataIndex("a", torch.Size(at)): _StorageInfo(DATA, 0, length) for at, _ in chunks}
+    return pickle.dumps(Metadata(state_dict_metadata=tensors, storage_data=stored))
+
+
+@pytest.mark.parametrize("size", [[-1], [4, -1], [0, 1 << 62, 1 << 62], [1 << 62]])
+def test_a_size_that_no_tensor_has_is_refused(saved: Path, size: list[int]) -> None:
+    assert "which no tensor has" in read_with(saved, INDEX, described(size, 9))
+
+
+def test_nothing_is_allocated_before_its_pieces_are_known_to_be_there(saved: Path) -> None:
+    """4 TiB, in no piece, in half a piece, and in two that lie in a few bytes of a file."""
+    many, half = 1 << 40, 1 << 39
+    copy = saved.parent / "sizes"
+    shutil.copytree(saved, copy, dirs_exist_ok=True)
+    for content, said in (
+        (described([many], 9), "do not cover the tensor once"),
+        (described([many], 9, ([0], [2])), "do not cover the tensor once"),
+        (described([many], 9, ([0], [half]), ([half], [half])), "larger than its bytes"),
+    ):
+        (copy / INDEX).write_bytes(content)
+        with pytest.raises(UserError, match=said):
+            TorchDist(copy).read("a", Box((0,), (many,)))
+
+
 @bounded(60)
 @given(nested(SCALARS | st.binary(max_size=5)), st.integers(0, 5))
 @example(json.loads("[" * 200 + "]" * 200), 0)

@@ -10,13 +10,13 @@ from stare_megatron.algo import dynamics
 from stare_megatron.algo.comm import OneRank
 from stare_megatron.algo.registry import ALGORITHMS
 from stare_megatron.algo.stare import Candidates, ScoredCandidates
-from stare_megatron.config import AlgorithmConfig
+from stare_megatron.config import AlgorithmConfig, TrainerConfig
 from stare_megatron.data.packing import plan_updates
 from stare_megatron.trainer.model_runner import RankBatch, rank_batch
 from stare_megatron.trainer.partials import NO_TARGET
 from stare_megatron.trainer.scoring import SampledBatch, Scored, candidates
-from stare_megatron.trainer.sequence import SequenceLayout, micro_batches, token_batch
-from stare_megatron.types import Control, Group, Prompt, Score, Scores, Span, SpanKind, Status, Trajectory
+from stare_megatron.trainer.sequence import SequenceLayout, token_batch
+from stare_megatron.types import Control, Group, Prompt, Score, Scores, SequenceCost, Span, SpanKind, Status, Trajectory
 
 NONE = np.empty(0, np.float32)
 ACTION, OBSERVATION = SpanKind.ACTION, SpanKind.OBSERVATION
@@ -43,15 +43,10 @@ def group(observation: int, seed: int) -> Group:
 
 def load(observation: int, config: AlgorithmConfig) -> RankBatch:
     groups = [group(observation, seed) for seed in range(3)]
-    ((share,),) = plan_updates(
-        [g.summary() for g in groups],
-        data_parallel=1,
-        updates_per_batch=1,
-        micro_batch_tokens=64,
-        min_micro_batch_multiple=1,
-    )
+    trainer = TrainerConfig(micro_batch_tokens=64)
+    ((share,),) = plan_updates([g.summary() for g in groups], trainer, SequenceCost(1.0, 0.0))
     batch = token_batch(groups, share, ALGORITHMS[config.method], config, torch.device("cpu"))
-    return rank_batch(batch, micro_batches(batch, share, 64, SequenceLayout(1, 1, 0)), config)
+    return rank_batch(batch, share, SequenceLayout(1, 1, 0), config)
 
 
 def scored(data: RankBatch, garbage: float) -> Scored:

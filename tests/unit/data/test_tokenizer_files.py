@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stare_megatron.data.tokenizer import load_tokenizer
+from stare_megatron.data.tokenizer import first_line, load_tokenizer
 from stare_megatron.errors import UserError
 from tests import byte_tokenizer
 from tests.properties import SCALARS, TEXT, bounded, nested
@@ -81,7 +81,9 @@ def test_an_end_outside_the_vocabulary(folder: Path, name: str, value: Any) -> N
 def test_ends_that_are_ordinary_tokens(folder: Path) -> None:
     change(folder, "config.json", eos_token_id=5)
     change(folder, "generation_config.json", eos_token_id=[5, 6])
-    assert "eos_token_id = 5 is an ordinary token" in said(folder)
+    assert f"{folder / 'config.json'}: eos_token_id = 5 is an ordinary token" in said(folder)
+    change(folder, "config.json", eos_token_id=None)
+    assert f"{folder / 'generation_config.json'}: eos_token_id = 5 is an ordinary token" in said(folder)
     change(folder, "generation_config.json", eos_token_id=[5, 258])
     load_tokenizer(folder)
 
@@ -104,6 +106,15 @@ def test_an_end_of_another_type(folder: Path, value: Any) -> None:
     assert "no tokenizer that transformers can load" in said(folder)
     change(folder, "tokenizer_config.json", eos_token=None)
     assert "no end-of-sequence token" in said(folder)
+
+
+def test_a_message_can_be_written_out(folder: Path) -> None:
+    """A half of a surrogate pair, which JSON allows and UTF-8 does not."""
+    change(folder, "tokenizer_config.json", extra_special_tokens={"\ud800": 1})
+    assert "no tokenizer that transformers can load" in said(folder)
+    assert said(folder).encode()
+    assert first_line(ValueError("a \ud800 b\nc")) == "a \\ud800 b"
+    assert first_line(ValueError()) == "ValueError"
 
 
 def test_a_tokenizer_of_another_size(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from stare_megatron.models.entries import full_shapes
 from stare_megatron.models.families import FAMILIES, read_hf_config
 from stare_megatron.models.layout import check_layout, recompute_modules
 from stare_megatron.models.rotary import Linear, Llama3, Yarn
-from stare_megatron.models.shape import ModelShape, Split
+from stare_megatron.models.shape import Experts, ModelShape, Split
 from stare_megatron.models.shards import Checkpoint, merge, read_shard
 
 LLAMA: dict[str, Any] = {
@@ -58,6 +59,19 @@ YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768
 def read(folder: Path, fields: Any) -> ModelShape:
     (folder / "config.json").write_text(fields if isinstance(fields, str) else json.dumps(fields))
     return read_hf_config(folder)
+
+
+def test_what_a_sequence_costs(tmp_path: Path) -> None:
+    """Two operations a weight and token; and causal attention, which sees half of s^2 keys in each of two products."""
+    dense = read(tmp_path, LLAMA)
+    heads, kv = dense.heads * dense.head_dim, dense.kv_groups * dense.head_dim
+    weights = dense.hidden * (2 * heads + 2 * kv + 3 * dense.ffn)
+    want = 2 * 100 * (dense.layers * weights + dense.hidden * dense.vocab) + 2 * dense.layers * heads * 100**2
+    assert dense.sequence_cost(100) == want
+    sparse = dataclasses.replace(dense, experts=Experts(number=8, top_k=2, ffn=dense.ffn // 4, normalize=True))
+    saved = dense.layers * dense.hidden * (3 * dense.ffn - 3 * dense.ffn // 2 - 8)
+    assert sparse.sequence_cost.linear == dense.sequence_cost.linear - 2 * saved
+    assert sparse.sequence_cost.quadratic == dense.sequence_cost.quadratic
 
 
 def test_both_spellings_of_rope(tmp_path: Path) -> None:

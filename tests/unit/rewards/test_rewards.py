@@ -141,6 +141,24 @@ def test_a_generated_task_refuses_prompts_it_did_not_write(name):
             asyncio.run(reward(prompt, written("1"), TOKENIZER))
 
 
+def test_a_prompt_is_checked_once_for_all_its_answers(monkeypatch):
+    kind, checked = type(tasks.get("order_free_sum")), []
+    real = kind.check
+
+    def check(task, text, answer):
+        checked.append(text)
+        real(task, text, answer)
+
+    monkeypatch.setattr(kind, "check", check)
+    reward = make_reward(RewardConfig(name="order_free_sum"))
+    for text, right in ((RIGHT, True), ("7 + 8 = 16", False), (RIGHT, True)):
+        assert asyncio.run(reward(PROMPT, written(text), TOKENIZER)).correct is right
+    assert len(checked) == 1
+    for _ in range(2):
+        with pytest.raises(RewardError):
+            asyncio.run(reward(dataclasses.replace(PROMPT, answer="31"), written(RIGHT), TOKENIZER))
+
+
 def test_prompts_for_reasoning_gym_are_its_own():
     made = reasoning.prompts("chain_sum", {}, 2, 0, seed=1)
     config = RewardConfig(name="reasoning_gym")

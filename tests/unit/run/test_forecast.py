@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from stare_megatron.host import device
 from stare_megatron.run import forecast as module
-from stare_megatron.run.forecast import allocated, compared, forecast
+from stare_megatron.run.forecast import allocated, compared, forecast, peak_flops
 from stare_megatron.run.machine import cpu_memory_bytes
 from tests.configs import configuration, small_model
 from tests.unit.plan.models import config_of, shape_of
@@ -76,3 +77,14 @@ def test_nothing_is_said_of_gpus_that_are_not_known(
 def test_how_far_it_is_off() -> None:
     assert compared(12.0, 10.0, "s") == "12.0 s planned, 10.0 measured (+20%)"
     assert compared(12.0, 0.0, "s") == "12.0 s planned, 0.0 measured"
+
+
+def test_the_speed_of_a_gpu_is_that_of_its_kind_and_of_no_other_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "on_gpus", lambda _: True)
+    monkeypatch.setattr(device, "gpus", lambda: (H100,))
+    assert peak_flops(config_of("qwen2.5-1.5b", model={"dtype": "bfloat16"})) == 989e12
+    assert math.isnan(peak_flops(config_of("qwen2.5-1.5b", model={"dtype": "float32"})))
+    monkeypatch.setattr(device, "gpus", lambda: (device.Gpu("NVIDIA T4", 2**34, "GPU-0"),))
+    assert math.isnan(peak_flops(config_of("qwen2.5-1.5b", model={"dtype": "bfloat16"})))
+    monkeypatch.setattr(module, "on_gpus", lambda _: False)
+    assert math.isnan(peak_flops(config_of("qwen2.5-1.5b", model={"dtype": "bfloat16"})))

@@ -8,9 +8,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from stare_megatron.cluster import activity
 from stare_megatron.config import RolloutConfig, parse
+from stare_megatron.metrics import trace
 from stare_megatron.metrics.catalogue import by_name, metrics
 from stare_megatron.run import recorder as module
+from stare_megatron.run import timeline
+from stare_megatron.run.rates import Rates
 from stare_megatron.run.recorder import Recorder, Remembered
 from stare_megatron.types import (
     UNOBSERVED,
@@ -21,12 +25,14 @@ from stare_megatron.types import (
     Prompt,
     Score,
     ScoreSummary,
+    SequenceCost,
     Span,
     SpanKind,
     Status,
     StepStats,
     Trajectory,
 )
+from stare_megatron.types.report import Activity, EngineLoad, EngineReport, Report
 
 CONTROL = Control(gate_on=True, weight_pos=1.1, weight_neg=1.0, entropy=0.2, target=0.3)
 DONE = StepStats(ScoreSummary((), 40), ())
@@ -59,11 +65,15 @@ class Time:
     def monotonic(self):
         return self.now
 
+    def time(self):
+        return self.now + 1e9
 
-@pytest.fixture
-def made(tmp_path, monkeypatch):
+
+@pytest.fixture(params=[{}])
+def made(tmp_path, monkeypatch, request):
     time = Time()
-    monkeypatch.setattr(module, "time", time)
+    for part in (module, timeline, activity):
+        monkeypatch.setattr(part, "time", time)
     monkeypatch.setattr(module, "step_metrics", lambda *_: metrics({"reward/mean": 0.5}))
     monkeypatch.setattr(module, "observed", lambda *_: Observed(0.2, -0.01))
     config = parse(
@@ -72,10 +82,11 @@ def made(tmp_path, monkeypatch):
             "model": {"path": "m"},
             "data": {"train": ["a.jsonl"]},
             "reward": {"name": "math"},
-            "logging": {"samples_every": 2, "samples": 4},
+            "logging": {"samples_every": 2, "samples": 4, **request.param},
         },
         "test",
     )
+    config.folder.mkdir()
     logged: list[tuple] = []
     asked: list[list[tuple[int, int]]] = []
     shown: list[str] = []
@@ -84,9 +95,15 @@ def made(tmp_path, monkeypatch):
         asked.append(list(wanted))
         return {}
 
-    trainers = SimpleNamespace(peak_memory_bytes=lambda: [1 << 20], token_records=token_records)
+    did: dict[str, tuple[Activity, ...]] = {}  # since the last report
+    engines = SimpleNamespace(report=lambda: [EngineReport(did.pop("engine", ()), 1 << 20, EngineLoad())])
+    trainers = SimpleNamespace(report=lambda: [Report(did.pop("trainer", ()), 1 << 20)], token_records=token_records)
     groups = [group("a"), group("b")]
-    batch = SimpleNamespace(groups=tuple((g, g.summary()) for g in groups), tokens_sampled=600, groups_sampled=5)
+    batch = SimpleNamespace(
+        groups=tuple((g, g.summary()) for g in groups),
+        tokens_sampled=600,
+        sampled=[g.summary() for g in groups] * 2 + [groups[0].summary()],
+    )
     sinks = SimpleNamespace(
         status=lambda text: None,
         log=lambda step, values, late: logged.append((step, by_name(values), by_name(late))),
@@ -95,14 +112,22 @@ def made(tmp_path, monkeypatch):
     )
     recorder = Recorder(
         config,
-        SimpleNamespace(trainers=trainers, engines=SimpleNamespace(peak_memory_bytes=lambda: [1 << 20])),
+        SimpleNamespace(trainers=trainers, engines=engines),
         SimpleNamespace(state=lambda: SimpleNamespace(epoch=0)),
         sinks,
         list,
         lambda ids: " ".join(map(str, ids)),
+        Rates(SequenceCost(1.0, 1.0), ranks=1, workers=1, devices=2, peak=math.nan, scores=True),
     )
     return SimpleNamespace(
-        recorder=recorder, time=time, logged=logged, asked=asked, shown=shown, batch=batch, folder=tmp_path / "unit"
+        recorder=recorder,
+        time=time,
+        logged=logged,
+        asked=asked,
+        shown=shown,
+        batch=batch,
+        did=did,
+        folder=config.folder,
     )
 
 
@@ -125,12 +150,12 @@ def test_seconds_belong_to_the_step_they_were_spent_in(made):
     first, first_late, second, second_late = made.logged
     assert (first[0], second[0]) == (1, 2)
     assert first[1] == {"reward/mean": 0.5}
-    provisional = {"time/save": 0.0, "time/eval": 0.0, "time/step": 10.0, "throughput/tokens_per_second": 60.0}
+    nothing_done = {"idle/engines": 1.0, "idle/trainers": 1.0}
+    rate, each = "throughput/tokens_per_second", "throughput/tokens_per_second_per_device"
+    provisional = {"time/save": 0.0, "time/eval": 0.0, "time/step": 10.0, rate: 60.0, each: 30.0} | nothing_done
     assert first[2] == provisional
-    assert first_late == (
-        1,
-        provisional | {"time/save": 5.0, "time/eval": 3.0, "time/step": 15.0} | {"throughput/tokens_per_second": 40.0},
-    )
+    settled = {"time/save": 5.0, "time/eval": 3.0, "time/step": 15.0, rate: 40.0, each: 20.0}
+    assert first_late == (1, provisional | settled)
     assert second_late[1]["time/save"] == 10.0
     assert second_late[1]["time/eval"] == 6.0
     assert second_late[1]["time/step"] == 20.0
@@ -157,3 +182,40 @@ def test_samples_are_written_when_due_with_what_the_update_knew(made):
     head = (made.folder / "samples" / names[0]).read_text().partition("\n")[0]
     assert head.endswith(f"of the {2 * SIZE} in the update batch; {5 * SIZE} were sampled")
     assert len(made.shown) == 2
+
+
+def test_idle_shares_and_the_trace_are_of_the_step(made):
+    """Two groups overlap in the engine for 6 of 10 s; the rank works for 4, one of them after the step was recorded."""
+    for step in (1, 2):
+        began = made.time.time()
+        with made.recorder.phase("rollout"):
+            made.time.now += 6.0
+            made.did["engine"] = (Activity("sample", began, 4.0, "a"), Activity("sample", began + 2.0, 4.0, "b"))
+        with made.recorder.phase("update"):
+            made.time.now += 3.0
+            made.did["trainer"] = (Activity("update", began + 6.0, 3.0),)
+        made.recorder.record(step, made.batch, CONTROL, DONE, math.nan)
+        spend(made, "save", 1.0)
+        made.did["trainer"] = (Activity("begin_save", began + 9.0, 1.0),)
+        made.recorder.close(step)
+        at_record, when_done = made.logged[-2][2], made.logged[-1][1]
+        assert at_record["idle/engines"] == pytest.approx(3 / 9)
+        assert when_done["idle/engines"] == pytest.approx(4 / 10)
+        assert when_done["idle/trainers"] == pytest.approx(6 / 10)
+    first, second = trace.read(made.folder)
+    assert (first.step, second.step) == (1, 2)
+    assert [a.name for a in second.tracks["driver"]] == ["step 2", "rollout", "update", "save"]
+    whole, *phases = second.tracks["driver"]
+    assert whole.seconds == pytest.approx(sum(p.seconds for p in phases)) == 10.0
+    assert [a.name for a in second.tracks["trainer rank 0"]] == ["update", "begin_save"]
+    assert second.trained == ["a", "b"]
+
+
+@pytest.mark.parametrize("made", [{"trace": False}], indirect=True)
+def test_without_a_trace_nothing_is_kept_of_it(made):
+    spend(made, "rollout", 4.0)
+    made.did["engine"] = (Activity("sample", made.time.time() - 4.0, 3.0),)
+    made.recorder.record(1, made.batch, CONTROL, DONE, math.nan)
+    made.recorder.close(1)
+    assert made.logged[-1][1]["idle/engines"] == pytest.approx(1 / 4)
+    assert not (made.folder / trace.FILE).exists()

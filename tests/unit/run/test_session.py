@@ -39,7 +39,7 @@ def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(session.runtime, "cluster", lambda *_: contextlib.nullcontext())
     places = SimpleNamespace(trainers=(), engines=(), gpu_bytes=0, release=lambda: None)
     monkeypatch.setattr(session.placement, "plan", lambda *_, **__: places)
-    monkeypatch.setattr(session, "read_hf_config", lambda _: None)
+    monkeypatch.setattr(session, "read_hf_config", lambda _: SimpleNamespace(sequence_cost=None))
     monkeypatch.setattr(sizing, "parameter_count", lambda _: 0)
     return said
 

@@ -29,6 +29,7 @@ from stare_megatron.types import (
     Status,
     UpdateStats,
 )
+from stare_megatron.types.report import EngineLoad
 
 VERSION = 9
 BY_UPDATE = {  # name: whether it has a weight
@@ -49,6 +50,7 @@ BY_UPDATE = {  # name: whether it has a weight
     "stare/tokens_pos": False,
     "stare/tokens_neg": False,
     "throughput/trained_tokens": False,
+    "packing/cost_imbalance": False,
 }
 SCORED = ("policy/entropy", "policy/entropy_estimate", "policy/surprisal", "mismatch/mean", "mismatch/kl")
 SINGLE = (
@@ -59,6 +61,14 @@ SINGLE = (
     "mismatch/sequence_ratio_max",
     "mismatch/sequence_ess",
 )
+
+# Idle seconds, of seconds.
+IDLE = {"engines": [(1.0, 4.5), (3.0, 4.25)], "trainers": [(2.0, 4.5), (0.5, 4.0), (2.5, 4.25)]}
+RATES = {
+    f"rates/{phase}_{unit}": (3.0 + i, 16.0 / (i + 1) + j)
+    for i, phase in enumerate(("rollout", "score", "update"))
+    for j, unit in enumerate(("tflops", "mfu"))
+}
 
 
 @dataclass(frozen=True)
@@ -81,10 +91,11 @@ class Step:
         parts = [part for group, label in self.groups for part in measure(group, label)]
         parts += [Measured("groups/dropped", 2), Measured("groups/surplus", 1), Measured("groups/refills", 3)]
         parts += [part for group in self.kept for part in _measure_kept(group, VERSION - 1)]
-        tokens = sum(n for group, _ in self.groups for n in group.num_action_tokens)
-        batch = Collected((), tokens, tuple(parts))
+        batch = Collected((), tuple(group for group, _ in self.groups), tuple(parts))
         stats = (batch, self.scores, self.control, self.updates, 1e-6, self.costs, self.progress)
-        late = late_metrics({"save": 1.5, "eval": 2.5}, 4.0, tokens)
+        idle = [Measured(f"idle/{kind}", *part) for kind, parts in IDLE.items() for part in parts]
+        others = [*idle, Measured("throughput/tokens_per_second_per_device", 90.0, 12.0)]
+        late = late_metrics({"save": 1.5, "eval": 2.5}, 4.0, batch.tokens_sampled, others)
         return by_name((*step_metrics(VERSION, *stats), *late))
 
 
@@ -145,7 +156,16 @@ def random_step(seed: int) -> Step:
         updates=updates,
         totals=totals,
         control=Control(True, 1.25, 0.75, 0.5, 0.625, 0.01),
-        costs=StepCosts(seconds, 17.0, [5 << 20, 7 << 20, 6 << 20], [9 << 20, 3 << 20], 2 << 20, HostMemory(8, 9)),
+        costs=StepCosts(
+            seconds,
+            17.0,
+            [5 << 20, 7 << 20, 6 << 20],
+            [9 << 20, 3 << 20],
+            2 << 20,
+            HostMemory(8, 9),
+            [EngineLoad(10, 30, 2.5, 0.5, 3), EngineLoad(40, 60, 9.0, 0.75, 1), EngineLoad(5, 50, 1.0, 0.25, 2)],
+            [Measured(name, *part) for name, part in RATES.items()],
+        ),
         progress=Progress(2, 12345, Observed(0.5, -0.25), GateDuty(8, 3)),
     )
 
@@ -233,6 +253,7 @@ def expected(step: Step) -> dict[str, float]:
     found = {name: step.scores.part(name).total / 210 for name in SCORED}
     found |= {name: step.scores.part(name).total for name in SINGLE}
     found |= {f"time/{phase}": seconds for phase, seconds in step.costs.seconds.items()}
+    found |= {name: total / weight for name, (total, weight) in RATES.items()}
     return (
         sampled(step)
         | updated(step)
@@ -261,6 +282,13 @@ def expected(step: Step) -> dict[str, float]:
             "memory/driver_peak": 2.0,
             "memory/host_run": 8 / 2**20,
             "memory/host_available": 9 / 2**20,
+            "idle/engines": 4.0 / 8.75,
+            "idle/trainers": 5.0 / 12.75,
+            "throughput/tokens_per_second_per_device": 7.5,
+            "engine/requests": 140 / 55,
+            "engine/kv_use": 12.5 / 55,
+            "engine/kv_use_max": 0.75,
+            "engine/preemptions": 6,
         }
     )
 
@@ -291,7 +319,7 @@ def parts() -> list[Measured]:
     found: list[Measured] = []
     with pytest.MonkeyPatch.context() as m:
         m.setattr(module, "reduce", lambda measured: found.extend(measured) or ())
-        random_step(0).metrics()
+        random_step(1).metrics()
     return found
 
 
@@ -299,7 +327,7 @@ def parts() -> list[Measured]:
 def test_another_reduction_would_give_another_number(family, parts, monkeypatch):
     """So a wrong line of the catalogue fails the test above, or stops the run."""
     name = family.format(source="a", name="x")
-    true, want = catalogue.entry(name), expected(random_step(0))[name]
+    true, want = catalogue.entry(name), expected(random_step(1))[name]
     own = [part for part in parts if part.name == name]
     agreeing = set()
     for other in Reduction:

@@ -1,5 +1,6 @@
 import functools
 import json
+import time
 
 import pytest
 
@@ -120,6 +121,44 @@ def test_upstreams_generous_scorers_are_not_asked(dataset, spoil):
         right = json.loads(answer)["entry"]["answer"]
         assert reasoning.verify(answer, right).correct
         assert not reasoning.verify(answer, spoil(right)).correct
+
+
+@pytest.mark.parametrize(
+    ("dataset", "answer", "said", "right"),
+    [
+        ("gsm_symbolic", "1754", "$1,754", True),
+        ("gsm_symbolic", "1754", "1 754", False),
+        ("gsm_symbolic", "1754", "17,54", False),
+        ("gsm_symbolic", "1754", "1,7,5,4", False),
+        ("gsm_symbolic", "1754", "17 54.", False),
+        ("gsm_symbolic", "1754", "1_754", False),
+        ("gsm_symbolic", "-4", "- 4.", True),
+        ("complex_arithmetic", "-5.0 + 20.0i", "-5+20i", True),
+        ("complex_arithmetic", "-5.0 + 20.0i", "- 5 + 20 i", True),
+        ("complex_arithmetic", "-5.0 + 20.0i", "-5 + 2 0i", False),
+        ("complex_arithmetic", "-5.0 + 20.0i", "1.7e308+1.7e308i", False),  # its magnitude is no float
+        ("fraction_simplification", "$\\frac{3}{4}$", "3/4", True),
+        ("fraction_simplification", "$\\frac{3}{4}$", "$ \\dfrac{ 3 }{ 4 } $", True),
+        ("fraction_simplification", "3/4", "3 4", False),
+        ("fraction_simplification", "3/4", "{3}{4}", False),
+        ("fraction_simplification", "3/4", "3/4" + " " * 300 + "5", False),
+        ("fraction_simplification", "3/4", "03/4", False),
+    ],
+)
+def test_own_scorers_read_one_number_or_none(dataset, answer, said, right):
+    reference = json.dumps({"dataset": dataset, "entry": {"answer": answer}})
+    assert reasoning.verify(reference, said).correct is right
+
+
+def test_powers_in_a_sum_are_no_tower():
+    for answer in entries("polynomial_multiplication", 20):
+        right = json.loads(answer)["entry"]["answer"]
+        assert reasoning.verify(answer, right.replace(" ", "")).correct, right
+    for tower in ("9**9**9", "9^(9-1)^9", "9 ** -(9) ** 9", "9**(9**9)", "9**(99999)"):
+        assert "not evaluated" in reasoning.verify(entries("puzzle24", 1)[0], tower).note
+    began = time.process_time()
+    reasoning.verify(entries("puzzle24", 1)[0], "9^" + " " * 1900 + "x")
+    assert time.process_time() - began < 2
 
 
 @pytest.mark.parametrize(

@@ -61,8 +61,10 @@ def batch_of(share: UpdateShare) -> TokenBatch:
 
 
 def share_of(*samples: int, rows: int = 1) -> UpdateShare:
+    """Sequence n goes to row n, the last row takes what is left."""
     first = {0: 0, 1: 5, 2: 13}
-    return UpdateShare((Assignment(0, samples, tuple(first[s] for s in samples)),), 8, 3, rows)
+    packed = tuple(tuple(n for n in range(len(samples)) if min(n, rows - 1) == row) for row in range(rows))
+    return UpdateShare((Assignment(0, samples, tuple(first[s] for s in samples)),), 8, 3, packed, 0.0)
 
 
 def test_token_batch():
@@ -99,10 +101,8 @@ def predictions(batch: TokenBatch, rows: list[MicroBatch]) -> dict[int, tuple[in
 def test_every_action_token_is_predicted_once_from_the_token_before(rows, tensor, context):
     share = share_of(0, 1, 2, rows=rows)
     batch = batch_of(share)
-    budget = 20 if rows == 1 else 12 if rows == 2 else 8
     by_rank = [
-        micro_batches(batch, share, budget, SequenceLayout(tensor, context, context_rank))
-        for context_rank in range(context)
+        micro_batches(batch, share, SequenceLayout(tensor, context, context_rank)) for context_rank in range(context)
     ]
     found = predictions(batch, [row for own in by_rank for row in own])
     assert sorted(found) == batch.action_T.nonzero()[:, 0].tolist()
@@ -124,7 +124,7 @@ def test_every_action_token_is_predicted_once_from_the_token_before(rows, tensor
 
 def test_packing_alone_pads_nothing():
     share = share_of(0, 1, 2)
-    (row,) = micro_batches(batch_of(share), share, 100, ALONE)
+    (row,) = micro_batches(batch_of(share), share, ALONE)
     assert row.cu_seqlens_M1.tolist() == [0, 5, 13, 19]
     assert row.position_ids_1P[0].tolist() == [*range(5), *range(8), *range(6)]
 
@@ -139,17 +139,17 @@ def test_zigzag():
 
 
 def test_a_share_without_sequences_makes_dummy_rows():
-    share = UpdateShare((), 8, 3, 2)
+    share = UpdateShare((), 8, 3, ((), ()), 0.0)
     batch = batch_of(share)
     assert batch.token_ids_T.shape == (0,)
     for layout in (ALONE, SequenceLayout(4, 1, 0), SequenceLayout(2, 2, 1)):
-        rows = micro_batches(batch, share, 10, layout)
+        rows = micro_batches(batch, share, layout)
         assert len(rows) == 2
         assert all(row.target_P.eq(NO_TARGET).all() for row in [*rows, dummy(layout, CPU)])
         assert all(row.token_ids_1P.shape[1] % layout.sequence_parallel == 0 for row in rows)
 
 
-@pytest.mark.parametrize("share", [UpdateShare((), 8, 3, 2), share_of(1, 2)], ids=["none", "some"])
+@pytest.mark.parametrize("share", [UpdateShare((), 8, 3, ((), ()), 0.0), share_of(1, 2)], ids=["none", "some"])
 def test_tokens_are_on_the_ranks_device(share):
     """Without sequences too: a model on a GPU takes no tensor of a CPU."""
     batch = token_batch([group()], share, ALGORITHMS["grpo"], AlgorithmConfig(), torch.device("meta"))

@@ -14,7 +14,7 @@ import torch
 from tokenizers.decoders import DecodeStream
 
 from stare_megatron.algo.registry import ALGORITHMS
-from stare_megatron.config import AlgorithmConfig
+from stare_megatron.config import AlgorithmConfig, TrainerConfig
 from stare_megatron.config.env import ToolUseConfig
 from stare_megatron.data.packing import plan_updates
 from stare_megatron.envs.tool_use import ToolUse
@@ -22,7 +22,7 @@ from stare_megatron.rollout.episode import run_group
 from stare_megatron.sandbox.result import Result
 from stare_megatron.sandbox.result import Status as Outcome
 from stare_megatron.trainer.sequence import token_batch
-from stare_megatron.types import Completion, GroupRequest, Prompt, Sampling, Score, SpanKind, Status
+from stare_megatron.types import Completion, GroupRequest, Prompt, Sampling, Score, SequenceCost, SpanKind, Status
 from tests import qwen_tokenizer
 
 SIZE = 4
@@ -185,9 +185,7 @@ def check_batch(group) -> None:
     kept = [t for t in group.trajectories if t.status.is_trainable and t.num_action_tokens]
     if not kept:
         return
-    ((share,),) = plan_updates(
-        [group.summary()], data_parallel=1, updates_per_batch=1, micro_batch_tokens=256, min_micro_batch_multiple=1
-    )
+    ((share,),) = plan_updates([group.summary()], TrainerConfig(micro_batch_tokens=256), SequenceCost(1.0, 0.0))
     batch = token_batch([group], share, ALGORITHMS["grpo"], AlgorithmConfig(), torch.device("cpu"))
     assert batch.token_ids_T.tolist() == [token for t in kept for token in t.token_ids().tolist()]
     assert batch.action_T.tolist() == [action for t in kept for action in t.action_mask().tolist()]

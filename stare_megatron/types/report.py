@@ -1,0 +1,48 @@
+"""What a process tells the driver of itself: what it did and when, and what that took."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Activity:
+    """Something that a process did. `start`: seconds since the epoch, of its machine's clock; `detail`: of what.
+
+    Example:
+        Activity("sample", start=1795813932.1, seconds=2.4, detail="sum-00017")
+    """
+
+    name: str
+    start: float
+    seconds: float
+    detail: str = ""
+
+    @property
+    def end(self) -> float:
+        return self.start + self.seconds
+
+
+@dataclass(frozen=True)
+class EngineLoad:
+    """How full an engine was, summed over the iterations of its scheduler in which a request ran. `requests`: that ran;
+    `kv_use`: share of the KV cache that was taken, and the largest; `preemptions`: requests put back for want of it."""
+
+    iterations: int = 0
+    requests: int = 0
+    kv_use: float = 0.0
+    kv_use_max: float = 0.0
+    preemptions: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """Of one process, since its last report. `peak_bytes`: its largest memory so far."""
+
+    activities: tuple[Activity, ...]
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class EngineReport(Report):
+    load: EngineLoad
