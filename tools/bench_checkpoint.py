@@ -1,4 +1,5 @@
-"""How long a training checkpoint holds up the loop, written in the background and not, in one run on the same machine.
+"""What a training checkpoint costs: how long it holds up the loop, written in the background and not, how long it takes
+to come back, and the memory of it, in one run on the same machine.
 
 torchrun --standalone --nproc-per-node 2 tools/bench_checkpoint.py run.toml trainer.tensor_parallel=2
 
@@ -9,6 +10,7 @@ removed. Between saves the ranks take training steps, so that the state changes 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import shutil
 import sys
@@ -29,12 +31,20 @@ from rich.table import Table
 from stare_megatron import config as configuration
 from stare_megatron.config import Config
 from stare_megatron.errors import UserError
-from stare_megatron.host import device, manifest
+from stare_megatron.host import device, manifest, memory
 from stare_megatron.run.folder import hardware, package_versions, parameter_count
 from stare_megatron.trainer.rank import TrainerRank
 from stare_megatron.types import Control
 
 _ROUNDS = 4  # of each kind; the first is left out
+
+
+@dataclass(frozen=True)
+class Held:
+    """Most memory that a rank held beyond what it held before, bytes; the largest of all ranks'."""
+
+    host: int
+    device: int
 
 
 @dataclass
@@ -47,6 +57,7 @@ class Seconds:
     finish: float
     open: float
     steps: list[float]
+    held: Held
 
     @property
     def stall(self) -> float:
@@ -84,7 +95,29 @@ def copy_waits() -> Iterator[list[float]]:
         yield seconds
 
 
+class Watch:
+    """The memory this process holds from now on. Of host memory the resident, by the kernel's high-water mark."""
+
+    def __init__(self) -> None:
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")
+        (self._host,) = memory.status_bytes(os.getpid(), "VmRSS")
+        self._device = 0
+        if device.current() is device.Device.CUDA:
+            torch.cuda.reset_peak_memory_stats()
+            self._device = torch.cuda.memory_allocated()
+
+    def most(self) -> Held:
+        """A collective."""
+        (host,) = memory.status_bytes(os.getpid(), "VmHWM")
+        on_device = torch.cuda.max_memory_allocated() if device.current() is device.Device.CUDA else 0
+        own: list[tuple[int, int]] = [(0, 0)] * dist.get_world_size()
+        dist.all_gather_object(own, (host - self._host, on_device - self._device))
+        return Held(*map(max, zip(*own, strict=True)))
+
+
 def save(trainer: TrainerRank, config: Config, folder: Path, *, background: bool) -> Seconds:
+    watch = Watch()
     dist.barrier()
     began = time.perf_counter()
     trainer.begin_save(folder, 1, snapshot=background)
@@ -103,30 +136,53 @@ def save(trainer: TrainerRank, config: Config, folder: Path, *, background: bool
         manifest.write(folder, {name: entry for of_rank in entries for name, entry in of_rank.items()})
     dist.barrier()
     done = time.perf_counter()
-    return Seconds(begun - began, waited, done - ready, done - began, steps)
+    return Seconds(begun - began, waited, done - ready, done - began, steps, watch.most())
 
 
-def measure(config: Config) -> tuple[list[Seconds], list[Seconds], list[float], int]:
-    """Saves at once, saves in the background, steps without a save, bytes of a checkpoint."""
+def restore(trainer: TrainerRank, folder: Path) -> tuple[float, Held]:
+    """Seconds and memory of loading what was saved, by a trainer that has its buffers already."""
+    watch = Watch()
+    dist.barrier()
+    began = time.perf_counter()
+    trainer.restore(folder)
+    dist.barrier()
+    return time.perf_counter() - began, watch.most()
+
+
+@dataclass
+class Found:
+    """Saves at once, saves in the background, restores, steps without a save, bytes of a checkpoint."""
+
+    at_once: list[Seconds]
+    background: list[Seconds]
+    restores: list[tuple[float, Held]]
+    alone: list[float]
+    size: int
+
+
+def measure(config: Config) -> Found:
     rank = int(os.environ["RANK"])
     trainer = make_rank(config)
     names = [tempfile.mkdtemp(prefix="bench-checkpoint-", dir=config.run.dir) if rank == 0 else ""]
     dist.broadcast_object_list(names, src=0)
     root = Path(names[0])
-    at_once, background, alone, size = [], [], [step(trainer, config)], 0
+    found = Found([], [], [], [step(trainer, config)], 0)
     for number in range(_ROUNDS):
-        for found, kind in ((at_once, False), (background, True)):
+        for saves, kind in ((found.at_once, False), (found.background, True)):
             folder = root / f"{number}-{kind}"
-            found.append(save(trainer, config, folder, background=kind))
-            alone.append(step(trainer, config))
+            saves.append(save(trainer, config, folder, background=kind))
+            found.alone.append(step(trainer, config))
+            if not kind:
+                found.restores.append(restore(trainer, folder))
+            dist.barrier()
             if rank == 0:
-                size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+                found.size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
                 shutil.rmtree(folder)
     dist.barrier()
     if rank == 0:
         shutil.rmtree(root)
     trainer.close()
-    return at_once[1:], background[1:], alone[1:], size
+    return Found(found.at_once[1:], found.background[1:], found.restores[1:], found.alone[1:], found.size)
 
 
 def main(argv: list[str]) -> int:
@@ -141,30 +197,40 @@ def main(argv: list[str]) -> int:
     except UserError as e:
         print(f"bench_checkpoint: {e}", file=sys.stderr)
         return 2
-    at_once, background, alone, size = measure(config)
-    if int(os.environ["RANK"]):
-        return 0
+    found = measure(config)
+    if int(os.environ["RANK"]) == 0:
+        show(found, parameters)
+    return 0
 
+
+def show(found: Found, parameters: int) -> None:
     def median(values: list[float]) -> str:
         return f"{np.median(values):.3f}" if values else "-"
 
+    def held(values: list[Held]) -> tuple[str, str]:
+        host, on_device = (np.median([getattr(h, field) for h in values]) / 1e6 for field in ("host", "device"))
+        return f"{host:,.0f}", f"{on_device:,.0f}"
+
     table = Table(
-        title=f"{parameters / 1e6:,.0f} M parameters, {size / 1e6:,.0f} MB, medians of {_ROUNDS - 1}, seconds"
+        title=f"{parameters / 1e6:,.0f} M parameters, {found.size / 1e6:,.0f} MB, medians of {_ROUNDS - 1}, seconds; "
+        "MB that the rank with the most held beyond what it held before"
     )
-    for heading in ("written", "begin", "copy", "finish", "loop held up", "whole save", "step meanwhile"):
+    for heading in ("", "begin", "copy", "finish", "loop held up", "whole", "step meanwhile", "host MB", "device MB"):
         table.add_column(heading, justify="right")
-    for name, saves in (("at once", at_once), ("in background", background)):
+    for name, saves in (("saved at once", found.at_once), ("in background", found.background)):
         columns = ([getattr(s, field) for s in saves] for field in ("begin", "copy", "finish", "stall", "open"))
-        table.add_row(name, *map(median, columns), median([x for s in saves for x in s.steps]))
-    ratio = np.median([s.stall for s in background]) / np.median([s.stall for s in at_once])
+        steps = median([x for s in saves for x in s.steps])
+        table.add_row(name, *map(median, columns), steps, *held([s.held for s in saves]))
+    seconds = median([took for took, _ in found.restores])
+    table.add_row("restored", "", "", "", seconds, seconds, "", *held([h for _, h in found.restores]))
+    ratio = np.median([s.stall for s in found.background]) / np.median([s.stall for s in found.at_once])
     versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
     console = Console(width=120)
     console.print(table)
     console.print(
-        f"in the background the loop is held up {ratio:.1%} as long; a step without a save: {median(alone)} s"
+        f"in the background the loop is held up {ratio:.1%} as long; a step without a save: {median(found.alone)} s"
     )
     console.print(f"{hardware()}; {versions}")
-    return 0
 
 
 if __name__ == "__main__":

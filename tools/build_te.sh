@@ -30,4 +30,5 @@ trap 'rm -rf "$beside"' EXIT
 "$python" -m pip --disable-pip-version-check --quiet install --target "$beside" setuptools wheel pybind11 packaging
 headers=$("$python" -c 'import glob, sysconfig; print(":".join(glob.glob(sysconfig.get_paths()["purelib"] + "/nvidia/*/include")))')
 export PYTHONPATH=$beside${PYTHONPATH:+:$PYTHONPATH} CPATH=$headers${CPATH:+:$CPATH}
-"$python" -m pip --disable-pip-version-check wheel --no-deps --no-build-isolation --wheel-dir "$out" "$te"
+# --no-cache-dir: pip would hand out a wheel that it has built before, for another torch.
+"$python" -m pip --disable-pip-version-check --no-cache-dir wheel --no-deps --no-build-isolation --wheel-dir "$out" "$te"

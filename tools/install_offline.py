@@ -215,11 +215,43 @@ def install(store: Path, site: Path) -> Manifest:
             for done in [pool.submit(_unpack, member, parts, partial) for member in manifest.members]:
                 done.result()
         (partial / RECORD).write_text(text)
-        shutil.rmtree(site, ignore_errors=True)
-        os.rename(partial, site)
+        _take_place(partial, site)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return manifest
+
+
+def _take_place(folder: Path, site: Path) -> None:
+    """Give a folder the name `site`; what is there goes only once this has succeeded.
+
+    Raises:
+        OSError: it cannot be renamed; `site` is as it was.
+    """
+    stale = site.with_name(site.name + ".stale.partial")
+    if stale.exists() and not site.exists():  # an installation was killed between the two renames
+        os.rename(stale, site)
+    shutil.rmtree(stale, ignore_errors=True)
+    try:
+        if site.exists():
+            os.rename(site, stale)
+        os.rename(folder, site)
+    finally:
+        if stale.exists() and not site.exists():  # the second rename failed
+            os.rename(stale, site)
+    shutil.rmtree(stale, ignore_errors=True)
+
+
+def empty(store: Path, manifest: Manifest) -> None:
+    """Remove what `take` has put into the store, and the store itself if nothing else is in it.
+
+    Raises:
+        OSError: a file cannot be removed.
+    """
+    for name in (MANIFEST, *(part.name for part in manifest.parts)):
+        for file in (store / name, store / f"{name}.partial"):  # of a copy that was cut off
+            file.unlink(missing_ok=True)
+    if not any(store.iterdir()):
+        store.rmdir()
 
 
 def main(argv: list[str]) -> int:
@@ -244,10 +276,10 @@ def main(argv: list[str]) -> int:
             print(f"{len(manifest.parts) - len(names)} of {len(manifest.parts)} parts; missing: {', '.join(names)}")
             return MISSING
         install(store, site)
+        empty(store, manifest)
     except (PackError, OSError, lzma.LZMAError, EOFError, tarfile.TarError) as e:
         print(f"install_offline: {e}", file=sys.stderr)
         return 1
-    shutil.rmtree(store)
     print(f"installed to {site}: " + ", ".join(f"{key} {value}" for key, value in manifest.made.items()))
     print(f"put it on the path: export PYTHONPATH=<checkout of stare_megatron>:{site}")
     return 0

@@ -17,6 +17,7 @@ import hashlib
 import lzma
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from tools.thin_gpu_code import Malformed, thin  # noqa: E402
 
 LARGE = 8 << 20  # bytes from which a file is compressed by itself, beside the others
 _PRESET = 6
+_PACKAGE = re.compile(r"([A-Za-z0-9][\w.-]*)==(\d[\w.+!]*)")
 _STEP = 1 << 20
 _PROJECT = ("stare_megatron", "patches", "docs", "examples", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 
@@ -65,6 +67,21 @@ def lines(path: Path) -> tuple[str, ...]:
         raise PackError(f"{path}: {e.strerror}") from e
 
 
+def required(path: Path) -> tuple[tuple[str, str], ...]:
+    """Name and version of each package of a list.
+
+    Raises:
+        PackError: it cannot be read, or has a line that is not NAME==VERSION.
+    """
+    found = []
+    for line in lines(path):
+        package = _PACKAGE.fullmatch(line)
+        if package is None:
+            raise PackError(f"{path}: {line!r} is not NAME==VERSION; packages are packed in exactly one version")
+        found.append((package[1], package[2]))
+    return tuple(found)
+
+
 def _pip(*arguments: str) -> None:
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -79,7 +96,7 @@ def collect(asked: Packing) -> Path:
         PackError: pip failed; its last lines.
     """
     wheels = asked.work / "wheels"
-    names = tuple(name for file in asked.requirements for name in lines(file))
+    names = tuple(f"{name}=={version}" for file in asked.requirements for name, version in required(file))
     stamp = wheels / ".complete"
     if not stamp.is_file() or stamp.read_text() != "\n".join(names):
         wheels.mkdir(parents=True, exist_ok=True)
@@ -87,7 +104,7 @@ def collect(asked: Packing) -> Path:
         if names:
             _pip("download", "--no-deps", "--only-binary=:all:", "--dest", str(wheels), *names)
         stamp.write_text("\n".join(names))
-    wanted = {name.split("==")[0].replace("_", "-").lower(): name.split("==")[1] for name in names}
+    wanted = {_normal(name): version for name, _, version in (line.partition("==") for line in names)}
     chosen = [w for w in sorted(wheels.glob("*.whl")) if wanted.get(_distribution(w)) == w.name.split("-")[1]]
     if len(chosen) != len(wanted):
         raise PackError(f"{wheels}: {len(chosen)} wheels for {len(wanted)} packages; remove the folder and try again")
@@ -99,7 +116,11 @@ def collect(asked: Packing) -> Path:
 
 
 def _distribution(wheel: Path) -> str:
-    return wheel.name.split("-")[0].replace("_", "-").replace(".", "-").lower()
+    return _normal(wheel.name.split("-")[0])
+
+
+def _normal(name: str) -> str:
+    return name.replace("_", "-").replace(".", "-").lower()
 
 
 def _project_wheel(project: Path, work: Path) -> Path:

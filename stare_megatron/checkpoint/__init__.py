@@ -5,6 +5,7 @@
     checkpoints/step_000040/settings.json   the configuration, and checksums of the model's configuration and tokenizer
     checkpoints/step_000040/manifest.json   sizes and checksums of all of these
     checkpoints/latest                      the name of the newest whole folder
+    checkpoints/left_step_000060/...        a later one of a branch that was left when the run went on from step 40
 
 A folder is written under a temporary name and renamed when complete, so a folder with its final name is whole.
 """
@@ -12,7 +13,7 @@ A folder is written under a temporary name and renamed when complete, so a folde
 from stare_megatron.checkpoint.saver import RankWriters, Saver
 from stare_megatron.checkpoint.settings import Settings, check_settings, settings_of, with_date
 from stare_megatron.checkpoint.state import LoopState, read
-from stare_megatron.checkpoint.store import find, verify
+from stare_megatron.checkpoint.store import find, set_aside, verify
 
 __all__ = [
     "LoopState",
@@ -22,6 +23,7 @@ __all__ = [
     "check_settings",
     "find",
     "read",
+    "set_aside",
     "settings_of",
     "verify",
     "with_date",

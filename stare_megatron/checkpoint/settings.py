@@ -34,6 +34,10 @@ class Settings:
     files: dict[str, str]
     code: dict[str, str] = dataclasses.field(default_factory=dict)
 
+    def of(self, config: Config) -> Settings:
+        """The same files, read once, with what has been settled in the configuration since."""
+        return dataclasses.replace(self, config=config.model_dump(mode="json"))
+
 
 def settings_of(config: Config) -> Settings:
     """Those of a run about to start.
@@ -78,7 +82,7 @@ def with_date(config: Config, folder: Path | None) -> Config:
         UserError: `settings.json` is missing or damaged.
     """
     date = flatten(read(folder).config).get("data.date", "") if folder and not config.data.date else ""
-    return config.model_copy(update={"data": config.data.model_copy(update={"date": str(date)})}) if date else config
+    return config.dated(str(date)) if date else config
 
 
 def check_settings(folder: Path, now: Settings, allow: Sequence[str]) -> None:

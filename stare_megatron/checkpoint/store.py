@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from stare_megatron.host.files import PARTIAL, STALE, take_place, write_atomic
 
 TRAINER = "trainer"
 LATEST = "latest"
+LEFT = "left_"
 
 
 def folder_name(step: int) -> str:
@@ -66,6 +68,36 @@ def complete(root: Path) -> list[Path]:
     """Whole checkpoint folders, oldest first."""
     found = (p for p in root.glob("step_*") if p.suffix != PARTIAL and (p / loop.FILE).is_file())
     return sorted(found, key=step_of)
+
+
+def set_aside(root: Path, folder: Path, step: int) -> list[Path]:
+    """Make `folder`, a checkpoint of `step`, the newest of those in `root` if it is one of them: later ones, of a
+    branch that is left, are renamed to `left_step_N`, which nothing chooses or removes. Returns their new paths.
+
+    One that had been set aside takes its old name, and the place of what has that name now.
+
+    Raises:
+        OSError: a folder cannot be renamed; each is whole under the one name or the other.
+    """
+    if folder.resolve().parent != root.resolve():
+        return []
+    folder, own = root / folder.resolve().name, root / folder_name(step)
+    left = [p for p in complete(root) if step_of(p) > step or (p == own and p != folder)]
+    renamed = [_left_name(p) for p in left]
+    # The newest first: `auto` never sees the branch as it was with its middle missing.
+    for old, new in reversed(list(zip(left, renamed, strict=True))):
+        os.rename(old, new)
+    if folder != own:
+        os.rename(folder, own)
+    if left or folder != own:
+        write_atomic(root / LATEST, own.name + "\n")
+        _sync_folder(root)
+    return renamed
+
+
+def _left_name(folder: Path) -> Path:
+    names = (LEFT + folder.name + (f"_{n}" if n > 1 else "") for n in itertools.count(1))
+    return next(path for path in map(folder.with_name, names) if not path.exists())
 
 
 def size(folder: Path) -> int:
@@ -136,7 +168,8 @@ def verify(folder: Path, *, contents: bool, progress: Callable[[int], object] = 
             raise UserError(f"{folder}: {manifest.NAME} is missing, so the files cannot be checked")
         for name in sorted({loop.FILE, stored.FILE, f"{TRAINER}/.metadata", f"{TRAINER}/common.pt"} - entries.keys()):
             raise UserError(f"{folder / manifest.NAME}: does not list {name}")
-        manifest.verify(folder, contents=contents, progress=progress)
+        threads = min(os.cpu_count() or 1, 8)
+        manifest.verify(folder, contents=contents, threads=threads, progress=progress)
     except UserError as e:
         others = [p.name for p in complete(folder.parent) if p.name != folder.name]
         cure = f"run.resume={folder.parent / others[-1]}" if others else "start over under another run.name"

@@ -15,9 +15,9 @@ import ray.exceptions
 from ray._private.state import available_resources_per_node
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from stare_megatron.host.ports import free_port
+from stare_megatron.cluster.runtime import cause
+from stare_megatron.host.ports import connect_error, free_port
 
-_CONNECT_S = 3.0
 _CLOCK_S = 5.0
 _AT_ONCE = 32  # connections a node tries at a time
 
@@ -77,15 +77,6 @@ class _Probe:
     def reach(self, targets: Sequence[tuple[str, int]]) -> list[str]:
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             return list(pool.map(connect_error, targets))
-
-
-def connect_error(target: tuple[str, int]) -> str:
-    """Why a TCP connection to an address and port fails; "" if it does not."""
-    try:
-        socket.create_connection(target, timeout=_CONNECT_S).close()
-    except OSError as e:
-        return e.strerror or str(e)
-    return ""
 
 
 @dataclass(frozen=True)
@@ -163,15 +154,8 @@ class Probes:
             except ray.exceptions.GetTimeoutError:
                 self.silent[node] = f"no answer within {timeout:.0f} s"
             except ray.exceptions.RayError as e:
-                self.silent[node] = _reason(e)
+                self.silent[node] = cause(e) or type(e).__name__
         return found
-
-
-def _reason(error: Exception) -> str:
-    """The last line that names an error: Ray puts a traceback before it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    named = [line for line in lines if "Error: " in line]
-    return (named[-1:] or lines[:1] or [type(error).__name__])[0].rstrip(".")
 
 
 @contextlib.contextmanager

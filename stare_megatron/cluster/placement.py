@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray._private.state import available_resources_per_node
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from stare_megatron.cluster.nodes import nodes
 from stare_megatron.config import Config
 from stare_megatron.errors import UserError
 from stare_megatron.host import device
@@ -161,27 +161,15 @@ def _reserve(bundles: list[dict[str, float]], strategy: str) -> PlacementGroup:
     if enough and group.wait(_FREE_S):
         return group
     remove_placement_group(group)
-    total, free = _on_nodes("GPU" if "GPU" in need else "CPU")
     kind = "GPUs" if "GPU" in need else "CPUs"
+    counts = [(n.name, n.gpus, n.free_gpus) if kind == "GPUs" else (n.name, n.cpus, n.free_cpus) for n in nodes()]
     wanted = ", ".join(f"{n:g} {name}s" for name, n in sorted(need.items(), reverse=True))
-    nodes = "; ".join(f"{address}: {total[address]:g}, {free[address]:g} free" for address in total)
+    in_all, free = sum(n for _, n, _ in counts), sum(n for *_, n in counts)
+    where = "; ".join(f"{name}: {total:g}, {free:g} free" for name, total, free in counts)
     raise UserError(
         f"the run needs {wanted} (trainer.world_size, inference.engines x inference.tensor_parallel); the cluster has "
-        f"{sum(total.values()):g} {kind}, {sum(free.values()):g} free ({nodes}); end what holds them, lower the "
-        "numbers, or add nodes"
+        f"{in_all:g} {kind}, {free:g} free ({where}); end what holds them, lower the numbers, or add nodes"
     )
-
-
-def _on_nodes(kind: str) -> tuple[dict[str, float], dict[str, float]]:
-    """How many of a resource each live node has, and how many are free, by address."""
-    live = {n["NodeID"]: n for n in ray.nodes() if n["Alive"]}
-    free = available_resources_per_node()
-    total = {n["NodeManagerAddress"]: 0.0 for n in live.values()}
-    left = dict(total)
-    for node, n in live.items():
-        total[n["NodeManagerAddress"]] += n["Resources"].get(kind, 0.0)
-        left[n["NodeManagerAddress"]] += free.get(node, {}).get(kind, 0.0)
-    return total, left
 
 
 def _sorted_bundles(group: PlacementGroup, count: int) -> list[_Bundle]:

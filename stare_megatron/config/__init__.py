@@ -9,7 +9,7 @@ from stare_megatron.config.data import DataConfig
 from stare_megatron.config.env import EnvConfig
 from stare_megatron.config.eval import BenchmarkConfig, EvalConfig
 from stare_megatron.config.inference import InferenceConfig
-from stare_megatron.config.loader import all_keys, load, parse
+from stare_megatron.config.loader import all_keys, cluster_alone, load, parse
 from stare_megatron.config.logging import LoggingConfig
 from stare_megatron.config.methods import CorrectionConfig, Selector, StareConfig
 from stare_megatron.config.model import ModelConfig
@@ -45,6 +45,7 @@ __all__ = [
     "SyncConfig",
     "TrainerConfig",
     "all_keys",
+    "cluster_alone",
     "flatten",
     "load",
     "parse",

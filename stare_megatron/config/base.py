@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import types
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -45,15 +46,31 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
-        """`train = "a.jsonl"` says `train = ["a.jsonl"]`; paths are made absolute; numbers are bounded."""
+        """`train = "a.jsonl"` says `train = ["a.jsonl"]`; paths are made absolute."""
+        kind = _kind(cls.model_fields[str(info.field_name)].annotation)
+        with explained():
+            return _list(value, *typing.get_args(kind)) if typing.get_origin(kind) is list else _single(value, kind)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _bounded(cls, value: Any, info: ValidationInfo) -> Any:
+        """Also what was a number in quotes."""
         field = cls.model_fields[str(info.field_name)]
         with explained():
-            return _list(value, field) if typing.get_origin(field.annotation) is list else _single(value, field)
+            _check_number(value, _kind(field.annotation), field)
+        return value
 
 
-def _list(value: Any, field: FieldInfo) -> Any:
+def _kind(annotation: Any) -> Any:
+    """The type of a field, without the None of one that may be left out."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        others = [kind for kind in typing.get_args(annotation) if kind is not types.NoneType]
+        annotation = others[0] if len(others) == 1 else annotation
+    return typing.get_args(annotation)[0] if typing.get_origin(annotation) is Annotated else annotation
+
+
+def _list(value: Any, kind: Any) -> Any:
     """Raises: ValueError: an entry that is empty, or there twice."""
-    (kind,) = typing.get_args(field.annotation)
     entries = [value] if isinstance(value, str | Path) else value
     if kind not in (str, Path) or not isinstance(entries, list):
         return entries
@@ -66,17 +83,21 @@ def _list(value: Any, field: FieldInfo) -> Any:
     return entries
 
 
-def _single(value: Any, field: FieldInfo) -> Any:
-    """Raises: ValueError: no path, NUL in a text, true or false for a number, a number that libraries cannot hold."""
-    kind = field.annotation
+def _single(value: Any, kind: Any) -> Any:
+    """Raises: ValueError: no path, NUL in a text, true or false for a number."""
     if kind is Path and isinstance(value, str | Path):
         return absolute(value)
     if isinstance(value, str) and "\0" in value:
         raise ValueError("must not hold the character NUL")
-    if kind not in (int, float) or not isinstance(value, int | float):
-        return value
-    if isinstance(value, bool):
+    if kind in (int, float) and isinstance(value, bool):
         raise ValueError("must be a number")
+    return value
+
+
+def _check_number(value: Any, kind: Any, field: FieldInfo) -> None:
+    """Raises: ValueError: a number that libraries cannot hold."""
+    if kind not in (int, float) or not isinstance(value, int | float):
+        return
     if not any(isinstance(bound, Le | Lt) for bound in field.metadata):
         if kind is int and abs(value) >= INTEGERS:
             raise ValueError(f"must be below {INTEGERS}")
@@ -84,7 +105,6 @@ def _single(value: Any, field: FieldInfo) -> Any:
             raise ValueError(f"must be at most {LARGEST:g}")
     if kind is float and 0 < abs(value) < SMALLEST:
         raise ValueError(f"must be 0, or at least {SMALLEST:g} in size")
-    return value
 
 
 def section_of(annotation: Any) -> type[Section] | None:

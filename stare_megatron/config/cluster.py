@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from stare_megatron.config.base import Section, Text
+from stare_megatron.config.base import Section, Text, explained
 
 
 class ClusterConfig(Section):
@@ -21,6 +21,16 @@ class ClusterConfig(Section):
         description="Seconds to wait for the next rank or engine to be ready; 0: 600, and 1 for each 100 MB of the "
         "model's weights.",
     )
+
+    @field_validator("address")
+    @classmethod
+    def _form(cls, address: str) -> str:
+        host, _, port = address.rpartition(":")
+        named = host and port.isdecimal() and len(port) <= 5 and 0 < int(port) < 65536
+        with explained():
+            if address not in ("local", "auto") and not named:
+                raise ValueError("must be `local`, `auto` or HOST:PORT")
+        return address
 
     @model_validator(mode="after")
     def _local(self) -> ClusterConfig:

@@ -76,6 +76,10 @@ class Config(Section):
         found = {key: source_file(name) for key, name in named.items()}
         return {key: file for key, file in found.items() if file}
 
+    def dated(self, date: str) -> Config:
+        """With `data.date` settled."""
+        return self.model_copy(update={"data": self.data.model_copy(update={"date": date})})
+
     @property
     def folder(self) -> Path:
         """The run's folder."""

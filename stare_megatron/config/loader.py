@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from stare_megatron.config.base import FREE_ON_RESUME, Section, section_of
+from stare_megatron.config.cluster import ClusterConfig
 from stare_megatron.config.config import Config
 from stare_megatron.config.methods import METHODS
 from stare_megatron.config.registry import Choice, OpenTable
@@ -69,6 +70,26 @@ def load(path: Path, overrides: list[str]) -> Config:
     for item in overrides:
         _override(tree, item)
     return parse(tree, str(path))
+
+
+class _Alone(Section):
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+
+
+def cluster_alone(overrides: list[str]) -> ClusterConfig:
+    """`[cluster]` without a run's file, of overrides of it.
+
+    Raises:
+        UserError: as `load`.
+    """
+    tree: dict[str, Any] = {}
+    for item in overrides:
+        _override(tree, item)
+    _check_text(tree, "command line")
+    try:
+        return _Alone.model_validate(tree).cluster
+    except ValidationError as e:
+        raise UserError(_explain(e, "command line", tree)) from e
 
 
 def parse(tree: dict[str, Any], origin: str) -> Config:

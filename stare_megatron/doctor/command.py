@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from stare_megatron import config as configuration
+from stare_megatron import paths
 from stare_megatron.config import ClusterConfig, Config
 from stare_megatron.doctor import checks, machine, survey
-from stare_megatron.doctor.facts import MISSING, ClusterFacts
+from stare_megatron.doctor.facts import ClusterFacts
 from stare_megatron.errors import UserError
+from stare_megatron.host.packages import MISSING
 
 _GIB = 2**30
 _ADDRESS = "cluster.address="
@@ -41,12 +42,11 @@ def run(settings: Sequence[str], console: Console) -> int:
 
 def _read(settings: Sequence[str]) -> tuple[Config | None, ClusterConfig]:
     if settings and "=" not in settings[0]:
-        config = configuration.load(Path(settings[0]), list(settings[1:]))
+        config = configuration.load(paths.given(settings[0], "file"), list(settings[1:]))
         return config, config.cluster
     if unknown := [item for item in settings if not item.startswith(_ADDRESS)]:
         raise UserError(f"{unknown[0]}: without a run's file only {_ADDRESS}... can be set; name the file first")
-    address = settings[-1].removeprefix(_ADDRESS).strip("\"'") if settings else "local"
-    return None, ClusterConfig(address=address)
+    return None, configuration.cluster_alone(list(settings))
 
 
 def _versions(facts: ClusterFacts) -> str:

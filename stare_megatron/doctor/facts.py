@@ -7,8 +7,6 @@ from pathlib import Path
 
 from stare_megatron.cluster.nodes import Blocked
 
-MISSING = "missing"
-
 
 @dataclass(frozen=True)
 class Ask:

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 from stare_megatron.cluster import placement
 from stare_megatron.config import Config
-from stare_megatron.doctor.facts import MISSING, ClusterFacts, Finding, NodeFacts
+from stare_megatron.doctor.facts import ClusterFacts, Finding, NodeFacts
+from stare_megatron.host import device
+from stare_megatron.host.packages import MISSING
 
 _GIB = 2**30
 _IN_USE_BYTES = 2 * _GIB  # more than a display or a monitor holds
@@ -59,10 +61,8 @@ def _major(version: str) -> int:
 def ray_gpus(facts: ClusterFacts, config: Config | None) -> Iterator[Finding]:
     for node in facts.nodes:
         if len(node.gpus) > node.ray.gpus and facts.driver.environment.get("STARE_DEVICE") != "cpu":
-            visible = node.environment.get("CUDA_VISIBLE_DEVICES")
-            why = f" (it was started with CUDA_VISIBLE_DEVICES={visible!r})" if visible is not None else ""
-            what = f"has {len(node.gpus)} GPUs, and Ray counts {node.ray.gpus:g}{why}"
-            yield Finding(node.name, what, "start Ray there again, with all GPUs visible and without --num-gpus")
+            what = f"shows {len(node.gpus)} GPUs, and Ray counts {node.ray.gpus:g}"
+            yield Finding(node.name, what, "to use all of them, start Ray there again without --num-gpus")
 
 
 def gpu_kinds(facts: ClusterFacts, config: Config | None) -> Iterator[Finding]:
@@ -114,11 +114,7 @@ def transformer_engine(facts: ClusterFacts, config: Config | None) -> Iterator[F
         if node.transformer_engine:
             built = ", ".join(f"{n} {node.versions[n]}" for n in ("transformer-engine", "torch"))
             what = f"Transformer Engine is installed and cannot be imported ({built}): {node.transformer_engine}"
-            cure = (
-                "build its extension for this torch (`pip install --no-build-isolation --force-reinstall --no-deps "
-                "transformer-engine-torch`), or uninstall transformer-engine to train with Megatron-Core's local layers"
-            )
-            yield Finding(node.name, what, cure)
+            yield Finding(node.name, what, device.TRANSFORMER_ENGINE_CURE)
 
 
 def shared_memory(facts: ClusterFacts, config: Config | None) -> Iterator[Finding]:

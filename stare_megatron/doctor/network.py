@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from stare_megatron.config import Config
-from stare_megatron.doctor.facts import MISSING, ClusterFacts, Finding
+from stare_megatron.doctor.facts import ClusterFacts, Finding
+from stare_megatron.host import packages
+from stare_megatron.host.packages import MISSING
 
 _MAX_CLOCK_S = 2.0
 _ENVIRONMENT_CURE = "install the driver's environment there, and start Ray again from it"
@@ -14,10 +16,15 @@ _TOKEN_CURE = (
     "before `ray start` and here, set RAY_AUTH_MODE=token and copy the head's ~/.ray/auth_token to every node, or set "
     "RAY_AUTH_MODE=disabled everywhere"
 )
-# Words of what Ray says -> the cure. A cluster that answers and says nothing of these refuses the token.
+_UNKNOWN_CURE = (
+    "see `ray status` and the newest logs in /tmp/ray on the head, and compare the versions of Python and Ray there "
+    "and here"
+)
+# Words of what Ray says -> the cure.
 _REFUSALS = {
     "ersion": "use the cluster's versions of Python and Ray here",
     "running Ray instance": "start Ray on this machine (`ray start`), or set cluster.address=HOST:6379",
+    **dict.fromkeys(("token", "Token", "nauthenticated", "AuthenticationError"), _TOKEN_CURE),
 }
 _EXPORT_CURE = "export one value on every node before `ray start`"
 
@@ -39,7 +46,7 @@ def refusal(facts: ClusterFacts, config: Config | None) -> Iterator[Finding]:
     if facts.address == "local":
         cure = "see the newest session's logs in /tmp/ray, and end what else runs Ray here"
     else:
-        cure = next((cure for word, cure in _REFUSALS.items() if word in facts.refusal), _TOKEN_CURE)
+        cure = next((cure for word, cure in _REFUSALS.items() if word in facts.refusal), _UNKNOWN_CURE)
     yield Finding("this machine", facts.refusal.partition(" Set RAY_AUTH_MODE")[0].rstrip(".;"), cure)
 
 
@@ -56,13 +63,9 @@ def silent(facts: ClusterFacts, config: Config | None) -> Iterator[Finding]:
 
 
 def versions(facts: ClusterFacts, config: Config | None) -> Iterator[Finding]:
-    mine = facts.driver.versions
+    """As ranks and engines are held to them when they start; a node that can have none runs a sandbox at most."""
     for node in facts.nodes:
-        other = [
-            f"{name} {there}, the driver's is {mine.get(name, MISSING)}"
-            for name, there in node.versions.items()
-            if there != mine.get(name, MISSING)
-        ]
+        other = packages.differences(node.versions, facts.driver.versions, ranks=node in facts.hosts)
         if other:
             yield Finding(node.name, "; ".join(other), _ENVIRONMENT_CURE)
 
@@ -146,7 +149,8 @@ def clock(facts: ClusterFacts, config: Config | None) -> Iterator[Finding]:
 
 def environment(facts: ClusterFacts, config: Config | None) -> Iterator[Finding]:
     """Between nodes, and what was set for the driver only: its environment does not travel."""
-    names = sorted({name for node in facts.nodes for name in node.environment})
+    # Which GPUs Ray may use is each node's own; `ray_gpus` looks at their number.
+    names = sorted({name for node in facts.nodes for name in node.environment} - {"CUDA_VISIBLE_DEVICES"})
     for name in names:
         if differ := _differ({node.name: node.environment.get(name, "not set") for node in facts.nodes}):
             yield Finding(name, differ, _EXPORT_CURE)

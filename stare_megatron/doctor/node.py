@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import importlib.util
 import os
-import platform
 import re
 import resource
 import shutil
@@ -19,8 +17,10 @@ from typing import Any
 
 import psutil
 
-from stare_megatron.doctor.facts import MISSING, Ask, Gpu, NodeFacts
+from stare_megatron.doctor.facts import Ask, Gpu, NodeFacts
+from stare_megatron.host import device, packages
 from stare_megatron.host.files import free_bytes
+from stare_megatron.host.packages import MISSING
 from stare_megatron.host.ports import interface_of
 
 PACKAGES = (
@@ -38,8 +38,7 @@ PACKAGES = (
 )
 _VARIABLES = re.compile(r"(NCCL|GLOO|HF|VLLM|STARE)_\w+|CUDA_VISIBLE_DEVICES")
 _SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSWORD")
-_QUERY = "name,memory.total,memory.used,compute_mode,driver_version"
-_MIB = 2**20
+_QUERY = "name,memory.total,memory.used,compute_mode,driver_version,uuid"
 _IMPORT_S = 150.0
 
 
@@ -76,7 +75,7 @@ def gather(ask: Ask) -> NodeFacts:
         torch_cuda=_torch_cuda(),
         transformer_engine=import_error("transformer_engine", "transformer_engine.pytorch") if ask.full else "",
         orphans=_orphans() if ask.full else (),
-        **(_gpu_facts() if ask.full else {}),
+        **(_gpu_facts(environment.get("CUDA_VISIBLE_DEVICES")) if ask.full else {}),
     )
 
 
@@ -101,12 +100,7 @@ def _short(data: bytes) -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {"Python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = MISSING
+    found = packages.versions(PACKAGES)
     # A checkout's version stays while its code changes; a wheel also holds the examples.
     code, root = hashlib.sha256(), Path(__file__).parents[1]
     for file in sorted(root.rglob("*.py")):
@@ -192,16 +186,19 @@ def _try_shared(ask: Ask) -> tuple[bool, str]:
     return True, ""
 
 
-def _gpu_facts() -> dict[str, Any]:
+def _gpu_facts(named: str | None) -> dict[str, Any]:
+    """Of the GPUs that Ray was shown. `named`: its CUDA_VISIBLE_DEVICES."""
     if shutil.which("nvidia-smi") is None:
         return {}
     lines, error = _run("nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits")
     if error or not lines:
         return {"gpu_error": error or "it lists no GPU"}
-    gpus, driver = [], ""
+    found, uuids, driver = [], [], ""
     for line in lines:
-        name, total, used, mode, driver = (part.strip() for part in line.split(","))
-        gpus.append(Gpu(name, _bytes(total), _bytes(used), mode))
+        name, total, used, mode, driver, uuid = (part.strip() for part in line.split(","))
+        found.append(Gpu(name, device.bytes_of(total), device.bytes_of(used), mode))
+        uuids.append(uuid)
+    gpus = [found[i] if isinstance(i, int) else _mig(i) for i in device.visible(uuids, named)]
     cuda = re.search(r"CUDA (?:\w+ )?Version:\s*([\d.]+)", "\n".join(_run("nvidia-smi")[0]))
     nvlink = any(re.search(r"\bNV\d+\b", line) for line in _run("nvidia-smi", "topo", "-m")[0])
     return {
@@ -212,8 +209,9 @@ def _gpu_facts() -> dict[str, Any]:
     }
 
 
-def _bytes(mebibytes: str) -> int:
-    return int(mebibytes) * _MIB if mebibytes.isdigit() else 0
+def _mig(uuid: str) -> Gpu:
+    instance = device.mig_instance(uuid)
+    return Gpu(instance.name, instance.bytes, 0, "")
 
 
 def _run(*command: str) -> tuple[list[str], str]:

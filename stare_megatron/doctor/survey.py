@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from stare_megatron.cluster import placement, runtime
-from stare_megatron.cluster.nodes import Node, connect_error, probes
+from stare_megatron.cluster.nodes import Node, probes
 from stare_megatron.config import ClusterConfig, Config
 from stare_megatron.doctor import node
 from stare_megatron.doctor.facts import Ask, ClusterFacts, NodeFacts, Resources
 from stare_megatron.errors import UserError
 from stare_megatron.host import device
+from stare_megatron.host.ports import connect_error, host_port
 
 _SHORT_S, _FULL_S = 30.0, 180.0
 
@@ -72,8 +73,8 @@ def _alone(ask: Ask, cluster: ClusterConfig, error: str) -> ClusterFacts:
 
 def _no_answer(address: str, ray_address: str) -> str:
     """Why nothing answers where Ray is to be joined; "" if something does, or Ray itself looks for the place."""
-    host, _, port = (ray_address if address == "auto" else address).rpartition(":")
-    return connect_error((host.strip("[]"), int(port))) if host and port.isdigit() else ""
+    target = host_port(ray_address if address == "auto" else address)
+    return connect_error(target) if target is not None else ""
 
 
 def _everywhere(facts: ClusterFacts, ask: Ask, timeout: float) -> ClusterFacts:

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import enum
 import functools
-import importlib.metadata
 import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stare_megatron.errors import UserError
 from stare_megatron.host.memory import peak_resident_bytes
+from stare_megatron.host.packages import version
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 
 # vLLM writes the whole KV cache at start: its size is resident memory.
 CPU_KV_CACHE_BYTES = 256 << 20
+TRANSFORMER_ENGINE_CURE = (
+    "its extension is built for one version of torch: build it for this one with `tools/build_te.sh PYTHON wheels` and "
+    "install that wheel, or uninstall transformer-engine to train with Megatron-Core's local layers (docs/gpu.md)"
+)
 
 
 class Device(enum.Enum):
@@ -67,21 +72,32 @@ def gpus() -> tuple[Gpu, ...]:
     found = []
     for name, *rest in lines:
         memory, uuid = (*(part.strip() for part in rest), "", "")[:2]
-        found.append(Gpu(name.strip(), int(memory) * 2**20 if memory.isdigit() else 0, uuid))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None or not found:
-        return tuple(found)
-    chosen: list[Gpu] = []
-    for item in map(str.strip, visible.split(",")):
+        found.append(Gpu(name.strip(), bytes_of(memory), uuid))
+    chosen = visible([gpu.uuid for gpu in found], os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return tuple(found[item] if isinstance(item, int) else mig_instance(item) for item in chosen)
+
+
+def visible(uuids: Sequence[str], named: str | None) -> list[int | str]:
+    """Which of a machine's GPUs CUDA shows a process, in its order: indices of `uuids`, and names of MIG instances.
+    `named`: CUDA_VISIBLE_DEVICES; None: not set."""
+    if named is None or not uuids:
+        return list(range(len(uuids)))
+    chosen: list[int | str] = []
+    for item in map(str.strip, named.split(",")):
         if item.startswith("MIG-"):
-            chosen.append(_mig_instance(item))
-        elif item.isdigit() and int(item) < len(found):
-            chosen.append(found[int(item)])
-        elif item.startswith("GPU-") and (same := [g for g in found if g.uuid.startswith(item)]):
+            chosen.append(item)
+        elif item.isdecimal() and int(item) < len(uuids):
+            chosen.append(int(item))
+        elif item.startswith("GPU-") and (same := [i for i, uuid in enumerate(uuids) if uuid.startswith(item)]):
             chosen.append(same[0])
         else:
             break
-    return tuple(chosen)
+    return chosen
+
+
+def bytes_of(mebibytes: str) -> int:
+    """Of memory as nvidia-smi tells it; 0 where it does not ("[N/A]")."""
+    return int(mebibytes) * 2**20 if mebibytes.isdecimal() else 0
 
 
 @functools.cache
@@ -99,8 +115,8 @@ def _nvidia_smi(*arguments: str) -> list[str]:
     return [line for line in done.stdout.splitlines() if line.strip()]
 
 
-def _mig_instance(uuid: str) -> Gpu:
-    """A line of `nvidia-smi -L` is "  MIG 3g.40gb     Device  0: (UUID: MIG-...)"."""
+def mig_instance(uuid: str) -> Gpu:
+    """As `nvidia-smi -L` lists it. A line of `nvidia-smi -L` is "  MIG 3g.40gb     Device  0: (UUID: MIG-...)"."""
     line = next((line for line in _nvidia_smi("-L") if uuid in line), "")
     size = re.search(r"\.(\d+)gb", line)
     return Gpu(line.partition("Device")[0].strip() or "MIG", int(size[1]) * 2**30 if size else 0, uuid)
@@ -150,21 +166,12 @@ def has_transformer_engine() -> bool:
         importlib.import_module("transformer_engine.pytorch")
     except (ImportError, OSError, RuntimeError, AssertionError) as e:
         packages = ("transformer_engine", "transformer_engine_torch", "torch")
-        versions = ", ".join(f"{name} {_version(name)}" for name in packages)
+        versions = ", ".join(f"{name} {version(name)}" for name in packages)
         raise UserError(
             f"Transformer Engine is installed and cannot be imported ({versions}): {type(e).__name__}: "
-            f"{next(iter(str(e).splitlines()), '')}; its extension is built against one version of torch: build it "
-            "again with `pip install --no-build-isolation --force-reinstall --no-deps transformer_engine_torch`, or "
-            "uninstall transformer_engine to train with Megatron-Core's local layers (docs/gpu.md)"
+            f"{next(iter(str(e).splitlines()), '')}; {TRANSFORMER_ENGINE_CURE}"
         ) from e
     return True
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "missing"
 
 
 def has_apex() -> bool:

@@ -1,4 +1,4 @@
-"""TCP ports for rendezvous points that are opened a little after they were chosen."""
+"""TCP ports and addresses: free ones for rendezvous points, and whether something answers at one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import psutil
 # Below the range from which systems give ports to outgoing connections (Linux: 32768 and up), so that none of those
 # takes a port between its choice and its use.
 _RANGE = range(20000, 32000)
+_CONNECT_S = 3.0
 
 
 def free_port() -> int:
@@ -26,6 +27,25 @@ def free_port() -> int:
                 continue
             return port
     raise OSError(f"no free TCP port found between {_RANGE.start} and {_RANGE.stop}")
+
+
+def host_port(address: str) -> tuple[str, int] | None:
+    """The two parts of HOST:PORT (of an IPv6 address without its brackets); None for anything else."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or len(port) > 5 or not 0 < int(port) < 65536:
+        return None
+    return host.strip("[]"), int(port)
+
+
+def connect_error(target: tuple[str, int]) -> str:
+    """Why a TCP connection to a host and port fails; "" if it does not."""
+    try:
+        socket.create_connection(target, timeout=_CONNECT_S).close()
+    except OSError as e:
+        return e.strerror or str(e)
+    except ValueError as e:  # no name that a resolver takes
+        return str(e)
+    return ""
 
 
 def interface_of(address: str) -> str:

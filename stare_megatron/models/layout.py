@@ -53,6 +53,11 @@ def recompute_modules(config: TrainerConfig, shape: ModelShape) -> list[str]:
     return list(config.recompute_modules) or ["mlp" if dense else "moe"]
 
 
+def element_bytes(dtype: str) -> int:
+    """Of one number in `model.dtype`."""
+    return 4 if dtype == "float32" else 2
+
+
 def padded_vocab(vocab: int, tensor_parallel: int) -> int:
     """Rows of the embedding: the next multiple of 128, or of 128 x TP where TP does not divide 128."""
     multiple = 128 if 128 % tensor_parallel == 0 else 128 * tensor_parallel

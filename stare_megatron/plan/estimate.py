@@ -25,7 +25,7 @@ from stare_megatron.plan.memory import (
 )
 from stare_megatron.plan.sampling import Engine, RolloutTime, rollout_time
 from stare_megatron.plan.timing import Machine, PassTime, PushTime, Ranks, SaveTime, push_time, save_time
-from stare_megatron.run.sizing import with_engine_sizes
+from stare_megatron.run.sizing import rollout_load, with_engine_sizes
 
 SPARE = 2.0 * 2**30  # of a GPU, beside what is counted
 _ALONE = 0.92  # vLLM's share of a GPU that an engine has for itself
@@ -82,13 +82,13 @@ class Plan:
 
 def sized(config: Config, shape: ModelShape, memory: int) -> tuple[Config, float, str]:
     """The configuration with its engines' sizes, their share of a GPU, and why there is none, "" where there is one."""
-    wrong = ""
+    wrong, load = "", rollout_load(config)
     try:
-        config = with_engine_sizes(config, shape, memory, trainers=True)
+        config = with_engine_sizes(config, shape, memory, load, trainers=True)
     except UserError as e:
         wrong = str(e)
         # The batches follow from the load alone; 0: no memory is known to be shared.
-        config = with_engine_sizes(config, shape, 0, trainers=True)
+        config = with_engine_sizes(config, shape, 0, load, trainers=True)
     return config, float(config.inference.vllm.get("gpu_memory_utilization", _ALONE)), wrong
 
 

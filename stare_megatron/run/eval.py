@@ -22,7 +22,7 @@ from stare_megatron.errors import RunError, UserError
 from stare_megatron.metrics import eval_records, eval_results
 from stare_megatron.rollout.groups import check_env, check_prompts
 from stare_megatron.run import folder as run_folder
-from stare_megatron.run import preflight
+from stare_megatron.run import preflight, sizing
 from stare_megatron.run.evaluation import Evaluation, Evaluator, fingerprint
 from stare_megatron.run.session import open_session
 from stare_megatron.run.train import today
@@ -100,7 +100,7 @@ def evaluate(config: Config, *, model: Path | None, out: Path | None) -> Path:
     folder = out or config.folder.with_name(f"{config.folder.name}-eval")
     partial = _make(folder)
     try:
-        with _engines(config, policy, partial / "logs", say) as engines:
+        with _engines(config, policy, partial / "logs", say, sizing.eval_load(benchmarks)) as engines:
             evaluator = Evaluator(config, benchmarks, engines, runtime.fetch, decoder(tokenizer))
             done = evaluator.evaluate()
     except (UserError, KeyboardInterrupt):
@@ -129,9 +129,11 @@ def _make(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _engines(config: Config, policy: Policy, logs: Path, status: Callable[[str], None]) -> Iterator[EngineGroup]:
+def _engines(
+    config: Config, policy: Policy, logs: Path, status: Callable[[str], None], load: sizing.Load
+) -> Iterator[EngineGroup]:
     """Engines that hold the policy, for as long as they are needed."""
-    with open_session(config, logs, status, trainers=policy.checkpoint is not None) as session:
+    with open_session(config, logs, status, load, trainers=policy.checkpoint is not None) as session:
         if policy.checkpoint is not None:
             status(f"loading {policy.checkpoint}")
             session.trainers.push(session.trainers.restore(policy.checkpoint / "trainer"))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
@@ -26,9 +25,10 @@ import tomli_w
 
 from stare_megatron.config import Config
 from stare_megatron.errors import UserError
-from stare_megatron.host import device, manifest
+from stare_megatron.host import device, manifest, packages
 from stare_megatron.host.files import free_bytes, write_atomic
 from stare_megatron.models.families import read_hf_config
+from stare_megatron.models.layout import element_bytes
 from stare_megatron.models.weights import parameters
 
 _PACKAGES = (
@@ -203,8 +203,7 @@ def check_disk(config: Config) -> None:
 def disk_need_mb(config: Config) -> int:
     """Estimate of what the run's checkpoints and exports, and some slack, take at a time; MB."""
     saves, exports = _most_on_disk(config)
-    policy = parameter_count(config.model.path) * (4 if config.model.dtype == "float32" else 2)
-    return (checkpoint_bytes(config) * saves + policy * exports) // 2**20 + _SLACK_MB
+    return (checkpoint_bytes(config) * saves + weight_bytes(config) * exports) // 2**20 + _SLACK_MB
 
 
 def _most_on_disk(config: Config) -> tuple[int, int]:
@@ -220,6 +219,11 @@ def _most_on_disk(config: Config) -> tuple[int, int]:
 def checkpoint_bytes(config: Config) -> int:
     """Estimate of one training checkpoint."""
     return parameter_count(config.model.path) * _CHECKPOINT_BYTES
+
+
+def weight_bytes(config: Config) -> int:
+    """Of the whole model in `model.dtype`."""
+    return parameter_count(config.model.path) * element_bytes(config.model.dtype)
 
 
 def parameter_count(model: Path) -> int:
@@ -255,13 +259,8 @@ def start_record(config: Config, command: list[str], sandbox: str) -> StartRecor
 
 def package_versions() -> dict[str, str]:
     """Versions of the installed packages that decide what a run computes."""
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
+    found = {name: packages.version(name) for name in _PACKAGES}
+    return {name: version for name, version in found.items() if version != packages.MISSING}
 
 
 def git_state(folder: Path) -> tuple[str, bool]:

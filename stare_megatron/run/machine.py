@@ -9,8 +9,10 @@ import psutil
 from stare_megatron.config import Config
 from stare_megatron.errors import UserError
 from stare_megatron.host import device
+from stare_megatron.models.layout import element_bytes
 from stare_megatron.models.shape import ModelShape
 from stare_megatron.run import folder as run_folder
+from stare_megatron.run import sizing
 
 _GIB = 2**30
 
@@ -74,7 +76,7 @@ def on_gpus(config: Config) -> bool | None:
 def kv_cache_bytes(config: Config, shape: ModelShape) -> int:
     """What one sequence of the window takes of an engine rank's KV cache, in vLLM's blocks. Bytes."""
     heads = max(1, shape.kv_groups // config.inference.tensor_parallel)
-    token = 2 * shape.layers * heads * shape.head_dim * (4 if config.model.dtype == "float32" else 2)
+    token = 2 * shape.layers * heads * shape.head_dim * element_bytes(config.model.dtype)
     block = config.inference.vllm.get("block_size", _BLOCKS[bool(on_gpus(config))])
     return -(-config.window // block) * block * token
 
@@ -100,23 +102,16 @@ def _check_cpu_heads(config: Config, shape: ModelShape) -> None:
 def cpu_memory_bytes(config: Config, shape: ModelShape) -> int:
     """Estimated peak memory of a whole run on a CPU: driver, Ray, ranks, engines. Bytes."""
     t = config.trainer
-    params = run_folder.parameter_count(config.model.path)
-    weight = 4 if config.model.dtype == "float32" else 2
-    split = t.tensor_parallel * t.pipeline_parallel
-    # Adam's moments, and a float32 copy of weights that are not float32.
-    optimizer = 8 if config.model.dtype == "float32" else 12
-    if t.distributed_optimizer:
-        optimizer /= t.data_parallel * t.context_parallel
     pack = min(
         max(t.micro_batch_tokens, config.window),
         config.rollout.prompts_per_step * config.rollout.group_size * config.window // t.data_parallel,
     )
     logits = pack // t.context_parallel * shape.vocab // t.tensor_parallel * _LOGITS_BYTES
-    # Gradients are float32. The logits exist on the last pipeline stage only.
-    ranks = t.world_size * (_RANK_BYTES + params / split * (weight + 4 + optimizer))
+    ranks = t.world_size * (_RANK_BYTES + sizing.rank_bytes(config, shape))
+    # The logits exist on the last pipeline stage only.
     ranks += t.world_size // t.pipeline_parallel * logits
     # vLLM keeps a second, repacked copy of what its matrix kernels read.
-    engines = config.inference.engines * (_ENGINE_BYTES + params * weight * 2)
+    engines = config.inference.engines * (_ENGINE_BYTES + run_folder.weight_bytes(config) * 2)
     return int(_DRIVER_BYTES + _RAY_BYTES + config.cluster.object_store_mb * 2**20 + ranks + engines)
 
 

@@ -21,6 +21,7 @@ from stare_megatron.data import rows
 from stare_megatron.data.tokenizer import has_tokenizer, read_files
 from stare_megatron.errors import UserError
 from stare_megatron.host import device
+from stare_megatron.host.ports import connect_error, host_port
 from stare_megatron.models import layout, weights
 from stare_megatron.models.families import read_hf_config
 from stare_megatron.models.shape import ModelShape
@@ -31,7 +32,6 @@ from stare_megatron.sandbox.remote import RemoteSandbox
 
 T = TypeVar("T")
 
-_CONNECT_SECONDS = 1.0
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # what `ray job submit` gives its command
 
 
@@ -44,18 +44,16 @@ def check(config: Config) -> tuple[str, ...]:
         UserError: the first thing found wrong, with its cure.
     """
     check_packages()
-    upstream.check_megatron(config.trainer.megatron)
-    upstream.check_engine_args(config.inference.vllm)
     check_data(config)
     shape = read_hf_config(config.model.path)
-    check_weights(config.model.path)
+    check_weights(config.model.path, shape)
     check_initial(config.model.weights)
+    check_trainer_options(config, shape)  # first: a layout depends on them
     check_layout(config, shape)
     check_window(config, shape)
     check_cluster(config)
-    notes = check_method(config) + check_machine(config, shape)
     check_engine_options(config, shape)
-    check_trainer_options(config, shape)
+    notes = check_method(config) + check_machine(config, shape)
     return notes
 
 
@@ -80,7 +78,7 @@ def check_method(config: Config) -> tuple[str, ...]:
 
 
 def check_trainer_options(config: Config, shape: ModelShape) -> None:
-    """Raises: UserError: an option of `[trainer.megatron]` that would do nothing here."""
+    """Raises: UserError: an option of `[trainer.megatron]` that does not exist or would do nothing here."""
     gpus = on_gpus(config)
     engine = None if gpus is None else gpus and importlib.util.find_spec("transformer_engine") is not None
     lacking = upstream.megatron_lacking(config.trainer, experts=shape.experts is not None, engine=engine)
@@ -88,7 +86,8 @@ def check_trainer_options(config: Config, shape: ModelShape) -> None:
 
 
 def check_engine_options(config: Config, shape: ModelShape) -> None:
-    """Raises: UserError: an option of `[inference.vllm]` that would do nothing here, or holds no whole sequence."""
+    """Raises: UserError: an option of `[inference.vllm]` that does not exist, would do nothing here, or holds no whole
+    sequence."""
     table, gpus = config.inference.vllm, on_gpus(config)
     experts = shape.experts is not None
     upstream.check_engine_args(table, upstream.engine_lacking(config.inference, experts=experts, gpu=gpus))
@@ -120,22 +119,20 @@ def check_eval(config: Config, *, trainers: bool) -> tuple[str, ...]:
     if not config.eval.benchmarks:
         raise UserError("eval.benchmarks is empty: name at least one file of held-out prompts")
     check_packages()
-    upstream.check_engine_args(config.inference.vllm)
     check_benchmarks(config)
     shape = read_hf_config(config.model.path)
-    check_weights(config.model.path)
+    check_weights(config.model.path, shape)
     check_engine_layout(config, shape)
     check_window(config, shape)
     check_cluster(config)
+    check_engine_options(config, shape)
     if trainers:
-        upstream.check_megatron(config.trainer.megatron)
+        check_trainer_options(config, shape)
         check_layout(config, shape)
         notes = check_machine(config, shape)
-        check_trainer_options(config, shape)
     else:
         check_engine_machine(config, shape)
         notes = ()
-    check_engine_options(config, shape)
     return notes
 
 
@@ -209,10 +206,10 @@ def _check_prompt_files(name: str, paths: list[Path]) -> None:
             raise UserError(f"{name}: {path}: {why}")
 
 
-def check_weights(model: Path) -> None:
+def check_weights(model: Path, shape: ModelShape) -> None:
     """Raises: UserError: the folder's weights are not those of its config.json, or its tokenizer's files are missing or
     damaged; whether they are the model's is `load_tokenizer`'s to say."""
-    weights.check(model, read_hf_config(model))
+    weights.check(model, shape)
     read_files(model)
     if not has_tokenizer(model):
         raise UserError(f"model.path = {str(model)!r}: no tokenizer; copy the tokenizer's files beside config.json")
@@ -282,17 +279,11 @@ def check_cluster(config: Config) -> None:
             )
         if port and not port_is_free(port):
             raise UserError(f"cluster.port = {port}: the port is in use; choose another, or 0 for a free one")
-    elif address != "auto":
-        host, colon, number = address.rpartition(":")
-        if not colon or not host or not number.isdigit() or not 0 < int(number) < 65536:
-            raise UserError(f"cluster.address = {address!r}: use `local`, `auto` or HOST:PORT")
-        try:
-            socket.create_connection((host, int(number)), timeout=_CONNECT_SECONDS).close()
-        except (OSError, ValueError) as e:  # ValueError: no name that a resolver takes
-            raise UserError(
-                f"cluster.address = {address!r}: nothing answers there ({e}); start Ray with "
-                f"`ray start --head --port={number}`, or use cluster.address=local"
-            ) from e
+    elif (target := host_port(address)) is not None and (why := connect_error(target)):
+        raise UserError(
+            f"cluster.address = {address!r}: nothing answers there ({why}); start Ray with "
+            f"`ray start --head --port={target[1]}`, or use cluster.address=local"
+        )
 
 
 def port_is_free(port: int) -> bool:

@@ -105,6 +105,10 @@ class Recorder(Generic[Ref]):
         """Tell the user what is going on."""
         self._sinks.status(text)
 
+    def note(self, text: str) -> None:
+        """Tell the user something that stays on the screen."""
+        self._sinks.note(text)
+
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time a phase of the step, and tell the user of it."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from stare_megatron import checkpoint
 from stare_megatron.algo.algorithm import EntropyController
 from stare_megatron.config import Config
+from stare_megatron.errors import RunError
 from stare_megatron.metrics import eval_records, jsonl, wandb_id
 from stare_megatron.run.folder import RunFolder
 from stare_megatron.run.recorder import Recorder, Remembered
@@ -61,8 +62,10 @@ class Saving:
     def restore(self) -> int:
         """Load the checkpoint to go on from, if any; the prompts were put in place before. Returns the steps done.
 
+        Later checkpoints of this run, of which it is no continuation, are set aside.
+
         Raises:
-            UserError: it cannot be loaded into this model.
+            UserError: it cannot be loaded into this model. RunError: later ones cannot be renamed.
         """
         if self._resume_from is None:
             return 0
@@ -72,7 +75,18 @@ class Saving:
         self._controller.state = state.controller
         self._weights.baseline = state.probe_baseline
         self._recorder.remembered = Remembered(state.trained_tokens, state.before, state.duty)
+        self._set_aside(self._resume_from, state.step)
         return state.step
+
+    def _set_aside(self, folder: Path, step: int) -> None:
+        root = self._folder.checkpoints
+        try:
+            left = checkpoint.set_aside(root, folder, step)
+        except OSError as e:
+            raise RunError(f"{root}: cannot set aside the checkpoints after step {step}: {e}") from e
+        if left:
+            names = ", ".join(path.name for path in left)
+            self._recorder.note(f"the run goes on from step {step}: what it had saved later is kept as {names}")
 
     def due(self, step: int) -> bool:
         every = self._config.checkpoint.every

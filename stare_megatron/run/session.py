@@ -38,11 +38,12 @@ class Session:
 
 @contextlib.contextmanager
 def open_session(
-    config: Config, logs: Path, status: Callable[[str], None], *, trainers: bool = True
+    config: Config, logs: Path, status: Callable[[str], None], load: sizing.Load, *, trainers: bool = True
 ) -> Iterator[Session]:
     """Start everything, at once where it does not depend on each other, and end it on leaving.
 
-    `logs`: folder for the logs of all processes; `status`: is told what is waited for.
+    `logs`: folder for the logs of all processes; `status`: is told what is waited for; `load`: what the engines will be
+    asked for.
 
     Raises:
         UserError: the cluster, the model or the layout does not allow it. RunError: something did not start.
@@ -62,7 +63,7 @@ def open_session(
         stack.callback(places.release)
         if device.current() is device.Device.CUDA:
             shape = read_hf_config(config.model.path)
-            config = sizing.with_engine_sizes(config, shape, places.gpu_bytes, trainers=trainers)
+            config = sizing.with_engine_sizes(config, shape, places.gpu_bytes, load, trainers=trainers)
             status("engines: " + ", ".join(f"{key} {value}" for key, value in config.inference.vllm.items()))
         sandboxes = Sandboxes(config.sandbox, logs, wanted=config.uses_sandbox)
         stack.callback(sandboxes.close)

@@ -7,12 +7,18 @@ GPUs, the engines' part of the memory. Estimates in bytes; a GPU's memory is wha
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from stare_megatron.config import Config
 from stare_megatron.errors import UserError
+from stare_megatron.models.layout import element_bytes
 from stare_megatron.models.shape import ModelShape
-from stare_megatron.run.folder import parameter_count
+from stare_megatron.run import folder as run_folder
+
+if TYPE_CHECKING:
+    from stare_megatron.data.benchmarks import Benchmark  # which imports pyarrow
 
 _GIB = 2**30
 _START_S, _PUSH_S = 600.0, 300.0
@@ -26,9 +32,29 @@ _BATCHED_TOKENS = 8192
 _UNKNOWN_SHARE = 0.4
 
 
+@dataclass(frozen=True)
+class Load:
+    """What engines are asked for at a time: `sequences`, in groups of at most `group`, each on one engine."""
+
+    sequences: int
+    group: int
+
+
+def rollout_load(config: Config) -> Load:
+    """Of a training step."""
+    r = config.rollout
+    return Load((r.prompts_per_generation or r.prompts_per_step) * r.group_size, r.group_size)
+
+
+def eval_load(benchmarks: Sequence[Benchmark]) -> Load:
+    """Of an evaluation's samples; greedy responses are fewer."""
+    sequences = sum(len(b.prompts) * b.samples for b in benchmarks)
+    return Load(sequences, max((b.samples for b in benchmarks), default=1))
+
+
 def with_time_limits(config: Config) -> Config:
     """`config` with `cluster.start_timeout` and `sync.push_timeout`, seconds, where they are 0."""
-    slow = weight_bytes(config) / _SLOW_BYTES_S
+    slow = run_folder.weight_bytes(config) / _SLOW_BYTES_S
     cluster = {"start_timeout": config.cluster.start_timeout or _START_S + slow}
     sync = {"push_timeout": config.sync.push_timeout or _PUSH_S + slow}
     return config.model_copy(
@@ -36,7 +62,7 @@ def with_time_limits(config: Config) -> Config:
     )
 
 
-def with_engine_sizes(config: Config, shape: ModelShape, gpu_bytes: int, *, trainers: bool) -> Config:
+def with_engine_sizes(config: Config, shape: ModelShape, gpu_bytes: int, load: Load, *, trainers: bool) -> Config:
     """`config` for engines on GPUs of `gpu_bytes` (0: unknown): what `[inference.vllm]` leaves open.
 
     vLLM's defaults for an engine inside another program are 128 sequences and 2,048 tokens a batch, and 92 % of the
@@ -45,13 +71,12 @@ def with_engine_sizes(config: Config, shape: ModelShape, gpu_bytes: int, *, trai
     Raises:
         UserError: engines and ranks cannot share a GPU of this size.
     """
-    given, i, r = config.inference.vllm, config.inference, config.rollout
+    given, i = config.inference.vllm, config.inference
     chosen: dict[str, Any] = {}
     tokens = given.get("max_num_batched_tokens", _BATCHED_TOKENS)
     if "max_num_seqs" not in given:
-        prompts = r.prompts_per_generation or r.prompts_per_step
         # Groups stay together, so that one engine may get a group more than another.
-        share = math.ceil(prompts * r.group_size / i.engines) + r.group_size
+        share = math.ceil(load.sequences / i.engines) + load.group
         chosen["max_num_seqs"] = min(max(-(-share // 8) * 8, _MIN_SEQUENCES), _MAX_SEQUENCES, tokens)
     # Without chunked prefill a batch must hold the longest prompt; vLLM knows how large it is then.
     if "max_num_batched_tokens" not in given and given.get("enable_chunked_prefill", True):
@@ -61,18 +86,14 @@ def with_engine_sizes(config: Config, shape: ModelShape, gpu_bytes: int, *, trai
     return config.model_copy(update={"inference": i.model_copy(update={"vllm": chosen | given})})
 
 
-def weight_bytes(config: Config) -> int:
-    """Of the whole model in `model.dtype`."""
-    return parameter_count(config.model.path) * (4 if config.model.dtype == "float32" else 2)
-
-
 def rank_bytes(config: Config, shape: ModelShape) -> int:
     """What a rank holds from its first step on, whatever it does: weights, float32 gradients, optimizer state."""
     t = config.trainer
     experts = t.expert_parallel * t.expert_tensor_parallel if shape.experts else t.tensor_parallel
-    mine = parameter_count(config.model.path) / (t.pipeline_parallel * max(experts, t.tensor_parallel))
+    mine = run_folder.parameter_count(config.model.path) / (t.pipeline_parallel * max(experts, t.tensor_parallel))
     # Adam's moments, and a float32 copy of weights that are not float32.
-    weight, optimizer = (4, 8.0) if config.model.dtype == "float32" else (2, 12.0)
+    weight = element_bytes(config.model.dtype)
+    optimizer = 8.0 if config.model.dtype == "float32" else 12.0
     if t.distributed_optimizer:
         optimizer /= t.data_parallel * t.context_parallel
     return int(mine * (weight + 4 + optimizer))
@@ -89,9 +110,9 @@ def _share(config: Config, shape: ModelShape, gpu_bytes: int) -> float:
     if not gpu_bytes:
         return given if given is not None else _UNKNOWN_SHARE
     rank = rank_bytes(config, shape)
-    engine = weight_bytes(config) / i.tensor_parallel
+    engine = run_folder.weight_bytes(config) / i.tensor_parallel
     # A push gathers the largest tensor, copies it, and packs it into a buffer of at least 1 GiB.
-    largest = shape.vocab * shape.hidden * (4 if config.model.dtype == "float32" else 2)
+    largest = shape.vocab * shape.hidden * element_bytes(config.model.dtype)
     free = gpu_bytes - rank - _CONTEXTS_BYTES - 3 * largest - max(largest, _GIB)
     share = given if given is not None else max(0, math.floor(50 * free / gpu_bytes)) / 100
     sizes = (

@@ -31,7 +31,7 @@ from stare_megatron.models.families import read_hf_config
 from stare_megatron.rollout.collect import Collector
 from stare_megatron.rollout.groups import check_env, check_prompts
 from stare_megatron.run import folder as run_folder
-from stare_megatron.run import forecast, loop, preflight
+from stare_megatron.run import forecast, loop, preflight, sizing
 from stare_megatron.run.evaluation import Evaluations, Evaluator
 from stare_megatron.run.rates import rates_of
 from stare_megatron.run.recorder import Recorder
@@ -129,8 +129,9 @@ def prepare(config: Config, console: Console) -> Prepared:
     notes += [f"sandbox: {sandbox}"] if sandbox else []
     resume_from = _find_checkpoint(config, console)
     config = checkpoint.with_date(config, resume_from)
+    settings = checkpoint.settings_of(config)
     if resume_from is not None:
-        checkpoint.check_settings(resume_from, checkpoint.settings_of(config), config.run.resume_allow)
+        checkpoint.check_settings(resume_from, settings, config.run.resume_allow)
     tokenizer = load_tokenizer(config.model.path)
     config = today(config, tokenizer)
     check_env(config.env, tokenizer)
@@ -148,9 +149,17 @@ def prepare(config: Config, console: Console) -> Prepared:
         restored = state.step
         if resume_from.resolve().is_relative_to(config.folder.resolve()):
             wandb_run = state.wandb_run
-    settings = checkpoint.settings_of(config)
     return Prepared(
-        config, settings, tokenizer, stream, benchmarks, resume_from, restored, wandb_run, sandbox, tuple(notes)
+        config=config,
+        settings=settings.of(config),
+        tokenizer=tokenizer,
+        stream=stream,
+        benchmarks=benchmarks,
+        resume_from=resume_from,
+        restored=restored,
+        wandb_run=wandb_run,
+        sandbox=sandbox,
+        notes=tuple(notes),
     )
 
 
@@ -158,8 +167,7 @@ def today(config: Config, tokenizer: PreTrainedTokenizerBase) -> Config:
     """`config` with today's date where the chat template writes one and none is settled."""
     if config.data.date or not writes_date(tokenizer):
         return config
-    date = datetime.date.today().isoformat()
-    return config.model_copy(update={"data": config.data.model_copy(update={"date": date})})
+    return config.dated(datetime.date.today().isoformat())
 
 
 def _find_checkpoint(config: Config, console: Console) -> Path | None:
@@ -180,7 +188,8 @@ def _run(prepared: Prepared, folder: run_folder.RunFolder, sinks: Sinks) -> int:
     """Start everything and train; returns the steps done."""
     config = prepared.config
     stop = StopSignal(sinks.note)
-    with open_session(config, folder.logs, sinks.status) as session, stop.installed():
+    load = sizing.rollout_load(config)
+    with open_session(config, folder.logs, sinks.status, load) as session, stop.installed():
         return loop.train(_assemble(prepared, folder, sinks, stop, session))
 
 

@@ -1,12 +1,13 @@
 """Save and restore the trainer: model, optimizer, number of optimizer steps, random state.
 
-Megatron-Core's distributed checkpoint: every rank writes its shards, and any other TP x PP x DP (with virtual stages,
-sequence parallelism) reads them. Random states are per rank, so they come back only into the same layout; nothing in
-the trainer draws from them while dropout is 0.
+Megatron-Core's distributed checkpoint: every rank writes its share (see `shares`), and any other TP x PP x DP (with
+virtual stages, sequence parallelism) reads of it what it needs. Random states are per rank, so they come back only into
+the same layout; nothing in the trainer draws from them while dropout is 0.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from stare_megatron.config import TrainerConfig
 from stare_megatron.errors import UserError
-from stare_megatron.trainer import model_state, parallel
-from stare_megatron.trainer.ungathered import live_storages, local_state, parts
+from stare_megatron.trainer import model_state, parallel, shares
 from stare_megatron.trainer.writing import Writer, Writing
 
 # `fully_reshardable`: optimizer state is stored per parameter, so any layout can load it.
@@ -32,6 +32,12 @@ CONTENT = {
     "chained_optim_avoid_prefix": True,
     "singleton_local_shards": False,
 }
+
+
+def writer(trainer: TrainerConfig) -> Writer:
+    """What this rank writes its checkpoints with: as many threads as it has cores of its node. A collective."""
+    replicas = None if trainer.distributed_optimizer else parallel.dp_cp_group()
+    return Writer((os.cpu_count() or 1) // parallel.ranks_of_node(), replicas)
 
 
 def begin_save(
@@ -45,7 +51,7 @@ def begin_save(
     optimizer_steps: int,
     snapshot: bool,
 ) -> Writing:
-    """Start to write all shards under `folder`, which is made. A collective.
+    """Start to write this rank's share under `folder`, which is made. A collective.
 
     `step`: the loop's; `optimizer_steps`: done so far. `snapshot`: write a copy, so that the state may change
     after `Writing.copied`; else it may not before the writing has ended. The caller makes the folder's appearance
@@ -54,14 +60,16 @@ def begin_save(
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    _make_moments(optimizer)
-    with local_state(optimizer):
-        state = _sharded_state(chunks, optimizer, is_loading=False) | {
+    make_moments(optimizer)
+    with shares.in_place(optimizer):
+        state, _ = _sharded_state(chunks, optimizer, is_loading=False)
+        state |= {
             "step": step,
             "optimizer_steps": optimizer_steps,
             "random": _random_state(trainer),
         }
-    live = live_storages(optimizer, (p for chunk in chunks for p in chunk.module.parameters())) if snapshot else set()
+    parameters = (p for chunk in chunks for p in chunk.module.parameters())
+    live = shares.live_storages(optimizer, parameters) if snapshot else set()
     return writer.begin(folder, state, CONTENT | {"layout": _layout(trainer)}, live)
 
 
@@ -70,24 +78,29 @@ def restore(
 ) -> tuple[int, int]:
     """Load what `begin_save` wrote, at this or another layout. A collective. Returns (step, optimizer steps done).
 
+    Every rank reads its share to where it belongs; then the ranks that split an optimizer give each other parameters.
+
     Raises:
         UserError: no such checkpoint, or one of another model.
     """
     if not (folder / "metadata.json").is_file():
         raise UserError(f"{folder}: not a trainer checkpoint (no metadata.json)")
-    try:
-        common = dist_checkpointing.load_common_state_dict(str(folder))
-        content = dist_checkpointing.load_content_metadata(preloaded_state_dict=common)
-        wanted = _sharded_state(chunks, optimizer, is_loading=True)
-        same_layout = content is not None and content.get("layout") == _layout(trainer)
-        if same_layout:
-            wanted["random"] = _random_state(trainer)
-        state: Any = dist_checkpointing.load(wanted, str(folder))
-    except CheckpointingException as e:
-        raise UserError(f"{folder}: cannot be loaded into this model: {e}") from e
-    for i, chunk in enumerate(chunks):
-        model_state.load(chunk.module, state[f"model{i}"])
-    optimizer.load_state_dict(state["optimizer"])
+    with shares.in_place(optimizer):
+        try:
+            common = dist_checkpointing.load_common_state_dict(str(folder))
+            content = dist_checkpointing.load_content_metadata(preloaded_state_dict=common)
+            wanted, in_place = _sharded_state(chunks, optimizer, is_loading=True)
+            same_layout = content is not None and content.get("layout") == _layout(trainer)
+            if same_layout:
+                wanted["random"] = _random_state(trainer)
+            # That every tensor is asked for once is upstream's check, for which each rank would get all ranks' lists.
+            state: Any = dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
+        except CheckpointingException as e:
+            raise UserError(f"{folder}: cannot be loaded into this model: {e}") from e
+        for i, chunk in enumerate(chunks):
+            model_state.load(chunk.module, state.get(f"model{i}", {}), in_place[i])
+        optimizer.load_state_dict(state["optimizer"])
+    shares.gather_parameters(chunks, optimizer)
     if same_layout:
         random = state["random"]
         torch.set_rng_state(random["torch"])
@@ -97,7 +110,8 @@ def restore(
 
 def _sharded_state(
     chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer, *, is_loading: bool
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[frozenset[str]]]:
+    """The state, and of each chunk the names of what is in it as this rank's share, or not at all."""
     metadata = CONTENT | {"dp_cp_group": parallel.dp_cp_group()}
     models: dict[str, Any] = {}
     for i, chunk in enumerate(chunks):
@@ -105,15 +119,21 @@ def _sharded_state(
         models[f"model{i}"] = model_state.sharded(chunk.module, metadata)
     together = models["model0"] if len(chunks) == 1 else models
     optimizer_state = optimizer.sharded_state_dict(together, is_loading=is_loading, metadata=metadata)
-    return models | {"optimizer": optimizer_state}
+    split = {name: shares.split(model, optimizer) for name, model in models.items()}
+    # Nothing empty: upstream takes that for what all ranks have in common.
+    shared = {
+        name: mine for name, own in split.items() if (mine := {key: pieces for key, pieces in own.items() if pieces})
+    }
+    state = {name: model for name, model in (models | {"shares": shared}).items() if model}
+    return state | {"optimizer": optimizer_state}, [frozenset(own) for own in split.values()]
 
 
-def _make_moments(optimizer: MegatronOptimizer) -> None:
+def make_moments(optimizer: MegatronOptimizer) -> None:
     """Give an optimizer that has done no step the moments it begins with, zeros; saving asks for them.
 
     By a step without gradient, learning rate or decay, which is undone in the count of steps.
     """
-    for part in parts(optimizer):
+    for part in shares.parts(optimizer):
         inner: Any = part.optimizer
         if any(inner.state.values()):
             continue

@@ -9,7 +9,7 @@ them.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -25,13 +25,13 @@ def sharded(module: torch.nn.Module, metadata: Mapping[str, Any]) -> dict[str, A
     return {k: v for k, v in state.items() if not (isinstance(v, ShardedObject) and _EXTRA.search(v.key))}
 
 
-def load(module: torch.nn.Module, state: Mapping[str, Any]) -> None:
-    """Take the values that were loaded for `sharded`.
+def load(module: torch.nn.Module, state: Mapping[str, Any], in_place: Collection[str] = ()) -> None:
+    """Take the values that were loaded for `sharded`. `in_place`: names of what is where it belongs already.
 
     Raises:
         RuntimeError: a parameter or buffer is missing, or one is too many.
     """
     wrong = module.load_state_dict({k: v for k, v in state.items() if not _EXTRA.search(k)}, strict=False)
-    missing = [key for key in wrong.missing_keys if not _EXTRA.search(key)]
+    missing = [key for key in wrong.missing_keys if not _EXTRA.search(key) and key not in in_place]
     if missing or wrong.unexpected_keys:
         raise RuntimeError(f"missing from the state: {missing}; unknown to the model: {wrong.unexpected_keys}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import platform
 from typing import Any
 
 import torch
@@ -136,3 +137,10 @@ def is_last_stage() -> bool:
 def last_stage_rank() -> int:
     """Global rank of the last stage of this rank's pipeline: the source when a result of it is broadcast."""
     return parallel_state.get_pipeline_model_parallel_last_rank()
+
+
+def ranks_of_node() -> int:
+    """How many ranks are on this one's node, by its name. A collective."""
+    names = [""] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(names, platform.node())
+    return names.count(platform.node())

@@ -41,7 +41,7 @@ from stare_megatron.trainer.step import (
     token_records,
     weigh,
 )
-from stare_megatron.trainer.writing import Writer, Writing
+from stare_megatron.trainer.writing import Writing
 from stare_megatron.types import Control, EntropyReading, Group, Measured, StepStats, UpdateShare, UpdateStats
 from stare_megatron.types.token_record import TokenRecord
 
@@ -115,7 +115,7 @@ class TrainerRank:
         self._loaded: list[RankBatch] = []
         self._known: ScoredBatch | SampledBatch | None = None
         self._trained: list[tuple[RankBatch, ForwardBackwardResult]] = []
-        self._writer = Writer()
+        self._writer = checkpoint.writer(trainer)
         self._writing: Writing | None = None
 
     def position(self) -> Position:

@@ -17,13 +17,15 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 
 from stare_megatron.errors import RunError
 from stare_megatron.host import manifest
 
-_THREADS = 2
+_MOST_THREADS = 4  # of a rank; each writes a file of its own, and a file system serves a few streams of a rank best
 
 _File = tuple[list[Any], str, manifest.FileEntry]  # upstream's records of what is where in it, its name, its entry
 
@@ -85,11 +87,18 @@ class Writing:
 
 
 class Writer:
-    """Writes the state of one model and optimizer, again and again; the structure of the state must stay as it is."""
+    """Writes the state of one model and optimizer, again and again; the structure of the state must stay as it is.
 
-    def __init__(self) -> None:
+    `threads`: that may be busy with it at a time; `replicas`: ranks that hold all of the same state, which is dealt out
+    to them, each tensor to one.
+    """
+
+    def __init__(self, threads: int, replicas: ProcessGroup | None = None) -> None:
+        self._threads = max(1, min(threads, _MOST_THREADS))
         # Reuses its plan from the third save on, when the second has made the same as the first.
-        self._strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=_THREADS, cached_metadata=True)
+        self._strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=self._threads, cached_metadata=True)
+        several = replicas is not None and replicas.size() > 1
+        self._dealing = FullyParallelSaveStrategyWrapper(self._strategy, replicas, True) if several else None
         self._checked = False
         # A copy's memory, kept for the next: memory that is new to the process costs several times the copying.
         self._copies: dict[tuple[str, int], torch.Tensor] = {}
@@ -108,14 +117,14 @@ class Writer:
         request: Any = save(
             state,
             str(folder),
-            self._strategy,
+            self._dealing or self._strategy,
             validate_access_integrity=not self._checked,
             async_sharded_save=True,
             content_metadata=content,
             **options,
         )
         self._checked = True
-        pool = concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="checkpoint")
+        pool = concurrent.futures.ThreadPoolExecutor(self._threads, thread_name_prefix="checkpoint")
         if request.async_fn is None:  # nothing for this rank to write
             return Writing(folder, request, results, pool, (), ())
         transforms = request.async_fn.args[0]

@@ -169,4 +169,5 @@ def test_a_cable_that_is_pulled_for_a_while(shared: Path) -> None:
         time.sleep(8)
         made[1].plug()
         said, _ = process.communicate(timeout=300)
+        assert "its process died" not in said, said[-3000:]
         assert process.returncode == 0 or "connection" in said, said[-3000:]

@@ -61,7 +61,7 @@ def _load_and_save(case: dict[str, Any], trainer: Any) -> list[str]:
             for parameter in chunk.parameters():
                 parameter.main_grad.fill_(0.01)
         optimizer.step(adam, trainer.optimizer, 1e-3)
-        writer = writing.Writer()
+        writer = writing.Writer(threads=2)
         checkpoint.begin_save(out, chunks, adam, trainer, writer, step=1, optimizer_steps=1, snapshot=False).finish()
         return different
     if torch.distributed.get_rank() == 0:

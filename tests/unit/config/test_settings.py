@@ -7,14 +7,15 @@ import subprocess
 import sys
 import typing
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from annotated_types import Ge, Gt, Le, Lt
+from pydantic import Field, ValidationError
 
 from stare_megatron import paths
 from stare_megatron.__main__ import main
-from stare_megatron.config import load, parse
+from stare_megatron.config import Section, load, parse
 from stare_megatron.config.loader import walk
 from stare_megatron.errors import UserError
 from stare_megatron.run import preflight
@@ -92,6 +93,23 @@ class TestPaths:
         assert configuration(reward={"name": "$DATA/own.py:reward"}).reward.name == f"{tmp_path}/own.py:reward"
         assert "$NOWHERE is not defined" in refusal("reward.name", "$NOWHERE/own.py:reward")
 
+    def test_those_that_may_be_left_out(self, tmp_path: Path) -> None:
+        """In a user's own table."""
+
+        class Own(Section):
+            file: Path | None = None
+            noted: Annotated[Path, Field(description="x")] | None = None
+            files: list[Path] | None = None
+            size: int | None = None
+
+        own = Own.model_validate({"file": "~/a", "noted": "b", "files": ["$DATA/c", "d"]})
+        assert (own.file, own.noted) == (Path("/home/me/a"), tmp_path / "b")
+        assert own.files == [Path("/data/c"), tmp_path / "d"]
+        assert Own(file=None) == Own()
+        for wrong in ({"file": "$NOWHERE/a"}, {"files": ["a", "./a"]}, {"size": 2**31}):
+            with pytest.raises(ValidationError):
+                Own.model_validate(wrong)
+
     def test_the_same_in_a_process_elsewhere(self, tmp_path: Path) -> None:
         """An actor of a cluster starts in another folder than the driver."""
         import pickle
@@ -130,6 +148,8 @@ def test_numbers_are_bounded_on_both_sides(key: Any) -> None:
             assert leaf in refusal("eval.benchmarks", [{"path": "a", "samples": value}])
         else:
             assert leaf in refusal(key.name, value, **beside(key.name))
+            if value is not True and value != 10**400:  # "True" is a word
+                assert leaf in refusal(key.name, str(value), **beside(key.name))
 
 
 def beside(key: str) -> dict[str, Any]:
@@ -197,6 +217,10 @@ def test_a_parser_in_capitals_is_told() -> None:
         ("algorithm.stare.alpha", 0.2, {}, "is for algorithm.stare.adaptive = true"),
         ("algorithm.clip_cov.low", 6.0, {"algorithm__method": "clip_cov"}, "is not below high = 5.0"),
         ("checkpoint.best_mode", "min", {}, "is for best_metric"),
+        *(
+            ("cluster.address", address, {}, f"= {address!r}: must be `local`, `auto` or HOST:PORT")
+            for address in ("nowhere", "host:", ":6379", "host:port", "host:70000", "host:0", "h:999999")
+        ),
         ("cluster.object_store_mb", 900, {"cluster__address": "auto"}, 'is for address = "local"'),
         ("env.tool", "shell", {"env__name": "tool_use", "env__parser": "retool"}, 'is for parser = "hermes"'),
         ("sandbox.preload", ["os; x"], {}, "no name of a module"),

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from stare_megatron.__main__ import main
 from stare_megatron.data.tokenizer import load_tokenizer
 from stare_megatron.errors import UserError
+from stare_megatron.models.families import read_hf_config
 from stare_megatron.run import preflight
 from tests.unit.convert import hf_folders
 
@@ -109,7 +110,7 @@ def test_start_convert_and_inspect_agree(tmp_path: Path, name: str, capsys: pyte
     assert all(str(folder) in line for line in said)
     start = ""
     try:
-        preflight.check_weights(folder)
+        preflight.check_weights(folder, read_hf_config(folder))
         load_tokenizer(folder)
     except UserError as e:
         start = f"stare-megatron: {e}"

@@ -6,7 +6,8 @@ import dataclasses
 from typing import Any
 
 from stare_megatron.config import Config
-from stare_megatron.doctor.facts import MISSING, ClusterFacts, Gpu, NodeFacts, Resources
+from stare_megatron.doctor.facts import ClusterFacts, Gpu, NodeFacts, Resources
+from stare_megatron.host.packages import MISSING
 from tests.configs import configuration
 
 GIB = 2**30

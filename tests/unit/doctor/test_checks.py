@@ -11,9 +11,10 @@ from rich.console import Console
 
 from stare_megatron import doctor
 from stare_megatron.cluster.nodes import Blocked
-from stare_megatron.doctor import checks, command, survey
-from stare_megatron.doctor.facts import MISSING, ClusterFacts, Gpu, Resources
+from stare_megatron.doctor import checks, command, network, survey
+from stare_megatron.doctor.facts import ClusterFacts, Gpu, Resources
 from stare_megatron.errors import UserError
+from stare_megatron.host.packages import MISSING
 from tests.configs import configuration
 from tests.unit.doctor.clusters import GIB, H100, MODEL, gpu_node, node, on_cpu, on_gpus, one_machine, two_gpu_nodes
 
@@ -50,6 +51,7 @@ def other(**versions: str) -> dict[str, str]:
 BUSY = (H100, dataclasses.replace(H100, used_bytes=40 * GIB))
 REFUSED = "cluster.address = 'auto': Ray does not answer: Unauthenticated: RPC error: InvalidAuthToken"
 OLD = "cluster.address = 'auto': Ray does not answer: Version mismatch: The cluster was started with: Ray: 2.59.0"
+UNKNOWN = "cluster.address = 'auto': Ray does not answer: Broken pipe"
 NONE = "cluster.address = 'auto': Ray does not answer: Could not find any running Ray instance"
 
 # Check, injected fault, words of the problem, words of the cure.
@@ -58,6 +60,7 @@ GPU_FAULTS: list[tuple[str, Change, str, str]] = [
     ("no_answer", whole(nodes=(), no_answer="timed out", address="10.0.0.9:6379"), "10.0.0.9:6379", "ray start --head"),
     ("refusal", whole(nodes=(), refusal=REFUSED), "InvalidAuthToken", "RAY_AUTH_MODE=token"),
     ("refusal", whole(nodes=(), refusal=OLD), "Ray: 2.59.0", "versions of Python and Ray"),
+    ("refusal", whole(nodes=(), refusal=UNKNOWN), "Broken pipe", "`ray status`"),
     ("refusal", whole(nodes=(), refusal=NONE), "any running Ray", "ray start"),
     ("silent", whole(silent={"node3 (10.0.0.3)": "no answer within 180 s"}), "node3 (10.0.0.3)", "take the node out"),
     (
@@ -89,19 +92,18 @@ GPU_FAULTS: list[tuple[str, Change, str, str]] = [
     ("ports", whole(blocked=(Blocked("a", "b", (21, 9), "timed out"),)), "a cannot connect to its ports 21, 9", "TCP"),
     ("clock", second(clock=-30.0), "30.0 s behind", "NTP"),
     ("environment", second(environment={"NCCL_IB_HCA": "mlx5_0"}), "not set on node1", "one value on every node"),
-    ("environment", second(environment={"CUDA_VISIBLE_DEVICES": "0,1"}), "0,1 on node2", "before `ray start`"),
     ("environment", driver(environment={"NCCL_DEBUG": "INFO"}), "not set on any node", "driver's environment stays"),
     ("driver_device", lambda f: driver(gpus=())(whole(device="cpu")(f)), "16 GPUs", "STARE_DEVICE=cuda"),
     ("gpu_driver", every(gpus=(), gpu_error="Driver/library version mismatch"), "nvidia-smi fails", "driver again"),
     ("cuda_build", every(torch_cuda=""), "built without CUDA", "extra `gpu`"),
     ("cuda_build", every(driver_cuda="12.4"), "serves 12.4", "newer NVIDIA driver"),
-    ("ray_gpus", second(gpus=(H100,) * 9), "has 9 GPUs, and Ray counts 8", "--num-gpus"),
+    ("ray_gpus", second(gpus=(H100,) * 9), "shows 9 GPUs, and Ray counts 8", "--num-gpus"),
     ("gpu_kinds", second(gpus=(Gpu("NVIDIA H200", 141 * GIB, 0, "Default"),) * 8), "H200 on node2", "one kind"),
     ("gpu_drivers", second(gpu_driver="570.1"), "570.1 on node2", "one NVIDIA driver"),
     ("nvlink", second(nvlink=False), "not joined by NVLink", "fabricmanager"),
     ("gpu_memory", second(gpus=BUSY), "GPU 1: 40 GiB", "nvidia-smi"),
     ("compute_mode", every(gpus=(dataclasses.replace(H100, compute_mode="Exclusive_Process"),)), "Exclusive", "-c DEF"),
-    ("transformer_engine", second(transformer_engine="ImportError: undefined symbol"), "undefined", "build-isolation"),
+    ("transformer_engine", second(transformer_engine="ImportError: undefined symbol"), "undefined", "build_te.sh"),
     (
         "shared_folder",
         second(shared_visible=False, shared_error="No such file"),
@@ -177,6 +179,31 @@ def test_a_head_without_gpus_need_not_see_the_model():
     assert checks.find(facts, on_gpus()) == []
 
 
+def test_builds_of_one_version_go_together():
+    """A driver with the packages for CPUs, and GPUs elsewhere; a node for sandboxes has neither."""
+    facts = two_gpu_nodes()
+    cpu = node(3).versions | {"torch": "2.13.0+cpu"}
+    gpu = facts.nodes[0].versions | {"torch": "2.13.0+cu130"}
+    sandbox = node(4, versions={"Python": "3.12.1", "ray": "2.60.0", "stare_megatron": cpu["stare_megatron"]})
+    nodes = (dataclasses.replace(facts.nodes[0], versions=gpu), facts.nodes[1], sandbox)
+    facts = dataclasses.replace(facts, nodes=nodes, driver=dataclasses.replace(facts.driver, versions=cpu))
+    assert [p for p in checks.find(facts, on_gpus()) if p.check == "versions"] == []
+    wrong = dataclasses.replace(sandbox, versions=sandbox.versions | {"ray": "2.59.0"})
+    (problem,) = checks.find(dataclasses.replace(facts, nodes=(*nodes[:2], wrong)), on_gpus(), (network.versions,))
+    assert str(problem).startswith("node4 (10.0.0.4): ray 2.59.0, the driver's is 2.60.0; install")
+
+
+def test_a_part_of_a_nodes_gpus_is_nothing_wrong():
+    """Each node may give another part; Ray counts what it was shown."""
+    part = gpu_node(
+        2, gpus=(H100,) * 4, ray=Resources(16, 16, 4, 4, 0), environment={"CUDA_VISIBLE_DEVICES": "0,1,2,3"}
+    )
+    facts = dataclasses.replace(two_gpu_nodes(), nodes=(gpu_node(1), part))
+    assert checks.find(facts, None) == []
+    (problem,) = checks.find(second(gpus=(H100,) * 9)(two_gpu_nodes()), None)
+    assert not problem.stops
+
+
 def test_tensor_parallel_groups_must_fit_within_nodes():
     small = tuple(gpu_node(i, gpus=(H100,) * 3, ray=Resources(16, 16, 3, 3, 0)) for i in (1, 2, 3, 4))
     facts = dataclasses.replace(two_gpu_nodes(), nodes=small)
@@ -210,6 +237,28 @@ def test_the_command_shows_a_table_and_a_line_a_problem(change, code, monkeypatc
 def test_only_the_address_can_be_set_without_a_file():
     with pytest.raises(UserError, match=r"run\.name=x: without a run's file only cluster\.address="):
         command.run(["run.name=x"], Console())
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["cluster.address="], "command line: cluster.address = '': must not be empty"),
+        (["cluster.address='a\0'"], "must not hold the character NUL"),
+        (
+            ["cluster.address=nowhere"],
+            "command line: cluster.address = 'nowhere': must be `local`, `auto` or HOST:PORT",
+        ),
+        (["cluster.address=3"], "command line: cluster.address = 3: must be a string, in quotes"),
+        ([""], "file = '': must be a path"),
+        (["a\0b"], "file = 'a\\x00b': must be a path"),
+        (["$NOWHERE_AT_ALL/run.toml"], "the environment variable $NOWHERE_AT_ALL is not defined"),
+    ],
+)
+def test_odd_arguments_are_told_in_one_line(settings, words):
+    with pytest.raises(UserError) as e:
+        command.run(settings, Console())
+    assert words in str(e.value)
+    assert "\n" not in str(e.value)
 
 
 def test_a_run_stops_at_the_first_problem_and_counts_the_others(monkeypatch):

@@ -12,15 +12,16 @@ from typing import Any
 import pytest
 
 from stare_megatron import doctor
-from stare_megatron.cluster.nodes import connect_error
 from stare_megatron.doctor import checks, node, survey
-from stare_megatron.doctor.facts import MISSING, Ask, ClusterFacts, NodeFacts, Resources
+from stare_megatron.doctor.facts import Ask, ClusterFacts, NodeFacts, Resources
 from stare_megatron.errors import UserError
+from stare_megatron.host.packages import MISSING
+from stare_megatron.host.ports import connect_error
 from tests.configs import configuration
 
 SMI = """#!/bin/sh
 case "$*" in
-  --query-gpu*) printf 'NVIDIA H100 80GB HBM3, 81559, 40000, Exclusive_Process, 580.1\\nNVIDIA H100 80GB HBM3, 81559, 4, Default, 580.1\\n';;
+  --query-gpu*) printf 'NVIDIA H100 80GB HBM3, 81559, 40000, Exclusive_Process, 580.1, GPU-a\\nNVIDIA H100 80GB HBM3, 81559, 4, Default, 580.1, GPU-b\\n';;
   topo*) printf '\\tGPU0\\tGPU1\\nGPU0\\t X \\tNV18\\nGPU1\\tNV18\\t X \\n';;
   *) echo '| NVIDIA-SMI 580.1   Driver Version: 580.1   CUDA Version: 12.2 |';;
 esac
@@ -145,11 +146,17 @@ def test_what_nvidia_smi_tells(ask, tmp_path, monkeypatch):
     program.write_text(SMI)
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     found = dataclasses.replace(node.gather(dataclasses.replace(ask, full=True)), torch_cuda="13.0")
     assert [g.used_bytes for g in found.gpus] == [40000 * 2**20, 4 * 2**20]
     assert found.gpus[0].bytes == 81559 * 2**20
     assert (found.gpu_driver, found.driver_cuda, found.nvlink) == ("580.1", "12.2", True)
     assert {"gpu_memory", "compute_mode", "cuda_build"} <= set(problems(found))
+    for named, used in (("1", [4]), ("GPU-b,0", [4, 40000]), ("", [])):  # of which Ray was shown a part
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+        shown = node.gather(dataclasses.replace(ask, full=True))
+        assert [g.used_bytes for g in shown.gpus] == [n * 2**20 for n in used]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     program.write_text("#!/bin/sh\necho 'Failed to initialize NVML: Driver/library version mismatch'; exit 18\n")
     found = node.gather(dataclasses.replace(ask, full=True))
     assert found.gpu_error == "Failed to initialize NVML: Driver/library version mismatch"

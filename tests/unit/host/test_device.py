@@ -71,7 +71,7 @@ def test_a_broken_transformer_engine_is_refused_by_name(monkeypatch, tmp_path, f
         device.has_transformer_engine()
     assert fault.split("'")[1] in str(e.value)
     assert "transformer_engine missing, transformer_engine_torch missing, torch 2." in str(e.value)
-    assert "--no-build-isolation" in str(e.value)
+    assert "tools/build_te.sh" in str(e.value)
     sys.modules.pop("transformer_engine", None)
     monkeypatch.setattr(device, "current", lambda: device.Device.CPU)
     device.has_transformer_engine.cache_clear()

@@ -78,12 +78,17 @@ def save(prepared: train.Prepared) -> Path:
     return store.finish(root, 3, {})
 
 
-def test_a_run_is_resumed_tomorrow_with_the_prompts_of_today(start):
+def test_a_run_is_resumed_tomorrow_with_the_prompts_of_today(start, monkeypatch):
     first = start(27)
     assert first.config.data.date == "2026-11-27"
     assert first.stream.prompts[0].text.startswith("27 ")
     saved = save(first)
+    read: list[str] = []
+    settings_of = checkpoint.settings_of
+    monkeypatch.setattr(checkpoint, "settings_of", lambda config: read.append(config.run.name) or settings_of(config))
     second = start(28)
+    assert read == ["r"]  # files of a model are summed once
+    assert second.settings.config["data"]["date"] == "2026-11-27"
     assert (second.resume_from, second.restored) == (saved, 3)
     assert second.stream.prompts[0] == first.stream.prompts[0]
     assert second.config.data.date == "2026-11-27"

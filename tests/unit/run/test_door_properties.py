@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from stare_megatron.config import Config, load, parse
 from stare_megatron.config import upstream as options
 from stare_megatron.errors import UserError
-from stare_megatron.host import device
+from stare_megatron.host import device, ports
 from stare_megatron.run import machine, preflight
 from stare_megatron.run.folder import to_toml
 from tests.configs import small_model
@@ -41,7 +41,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
         patch.setattr(preflight, "check_packages", lambda: None)  # reads every distribution
         memory = machine.psutil.virtual_memory()._replace(total=2**40, available=2**40)
         patch.setattr(machine.psutil, "virtual_memory", lambda: memory)
-        patch.setattr(preflight, "_CONNECT_SECONDS", 0.01)
+        patch.setattr(ports, "_CONNECT_S", 0.01)
         device.gpu_names.cache_clear()
         yield {
             "run": {"steps": 6, "dir": str(folder / "runs")},

@@ -8,12 +8,14 @@ import socket
 import subprocess
 import sys
 from collections import namedtuple
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from stare_megatron import config
+from stare_megatron.config import upstream
 from stare_megatron.errors import UserError
 from stare_megatron.host import device
 from stare_megatron.models.entries import hf_names
@@ -248,11 +250,6 @@ def test_a_ray_job_is_not_given_a_second_ray(make, monkeypatch):
     refused(make(), 'cluster.address = "local"', "this Ray job", "cluster.address=auto")
 
 
-@pytest.mark.parametrize("address", ["nowhere", "host:", ":6379", "host:port", "host:70000"])
-def test_malformed_address(make, address):
-    refused(make(cluster={"address": address}), f"cluster.address = {address!r}", "HOST:PORT")
-
-
 def test_nobody_at_the_address(make):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -295,6 +292,21 @@ def test_memory_estimate_counts_ranks_engines_and_logits(make):
     assert gib(cluster={"object_store_mb": 1536}) - alone == pytest.approx(1.0)
     # A pack of 8 x 4 sequences of 48 tokens, 112 logits each, 12 bytes.
     assert gib() - gib(rollout={"prompts_per_step": 4}) == pytest.approx(4 * 4 * 48 * 112 * 12 / 2**30)
+
+
+def test_each_table_of_options_is_looked_at_once(make, monkeypatch):
+    looked: list[str] = []
+    check = upstream._check
+
+    def count(table: Any, name: str, *rest: Any) -> None:
+        looked.append(name)
+        check(table, name, *rest)
+
+    monkeypatch.setattr(upstream, "_check", count)
+    preflight.check(make())
+    assert sorted(looked) == ["inference.vllm", "trainer.megatron"]
+    wrong = {"expert_tensor_parallel_size": "two"}  # a layout would be counted with it
+    refused(make(trainer={"megatron": wrong}), "trainer.megatron.expert_tensor_parallel_size = 'two'", "whole number")
 
 
 def show_gpus(monkeypatch, count):

@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import pytest
 
 from stare_megatron.algo.controller import ControllerState
+from stare_megatron.checkpoint import LoopState, Settings, store
 from stare_megatron.config import parse
 from stare_megatron.data.prompts import StreamState
 from stare_megatron.run.recorder import Remembered
 from stare_megatron.run.saving import Saving, metric_by_step
-from stare_megatron.types import GateDuty, Observed
+from stare_megatron.types import UNOBSERVED, GateDuty, Observed
 
 
 class Saver:
@@ -35,6 +36,7 @@ class Recorder:
 
     def __init__(self):
         self.phases = []
+        self.notes = []
 
     @contextlib.contextmanager
     def phase(self, name):
@@ -43,10 +45,13 @@ class Recorder:
 
     def status(self, text): ...
 
+    def note(self, text):
+        self.notes.append(text)
+
 
 @pytest.fixture
 def parts(tmp_path):
-    def make(**checkpoint):
+    def make(resume_from=None, **checkpoint):
         config = parse(
             {
                 "run": {"dir": str(tmp_path), "name": "unit", "steps": 10},
@@ -61,7 +66,7 @@ def parts(tmp_path):
         made = SimpleNamespace(
             saver=Saver(),
             recorder=Recorder(),
-            trainers=SimpleNamespace(export_hf=exported.append),
+            trainers=SimpleNamespace(export_hf=exported.append, restore=lambda _: None),
             sampler=SimpleNamespace(cursor=0),
             controller=SimpleNamespace(state=ControllerState(1.1, 0.9)),
             exported=exported,
@@ -74,7 +79,7 @@ def parts(tmp_path):
             made.sampler,
             made.controller,
             made.recorder,
-            resume_from=None,
+            resume_from=resume_from,
         )
         return made
 
@@ -123,6 +128,24 @@ def test_exports(parts, tmp_path):
 
 def test_nothing_to_restore_is_step_0(parts):
     assert parts().saving.restore() == 0
+
+
+def test_who_goes_on_from_an_older_checkpoint_leaves_the_later_ones_aside(parts, tmp_path):
+    root = tmp_path / "unit/checkpoints"
+    for step in (20, 40, 60):
+        state = LoopState(step, 7, StreamState(0, 1, 1, "x"), ControllerState(1.0, 1.0), UNOBSERVED, GateDuty(7, 3), "")
+        (store.begin(root, state, Settings({}, {})) / store.TRAINER).mkdir()
+        store.finish(root, step, {})
+    made = parts(resume_from=root / "step_000020")
+    assert made.saving.restore() == 20
+    assert (root / "latest").read_text() == "step_000020\n"
+    assert store.find(root, "auto") == root / "step_000020"
+    (note,) = made.recorder.notes
+    assert "step 20" in note
+    assert "left_step_000040, left_step_000060" in note
+    assert (root / "left_step_000060/loop.json").is_file()
+    assert parts(resume_from=root / "step_000020").saving.restore() == 20
+    assert made.recorder.notes == [note]
 
 
 def test_values_of_the_best_metric_come_from_steps_and_evaluations(tmp_path):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from stare_megatron.host import device
+from stare_megatron.run import folder as run_folder
 from stare_megatron.run import session, sizing
 from tests.configs import configuration
 
@@ -40,7 +41,7 @@ def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     places = SimpleNamespace(trainers=(), engines=(), gpu_bytes=0, release=lambda: None)
     monkeypatch.setattr(session.placement, "plan", lambda *_, **__: places)
     monkeypatch.setattr(session, "read_hf_config", lambda _: SimpleNamespace(sequence_cost=None))
-    monkeypatch.setattr(sizing, "parameter_count", lambda _: 0)
+    monkeypatch.setattr(run_folder, "parameter_count", lambda _: 0)
     return said
 
 
@@ -50,7 +51,7 @@ def test_engines_measure_a_gpu_when_the_ranks_have_taken_theirs(monkeypatch, ord
     """vLLM takes what goes of the GPU while it profiles for its own. Elsewhere nothing waits for anything."""
     monkeypatch.setattr(device, "current", lambda: where)
     config = configuration(inference={"placement": placement})
-    with session.open_session(config, Path("logs"), lambda _: None):
+    with session.open_session(config, Path("logs"), lambda _: None, sizing.Load(800, 8)):
         assert order[-1] == "connect"
     started = order.index("engines start")
     assert (order.index("ranks ready") < started) == (where is device.Device.CUDA and placement == "colocated")
@@ -58,3 +59,4 @@ def test_engines_measure_a_gpu_when_the_ranks_have_taken_theirs(monkeypatch, ord
     assert sorted(o for o in order if o.endswith("close")) == ["engines close", "ranks close", "sandboxes close"]
     # Numbers of a CPU run depend on no estimate.
     assert ("seqs None" in order) == (where is device.Device.CPU)
+    assert ("seqs 808" in order) == (where is device.Device.CUDA)

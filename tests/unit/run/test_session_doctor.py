@@ -10,6 +10,7 @@ import pytest
 from stare_megatron import doctor
 from stare_megatron.cluster import placement, runtime
 from stare_megatron.errors import UserError
+from stare_megatron.run import folder as run_folder
 from stare_megatron.run import sizing
 from stare_megatron.run.session import open_session
 from tests.configs import configuration
@@ -26,10 +27,10 @@ def test_an_unfit_cluster_is_refused_before_anything_is_placed(monkeypatch, tmp_
     monkeypatch.setattr(runtime, "cluster", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(placement, "plan", lambda *_, **__: pytest.fail("placed"))
     monkeypatch.setattr(doctor, "short", short)
-    monkeypatch.setattr(sizing, "parameter_count", lambda _: 0)
+    monkeypatch.setattr(run_folder, "parameter_count", lambda _: 0)
     with (
         pytest.raises(UserError, match="node2: not fit"),
-        open_session(configuration(), tmp_path, lambda _: None, trainers=trainers),
+        open_session(configuration(), tmp_path, lambda _: None, sizing.Load(1, 1), trainers=trainers),
     ):
         pytest.fail("opened")
     # An evaluation writes no checkpoint.

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from stare_megatron.config import Config
+from stare_megatron.data.benchmarks import Benchmark
 from stare_megatron.errors import UserError
 from stare_megatron.models.shape import ModelShape
+from stare_megatron.run import folder as run_folder
 from stare_megatron.run import sizing
 from tests.configs import configuration
 
@@ -24,7 +27,7 @@ B7 = ModelShape(
 def parameters(monkeypatch) -> dict[str, int]:
     """7.6 billion, unless a test changes it."""
     count = {"n": 7_600_000_000}
-    monkeypatch.setattr(sizing, "parameter_count", lambda _: count["n"])
+    monkeypatch.setattr(run_folder, "parameter_count", lambda _: count["n"])
     return count
 
 
@@ -39,7 +42,8 @@ def make(vllm: dict[str, Any] | None = None, **tables: dict[str, Any]) -> Config
 
 
 def chosen(config: Config, gpu_bytes: int = H100, *, trainers: bool = True) -> dict[str, Any]:
-    return sizing.with_engine_sizes(config, B7, gpu_bytes, trainers=trainers).inference.vllm
+    load = sizing.rollout_load(config)
+    return sizing.with_engine_sizes(config, B7, gpu_bytes, load, trainers=trainers).inference.vllm
 
 
 def test_time_limits_grow_with_the_model_and_can_be_set(parameters):
@@ -65,6 +69,17 @@ def test_batches_hold_an_engines_share_of_the_load():
     assert chosen(make(vllm={"max_num_batched_tokens": 64}))["max_num_seqs"] == 64  # vLLM wants it so
     assert chosen(make(vllm={"max_num_seqs": 9000}))["max_num_batched_tokens"] == 9000
     assert "max_num_batched_tokens" not in chosen(make(vllm={"enable_chunked_prefill": False}))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "samples", "engines", "wanted"),
+    [(30, 32, 8, 152), (500, 1, 1, 504), (2000, 32, 8, 1024), (1, 1, 1, 8), (20, 16, 2, 176)],
+)
+def test_an_evaluation_alone_is_sized_by_its_own_load(prompts, samples, engines, wanted):
+    config = make(rollout={"prompts_per_step": 8, "group_size": 2}, inference={"engines": engines})
+    benchmarks = [Benchmark("b", Path("b"), samples, tuple(range(prompts)), {})]  # type: ignore[arg-type]
+    sized = sizing.with_engine_sizes(config, B7, H100, sizing.eval_load(benchmarks), trainers=False)
+    assert sized.inference.vllm["max_num_seqs"] == wanted
 
 
 def test_what_the_user_sets_stays():

@@ -218,6 +218,32 @@ def test_folders_of_others_are_left_alone(index, pieces, tmp_path, capfd):
     assert content(site) == {"theirs.txt": b"keep"}
 
 
+def test_a_store_that_holds_files_of_others_keeps_them(pieces, tmp_path):
+    store = tmp_path / "store"
+    (store / "inner").mkdir(parents=True)
+    (store / "theirs.txt").write_text("keep")
+    assert install_offline.main([*map(str, pieces), "--site", str(tmp_path / "site"), "--store", str(store)]) == 0
+    assert content(store) == {"theirs.txt": b"keep"}
+    assert (store / "inner").is_dir()
+
+
+def test_a_rename_that_fails_leaves_the_earlier_installation(pieces, tmp_path, monkeypatch, capfd):
+    site = tmp_path / "site"
+    assert install(site, *pieces) == 0
+    first, rename = content(site), os.rename
+
+    def fails(source, target) -> None:
+        if Path(source).name == "site.partial":
+            raise OSError("no")
+        rename(source, target)
+
+    monkeypatch.setattr(install_offline.os, "rename", fails)
+    assert install_offline.main([*map(str, pieces), "--site", str(site)]) == 1
+    assert "install_offline: no" in capfd.readouterr().err
+    assert content(site) == first
+    assert {p.name for p in tmp_path.iterdir()} == {"site", "site.pieces"}
+
+
 def test_paths_that_lead_out_are_refused(pieces, tmp_path, capfd):
     carried = copies(pieces, tmp_path / "carried")
     for piece in carried:
@@ -227,6 +253,17 @@ def test_paths_that_lead_out_are_refused(pieces, tmp_path, capfd):
     assert install(tmp_path / "site", *carried) == 1
     assert "leads out" in capfd.readouterr().err
     assert not (tmp_path / "outside.so").exists()
+
+
+@pytest.mark.parametrize(
+    "line", ["alpha", "alpha>=1.0", "alpha==", "==1.0", "alpha @ file:///alpha.whl", "-r more.txt"]
+)
+def test_a_requirement_without_its_version_is_named(index, tmp_path, capsys, line):
+    (tmp_path / "list.txt").write_text(f"beta==1.0\n{line}\n")
+    assert pack(index, tmp_path / "out", "--requirements", str(tmp_path / "list.txt")) == 1
+    said = capsys.readouterr().err
+    assert str(tmp_path / "list.txt") in said
+    assert repr(line) in said
 
 
 def test_pieces_too_small_for_the_installer(quickly, index, tmp_path, capsys):
