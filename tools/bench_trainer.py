@@ -24,7 +24,12 @@ from stare_megatron.data.tokenizer import read_vocab_size
 from stare_megatron.errors import UserError
 from stare_megatron.host import device
 from stare_megatron.models.families import read_hf_config
-from stare_megatron.run.folder import hardware, package_versions
+from stare_megatron.plan import estimate, hardware
+from stare_megatron.plan.activations import Layers
+from stare_megatron.plan.lengths import Lengths
+from stare_megatron.plan.timing import Machine
+from stare_megatron.run import folder
+from stare_megatron.run.forecast import allocated
 from stare_megatron.trainer.rank import TrainerRank
 from stare_megatron.types import Control, Group, Prompt, Score, Span, SpanKind, Status, Trajectory
 
@@ -91,6 +96,27 @@ def measure(config: Config) -> tuple[int, list[float], list[float], int]:
     return tokens, score_s[1:], update_s[1:], peak
 
 
+def planned(config: Config) -> tuple[float, float, float] | None:
+    """What the planner (docs/planning.md) says of such a batch on this GPU: tokens/s of both passes, bytes at the peak;
+    None on a CPU, and on a GPU that it does not know."""
+    seen = device.gpus()
+    try:
+        gpu = hardware.find(seen[0].name) if seen else None
+    except UserError:
+        gpu = None
+    if gpu is None:
+        return None
+    trajectories = [t for group in random_groups(config, 1) for t in group.trajectories]
+    responses = tuple(sorted(t.num_action_tokens for t in trajectories))
+    prompt = trajectories[0].num_tokens - trajectories[0].num_action_tokens
+    layers = Layers.ENGINE if device.has_transformer_engine() else Layers.LOCAL
+    machine = Machine(gpu, hardware.CONSTANTS, layers)
+    given = estimate.Given(machine, Lengths(prompt, responses, "random"))
+    plan = estimate.make(config, read_hf_config(config.model.path), given, cures=False)
+    tokens = sum(given.lengths.sequences)
+    return tokens / plan.score.seconds, tokens / plan.update.seconds, allocated(plan)
+
+
 def main(argv: list[str]) -> int:
     if "RANK" not in os.environ:
         print("bench_trainer: start it with torchrun (see its first lines)", file=sys.stderr)
@@ -111,8 +137,10 @@ def main(argv: list[str]) -> int:
         layout = f"TP{t.tensor_parallel} PP{t.pipeline_parallel} CP{t.context_parallel} DP{t.data_parallel}"
         score, update = (tokens / float(np.median(seconds)) for seconds in (score_s, update_s))
         table.add_row(layout, f"{score:,.0f}", f"{update:,.0f}", f"{peak / 2**20:,.0f}")
-        versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
-        Console().print(table, f"{hardware()}; {versions}", soft_wrap=True)
+        if expected := planned(config):
+            table.add_row("plan", *(f"{value:,.0f}" for value in expected[:2]), f"{expected[2] / 2**20:,.0f}")
+        versions = ", ".join(f"{name} {version}" for name, version in folder.package_versions().items())
+        Console().print(table, f"{folder.hardware()}; {versions}", soft_wrap=True)
     return 0
 
 

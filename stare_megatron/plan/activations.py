@@ -89,10 +89,11 @@ def kept(shape: ModelShape, layout: Layout, layers: Layers, dtype: str, *, mixed
     if layers is Layers.ENGINE or not mixed:
         values = 0 if shape.qk_norm and fused else qkv  # values are a view of what the linear made
         core = b * (s.query + s.key) + values + lse
+        if layers is not Layers.ENGINE:
+            core += b * s.query  # the batches' outputs, before they are put together
     else:
-        core = _ATTENTION_PADDING * (b * (2 * s.query + 2 * s.key) + lse + 5 * _INDEX) + b * s.query
-        if layers is Layers.CPU:
-            core = b * (3 * s.query + 2 * s.key) + lse + 5 * _INDEX
+        padding = _ATTENTION_PADDING if fused else 1.0
+        core = padding * (b * (2 * s.query + 2 * s.key) + lse + _INDEX) + _INDEX
     if layers is not Layers.ENGINE and layout.context > 1:  # keys and values of the whole sequences
         core += b * 2 * s.key * layout.context
     return Kept(

@@ -12,7 +12,17 @@ from stare_megatron.models.shape import ModelShape
 from stare_megatron.plan import violations
 from stare_megatron.plan.hardware import Gpu
 from stare_megatron.plan.lengths import Lengths
-from stare_megatron.plan.memory import EngineRoom, Phase, RankInput, Use, engine_room, largest_pack, residency, uses
+from stare_megatron.plan.memory import (
+    EngineRoom,
+    Phase,
+    RankInput,
+    Use,
+    engine_room,
+    largest_pack,
+    rank_parts,
+    residency,
+    uses,
+)
 from stare_megatron.plan.sampling import Engine, RolloutTime, rollout_time
 from stare_megatron.plan.timing import Machine, PassTime, PushTime, Ranks, SaveTime, push_time, save_time
 from stare_megatron.run.sizing import rollout_load, with_engine_sizes
@@ -92,6 +102,23 @@ def memory_of(config: Config, shape: ModelShape, given: Given) -> tuple[Config, 
     return config, uses(config, shape, m.gpu, m.constants, rank, room), room, [wrong] if wrong else []
 
 
+def ranks_fit(config: Config, shape: ModelShape, given: Given) -> bool:
+    """Whether the ranks alone fit their GPUs in scoring and update, with some to spare."""
+    m = given.machine
+    count = max(map(len, Ranks(config, shape, m, given.lengths).batches()))
+    rank = RankInput(m.layers, largest_pack(config, given.lengths, given.copies), count, residency(config))
+    beside = m.constants.outside + SPARE
+    if config.inference.placement == "colocated":
+        beside += m.constants.sleeping
+    # The first stage keeps most micro-batches, the last one has the output layer.
+    for stage in {0, config.trainer.pipeline_parallel - 1}:
+        for phase in (Phase.UPDATE, Phase.SCORE):
+            held = sum(rank_parts(config, shape, rank, phase, stage).values())
+            if held * (1 + m.constants.fragmented) + beside > m.gpu.memory:
+                return False
+    return True
+
+
 def roomiest_share(used: Sequence[Use], gpu: Gpu) -> float:
     """The largest part of a GPU for colocated engines that leaves a rank what it holds while they sample, in
     hundredths; 0 where there is none."""
@@ -103,11 +130,16 @@ def make(config: Config, shape: ModelShape, given: Given, *, cures: bool = True)
     """The plan of a configuration. Where the model cannot be split so, sizes are of the split's next smaller part.
     `cures`: violations say what mends them."""
     wrong = violations.of_layout(config, shape, given.machine.gpu, given.nodes)
+    layout = len(wrong)
+
+    def again(changed: Config) -> Sequence[Use]:
+        worse = len(violations.of_layout(changed, shape, given.machine.gpu, given.nodes)) > layout
+        return () if worse else memory_of(changed, shape, given)[1]
+
     config, used, room, engines = memory_of(config, shape, given)
     share = roomiest_share(used, given.machine.gpu) if config.inference.placement == "colocated" else 0.0
     wrong += engines or violations.of_engines(config, room, share)
-    again = (lambda changed: memory_of(changed, shape, given)[1]) if cures else None
-    wrong += violations.of_memory(config, used, again)
+    wrong += violations.of_memory(config, used, again if cures else None)
     ranks = Ranks(config, shape, given.machine, given.lengths)
     engine = Engine(config, shape, given.machine, room, room.running)
     return Plan(

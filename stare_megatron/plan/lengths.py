@@ -16,6 +16,7 @@ from stare_megatron.metrics.console import mean
 
 _SPREAD = 0.7  # of a log-normal distribution of responses, in its exponent
 _WIDEST = 3.0
+_MOST = 2**13  # samples that stand for all of a step
 _NEWEST = 10  # steps of a run that are looked at
 # Of the limits, where nothing else is known.
 _PROMPT_SHARE, _RESPONSE_SHARE = 0.25, 0.5
@@ -23,11 +24,13 @@ _PROMPT_SHARE, _RESPONSE_SHARE = 0.25, 0.5
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens: `prompt`, the mean; `responses`, of one step's samples. `source`: where they come from, in words."""
+    """Tokens: `prompt`, the mean; `responses`, of one step's samples, each of which stands for `weight` of them.
+    `source`: where they come from, in words."""
 
     prompt: float
     responses: tuple[int, ...]
     source: str
+    weight: float = 1.0
 
     @functools.cached_property
     def response(self) -> float:
@@ -55,8 +58,9 @@ def assumed(count: int, *, longest: int, longest_prompt: int, response: float = 
     limit."""
     response = min(response or longest * _RESPONSE_SHARE, longest)
     prompt = min(prompt or longest_prompt * _PROMPT_SHARE, longest_prompt)
-    lengths = log_normal(count, response, longest, _SPREAD)
-    return Lengths(prompt, lengths, f"assumed: log-normal, mean {response:,.0f}, cut at {longest:,}")
+    lengths = log_normal(min(count, _MOST), response, longest, _SPREAD)
+    source = f"assumed: log-normal, mean {response:,.0f}, cut at {longest:,}"
+    return Lengths(prompt, lengths, source, count / len(lengths))
 
 
 def of_run(folder: Path, count: int, *, longest: int, longest_prompt: int) -> Lengths:
@@ -69,14 +73,14 @@ def of_run(folder: Path, count: int, *, longest: int, longest_prompt: int) -> Le
     response, most = mean(rows, "response/length_mean"), mean(rows, "response/length_max")
     if not response >= 1:
         raise UserError(f"--lengths {folder}: its metrics have no response/length_mean; name the folder of a run")
+    samples = min(count, _MOST)
     low, high = 0.0, _WIDEST
     for _ in range(30):
         spread = (low + high) / 2
-        low, high = (spread, high) if log_normal(count, response, longest, spread)[-1] < most else (low, spread)
+        low, high = (spread, high) if log_normal(samples, response, longest, spread)[-1] < most else (low, spread)
     source = f"{folder}: mean {response:,.0f}, longest {most:,.0f} in the newest {len(rows)} steps"
-    return Lengths(
-        min(longest_prompt * _PROMPT_SHARE, longest_prompt), log_normal(count, response, longest, high), source
-    )
+    prompt = longest_prompt * _PROMPT_SHARE
+    return Lengths(prompt, log_normal(samples, response, longest, high), source, count / samples)
 
 
 def log_normal(count: int, average: float, longest: int, spread: float) -> tuple[int, ...]:
@@ -97,12 +101,17 @@ def log_normal(count: int, average: float, longest: int, spread: float) -> tuple
 def micro_batches(sequences: Sequence[int], budget: int) -> list[int]:
     """Tokens of each micro-batch of a rank: first fit, longest first, as `data.packing` packs them."""
     loads: list[int] = []
+    least = min(sequences, default=0)
+    open_: list[int] = []  # micro-batches with room for the shortest sequence
     for n in sorted(sequences, reverse=True):
-        at = next((i for i, load in enumerate(loads) if load + n <= budget), None)
+        at = next((i for i in open_ if loads[i] + n <= budget), None)
         if at is None:
-            loads.append(n)  # beyond the budget: alone
-        else:
-            loads[at] += n
+            at = len(loads)
+            loads.append(0)
+            open_.append(at)
+        loads[at] += n  # beyond the budget: alone
+        if loads[at] + least > budget:
+            open_.remove(at)
     return loads
 
 

@@ -19,6 +19,7 @@ from stare_megatron.plan.timing import Machine
 from stare_megatron.plan.work import work_of
 
 _LATENCY = 10e-6  # of one small all-reduce, seconds
+_MOST = 2**12  # sequences of an engine that are simulated; of more, these stand for all
 _TAIL = 0.25  # of the most that ran at once
 
 
@@ -73,21 +74,23 @@ def rollout_time(engine: Engine, lengths: Lengths, kept_share: float) -> Rollout
     rounds = math.ceil(r.prompts_per_step / (prompts * kept_share)) if r.dynamic_sampling else 1
     rounds = min(rounds, 1 + r.max_refills)
     wanted = prompts * r.group_size
-    responses = [lengths.responses[i % len(lengths.responses)] for i in range(wanted)]
+    tokens = round(rounds * wanted * lengths.response)
     if engine.running < 1:
-        return RolloutTime(math.inf, rounds * sum(responses), 0.0, "no room for a sequence", rounds)
+        return RolloutTime(math.inf, tokens, 0.0, "no room for a sequence", rounds)
     # The engine that has the longest sequence ends last.
-    mine = sorted(responses, reverse=True)[::engines]
-    unique = math.ceil(len(mine) / r.group_size)  # the prefix cache reads a group's prompt once
+    share = math.ceil(wanted / engines)
+    count, descending = min(share, _MOST), sorted(lengths.responses, reverse=True)
+    mine = [descending[i * len(descending) // count] for i in range(count)]
+    unique = math.ceil(share / r.group_size)  # the prefix cache reads a group's prompt once
     prefill = engine.prefill(unique * lengths.prompt)
     seconds, tail, by_memory = decode(engine, _spread(mine), lengths.prompt)
-    whole = seconds + prefill
+    whole = seconds * share / count + prefill
     bound = "reading weights and KV" if by_memory > 0.5 else "matrix products"
     if engine.machine.constants.decode_step * max(mine) > 0.5 * whole:
         bound = "the engine's steps beside its kernels"
     if tail > 0.3 * seconds:
         bound += f", {tail / seconds:.0%} of it for the longest sequences"
-    return RolloutTime(rounds * whole, rounds * sum(responses), tail / seconds, bound, rounds)
+    return RolloutTime(rounds * whole, tokens, tail / seconds, bound, rounds)
 
 
 def _spread(lengths: Sequence[int]) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Any
 from stare_megatron.config import Config
 from stare_megatron.models.shape import ModelShape
 from stare_megatron.plan import violations
-from stare_megatron.plan.estimate import SPARE, Given, Plan, make, memory_of, roomiest_share
+from stare_megatron.plan.estimate import Given, Plan, make, memory_of, ranks_fit, roomiest_share
 from stare_megatron.plan.timing import Ranks
 
 _FINALISTS = 6  # layouts of the ranks that are tried with several layouts of the engines
@@ -43,7 +43,7 @@ def search(config: Config, shape: ModelShape, given: Given) -> list[Proposal]:
         changed = violations.changed_config(config, changes)
         if violations.of_layout(changed, shape, given.machine.gpu, given.nodes):
             continue
-        if any(use.free < SPARE for use in memory_of(changed, shape, given)[1] if "rank" in use.role):
+        if not ranks_fit(changed, shape, given):
             continue
         ranks = Ranks(changed, shape, given.machine, given.lengths)
         ranked.append((ranks.score().seconds + ranks.update().seconds, len(ranked), changes))

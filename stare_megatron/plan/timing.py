@@ -229,15 +229,17 @@ class Ranks:
         each = cost(0.0)
         token = cost(1.0) + each * -1.0
         parts, bubble = Parts(), 0.0
+        weight = self.lengths.weight
         for batch in batches:
-            parts = parts + each * len(batch) + token * sum(batch) + after
+            parts = parts + (each * len(batch) + token * sum(batch)) * weight + after
             longest = (each + token * max(batch)).total
             bubble += (layout.pipeline - 1) / layout.virtual * longest
         work = work_of(self.shape)
-        flops = factor * work.forward(self.lengths.sequences, self.lengths.action_share)
+        flops = factor * weight * work.forward(self.lengths.sequences, self.lengths.action_share)
         seconds = parts.total + bubble
         able = seconds * layout.world * m.gpu.flops
-        return PassTime(seconds, parts, bubble, max(map(len, batches)), flops, flops / able if able else 0.0)
+        count = round(weight * max(map(len, batches)))
+        return PassTime(seconds, parts, bubble, count, flops, flops / able if able else 0.0)
 
 
 @functools.lru_cache(maxsize=256)

@@ -93,7 +93,8 @@ def of_engines(config: Config, room: EngineRoom, share: float) -> list[str]:
 
 
 def of_memory(config: Config, uses: Sequence[Use], again: Callable[[Config], Sequence[Use]] | None) -> list[str]:
-    """GPUs too small in a phase. `again`: the uses of another configuration, by which cures are tried."""
+    """GPUs too small in a phase. `again`: the uses of another configuration, by which cures are
+    tried; empty where it cannot be."""
     found = []
     for use in uses:
         if use.free >= 0:
@@ -112,8 +113,8 @@ def _cure(config: Config, use: Use, again: Callable[[Config], Sequence[Use]]) ->
     """The first change that makes it fit, or what to change."""
     for changes in _candidates(config, use.phase):
         changed = changed_config(config, changes)
-        now = next((u for u in again(changed) if (u.role, u.phase) == (use.role, use.phase)), None)
-        if now is not None and now.free >= 0:
+        now = [u for u in again(changed) if u.phase is use.phase]
+        if now and all(u.free >= 0 for u in now):
             return "set " + ", ".join(f"{key}={value}" for key, value in changes.items())
     more = "more GPUs (trainer.world_size), which split the optimizer's state further"
     return f"no single setting is enough: raise trainer.tensor_parallel and trainer.pipeline_parallel, or take {more}"

@@ -83,6 +83,23 @@ def test_a_cure_of_memory_is_tried_before_it_is_named() -> None:
     assert [p for p in cured.violations if p.startswith("update")] == []
 
 
+def test_engines_that_find_no_room_beside_ranks_are_placed_apart() -> None:
+    trainer = {"world_size": 8, "tensor_parallel": 1, "sequence_parallel": False}
+    plan = plan_of("qwen2.5-7b", trainer=trainer, inference={"engines": 8, "tensor_parallel": 1})
+    (problem,) = [p for p in plan.violations if p.startswith("rollout")]
+    assert problem.endswith("; set inference.placement=separate")
+
+
+def test_no_cure_is_named_that_the_model_cannot_have() -> None:
+    """28 heads and 4 groups: TP 8, which would fit, does not divide them."""
+    trainer = {"world_size": 8, "tensor_parallel": 4, "micro_batch_tokens": 2**19, "recompute": "none"}
+    rollout = {"max_response_tokens": 30_000}
+    plan = plan_of("qwen2.5-7b", trainer=trainer, rollout=rollout, inference={"engines": 2})
+    (problem,) = [p for p in plan.violations if p.startswith("update")]
+    assert "tensor_parallel=8" not in problem
+    assert re.search("set trainer|no single setting", problem)
+
+
 def test_a_larger_gpu_has_room_for_more() -> None:
     share = {"vllm": {"gpu_memory_utilization": 0.45}}
     small, large = (plan_of(gpu=gpu, inference=share) for gpu in ("h100", "h200"))
@@ -247,6 +264,14 @@ def test_longer_responses_take_longer(response: int, factor: float) -> None:
     assert long.rollout.seconds > short.rollout.seconds
     assert long.score.seconds > short.score.seconds
     assert long.room.at_mean <= short.room.at_mean
+
+
+def test_a_huge_batch_is_planned_in_a_moment() -> None:
+    """By samples that stand for all: as long as so many smaller ones."""
+    one, many = (plan_of("qwen2.5-7b", rollout={"prompts_per_step": n}) for n in (2**12, 2**20))
+    assert many.score.seconds == pytest.approx(256 * one.score.seconds, rel=0.02)
+    assert many.rollout.seconds == pytest.approx(256 * one.rollout.seconds, rel=0.1)
+    assert many.rollout.tokens == pytest.approx(256 * one.rollout.tokens, rel=0.01)
 
 
 def test_larger_micro_batches_launch_less() -> None:

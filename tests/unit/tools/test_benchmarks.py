@@ -5,7 +5,9 @@ import torch
 
 from stare_megatron.algo.comm import OneRank
 from stare_megatron.algo.selection import NEITHER
-from tools import bench_logprobs, bench_selection
+from stare_megatron.host import device
+from tests.unit.plan.models import config_of
+from tools import bench_logprobs, bench_selection, bench_trainer
 
 
 def test_forms_agree_with_float64(monkeypatch):
@@ -55,3 +57,15 @@ def test_selections(number):
         chosen = choose(value, subset, ids, 0.1, OneRank())
         assert set(ids[chosen].tolist()) == want, name  # alone, approximate thresholds are exact too
         assert not chosen[subset == NEITHER].any()
+
+
+def test_a_rank_is_set_against_its_plan(monkeypatch):
+    monkeypatch.setattr(bench_trainer, "read_vocab_size", lambda _: 1000)
+    rollout = {"prompts_per_step": 2, "group_size": 4, "max_response_tokens": 2000}
+    config = config_of("qwen2.5-1.5b", rollout=rollout, data={"max_prompt_tokens": 512})
+    monkeypatch.setattr(device, "gpus", lambda: ())
+    assert bench_trainer.planned(config) is None
+    monkeypatch.setattr(device, "gpus", lambda: (device.Gpu("NVIDIA H100 80GB HBM3", 81559 * 2**20, "GPU-0"),))
+    score, update, peak = bench_trainer.planned(config)
+    assert update < score < 150_000
+    assert 25 < peak / 2**30 < 60
