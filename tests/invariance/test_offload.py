@@ -39,7 +39,10 @@ BUNDLES = {
     "bfloat16": case(1, BFLOAT16, **STREAMED),
     "float16 whole optimizer": case(1, FLOAT16, distributed_optimizer=False, **STREAMED),
 }
-MOE = {"EP2 bfloat16": case(2, BFLOAT16, expert_parallel=2)}
+MOE = {
+    "EP2 bfloat16": case(2, BFLOAT16, expert_parallel=2),
+    "EP2 bfloat16 in bundles": case(2, BFLOAT16, expert_parallel=2, **STREAMED),
+}
 
 
 @pytest.fixture(scope="module")
