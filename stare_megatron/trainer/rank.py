@@ -21,9 +21,10 @@ from stare_megatron.algo.stare import Candidates, Weights
 from stare_megatron.config import Config
 from stare_megatron.errors import RunError
 from stare_megatron.host import device, manifest
+from stare_megatron.models.boxes import Box
 from stare_megatron.models.layout import padded_vocab
 from stare_megatron.trainer import checkpoint, parallel
-from stare_megatron.trainer.bridge import export, metadata
+from stare_megatron.trainer.bridge import export, holdings, metadata
 from stare_megatron.trainer.export import export_hf
 from stare_megatron.trainer.head import Head
 from stare_megatron.trainer.model import build_model
@@ -273,6 +274,11 @@ class TrainerRank:
         """Every parameter, whole, by Hugging Face name, in `model.dtype`; all ranks must run through it together."""
 
         return export(self._chunks, self._dtype)
+
+    def holdings(self) -> Iterator[tuple[Box, torch.Tensor]]:
+        """What this rank holds of them, as blocks and views of its parameters, in the same order each time."""
+
+        return holdings(self._chunks)
 
     def held_step(self) -> int | None:
         """The loop's step whose weights these are; None while an update has changed some of them and is not done."""

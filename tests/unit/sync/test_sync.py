@@ -209,8 +209,8 @@ def test_agreement_and_its_breach() -> None:
 
 
 def test_trainer_side_imports_no_vllm() -> None:
-    code = "import stare_megatron.sync.push, stare_megatron.sync.check, stare_megatron.sync.wire, sys; "
-    code += "sys.exit('vllm' in sys.modules)"
+    modules = ", ".join(f"stare_megatron.sync.{name}" for name in ("sharded", "push", "check", "wire"))
+    code = f"import {modules}, sys; sys.exit('vllm' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
