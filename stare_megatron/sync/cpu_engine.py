@@ -25,7 +25,13 @@ def repack_tied_heads(model: torch.nn.Module) -> None:
     }
     for module in modules:
         if isinstance(module, ParallelLMHead) and id(module.weight) in embeddings:
+            drop_packed(module)
             module.quant_method.process_weights_after_loading(module)
+
+
+def drop_packed(module: torch.nn.Module) -> None:
+    """Forget the packed copy of a matrix, of which the module is about to make another: there is memory for one."""
+    vars(module).pop("cpu_linear", None)
 
 
 def repack_experts(model: torch.nn.Module) -> None:

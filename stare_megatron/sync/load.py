@@ -9,7 +9,7 @@ import torch
 
 from stare_megatron.models.boxes import Box
 from stare_megatron.sync.bake import Need, Needs
-from stare_megatron.sync.cpu_engine import repack_experts, repack_tied_heads
+from stare_megatron.sync.cpu_engine import drop_packed, repack_experts, repack_tied_heads
 
 
 class Loader:
@@ -142,9 +142,11 @@ class Loader:
 
         if path in self._open:
             self._open.remove(path)
+            drop_packed(module)
             _layerwise_process(module, get_layerwise_info(module))
         elif isinstance(module, ParallelLMHead) or (isinstance(module, VocabParallelEmbedding) and not self._heads):
             # For vLLM's CPU build, which packs every embedding, in case that it serves as the head.
+            drop_packed(module)
             module.quant_method.process_weights_after_loading(module)
 
 

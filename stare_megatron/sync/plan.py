@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from stare_megatron.errors import RunError
 from stare_megatron.models.boxes import Box
 
-BUCKET_BYTES = 32 << 20
+BUCKET_BYTES = 8 << 20
 """Most bytes of a message; a row that has more gets a message of its own."""
 
 
