@@ -229,12 +229,13 @@ def test_every_parameter_has_its_turn(monkeypatch):
 
 
 def test_experts_take_no_turn(monkeypatch):
-    """Engines keep them fused and cannot report them."""
+    """Engines keep them fused and report them by boxes only."""
     monkeypatch.setattr(check, "_SHARE", 8)
     layer = "model.layers.0."
     names = [layer + "norm", *(layer + f"mlp.experts.{i}.up_proj.weight" for i in range(9)), layer + "mlp.gate.weight"]
     specs = [ParamSpec(name, torch.bfloat16, (5,)) for name in names]
     assert [check.share(specs, turn) for turn in range(3)] == [{names[0]}, {names[-1]}, {names[0]}]
+    assert {*names} == frozenset().union(*(check.share(specs, turn, experts=True) for turn in range(11)))
 
 
 def test_a_rank_takes_turns_by_probes_and_not_by_versions(monkeypatch):
