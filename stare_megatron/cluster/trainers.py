@@ -12,11 +12,14 @@ import ray
 from stare_megatron.cluster import runtime
 from stare_megatron.cluster.activity import ActivityLog
 from stare_megatron.cluster.placement import Slot
+from stare_megatron.cluster.weights import Address, ShardedRank, ray_fan_out
 from stare_megatron.config import Config
 from stare_megatron.data.packing import plan_updates
+from stare_megatron.errors import RunError
 from stare_megatron.host import device
 from stare_megatron.host.manifest import FileEntry
 from stare_megatron.host.ports import free_port
+from stare_megatron.sync.check import added
 from stare_megatron.types import (
     Control,
     EntropyReading,
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from stare_megatron.cluster.engines import EngineGroup
-    from stare_megatron.trainer.rank import Position
+    from stare_megatron.trainer.parallel import Position
 
 Sums = Literal["none", "share", "all"]
 _ANSWER_SECONDS = 60.0  # a rank that others have left alone in a collective answers much later, or never
@@ -44,6 +47,8 @@ _ANSWER_SECONDS = 60.0  # a rank that others have left alone in a collective ans
 @ray.remote
 class TrainerActor:
     """One rank. Megatron and vLLM's transfer classes are imported in this process only."""
+
+    _sharded: ShardedRank | None = None
 
     def __init__(self, config: Config, rank: int, local_rank: int, logs: Path) -> None:
         runtime.enter_actor(logs, f"trainer_{rank}")
@@ -75,34 +80,52 @@ class TrainerActor:
         )
         return self._trainer.position()
 
-    def connect(self, engines: list[Any], transport: str) -> None:
-        """Join the weight transport. Rank 0 speaks to the engines; the others take part in the gathering."""
-        from stare_megatron.cluster.weights import ray_fan_out
+    def open_weights(self) -> Address:
+        """Rank 0, before `connect`, where pushes are sharded: the address at which ranks and engines meet."""
+        self._sharded = ShardedRank(self._trainer, self._rank, self._config.trainer.world_size)
+        return self._sharded.open()
+
+    def connect(self, engines: dict[str, Any], transport: str, address: Address) -> list[str]:
+        """Join the weight transport, or let more engines join where pushes are sharded. Rank 0 speaks to the engines;
+        the others take part in the gathering. Returns what to tell of it. `address`: from `open_weights`."""
         from stare_megatron.sync.push import WeightPusher
         from stare_megatron.sync.source import ParamSpec, WeightStream
 
         specs = tuple(ParamSpec(*meta) for meta in self._trainer.weight_metadata())
         self._stream = WeightStream(specs, self._weights)
-        client = ray_fan_out(engines, self._config.inference.tensor_parallel)
+        workers = self._config.inference.tensor_parallel
+        if transport == "sharded":
+            self._sharded = self._sharded or ShardedRank(self._trainer, self._rank, self._config.trainer.world_size)
+            return self._sharded.join(engines, workers, address)
+        client = ray_fan_out(engines, workers)
         self._pusher = WeightPusher(transport, self._rank, self._stream, client, runtime.node_address())
         self._pusher.connect()
+        return []
 
-    def push(self, version: int, sums: Sums) -> dict[str, str]:
-        """Returns checksums of what rank 0 sent, taken on the way."""
+    def push(self, version: int, sums: Sums, engines: list[str] | None = None) -> dict[str, str]:
+        """Returns this rank's shares of checksums of what was sent. `engines`: to these alone, in shards."""
         from stare_megatron.sync.check import share
 
         self._wanted: frozenset[str] = frozenset()
         if sums == "all":
             self._wanted = self._all_names()
         elif sums == "share":
-            self._wanted = share(self._stream.specs, version // self._config.sync.probe_every)
+            turn = version // self._config.sync.probe_every
+            sharded = {"experts": True} if self._sharded else {}
+            self._wanted = share(self._stream.specs, turn, **sharded)
         with self._activity.during("push", f"version {version}"):
+            if self._sharded:
+                self._sharded.push(version, engines)
+                return self._sharded.sums(self._wanted)
             self._pusher.push(version)
         return self._found
 
     def checksums(self) -> dict[str, str]:
-        """Of each exported parameter, by its Hugging Face name; a collective, computed on rank 0."""
+        """Of each exported parameter, by its Hugging Face name; a collective, computed on rank 0. Where pushes are
+        sharded: this rank's shares of those of all boxes."""
         self._wanted = self._all_names()
+        if self._sharded:
+            return self._sharded.sums(self._wanted)
         for _ in self._stream.tensors():
             pass
         return self._found
@@ -166,10 +189,26 @@ class TrainerGroup:
         self._crew.meet(self._hello, self._timeout)
         self._positions: list[Position] = self._crew.wait(self._starting, "start", self._timeout)
 
-    def connect(self, engines: EngineGroup, transport: str) -> None:
-        refs = [actor.connect.remote(engines.actors, transport) for actor in self._actors]
-        self._crew.wait(refs, "connect", self._timeout, engines.check)
-        self._engines = engines
+    def connect(self, engines: EngineGroup, transport: str) -> list[str]:
+        """Join ranks and engines for pushes. Returns lines to tell of it."""
+        self._engines, self._transport = engines, transport
+        self._address: Address = "", 0
+        if transport == "sharded":
+            opening = [self._actors[0].open_weights.remote()]
+            self._address = runtime.wait(opening, self._crew.names[:1], self._timeout)[0]
+        return self.join(range(len(engines.actors)))
+
+    def join(self, engines: Sequence[int]) -> list[str]:
+        """Let engines join: all of them or, where pushes are sharded, one that comes late, or again.
+
+        Raises:
+            RunError: one did not join, or cannot.
+        """
+        if self._transport != "sharded" and len(engines) < len(self._engines.actors):
+            raise RunError(f"engine {engines[0]} cannot join alone where whole tensors are sent (sync.method)")
+        chosen = {f"engine {i}": self._engines.actors[i] for i in engines}
+        refs = [actor.connect.remote(chosen, self._transport, self._address) for actor in self._actors]
+        return self._crew.wait(refs, "connect", self._timeout, self._engines.check)[0]
 
     def load(self, batch: UpdateBatch) -> None:
         """Give each rank its share of the update batch; tokens travel from the engines' nodes, not through here."""
@@ -202,22 +241,24 @@ class TrainerGroup:
         by_rank = self._rank("token_records", frozenset(first.values()))
         return {key: join([found[token] for found in by_rank if token in found]) for key, token in first.items()}
 
-    def push(self, version: int, sums: Sums = "none") -> dict[str, str]:
-        """Stream the weights into the engines that `connect` was given. Returns checksums of `sums` of the parameters,
-        by Hugging Face name: none, some (see `sync.check.share`), all.
+    def push(self, version: int, sums: Sums = "none", engines: Collection[int] | None = None) -> dict[str, str]:
+        """Send the weights to the engines that have joined, or, where pushes are sharded, to some of them. Returns
+        checksums of `sums` of the parameters, by Hugging Face name, or by its boxes: none, some (see
+        `sync.check.share`), all.
 
         Raises:
             RunError: a rank or an engine failed, or an answer took longer than `sync.push_timeout`; names who.
         """
-        refs = [actor.push.remote(version, sums) for actor in self._actors]
+        chosen = None if engines is None else [f"engine {i}" for i in engines]
+        refs = [actor.push.remote(version, sums, chosen) for actor in self._actors]
         # An engine's error reaches rank 0, which NCCL may keep blocked in a broadcast that nobody receives.
-        return self._crew.wait(refs, "push", self._config.sync.push_timeout, self._engines.check)[0]
+        return added(self._crew.wait(refs, "push", self._config.sync.push_timeout, self._engines.check))
 
     def score_tokens(self, token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         return self._rank("score_tokens", token_ids)[0]
 
     def checksums(self) -> dict[str, str]:
-        return self._all("checksums")[0]
+        return added(self._all("checksums"))
 
     def held_step(self) -> int | None:
         """The step whose weights all ranks have; None where an update is not done on all of them.

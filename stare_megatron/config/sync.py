@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from stare_megatron.config.base import Section
 
 
 class SyncConfig(Section):
+    method: Literal["auto", "sharded", "whole"] = Field(
+        default="auto",
+        description="How weights go to the engines. `sharded`: each rank sends each engine worker the parts of tensors "
+        "it needs; `whole`: rank 0 sends whole tensors to all; `auto`: `sharded` on CPUs, `whole` on GPUs, where "
+        "`sharded` has not run yet.",
+    )
     push_timeout: float = Field(
         default=0.0,
         ge=0,

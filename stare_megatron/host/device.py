@@ -143,8 +143,11 @@ def distributed_backend() -> str:
     return "gloo" if current() is Device.CPU else "nccl"
 
 
-def weight_transport(colocated: bool) -> str:
-    """Name of the vLLM weight-transfer backend: `gloo` on CPUs, `cuda_ipc` on shared GPUs, `nccl` between GPUs."""
+def weight_transport(colocated: bool, method: str = "whole") -> str:
+    """Name of the vLLM weight-transfer backend. `method`: `sync.method`; `sharded` has one backend for all devices. Of
+    whole tensors: `gloo` on CPUs, `cuda_ipc` on shared GPUs, `nccl` between GPUs."""
+    if method == "sharded" or (method == "auto" and current() is Device.CPU):
+        return "sharded"
     if current() is Device.CPU:
         return "gloo"
     return "cuda_ipc" if colocated else "nccl"

@@ -50,7 +50,7 @@ def open_session(
     """
     ranks = config.trainer.world_size if trainers else 0
     colocated = config.inference.placement == "colocated"
-    transport = device.weight_transport(colocated=colocated)
+    transport = device.weight_transport(colocated, config.sync.method)
     config = sizing.with_time_limits(config)
     # vLLM takes the memory of the whole GPU that goes while it measures its own for its own: ranks first, where they
     # share one. On CPUs and elsewhere all start at once.
@@ -92,5 +92,6 @@ def open_session(
             group.ready()
         engines.ready()
         if group is not None:
-            group.connect(engines, transport)
+            for line in group.connect(engines, transport):
+                status(line)
         yield Session(engines, group)

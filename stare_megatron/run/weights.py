@@ -58,6 +58,16 @@ class Weights:
             sums = "share" if self._compared else "all"
         self._sent = self.trainers.push(version, sums)
 
+    def admit(self, engine: int, version: int) -> None:
+        """Let an engine that comes late, or again, join, and give it alone the weights of `version`: those that the
+        ranks have. The other engines go on sampling.
+
+        Raises:
+            RunError: it does not come, or pushes are not sharded.
+        """
+        self.trainers.join([engine])
+        self.trainers.push(version, engines=[engine])
+
     def score_probe(self, version: int) -> npt.NDArray[np.float32] | None:
         """The trainer's log-probs of the probe prompt, for `probe`, while it has its parameters at hand; None when
         `sync.probe_every` asks for none now."""

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from stare_megatron.errors import RunError
+from stare_megatron.models.boxes import Box
 from stare_megatron.models.hf_folder import grouped
 from stare_megatron.sync.source import ParamSpec
 
@@ -57,6 +58,18 @@ def shard_sum(part: torch.Tensor, row: int, column: int, width: int) -> int:
     return total & _MASK
 
 
+def box_sum(value: torch.Tensor, box: Box, shape: Sequence[int]) -> int:
+    """Share of `box` in the checksum of a parameter of shape `shape`: it depends on what is in the box and on where in
+    the parameter that belongs.
+
+    Args:
+        value: of the box's shape.
+    """
+    width = math.prod(shape[1:])
+    column = box.begin[1] if len(shape) > 1 else 0
+    return shard_sum(value.reshape(value.shape[0], -1), box.begin[0], column, width)
+
+
 def _mix(position: torch.Tensor) -> torch.Tensor:
     """An odd pseudo-random int64 for each position (the steps of splitmix64; integer arithmetic wraps)."""
     z = position * -7046029254386353131 + 1
@@ -85,6 +98,15 @@ def merge_shards(workers: Iterable[Mapping[str, tuple[int, int]]]) -> dict[str, 
     }
 
 
+def added(ranks: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """Checksums from the shares of several ranks."""
+    total: dict[str, int] = {}
+    for shares in ranks:
+        for name, value in shares.items():
+            total[name] = total.get(name, 0) + int(value, 16)
+    return {name: f"{value & _MASK:016x}" for name, value in total.items()}
+
+
 def first_difference(trainer: Mapping[str, str], engine: Mapping[str, str]) -> str | None:
     """The first parameter, in the trainer's order, whose checksums differ, or that is a bias the engine lacks; then one
     that only the engine reports (an LM head that does not equal the embedding it is tied to); None if all agree. Other
@@ -96,11 +118,11 @@ def first_difference(trainer: Mapping[str, str], engine: Mapping[str, str]) -> s
     return next((name for name in engine if name not in trainer), None)
 
 
-def share(specs: Sequence[ParamSpec], turn: int) -> frozenset[str]:
+def share(specs: Sequence[ParamSpec], turn: int, *, experts: bool = False) -> frozenset[str]:
     """Names of the parameters whose checksums are compared at the probe that is number `turn`: the whole of a small
-    model; of a large one so many as take no time worth mentioning, others each time, so that all have their turn. Those
-    of experts are not compared: an engine keeps them fused."""
-    comparable = [spec for spec in specs if ".experts." not in spec.name]
+    model; of a large one so many as take no time worth mentioning, others each time, so that all have their turn.
+    `experts`: theirs, too, which an engine keeps fused and reports by boxes only."""
+    comparable = [spec for spec in specs if experts or ".experts." not in spec.name]
     turns = grouped(comparable, lambda spec: math.prod(spec.shape), _SHARE)
     return frozenset(spec.name for spec in turns[turn % len(turns)])
 

@@ -23,6 +23,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from stare_megatron.sync import wire
+from stare_megatron.sync.cpu_engine import repack_experts, repack_tied_heads
 from stare_megatron.sync.source import ParamSpec
 
 
@@ -80,6 +81,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
     def start_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
+        repack_experts(self.model)
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: GlooUpdateInfo) -> None:
@@ -105,23 +107,6 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
     def shutdown(self) -> None:
         if self._group is not None:
             self._group.close()
-
-
-def repack_tied_heads(model: torch.nn.Module) -> None:
-    """Refresh what an LM head keeps of the embedding it is tied to.
-
-    vLLM's CPU GEMM multiplies with a packed copy made by `process_weights_after_loading`. A reload reaches the
-    embedding's module only, so a tied head would go on with the old weights. Does nothing on GPUs.
-    """
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-
-    modules = list(model.modules())
-    embeddings = {
-        id(m.weight) for m in modules if isinstance(m, VocabParallelEmbedding) and not isinstance(m, ParallelLMHead)
-    }
-    for module in modules:
-        if isinstance(module, ParallelLMHead) and id(module.weight) in embeddings:
-            module.quant_method.process_weights_after_loading(module)
 
 
 class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerInitInfo]):

@@ -11,7 +11,8 @@ PARENT = "STARE_ENGINE_PARENT"
 
 
 def register() -> None:
-    """Make the backends `gloo` and `cuda_ipc` known to vLLM's weight-transfer factories. Repeated calls do nothing.
+    """Make the backends `gloo`, `cuda_ipc` and `sharded` known to vLLM's weight-transfer factories. Repeated calls do
+    nothing.
 
     In an engine core that one of our engines started, also see to it that it ends with its parent: vLLM's survives
     when that is killed.
@@ -27,6 +28,10 @@ def register() -> None:
         # The trainer's side is vLLM's; `push.Client` writes its handles as this one reads them.
         WeightTransferEngineFactory.register_engine(
             "cuda_ipc", "stare_megatron.sync.ipc", "CudaIpcWeightTransferEngine"
+        )
+    if "sharded" not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(
+            "sharded", "stare_megatron.sync.sharded_engine", "ShardedWeightTransferEngine"
         )
     if os.environ.get(PARENT) == str(os.getppid()):
         threading.Thread(target=_end_with, args=(os.getppid(),), name="end-with-parent", daemon=True).start()

@@ -28,7 +28,7 @@ class GlooGroup:
 
     @classmethod
     def join(cls, host: str, port: int, rank: int, world_size: int) -> GlooGroup:
-        return cls(TCPStore(host, port, None, False, TIMEOUT), rank, world_size)
+        return cls(join_store(host, port), rank, world_size)
 
     def broadcast(self, buffer: torch.Tensor, failed: Callable[[], None]) -> None:
         """Broadcast uint8 `buffer` from rank 0. `failed` is called while waiting and raises if the peer gave up."""
@@ -50,6 +50,11 @@ class GlooGroup:
 def host_store(host: str) -> TCPStore:
     """The rendezvous store, on a port the system chooses (`.port`)."""
     return TCPStore(host, 0, None, True, TIMEOUT, wait_for_workers=False)
+
+
+def join_store(host: str, port: int) -> TCPStore:
+    """The store that another process hosts."""
+    return TCPStore(host, port, None, False, TIMEOUT)
 
 
 def send(

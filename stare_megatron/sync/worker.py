@@ -23,6 +23,8 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from stare_megatron.sync.check import merge_shards, shard_sum
+from stare_megatron.sync.loaded import used_weight
+from stare_megatron.sync.sharded_engine import ShardedWeightTransferEngine
 
 Packed = Mapping[str, list[str]]
 
@@ -45,37 +47,49 @@ class ChecksumExtension:
     """Mixed into vLLM's worker class (`worker_extension_cls`)."""
 
     model_runner: Any
+    weight_transfer_engine: Any = None
 
     def stare_checksums(self, names: list[str]) -> dict[str, str]:
         """Parameter name -> checksum of the whole parameter; all workers make the call and return the same. `names`:
         which parameters; empty: all. A head that does not equal the embedding it is tied to is among them in any case.
 
         Covers linear layers, embeddings, LM heads and unsharded parameters; not fused mixture-of-experts weights.
+        Where pushes are sharded: of boxes, experts' among them, by `sharded.label`.
         """
         model = self.model_runner.get_model()
+        if isinstance(self.weight_transfer_engine, ShardedWeightTransferEngine):
+            strays = {p.name: (0, 0) for p in pieces(model, model.packed_modules_mapping, heads_only=True) if p.stray}
+            return _merged({key: (0, value) for key, value in self.weight_transfer_engine.sums(names).items()} | strays)
         mine = {
             p.name: (p.shard, shard_sum(p.tensor, p.row, p.column, p.width))
             for p in pieces(model, model.packed_modules_mapping)
             if not names or p.name in names or p.stray
         }
-        group = get_world_group()
-        everyone: list[dict[str, tuple[int, int]]] = [{} for _ in range(group.world_size)]
-        torch.distributed.all_gather_object(everyone, mine, group=group.cpu_group)
-        return merge_shards(everyone)
+        return _merged(mine)
+
+
+def _merged(mine: dict[str, tuple[int, int]]) -> dict[str, str]:
+    group = get_world_group()
+    everyone: list[dict[str, tuple[int, int]]] = [{} for _ in range(group.world_size)]
+    torch.distributed.all_gather_object(everyone, mine, group=group.cpu_group)
+    return merge_shards(everyone)
 
 
 @torch.no_grad()
-def pieces(model: torch.nn.Module, packed: Packed) -> Iterator[Piece]:
-    """Every parameter of `model` that can be told by a Hugging Face name."""
+def pieces(model: torch.nn.Module, packed: Packed, *, heads_only: bool = False) -> Iterator[Piece]:
+    """Every parameter of `model` that can be told by a Hugging Face name; of LM heads only, if so wanted."""
     embeddings: set[int] = set()
     for path, module in model.named_modules():
         if isinstance(module, ParallelLMHead):
-            weight, tied = _weight(module), id(module.weight) in embeddings
+            weight, tied = used_weight(module), id(module.weight) in embeddings
             if not tied or not torch.equal(weight, _stored(module)):
                 yield from _embedding(path, module, weight, stray=tied)
         elif isinstance(module, VocabParallelEmbedding):
             embeddings.add(id(module.weight))
-            yield from _embedding(path, module, _stored(module))
+            if not heads_only:
+                yield from _embedding(path, module, _stored(module))
+        elif heads_only:
+            continue
         elif isinstance(module, LinearBase):
             yield from _linear(path, module, packed)
         elif not isinstance(module, RoutedExperts):
@@ -91,7 +105,7 @@ def _embedding(path: str, module: Any, weight: torch.Tensor, *, stray: bool = Fa
 
 
 def _linear(path: str, module: Any, packed: Packed) -> Iterator[Piece]:
-    tensors = {"weight": _weight(module)}
+    tensors = {"weight": used_weight(module)}
     if module.bias is not None:
         tensors["bias"] = _matrix(module.bias)
     for kind, tensor in tensors.items():
@@ -122,19 +136,6 @@ def _columns(path: str, kind: str, module: Any, tensor: torch.Tensor, packed: Pa
         sizes = [tensor.shape[0]]
     for name, part, shard in zip(names, tensor.split(sizes), shards, strict=True):
         yield Piece(f"{name}.{kind}", part, shard * part.shape[0], 0, part.shape[1], shard)
-
-
-def _weight(module: Any) -> torch.Tensor:
-    """The matrix the module multiplies with, [outputs, inputs].
-
-    On CPUs that is a packed copy behind `cpu_linear`. Multiplying the identity by it gives every element exactly (a
-    sum of one value and zeros), so this is what the engine uses, not what it was sent.
-    """
-    if "cpu_linear" not in module.__dict__:
-        return module.weight
-    inputs = module.input_size_per_partition
-    identity = torch.eye(inputs, dtype=module.params_dtype, device=module.weight.device)
-    return module.cpu_linear(identity, module.weight, None).t()
 
 
 def _stored(module: Any) -> torch.Tensor:

@@ -12,6 +12,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.utils import get_model_config
 from torch.distributed import ProcessGroup
 
+from stare_megatron.models.boxes import Box, held
 from stare_megatron.models.entries import ParameterEntry, entries, hf_names, local_entries
 from stare_megatron.models.shape import ModelShape, Split
 from stare_megatron.models.shards import Checkpoint, merge, read_shard
@@ -154,6 +155,20 @@ def export(chunks: Sequence[torch.nn.Module], dtype: torch.dtype) -> Iterator[tu
         for expert in range(len(stacks[0])):
             for name, stack in zip(entry.names(expert), stacks, strict=True):
                 yield name, stack[expert]
+
+
+@torch.no_grad()
+def holdings(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[Box, torch.Tensor]]:
+    """What this rank holds of the Hugging Face tensors: blocks and views of its parameters of the same shape, in the
+    same order each time. No communication, no copy; padding is left out. Of tied embeddings the first stage's."""
+    shape, local = _shape(chunks), _Local(chunks)
+    for entry in entries(shape):
+        group = _groups(entry)
+        for here, expert in enumerate(_local_experts(shape, entry)):
+            parameter = local.find(entry, here)
+            if parameter is not None:
+                for part in held(entry, shape, expert, group.rank(), group.size(), parameter.shape[0]):
+                    yield part.box, parameter.detach()[part.where]
 
 
 def _owners(local: _Local, shape: ModelShape) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import platform
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -144,3 +145,25 @@ def ranks_of_node() -> int:
     names = [""] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(names, platform.node())
     return names.count(platform.node())
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a rank stands. Ranks of one `data_parallel_rank` train on the same sequences."""
+
+    data_parallel_rank: int
+    tensor_parallel_rank: int
+    pipeline_parallel_rank: int
+    context_parallel_rank: int
+    is_last_stage: bool
+
+
+def position() -> Position:
+    """Of this rank."""
+    return Position(
+        data_parallel_rank=data_parallel_rank(),
+        tensor_parallel_rank=tensor_parallel_rank(),
+        pipeline_parallel_rank=pipeline_parallel_rank(),
+        context_parallel_rank=context_parallel_rank(),
+        is_last_stage=is_last_stage(),
+    )

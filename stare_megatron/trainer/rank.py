@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +21,10 @@ from stare_megatron.algo.stare import Candidates, Weights
 from stare_megatron.config import Config
 from stare_megatron.errors import RunError
 from stare_megatron.host import device, manifest
+from stare_megatron.models.boxes import Box
 from stare_megatron.models.layout import padded_vocab
 from stare_megatron.trainer import checkpoint, parallel
-from stare_megatron.trainer.bridge import export, metadata
+from stare_megatron.trainer.bridge import export, holdings, metadata
 from stare_megatron.trainer.export import export_hf
 from stare_megatron.trainer.head import Head
 from stare_megatron.trainer.model import build_model
@@ -67,17 +68,6 @@ from stare_megatron.types.token_record import TokenRecord
 
 COLLECTIVE_TIMEOUT_S = 1800.0  # ranks enter a collective together; the slowest may be a long micro-batch behind
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a rank stands. Ranks of one `data_parallel_rank` train on the same sequences."""
-
-    data_parallel_rank: int
-    tensor_parallel_rank: int
-    pipeline_parallel_rank: int
-    context_parallel_rank: int
-    is_last_stage: bool
 
 
 class TrainerRank:
@@ -150,14 +140,8 @@ class TrainerRank:
         shared = (self._config.trainer.tensor_parallel, parallel.tensor_parallel_rank())
         return Replay(self._chunks, shared if self._config.trainer.sequence_parallel else (1, 0))
 
-    def position(self) -> Position:
-        return Position(
-            data_parallel_rank=parallel.data_parallel_rank(),
-            tensor_parallel_rank=parallel.tensor_parallel_rank(),
-            pipeline_parallel_rank=parallel.pipeline_parallel_rank(),
-            context_parallel_rank=parallel.context_parallel_rank(),
-            is_last_stage=parallel.is_last_stage(),
-        )
+    def position(self) -> parallel.Position:
+        return parallel.position()
 
     def load(self, groups_per_update: list[tuple[list[Group], UpdateShare]]) -> None:
         """Take this rank's share of an update batch: for each optimizer step the groups its share names, by index.
@@ -165,7 +149,6 @@ class TrainerRank:
         Raises:
             RunError: with `inference.routing_replay`, a trajectory without its experts.
         """
-
         algorithm = self._config.algorithm
         self._loaded, self._known, self._trained = [], None, []
         for groups, share in groups_per_update:
@@ -184,7 +167,6 @@ class TrainerRank:
         Raises:
             RunError: a log-prob or entropy is not finite.
         """
-
         if not self._loaded:
             raise RuntimeError("load() comes before score()")
         if self._config.trainer.scoring == "rollout":
@@ -208,7 +190,6 @@ class TrainerRank:
                 norm the weights are spoilt: only a checkpoint helps. Without a scoring pass also: a log-prob or entropy
                 is not finite; no weight was changed then.
         """
-
         known = self._known
         if known is None:
             raise RuntimeError("score() comes before update()")
@@ -245,7 +226,6 @@ class TrainerRank:
         token ids, by them; `token_record.join` makes one of the parts of context-parallel ranks. What `update` kept is
         dropped. No collective: empty but on the last pipeline stage's first tensor-parallel ranks, which have it.
         """
-
         trained, self._trained = self._trained, []
         position = self.position()
         if not position.is_last_stage or position.tensor_parallel_rank:
@@ -254,7 +234,6 @@ class TrainerRank:
 
     def _weigh(self, data: Sequence[RankBatch], tokens: Candidates, control: Control) -> Sequence[Weights | None]:
         """Token weights of each optimizer step; None where each micro-batch is weighed by itself."""
-
         config = self._config.algorithm
         if config.stare.scope == "microbatch" and config.method == "stare":
             return [None] * len(data)
@@ -301,7 +280,6 @@ class TrainerRank:
 
     def score_tokens(self, token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """Log-probs of tokens 1.. of one sequence at temperature 1, float32 [n - 1]; equal on every rank."""
-
         trainer = self._config.trainer
         multiple = trainer.pipeline_parallel if trainer.virtual_pipeline > 1 else 1
         with self._offload.present("parameters"):
@@ -309,14 +287,20 @@ class TrainerRank:
 
     def weight_metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         """Hugging Face name, dtype and full shape of everything `weights` yields, in its order."""
-
         return metadata(self._shape, self._dtype)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter, whole, by Hugging Face name, in `model.dtype`; all ranks must run through it together."""
-
         with self._offload.present("parameters"):
             yield from export(self._chunks, self._dtype)
+
+    def parameters_at_hand(self) -> AbstractContextManager[None]:
+        """Within, the views of `holdings` have their values."""
+        return self._offload.present("parameters")
+
+    def holdings(self) -> Iterator[tuple[Box, torch.Tensor]]:
+        """What this rank holds of them, as blocks and views of its parameters, in the same order each time."""
+        return holdings(self._chunks)
 
     def held_step(self) -> int | None:
         """The loop's step whose weights these are; None while an update has changed some of them and is not done."""
@@ -325,7 +309,6 @@ class TrainerRank:
     def begin_save(self, folder: Path, step: int, *, snapshot: bool = False) -> None:
         """Start to write this rank's shards under `folder`; `step`: of the loop. `snapshot`: of a copy, so that
         training may go on before `finish_save`."""
-
         with self._offload.present("parameters", "optimizer"):
             self._writing = checkpoint.begin_save(
                 folder,
@@ -361,7 +344,6 @@ class TrainerRank:
         Raises:
             UserError: no such checkpoint, or one of another model.
         """
-
         with self._offload.present("parameters", "optimizer"):
             found = checkpoint.restore(folder, self._chunks, self._optimizer, self._config.trainer)
         self._step, self._optimizer_steps = found
@@ -373,7 +355,6 @@ class TrainerRank:
         Raises:
             RunError: it cannot be written.
         """
-
         export_hf(folder, self._config.model.path, self.weight_metadata(), self.weights())
 
     def to_device(self) -> None:

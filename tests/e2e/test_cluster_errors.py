@@ -44,7 +44,7 @@ class Rank:
         if package:
             __import__(package)
 
-    def push(self, version: int, sums: str = "none") -> None:
+    def push(self, version: int, sums: str = "none", engines: list[str] | None = None) -> None:
         time.sleep(3600)
 
     def hello(self) -> runtime.Station:

@@ -16,10 +16,13 @@ import torch
 
 from stare_megatron.config import InferenceConfig
 from stare_megatron.errors import RunError
+from stare_megatron.models.boxes import Box
 from stare_megatron.sync.check import checksum, compare, first_difference, require_agreement
 from stare_megatron.sync.fanout import EngineFanOut
 from stare_megatron.sync.push import WeightPusher
+from stare_megatron.sync.sharded import ShardedPusher
 from stare_megatron.sync.source import ParamSpec, WeightStream
+from stare_megatron.sync.wire import host_store
 from stare_megatron.types import Sampling
 from tests.e2e.engine_process import EngineProcess
 from tests.e2e.tiny_qwen2 import make_model, reference_logprobs, save, weights
@@ -58,10 +61,10 @@ class Trainer:
         return version
 
 
-def start(folder: Path, count: int, tensor_parallel: int = 1) -> list[EngineProcess]:
+def start(folder: Path, count: int, tensor_parallel: int = 1, transport: str = "gloo") -> list[EngineProcess]:
     # Small blocks, so that short prompts are cached.
     config = InferenceConfig(engines=count, tensor_parallel=tensor_parallel, vllm={"block_size": 32})
-    engines = [EngineProcess(f"engine {i}", folder, "float32", config, WINDOW, 0, "gloo") for i in range(count)]
+    engines = [EngineProcess(f"engine {i}", folder, "float32", config, WINDOW, 0, transport) for i in range(count)]
     try:
         for future in [e.submit("start") for e in engines]:
             future.result(150)
@@ -69,6 +72,28 @@ def start(folder: Path, count: int, tensor_parallel: int = 1) -> list[EngineProc
         stop(engines)
         raise
     return engines
+
+
+class ShardingTrainer:
+    """This process in the part of the only trainer rank, which sends engines what they need."""
+
+    def __init__(self, engines: Sequence[EngineProcess], workers: int, state: dict[str, torch.Tensor]) -> None:
+        self.state = state
+        self._specs = [ParamSpec(n, t.dtype, tuple(t.shape)) for n, t in state.items()]
+        store = host_store("127.0.0.1")
+        self.pusher = ShardedPusher(0, 1, self._specs, self._holdings, store, "127.0.0.1")
+        self.pusher.connect({f"engine {i}": self._client(e, workers) for i, e in enumerate(engines)})
+        self.engines = engines
+
+    def _holdings(self) -> Iterator[tuple[Box, torch.Tensor]]:
+        for spec in self._specs:
+            yield Box(spec.name, (0,) * len(spec.shape), spec.shape), self.state[spec.name]
+
+    def _client(self, engine: EngineProcess, workers: int) -> EngineFanOut:
+        def call(method: str, arguments: Sequence[tuple[Any, ...]]) -> None:
+            engine.submit(method, *arguments[0]).result(60)
+
+        return EngineFanOut([workers], call)
 
 
 def stop(engines: list[EngineProcess]) -> None:
@@ -94,6 +119,31 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
     engines = start(save(model, tmp_path_factory.mktemp("untied")), 1, tensor_parallel=2)
     try:
         yield Trainer(engines, 2, weights(model))
+    finally:
+        stop(engines)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_engines_follow_what_is_sent_in_shards(tied: bool, tmp_path: Path) -> None:
+    """Two engines with a tied head, then one of two workers."""
+    count, workers = (2, 1) if tied else (1, 2)
+    engines = start(save(make_model(tied, seed=0), tmp_path), count, workers, "sharded")
+    try:
+        trainer = ShardingTrainer(engines, workers, weights(make_model(tied, seed=0)))
+        for version in (1, 2):
+            model = make_model(tied, seed=version)
+            trainer.state = weights(model)
+            order = Sampling(max_tokens=100, temperature=1.0, top_p=1.0, stop=(), seed=0)
+            flying = [engines[0].submit("sample", PROMPT, order) for _ in range(8)]
+            trainer.pusher.push(version)
+            mine = trainer.pusher.sums(set(trainer.state))
+            for engine in engines:
+                assert_engine_is(engine, model)
+                assert engine.call("sample", PROMPT, SAMPLING).weight_version == version
+                theirs = engine.call("checksums")
+                assert theirs.keys() == mine.keys()
+                assert first_difference(mine, theirs) is None
+            assert all(len(f.result(60).token_ids) for f in flying)
     finally:
         stop(engines)
 

@@ -202,6 +202,7 @@ EFFECTS: dict[str, Seen | Refused | str] = {
     "inference.max_model_len": Seen(probes.engine, 50),
     "inference.routing_replay": Seen(probes.engine, True),
     "inference.vllm": Seen(probes.engine, {"max_num_seqs": 5}),
+    "sync.method": "tests/unit/host/test_device.py::test_how_weights_travel",
     "sync.probe_every": "tests/unit/run/test_weights.py::test_probed_every_nth_version",
     "sync.push_timeout": "tests/unit/run/test_sizing.py",
     "sync.probe_threshold": "tests/unit/run/test_weights.py",

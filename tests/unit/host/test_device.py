@@ -103,3 +103,16 @@ except UserError as e:
         [sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.stdout.startswith("False Transformer Engine is installed and cannot be imported"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "colocated", "expected"),
+    [
+        (device.Device.CPU, True, {"auto": "sharded", "sharded": "sharded", "whole": "gloo"}),
+        (device.Device.CUDA, True, {"auto": "cuda_ipc", "sharded": "sharded", "whole": "cuda_ipc"}),
+        (device.Device.CUDA, False, {"auto": "nccl", "sharded": "sharded", "whole": "nccl"}),
+    ],
+)
+def test_how_weights_travel(monkeypatch, kind, colocated, expected):
+    monkeypatch.setattr(device, "current", lambda: kind)
+    assert {method: device.weight_transport(colocated, method) for method in expected} == expected

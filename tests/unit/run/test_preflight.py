@@ -397,5 +397,4 @@ def test_a_method_without_effect_is_noted(make):
     def notes(**algorithm):
         return [n for n in preflight.check_method(make(**algorithm)) if "kl_cov" in n]
 
-    method = {"method": "kl_cov"}
-    assert [len(notes(algorithm=method)), len(notes(algorithm=method, trainer={"updates_per_batch": 2}))] == [1, 0]
+    assert len(notes(algorithm={"method": "kl_cov"})) == 1

@@ -28,7 +28,7 @@ def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             return SimpleNamespace(
                 ready=lambda *_: said.append(f"{name} ready"),
                 close=lambda: said.append(f"{name} close"),
-                connect=lambda *_: said.append("connect"),
+                connect=lambda *_: said.append("connect") or [],
                 actors=[],
             )
 

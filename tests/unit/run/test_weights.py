@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from stare_megatron.cluster.trainers import TrainerGroup
 from stare_megatron.config import SyncConfig
 from stare_megatron.errors import RunError
 from stare_megatron.run.weights import Weights
@@ -51,3 +52,20 @@ def test_the_threshold_that_is_set_decides():
     probed(weights((0.0, 1e-4), probe_threshold=1e-2), 1)
     with pytest.raises(RunError, match="disagrees"):
         probed(weights((0.0, 1e-4), probe_threshold=1e-5), 1)
+
+
+def test_a_late_engine_joins_and_alone_gets_the_weights():
+    calls = []
+    trainers = SimpleNamespace(
+        join=lambda engines: calls.append(("join", engines)),
+        push=lambda version, **given: calls.append(("push", version, given)),
+    )
+    Weights(SyncConfig(), "float32", trainers, SimpleNamespace(), lambda: TOKENS).admit(1, 7)
+    assert calls == [("join", [1]), ("push", 7, {"engines": [1]})]
+
+
+def test_an_engine_cannot_join_alone_where_whole_tensors_are_sent():
+    group = TrainerGroup.__new__(TrainerGroup)
+    group._transport, group._engines = "gloo", SimpleNamespace(actors=["one", "other"])
+    with pytest.raises(RunError, match=r"engine 1 cannot join alone where whole tensors are sent \(sync\.method\)"):
+        group.join([1])

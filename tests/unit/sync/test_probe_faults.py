@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from stare_megatron.cluster.activity import ActivityLog
 from stare_megatron.cluster.trainers import TrainerActor
 from stare_megatron.config import SyncConfig
 from stare_megatron.errors import RunError
@@ -229,12 +230,13 @@ def test_every_parameter_has_its_turn(monkeypatch):
 
 
 def test_experts_take_no_turn(monkeypatch):
-    """Engines keep them fused and cannot report them."""
+    """Engines keep them fused and report them by boxes only."""
     monkeypatch.setattr(check, "_SHARE", 8)
     layer = "model.layers.0."
     names = [layer + "norm", *(layer + f"mlp.experts.{i}.up_proj.weight" for i in range(9)), layer + "mlp.gate.weight"]
     specs = [ParamSpec(name, torch.bfloat16, (5,)) for name in names]
     assert [check.share(specs, turn) for turn in range(3)] == [{names[0]}, {names[-1]}, {names[0]}]
+    assert {*names} == frozenset().union(*(check.share(specs, turn, experts=True) for turn in range(11)))
 
 
 def test_a_rank_takes_turns_by_probes_and_not_by_versions(monkeypatch):
@@ -242,7 +244,8 @@ def test_a_rank_takes_turns_by_probes_and_not_by_versions(monkeypatch):
     monkeypatch.setattr(check, "share", lambda specs, turn: asked.append(turn) or frozenset())
     rank: Any = object.__new__(TrainerActor.__ray_metadata__.modified_class)
     rank._config = SimpleNamespace(sync=SyncConfig(probe_every=4))
-    rank._stream, rank._found = SimpleNamespace(specs=()), {}
+    rank._stream, rank._found, rank._sharded = SimpleNamespace(specs=()), {}, None
+    rank._activity = ActivityLog()
     rank._pusher = SimpleNamespace(push=lambda version: None)
     for version in range(4, 17, 4):
         rank.push(version, "share")

@@ -13,9 +13,12 @@ import pytest
 import torch
 
 from stare_megatron.errors import RunError
+from stare_megatron.models.boxes import Box
 from stare_megatron.models.hf_folder import grouped, spec_bytes
 from stare_megatron.sync import wire
 from stare_megatron.sync.check import (
+    added,
+    box_sum,
     checksum,
     compare,
     first_difference,
@@ -176,6 +179,17 @@ def test_replicas_count_once_and_must_agree() -> None:
     assert first_difference({"norm": checksum(w)}, torn) == "norm"
 
 
+def test_boxes_add_up_to_the_tensor_and_so_do_the_ranks_shares() -> None:
+    w = torch.randn(12, 10)
+    boxes = [Box("w", (r, c), (r + 4, c + 5)) for r in (0, 4, 8) for c in (0, 5)]
+    shares = [{"w": f"{box_sum(w[tuple(map(slice, b.begin, b.end))], b, w.shape):016x}"} for b in boxes]
+    assert added(shares) == {"w": checksum(w)}
+    bias = torch.randn(6)
+    halves = [{"b": f"{box_sum(bias[i : i + 3], Box('b', (i,), (i + 3,)), (6,)):016x}"} for i in (0, 3)]
+    assert added(halves) == {"b": checksum(bias[:, None])}
+    assert added([{"a": "1"}, {}]) == {"a": "0000000000000001"}
+
+
 def test_first_difference_follows_the_trainers_order() -> None:
     trainer = {"a": "1", "b": "2", "c": "3"}
     assert first_difference(trainer, {"c": "3", "b": "2", "a": "1"}) is None
@@ -209,8 +223,8 @@ def test_agreement_and_its_breach() -> None:
 
 
 def test_trainer_side_imports_no_vllm() -> None:
-    code = "import stare_megatron.sync.push, stare_megatron.sync.check, stare_megatron.sync.wire, sys; "
-    code += "sys.exit('vllm' in sys.modules)"
+    modules = ", ".join(f"stare_megatron.sync.{name}" for name in ("sharded", "push", "check", "wire"))
+    code = f"import {modules}, sys; sys.exit('vllm' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 

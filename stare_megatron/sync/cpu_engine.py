@@ -1,0 +1,93 @@
+"""What vLLM's CPU build keeps of weights beside the parameters, and does not refresh by itself when they change.
+
+Each function does nothing on GPUs.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+
+def repack_tied_heads(model: torch.nn.Module) -> None:
+    """Refresh what an LM head keeps of the embedding it is tied to.
+
+    vLLM's CPU GEMM multiplies with a packed copy made by `process_weights_after_loading`. A reload reaches the
+    embedding's module only, so a tied head would go on with the old weights.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    modules = list(model.modules())
+    embeddings = {
+        id(m.weight) for m in modules if isinstance(m, VocabParallelEmbedding) and not isinstance(m, ParallelLMHead)
+    }
+    for module in modules:
+        if isinstance(module, ParallelLMHead) and id(module.weight) in embeddings:
+            drop_packed(module)
+            module.quant_method.process_weights_after_loading(module)
+
+
+def drop_packed(module: torch.nn.Module) -> None:
+    """Forget the packed copy of a matrix, of which the module is about to make another: there is memory for one."""
+    vars(module).pop("cpu_linear", None)
+
+
+def repack_experts(model: torch.nn.Module) -> None:
+    """See to it that experts that are loaded again are packed again.
+
+    vLLM packs (and pads) them for its CPU kernel where it makes the kernel, which it does for the first weights only
+    (`UnquantizedFusedMoEMethod._setup_kernel`): later ones would be used as they come, or not fit. Once is enough.
+    """
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    for module in model.modules():
+        method: Any = module.quant_method if isinstance(module, RoutedExperts) else None
+        if isinstance(method, UnquantizedFusedMoEMethod) and "process_weights_after_loading" not in vars(method):
+            method.process_weights_after_loading = functools.partial(_process, method)
+
+
+def _process(method: Any, layer: torch.nn.Module) -> None:
+    type(method).process_weights_after_loading(method, layer)
+    method.moe_kernel.fused_experts.process_weights_after_loading(layer)
+
+
+def unpacked_experts(module: Any, name: str) -> torch.Tensor | None:
+    """Experts' matrix `name` as it was loaded, [experts, rows, columns], from what vLLM's CPU kernel multiplies with;
+    None where that cannot be told (on GPUs, where kernels keep them in several layouts)."""
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+    method = module.quant_method
+    experts = method.moe_kernel.fused_experts
+    if not isinstance(experts, CPUUnquantizedExperts) or experts._use_zentorch:
+        return None
+    kept: torch.Tensor = getattr(module, name)
+    order = _packing(tuple(kept.shape[1:]), kept.dtype, experts.isa)
+    plain = torch.empty_like(kept).flatten(1)
+    plain[:, order] = kept.data.flatten(1)
+    plain = plain.view(kept.shape)
+    size = experts.moe_config.intermediate_size_per_partition
+    if name.startswith("w2"):
+        return plain[:, :, :size]
+    padded = kept.shape[1] // 2
+    return torch.cat([plain[:, :size], plain[:, padded : padded + size]], dim=1)
+
+
+@functools.lru_cache(maxsize=4)
+def _packing(shape: tuple[int, int], dtype: torch.dtype, isa: str) -> torch.Tensor:
+    """Where each element of a packed matrix was before, int64: found by packing numbers."""
+    from vllm._custom_ops import cpu_prepack_moe_weight
+
+    numbers = torch.arange(shape[0] * shape[1], dtype=torch.int32).view(1, *shape)
+    if dtype.itemsize == 4:
+        return cpu_prepack_moe_weight(numbers.view(dtype), isa).view(torch.int32).flatten().long()
+    low, high = (
+        cpu_prepack_moe_weight(half.contiguous().view(dtype), isa).view(torch.int16).flatten().long() & 0xFFFF
+        for half in numbers.view(torch.int16).view(*numbers.shape, 2).unbind(-1)
+    )
+    return low | high << 16

@@ -1,0 +1,253 @@
+"""vLLM's own CPU workers, without an engine around them: processes that serve the calls of a weight push.
+
+    python engine_workers.py FOLDER        with the environment of an engine
+
+imports vLLM once and forks the workers that lines of stdin ask for; each listens at a socket in FOLDER. `Workers` is
+the other side: an `EngineFanOut` of one engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Client, Listener
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+class Nursery:
+    """Forks workers."""
+
+    def __init__(self, folder: Path) -> None:
+        from stare_megatron.host import device
+
+        self.folder = folder
+        environment = os.environ | device.engine_environment() | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        self._log = (folder / "workers.log").open("wb")
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, str(folder)],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def start(self, name: str, model: Path, workers: int, dtype: str, expert_parallel: bool = False) -> Workers:
+        from stare_megatron.host.ports import free_port
+
+        address = f"tcp://127.0.0.1:{free_port()}"
+        assert self._process.stdin is not None
+        for rank in range(workers):
+            order = [f"{name}.{rank}", str(model), workers, rank, address, dtype, expert_parallel]
+            print(json.dumps(order), file=self._process.stdin, flush=True)
+        return Workers(name, self.folder, workers)
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+    def log(self) -> str:
+        return (self.folder / "workers.log").read_text()[-6000:]
+
+
+class Workers:
+    """Calls to the workers of an engine, at once. Pickles: another process may call, too."""
+
+    def __init__(self, name: str, folder: Path, count: int) -> None:
+        self.name = name
+        self._folder = folder
+        self.count = count
+
+    def call(self, method: str, *args: Any) -> list[Any]:
+        """What each worker returns. Raises what one raised."""
+        with ThreadPoolExecutor(self.count) as pool:
+            return list(pool.map(lambda rank: self._one(rank, method, args), range(self.count)))
+
+    def fan_out(self) -> Any:
+        from stare_megatron.sync.fanout import EngineFanOut
+
+        def call(method: str, arguments: Sequence[tuple[Any, ...]]) -> None:
+            (args,) = arguments
+            self.call(method, *(args if method != "finish_weight_update" else ()))
+
+        return EngineFanOut([self.count], call)
+
+    def _one(self, rank: int, method: str, args: tuple[Any, ...]) -> Any:
+        path = self._folder / f"{self.name}.{rank}"
+        deadline = time.monotonic() + 300
+        while not path.exists():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{path} did not start")
+            time.sleep(0.05)
+        with Client(str(path), "AF_UNIX") as pipe:
+            pipe.send((method, args))
+            failed, value = pipe.recv()
+        if failed:
+            raise RuntimeError(f"{self.name}, worker {rank}: {value}")
+        return value
+
+
+def _serve(path: str, model: str, workers: int, rank: int, address: str, dtype: str, expert_parallel: bool) -> None:
+    worker = _worker(model, workers, rank, address, dtype, expert_parallel)
+    with Listener(path, "AF_UNIX") as listener:
+        while True:
+            with listener.accept() as pipe:
+                method, args = pipe.recv()
+                if method == "end":
+                    pipe.send((False, None))
+                    return
+                try:
+                    found = _OWN[method](worker, *args) if method in _OWN else getattr(worker, method)(*args)
+                    pipe.send((False, found))
+                except Exception as e:  # noqa: BLE001 - goes to the caller
+                    traceback.print_exc()
+                    pipe.send((True, f"{type(e).__name__}: {e}"))
+
+
+def _worker(model: str, workers: int, rank: int, address: str, dtype: str, expert_parallel: bool) -> Any:
+    from vllm.config import set_current_vllm_config
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    config = EngineArgs(
+        model=model,
+        dtype=dtype,  # pyright: ignore[reportArgumentType]
+        skip_tokenizer_init=True,
+        tensor_parallel_size=workers,
+        enable_expert_parallel=expert_parallel,
+        distributed_executor_backend="mp" if workers > 1 else None,
+        enforce_eager=True,
+        max_model_len=64,
+        kv_cache_memory_bytes=1 << 20,
+        weight_transfer_config={"backend": "sharded"},  # pyright: ignore[reportArgumentType]
+        worker_extension_cls="stare_megatron.sync.worker.ChecksumExtension",
+    ).create_engine_config()
+    with set_current_vllm_config(config):
+        worker = CPUWorker(config, rank, rank, address, is_driver_worker=rank == 0)
+        worker.init_device()
+        worker.load_model()
+    return worker
+
+
+def _state(worker: Any) -> dict[str, Any]:
+    """Everything the model computes with: parameters as they are kept, and matrices that are kept packed."""
+    from stare_megatron.sync.loaded import loaded_form
+
+    model, found = worker.model_runner.get_model(), {}
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            found[f"{path}.{name}"] = _plain(parameter)
+            if name == "weight" and (whole := loaded_form(module, name)) is not None:
+                found[f"{path}.{name} as used"] = _plain(whole)
+    return found
+
+
+def _plain(tensor: Any) -> Any:
+    return tensor.detach().float().numpy().copy()
+
+
+def _scramble(worker: Any, seed: int) -> None:
+    """Other weights, by the path of whole tensors: vLLM's own loading and layerwise reload."""
+    import torch
+    from safetensors.torch import load_file
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    from stare_megatron.sync.cpu_engine import repack_experts, repack_tied_heads
+
+    model, config = worker.model_runner.get_model(), worker.model_config
+    torch.manual_seed(seed)
+    weights = load_file(Path(config.model) / "model.safetensors").items()
+    repack_experts(model)
+    initialize_layerwise_reload(model)
+    model.load_weights([(name, torch.randn_like(t).to(config.dtype)) for name, t in weights])
+    finalize_layerwise_reload(model, config)
+    repack_tied_heads(model)
+
+
+def _sums(worker: Any) -> dict[str, str]:
+    return {label: f"{value:016x}" for label, value in worker.weight_transfer_engine.sums(()).items()}
+
+
+def _swap_rows(worker: Any, path: str, one: int, other: int, rows: int) -> None:
+    """Exchange two blocks of rows of a parameter that is kept as it is loaded."""
+    weight = worker.model_runner.get_model().get_submodule(path).weight.data
+    a, b = weight[one : one + rows].clone(), weight[other : other + rows].clone()
+    weight[one : one + rows], weight[other : other + rows] = b, a
+
+
+def _die_in_push(worker: Any) -> None:
+    """After the first part of the next one."""
+    from stare_megatron.sync.load import Loader
+
+    take = Loader.take
+
+    def once(self: Loader, *args: Any) -> None:
+        take(self, *args)
+        os._exit(1)
+
+    Loader.take = once  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _needed_bytes(worker: Any) -> int:
+    joined = worker.weight_transfer_engine._joined
+    return sum(need.box.elements for need in joined.needs.cut) * joined.dtype.itemsize
+
+
+_OWN = {
+    "state": _state,
+    "scramble": _scramble,
+    "sums": _sums,
+    "swap_rows": _swap_rows,
+    "die_in_push": _die_in_push,
+    "needed_bytes": _needed_bytes,
+}
+
+
+def main(folder: str) -> None:
+    import signal
+
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    import vllm.engine.arg_utils
+    import vllm.v1.worker.cpu_worker  # noqa: F401
+
+    from stare_megatron.sync import sharded_engine, worker  # noqa: F401
+    from stare_megatron.sync.plugin import register
+
+    register()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    children = []
+    for line in sys.stdin:
+        name, *rest = json.loads(line)
+        pid = os.fork()
+        if not pid:
+            try:
+                _serve(str(Path(folder, name)), *rest)
+            except BaseException:  # noqa: BLE001 - goes to the log
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(0)
+        children.append(pid)
+    for pid in children:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

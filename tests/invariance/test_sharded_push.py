@@ -1,0 +1,121 @@
+"""Sharded pushes from real Megatron-Core ranks into vLLM's own workers: every layout of the one into every layout of
+the other leaves what loading the checkpoint leaves, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import FAMILIES, make
+from engine_workers import Nursery, Workers
+from launch import free_port, launch
+
+from stare_megatron.sync.check import added, first_difference
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.timeout(500)
+
+LAYOUTS = {
+    "TP2": {"tensor_parallel": 2},
+    "PP2": {"pipeline_parallel": 2},
+    "VPP": {"pipeline_parallel": 2, "virtual_pipeline": 2},
+    "DP2": {},
+    "EP2": {"expert_parallel": 2},
+}
+MODELS = ("qwen2", "qwen3", "qwen3_moe", "llama")  # the first tied, with biases
+DTYPE = "bfloat16"
+
+
+class Engines:
+    """Of one model: two engines of a worker each, one of two, and one of two that split experts."""
+
+    def __init__(self, nursery: Nursery, name: str, path: Path) -> None:
+        self.path = path
+        self.all = [nursery.start(f"{name}-{i}", path, 1, DTYPE) for i in "ab"]
+        self.all.append(nursery.start(f"{name}-tp2", path, 2, DTYPE))
+        if FAMILIES[name][1].get("num_experts"):
+            self.all.append(nursery.start(f"{name}-ep2", path, 2, DTYPE, expert_parallel=True))
+        self.loaded = {engine.name: engine.call("state") for engine in self.all}
+
+    def scramble(self, seed: int) -> None:
+        for engine in self.all:
+            engine.call("scramble", seed)
+            assert unlike(engine, self.loaded[engine.name])
+
+
+def unlike(engine: Workers, states: list[dict[str, np.ndarray]]) -> list[str]:
+    """What an engine's workers have otherwise than `states`."""
+    return [
+        f"{name} of worker {w}"
+        for w, (now, then) in enumerate(zip(engine.call("state"), states, strict=True))
+        for name in then
+        if not np.array_equal(now[name], then[name])
+    ]
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    made = Nursery(tmp_path_factory.mktemp("workers"))
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+@pytest.fixture(scope="module")
+def engines(nursery: Nursery) -> dict[str, Engines]:
+    return {name: Engines(nursery, name, make(name, nursery.folder)) for name in MODELS}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_engine_has_what_loading_the_checkpoint_gives_it(layout: str, engines: dict[str, Engines]) -> None:
+    chosen = {name: e for name, e in engines.items() if layout != "EP2" or name == "qwen3_moe"}
+    cases = []
+    for name, e in chosen.items():
+        e.scramble(hash(layout) % 1000)
+        apart = layout in ("TP2", "EP2") and name != "qwen2"
+        cases.append(
+            {"path": e.path, "trainer": LAYOUTS[layout], "engines": e.all, "port": free_port(), "apart": apart}
+        )
+    by_rank = launch("push_cases:run", 2, {"cases": cases}, timeout=300)
+    for i, (name, e) in enumerate(chosen.items()):
+        ranks = [found[i] for found in by_rank]
+        assert [r.unlike for r in ranks] == [[], []]
+        for engine in e.all:
+            assert unlike(engine, e.loaded[engine.name]) == [], (name, engine.name)
+            theirs = {label: value for worker in engine.call("sums") for label, value in worker.items()}
+            ours = added(r.sums[engine.name] for r in ranks)
+            assert ours.keys() == theirs.keys()  # experts' and biases' boxes, too
+            assert first_difference(ours, theirs) is None
+        needed = sum(sum(engine.call("needed_bytes")) for engine in e.all)
+        assert sum(r.sent for r in ranks) == needed
+        if layout == "DP2":  # replicas share the work
+            assert max(r.sent for r in ranks) < 0.6 * needed
+
+
+def test_heads_that_changed_places_are_named_with_worker_and_box(engines: dict[str, Engines]) -> None:
+    e = engines["qwen2"]
+    engine = e.all[2]
+    case = {"path": e.path, "trainer": {}, "engines": [engine], "port": free_port(), "apart": False}
+    ((pushed,),) = launch("push_cases:run", 1, {"cases": [case]}, timeout=120)
+    engine._one(1, "swap_rows", ("model.embed_tokens", 0, 16, 16))
+    theirs = {label: value for worker in engine.call("sums") for label, value in worker.items()}
+    named = first_difference(added([pushed.sums[engine.name]]), theirs)
+    assert named == "model.embed_tokens.weight[64:112, 0:128] of worker 1"
+
+
+def test_a_late_engine_gets_a_push_of_its_own_and_one_that_dies_in_a_push_is_named(
+    nursery: Nursery, engines: dict[str, Engines]
+) -> None:
+    """Ruins an engine of its own."""
+    e = engines["qwen3"]
+    first, second = nursery.start("mortal", e.path, 1, DTYPE), e.all[1]
+    e.scramble(7)
+    arguments = {"path": e.path, "port": free_port(), "first": first, "second": second}
+    (said,) = launch("push_cases:faults", 1, arguments, timeout=120)
+    assert said[0].startswith(("RunError: mortal", "EOFError")), said
+    assert said[1] == ""
+    assert unlike(second, e.loaded[second.name]) == []
+    assert unlike(e.all[0], e.loaded[e.all[0].name])  # which had no part in it

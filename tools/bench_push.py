@@ -1,0 +1,231 @@
+"""A push of weights into one vLLM worker on this machine, whole tensors and sharded, beside memcpy, in one run.
+
+python tools/bench_push.py [FOLDER with config.json]
+
+The weights are random, laid out as one Megatron-Core rank has them; the engine's side is vLLM's worker in a process of
+its own. Without a folder: a Qwen2 of 536 million parameters in bfloat16, tied. CPUs only.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stare_megatron.host import device
+from stare_megatron.models.boxes import Box, held
+from stare_megatron.models.entries import ParameterEntry, entries, hf_names
+from stare_megatron.models.families import read_hf_config
+from stare_megatron.models.shape import ModelShape, Split
+from stare_megatron.models.shards import merge
+from stare_megatron.sync.fanout import EngineFanOut
+from stare_megatron.sync.push import WeightPusher
+from stare_megatron.sync.sharded import ShardedPusher
+from stare_megatron.sync.source import ParamSpec, WeightStream
+from stare_megatron.sync.wire import host_store
+
+DTYPE = torch.bfloat16
+PUSHES = 5  # of each kind, by turns; the first is left out
+CONFIG = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 1024,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "vocab_size": 151_936,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+}
+
+
+class Rank:
+    """The parameters of one rank that has the whole model."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        self.shape = shape
+        self.parts = [(entry, [_made(entry, shape) for _ in range(entry.experts(shape))]) for entry in entries(shape)]
+        self.specs = tuple(ParamSpec(name, DTYPE, want) for name, want in hf_names(shape).items())
+        self.bytes = sum(t.nbytes for _, tensors in self.parts for t in tensors)
+
+    def holdings(self) -> Iterator[tuple[Box, torch.Tensor]]:
+        for entry, tensors in self.parts:
+            for expert, tensor in enumerate(tensors):
+                for part in held(entry, self.shape, expert, 0, 1, tensor.shape[0]):
+                    yield part.box, tensor[part.where]
+
+    def whole(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for entry, tensors in self.parts:
+            for expert, tensor in enumerate(tensors):
+                yield from zip(entry.names(expert), merge(entry.tensor.layout, [tensor], self.shape), strict=True)
+
+
+def _made(entry: ParameterEntry, shape: ModelShape) -> torch.Tensor:
+    wants = entry.wants(shape)
+    split = entry.tensor.layout in (Split.QKV, Split.GATED, Split.EXPERT_GATED)
+    rows = sum(want[0] for want in wants) if split else wants[0][0]
+    return torch.randn(rows, *wants[0][1:]).to(DTYPE) * 0.02
+
+
+def serve(pipe: Connection, folder: str) -> None:
+    """The engine's process: a worker, and both ways to receive on its one model."""
+    engines = _engines(folder)
+    seconds = _clocks()
+    before = 0
+    while (order := pipe.recv()) is not None:
+        kind, method, args = order
+        if method == "init_weight_transfer_engine":
+            engines[kind].init_transfer_engine(engines[kind].parse_init_info(*args))
+        elif method == "start_weight_update":
+            seconds.clear()
+            before = forget_peak()
+            engines[kind].start_weight_update()
+        elif method == "update_weights":
+            engines[kind].receive_weights(engines[kind].parse_update_info(*args))
+        elif method == "finish_weight_update":
+            engines[kind].finish_weight_update()
+            seconds["grew"] = peak() - before
+        pipe.send(dict(seconds))
+
+
+def _engines(folder: str) -> dict[str, Any]:
+    from vllm.config import WeightTransferConfig, set_current_vllm_config
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    from stare_megatron.host.ports import free_port
+    from stare_megatron.sync.plugin import register
+
+    register()
+    config = EngineArgs(
+        model=folder,
+        load_format="dummy",
+        dtype="bfloat16",
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        max_model_len=64,
+        kv_cache_memory_bytes=1 << 20,
+    ).create_engine_config()
+    with set_current_vllm_config(config):
+        worker = CPUWorker(config, 0, 0, f"tcp://127.0.0.1:{free_port()}", is_driver_worker=True)
+        worker.init_device()
+        worker.load_model()
+    model = worker.model_runner.get_model()
+    make = WeightTransferEngineFactory.create_engine
+    kinds = ("gloo", "sharded")
+    return {kind: make(WeightTransferConfig(backend=kind), config, torch.device("cpu"), model) for kind in kinds}
+
+
+def _clocks() -> dict[str, float]:
+    """Seconds of a push that go into the modules' `process_weights_after_loading`: the packing."""
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+    seconds: dict[str, float] = {}
+    for kind in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod):
+        process = kind.process_weights_after_loading
+
+        def timed(self: Any, layer: Any, process: Callable[..., None] = process) -> None:
+            began = time.perf_counter()
+            process(self, layer)
+            seconds["packing"] = seconds.get("packing", 0.0) + time.perf_counter() - began
+
+        kind.process_weights_after_loading = timed
+    return seconds
+
+
+def forget_peak() -> int:
+    """This process's resident memory now, from which `peak` counts on."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
+
+
+def memcpy_rate() -> float:
+    """Bytes per second of a warm copy of 256 MiB, one thread."""
+    a, b = torch.ones(256 << 20, dtype=torch.uint8), torch.ones(256 << 20, dtype=torch.uint8)
+    best = 0.0
+    for _ in range(5):
+        began = time.perf_counter()
+        b.copy_(a)
+        best = max(best, a.nbytes / (time.perf_counter() - began))
+    return best
+
+
+def push_all(rank: Rank, pipe: Connection) -> None:
+    engine: dict[str, float] = {}
+
+    def client(kind: str) -> EngineFanOut:
+        def call(method: str, arguments: Sequence[tuple[Any, ...]]) -> None:
+            pipe.send((kind, method, arguments[0]))
+            engine.update(pipe.recv())
+
+        return EngineFanOut([1], call)
+
+    whole = WeightPusher("gloo", 0, WeightStream(rank.specs, rank.whole), client("gloo"), "127.0.0.1")
+    sharded = ShardedPusher(0, 1, rank.specs, rank.holdings, host_store("127.0.0.1"), "127.0.0.1")
+    whole.connect()
+    began = time.perf_counter()
+    sharded.connect({"engine 0": client("sharded")})
+    print(f"the plan, once: {time.perf_counter() - began:.2f} s")
+    ways: dict[str, Callable[[int], Any]] = {"whole": whole.push, "sharded": sharded.push}
+    found: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+    grew: dict[str, tuple[float, float]] = {}
+    for number in range(PUSHES):
+        for way, push in ways.items():
+            engine.clear()
+            before = forget_peak()
+            began = time.perf_counter()
+            push(number)
+            found[way].append((time.perf_counter() - began, engine.get("packing", 0.0)))
+            grew[way] = (peak() - before) / 2**20, engine["grew"] / 2**20
+    rate = memcpy_rate()
+    print(f"{rank.bytes / 1e6:.0f} MB; memcpy {rate / 1e9:.2f} GB/s, {rank.bytes / rate:.2f} s")
+    for way, times in found.items():
+        total, packed = (statistics.median(column) for column in zip(*times[1:], strict=True))
+        share, bare = rank.bytes / total / rate, rank.bytes / (total - packed) / rate
+        print(f"{way}: {total:.2f} s, {rank.bytes / total / 1e9:.2f} GB/s, {share:.2f} of memcpy's rate")
+        print(f"  {packed:.2f} s of it the engine's packing; {bare:.2f} of memcpy's rate without")
+        print(f"  resident memory grew by {grew[way][0]:.0f} MiB (sender) and {grew[way][1]:.0f} MiB (engine)")
+
+
+def main(arguments: list[str]) -> None:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(arguments[0] if arguments else made)
+        if not arguments:
+            (folder / "config.json").write_text(json.dumps(CONFIG))
+        os.environ.update(device.engine_environment())
+        spawn = multiprocessing.get_context("spawn")
+        mine, theirs = spawn.Pipe()
+        engine = spawn.Process(target=serve, args=(theirs, str(folder)), daemon=True)
+        engine.start()
+        theirs.close()
+        try:
+            push_all(Rank(read_hf_config(folder)), mine)
+            mine.send(None)
+            engine.join(20)
+        finally:
+            engine.kill()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
