@@ -1,6 +1,6 @@
 """Every metric a run may log: name, unit, reduction, meaning. A name that is not here cannot be logged.
 
-`docs/metrics.md` is this table, written by `tools/make_metric_docs.py`; a test compares them.
+`docs/metrics.md` is this table (`catalogue_page.py`), written by `tools/make_metric_docs.py`; a test compares them.
 """
 
 from __future__ import annotations
@@ -376,37 +376,3 @@ def by_name(step_metrics: Iterable[Metric]) -> dict[str, float]:
             raise ValueError(f"metric {m.name} given twice in one step")
         found[m.name] = m.value
     return found
-
-
-def markdown() -> str:
-    """The catalogue as the page `docs/metrics.md`."""
-    lines = [
-        "# Metrics",
-        "",
-        "One line a step in `metrics.jsonl`, the same names in TensorBoard and Weights & Biases. Written by "
-        "`python tools/make_metric_docs.py` from `stare_megatron/metrics/catalogue.py`.",
-        "",
-        "Step n is what the n-th optimizer step did: its rollout was sampled, and its entropy measured, by version "
-        "n - 1 of the policy. In JSON a value that is not finite is the string `NaN`, `Infinity` or `-Infinity`.",
-        "",
-        "| name | unit | reduction | meaning |",
-        "|---|---|---|---|",
-    ]
-    lines += [_line(e) for e in CATALOGUE.values()]
-    lines += [
-        "",
-        "Families: names with parts that a run fills in. `{source}`: label of a source of the prompts; `{benchmark}`: "
-        "name of a benchmark; `{k}`: a number of samples; `{name}`: a name of "
-        "your own, see [adding a metric](adding_a_metric.md). What begins with `eval/` is logged when an evaluation "
-        "was due, in `eval.jsonl`: see [evaluation](evaluation.md).",
-        "",
-        "| name | unit | reduction | meaning |",
-        "|---|---|---|---|",
-    ]
-    lines += [_line(e) for e in FAMILIES.values()]
-    return "\n".join(lines) + "\n"
-
-
-def _line(e: Entry) -> str:
-    meaning = e.meaning.replace("|", "\\|")
-    return f"| `{e.name}` | {e.unit} | {e.reduction.value} | {meaning} |"

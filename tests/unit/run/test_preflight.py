@@ -397,4 +397,4 @@ def test_a_method_without_effect_is_noted(make):
     def notes(**algorithm):
         return [n for n in preflight.check_method(make(**algorithm)) if "kl_cov" in n]
 
-    assert len(notes(algorithm={"method": "kl_cov"})) == 1
+    assert [len(notes(algorithm={"method": "kl_cov"}, trainer={"updates_per_batch": n})) for n in (1, 2)] == [1, 0]
