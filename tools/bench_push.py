@@ -8,11 +8,11 @@ its own. Without a folder: a Qwen2 of 536 million parameters in bfloat16, tied. 
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -207,11 +207,14 @@ def push_all(rank: Rank, pipe: Connection) -> None:
         print(f"  resident memory grew by {grew[way][0]:.0f} MiB (sender) and {grew[way][1]:.0f} MiB (engine)")
 
 
-def main(arguments: list[str]) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", type=Path, metavar="FOLDER", help="with a config.json")
+    model = parser.parse_args().model
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as made:
-        folder = Path(arguments[0] if arguments else made)
-        if not arguments:
+        folder = model or Path(made)
+        if model is None:
             (folder / "config.json").write_text(json.dumps(CONFIG))
         os.environ.update(device.engine_environment())
         spawn = multiprocessing.get_context("spawn")
@@ -228,4 +231,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

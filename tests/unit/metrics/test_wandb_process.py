@@ -1,5 +1,6 @@
 """A run outlives the process that wandb starts."""
 
+import os
 import subprocess
 import sys
 
@@ -30,7 +31,10 @@ sinks.close()
 
 def test_a_run_goes_on_without_it(tmp_path):
     """wandb's process ends at SIGTERM, also where the signal is blocked when it is started."""
-    done = subprocess.run([sys.executable, "-c", RUN, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    own = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}  # not this process's
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(tmp_path)], env=own, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("wandb lost its process") == 1
     assert "Traceback" not in done.stderr, done.stderr[-3000:]
