@@ -10,6 +10,7 @@ from pathlib import Path
 from stare_megatron.errors import UserError
 
 _LONGEST, _LONGEST_NAME = 4095, 255  # bytes, Linux
+_CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")  # a message that names the path is one line
 _VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
 
 
@@ -18,11 +19,11 @@ def absolute(path: str | Path) -> Path:
     read later.
 
     Raises:
-        ValueError: empty, too long, or of a variable or user that is not defined.
+        ValueError: empty, too long, with a control character, or of a variable or user that is not defined.
     """
     text = os.fspath(path)
-    if text != text.strip() or not text or "\0" in text:
-        raise ValueError("must be a path: not empty, without spaces at its ends, without NUL")
+    if text != text.strip() or not text or _CONTROL.search(text):
+        raise ValueError("must be a path: not empty, without spaces at its ends, without control characters")
     expanded = os.path.expanduser(os.path.expandvars(text))
     if found := _VARIABLE.search(expanded):
         raise ValueError(f"the environment variable {found[0]} is not defined; set it, or write the path itself")

@@ -93,6 +93,7 @@ def test_any_value_of_any_key(base: dict[str, Any], items: list[tuple[str, Any]]
         max_size=2,
     )
 )
+@example(items=[("data.train", "0\n0")])
 def test_any_override(base: dict[str, Any], tmp_path_factory: Any, items: list[tuple[str, str]]) -> None:
     file = Path(base["run"]["dir"]).parent / "run.toml"
     if not file.exists():
