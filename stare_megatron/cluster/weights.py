@@ -57,9 +57,10 @@ class ShardedRank:
         if self._pusher is None:
             specs = [ParamSpec(*meta) for meta in self._trainer.weight_metadata()]
             store = self._store or join_store(*address)
-            self._pusher = ShardedPusher(
-                self._rank, self._ranks, specs, self._trainer.holdings, store, runtime.node_address()
-            )
+            with self._trainer.parameters_at_hand():
+                self._pusher = ShardedPusher(
+                    self._rank, self._ranks, specs, self._trainer.holdings, store, runtime.node_address()
+                )
         return self._pusher.connect({name: ray_fan_out({name: actor}, workers) for name, actor in engines.items()})
 
     def push(self, version: int, engines: Collection[str] | None) -> None:
