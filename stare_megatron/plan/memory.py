@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -48,8 +49,17 @@ class Residency:
 
 
 def residency(config: Config) -> Mapping[Phase, Residency]:
-    """Of a run with these settings: everything stays where it is."""
-    return dict.fromkeys(Phase, Residency())
+    """As `trainer.offload` says. The optimizer's state, where it is named, comes for the step alone, when activations
+    are gone: `rank_parts`."""
+    away = config.trainer.offload
+    stays = Residency("parameters" not in away, "gradients" not in away, "optimizer" not in away)
+    at_work = dataclasses.replace(stays, parameters=True)
+    return {
+        Phase.ROLLOUT: stays,
+        Phase.SCORE: at_work,
+        Phase.UPDATE: dataclasses.replace(at_work, gradients=True),
+        Phase.PUSH: at_work,
+    }
 
 
 @dataclass(frozen=True)
@@ -150,7 +160,12 @@ def rank_parts(config: Config, shape: ModelShape, given: RankInput, phase: Phase
         peak = score_peak(*how)
     else:
         return parts | ({"buffers": push_buffers(shape, dtype)} if phase is Phase.PUSH else {})
-    return parts | {"activations": peak.kept, "logits or layer": max(peak.working, peak.logits)}
+    passes = parts | {"activations": peak.kept, "logits or layer": max(peak.working, peak.logits)}
+    if phase is not Phase.UPDATE or "optimizer" in parts:
+        return passes
+    bundle = t.offload_step_mb * 2**20 or state.optimizer
+    step = parts | {"optimizer": float(min(bundle, state.optimizer))}
+    return max(passes, step, key=lambda found: sum(found.values()))
 
 
 def largest_pack(config: Config, lengths: Lengths, copies: int = 1) -> Pack:

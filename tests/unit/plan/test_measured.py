@@ -14,7 +14,7 @@ from stare_megatron.config import Config
 from stare_megatron.plan.activations import Layers
 from stare_megatron.plan.hardware import CONSTANTS, GPUS
 from stare_megatron.plan.lengths import Lengths
-from stare_megatron.plan.memory import Phase, RankInput, Residency, Use, largest_pack, rank_parts, residency, uses
+from stare_megatron.plan.memory import Phase, RankInput, Use, engine_room, largest_pack, rank_parts, residency, uses
 from stare_megatron.plan.parameters import Layout, largest
 from stare_megatron.plan.timing import Machine, Ranks
 from tests.unit.plan.models import config_of, given_for, shape_of
@@ -85,28 +85,22 @@ def test_static_memory_is_that_of_the_arithmetic() -> None:
         assert max(state) == pytest.approx(want, rel=0.001 if pipeline == 1 else 0.03)
 
 
-OFFLOADED = Residency(parameters=False, gradients=False, optimizer=False)
 # All states leave the GPU while engines sample, as slime, verl and NeMo-RL do it.
-AWAY = {
-    Phase.ROLLOUT: OFFLOADED,
-    Phase.SCORE: Residency(gradients=False, optimizer=False),
-    Phase.UPDATE: Residency(),
-    Phase.PUSH: Residency(gradients=False, optimizer=False),
-}
-# And the optimizer's step is the CPU's.
-CPU_OPTIMIZER = AWAY | {Phase.UPDATE: Residency(optimizer=False)}
+AWAY = {"offload": ["gradients", "optimizer", "parameters"]}
 
 
-def fits(config: Config, share: float, **changes: Any) -> bool:
+def offloaded(tables: dict[str, Any], **trainer: Any) -> dict[str, Any]:
+    return tables | {"trainer": tables["trainer"] | AWAY | trainer}
+
+
+def fits(config: Config, share: float) -> bool:
     """Whether a recipe fits H100s. `share`: of a GPU that its engines take while they sample."""
-    from stare_megatron.plan.memory import engine_room
-
     shape = shape_of(config.model.path.name)
     given = given_for(config)
     m, pack = given.machine, largest_pack(config, given.lengths)
     room = engine_room(config, shape, m.gpu, given.lengths, share)
-    states = changes.get("residency", residency(config))
-    found: list[Use] = uses(config, shape, m.gpu, m.constants, RankInput(m.layers, pack, 8, states), room)
+    rank = RankInput(m.layers, pack, 8, residency(config))
+    found: list[Use] = uses(config, shape, m.gpu, m.constants, rank, room)
     return all(use.free >= 0 for use in found) and room.at_full >= 1
 
 
@@ -134,11 +128,35 @@ NEMO_A3B = {
 
 
 def test_recipes_that_are_known_to_run_fit() -> None:
-    """The layouts of slime's Qwen3-32B on 8 GPUs, of NeMo-RL's on 32, and of its 30B-A3B on 32, each as offloaded as it
-    is there."""
-    assert fits(config_of("qwen3-32b", **SLIME_32B), 0.7, residency=CPU_OPTIMIZER)
-    assert fits(config_of("qwen3-32b", **NEMO_32B), 0.6, residency=AWAY)
-    assert fits(config_of("qwen3-30b-a3b", **NEMO_A3B), 0.6, residency=AWAY)
+    """The layouts of slime's Qwen3-32B on 8 GPUs, whose optimizer is a CPU's (steps in bundles here), of NeMo-RL's on
+    32, and of its 30B-A3B on 32, each as offloaded as it is there."""
+    assert fits(config_of("qwen3-32b", **offloaded(SLIME_32B, offload_step_mb=4096)), 0.7)
+    assert fits(config_of("qwen3-32b", **offloaded(NEMO_32B)), 0.6)
+    assert fits(config_of("qwen3-30b-a3b", **offloaded(NEMO_A3B)), 0.6)
+
+
+def test_a_step_on_one_node_wants_bundles() -> None:
+    """Without activations, but with all 68.6 GiB of states and what else a process holds."""
+    whole, bundles = (config_of("qwen3-32b", **offloaded(SLIME_32B, offload_step_mb=mb)) for mb in (0, 4096))
+    given = given_for(whole)
+    needs = []
+    for config in (whole, bundles):
+        rank = RankInput(given.machine.layers, largest_pack(config, given.lengths), 8, residency(config))
+        needs.append(rank_parts(config, shape_of("qwen3-32b"), rank, Phase.UPDATE, 0))
+    assert sum(needs[0].values()) / GIB == pytest.approx(68.6, rel=0.01)
+    assert "activations" not in needs[0]
+    assert sum(needs[1].values()) < sum(needs[0].values()) / 2
+
+
+def test_what_is_offloaded_leaves_while_engines_sample() -> None:
+    shape, nothing = shape_of("qwen3-32b"), config_of("qwen3-32b", **SLIME_32B)
+    given = given_for(nothing)
+    for classes, left in ((["optimizer"], {"weights", "gradients"}), (["gradients", "optimizer", "parameters"], set())):
+        config = config_of("qwen3-32b", **offloaded(SLIME_32B, offload=classes))
+        rank = RankInput(given.machine.layers, largest_pack(config, given.lengths), 8, residency(config))
+        assert rank_parts(config, shape, rank, Phase.ROLLOUT, 0).keys() == left
+        assert "weights" in rank_parts(config, shape, rank, Phase.SCORE, 0)
+        assert "optimizer" not in rank_parts(config, shape, rank, Phase.PUSH, 0)
 
 
 def test_32b_on_one_node_without_offloading_does_not_fit() -> None:
