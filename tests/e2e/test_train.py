@@ -129,7 +129,7 @@ def test_samples_hold_what_engine_and_trainer_knew(trained: Path) -> None:
 
 def learned(row: jsonl.Row) -> dict[str, str]:
     """What a step found and did, without what it cost; as text, since NaN is not equal to itself."""
-    costs = ("time/", "memory/", "throughput/", "idle/", "engine/")
+    costs = ("time/", "memory/", "throughput/", "idle/", "engine/", "rates/")
     return {name: repr(x) for name, x in row.items() if not name.startswith(costs)}
 
 
