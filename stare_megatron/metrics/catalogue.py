@@ -288,6 +288,9 @@ _FAMILIES = (
     Entry("user/max/{name}", "as reported", R.MAX, "The largest of what code from outside this package reports."),
 )
 
+# What a step took, and not what it found: equal runs differ in these alone.
+COSTS = ("time/", "memory/", "throughput/", "idle/", "engine/", "rates/")
+
 CATALOGUE: Mapping[str, Entry] = {entry.name: entry for entry in _ENTRIES}
 FAMILIES: Mapping[str, Entry] = {entry.name: entry for entry in _FAMILIES}
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from stare_megatron.metrics import jsonl
+from stare_megatron.metrics.catalogue import COSTS
 from stare_megatron.tasks.make import make
 from stare_megatron.tasks.tiny_model import default_settings
 from tests.cluster.machines import ROOT, Machine, machines, why_not
@@ -64,9 +65,8 @@ def command(shared: Path, runs: Path, **keys: Any) -> list[str | Path]:
 
 def learned(run: Path) -> list[dict[str, str]]:
     """What the steps found and did, without what it cost; as text, since NaN is not equal to itself."""
-    cost = ("time/", "memory/", "throughput/")
     rows = jsonl.read(run / "metrics.jsonl")
-    return [{name: repr(x) for name, x in row.items() if not name.startswith(cost)} for row in rows]
+    return [{name: repr(x) for name, x in row.items() if not name.startswith(COSTS)} for row in rows]
 
 
 def wait_for_step(run: Path, step: int) -> None:

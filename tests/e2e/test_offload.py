@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from stare_megatron.metrics import jsonl
+from stare_megatron.metrics.catalogue import COSTS
 from stare_megatron.tasks.make import make
 from stare_megatron.tasks.tiny_model import default_settings
 
@@ -47,9 +48,8 @@ def train(material: Path, runs: Path, name: str, **keys: Any) -> list[dict[str, 
     command = [*COMMAND, *settings(material, runs, name, **keys)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=570)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    costs = ("time/", "memory/", "throughput/")
     rows = jsonl.read(runs / name / "metrics.jsonl")
-    return [{key: repr(x) for key, x in row.items() if not key.startswith(costs)} for row in rows]
+    return [{key: repr(x) for key, x in row.items() if not key.startswith(COSTS)} for row in rows]
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from stare_megatron.metrics import jsonl, trace
+from stare_megatron.metrics.catalogue import COSTS
 from stare_megatron.tasks.make import make
 from stare_megatron.tasks.smollm2 import make_smollm2
 from stare_megatron.tasks.tiny_model import default_settings
@@ -129,8 +130,7 @@ def test_samples_hold_what_engine_and_trainer_knew(trained: Path) -> None:
 
 def learned(row: jsonl.Row) -> dict[str, str]:
     """What a step found and did, without what it cost; as text, since NaN is not equal to itself."""
-    costs = ("time/", "memory/", "throughput/", "idle/", "engine/", "rates/")
-    return {name: repr(x) for name, x in row.items() if not name.startswith(costs)}
+    return {name: repr(x) for name, x in row.items() if not name.startswith(COSTS)}
 
 
 def prompts_of(file: Path) -> list[dict[str, Any]]:
