@@ -59,6 +59,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.runs
 @pytest.mark.timeout(1200)
 def test_engines_and_ranks_take_turns_and_learn_the_same(material: Path, tmp_path: Path) -> None:
     plain = train(material, tmp_path, "plain")
