@@ -6,6 +6,8 @@ from stare_megatron.config import TrainerConfig
 from stare_megatron.errors import UserError
 from stare_megatron.models.shape import ModelShape
 
+_GIB = 2**30
+
 
 def check_layout(config: TrainerConfig, gpus: bool | None) -> None:
     """What `TrainerConfig` cannot know without Megatron-Core's rules. `gpus`: the ranks are on some; None: not known.
@@ -56,6 +58,19 @@ def recompute_modules(config: TrainerConfig, shape: ModelShape) -> list[str]:
 def element_bytes(dtype: str) -> int:
     """Of one number in `model.dtype`."""
     return 4 if dtype == "float32" else 2
+
+
+def kv_token_bytes(shape: ModelShape, tensor_parallel: int, dtype: str) -> int:
+    """Keys and values of a token on one rank of an engine; fewer heads than ranks are repeated."""
+    heads = max(1, shape.kv_groups // tensor_parallel)
+    return 2 * shape.layers * heads * shape.head_dim * element_bytes(dtype)
+
+
+def push_buffers(shape: ModelShape, dtype: str) -> int:
+    """Bytes of a push of whole tensors on a rank: the largest is gathered, copied, and packed into a buffer of at least
+    1 GiB."""
+    largest = shape.vocab * shape.hidden * element_bytes(dtype)
+    return 3 * largest + max(largest, _GIB)
 
 
 def padded_vocab(vocab: int, tensor_parallel: int) -> int:

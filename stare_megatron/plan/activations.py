@@ -12,7 +12,7 @@ import functools
 from dataclasses import dataclass
 
 from stare_megatron.config import TrainerConfig
-from stare_megatron.models.layout import padded_vocab, recompute_modules
+from stare_megatron.models.layout import element_bytes, padded_vocab, recompute_modules
 from stare_megatron.models.shape import ModelShape
 from stare_megatron.plan.parameters import Layout
 
@@ -68,7 +68,7 @@ class Sizes:
             key=shape.kv_groups * shape.head_dim / t,
             heads=(shape.heads + (shape.kv_groups if shape.qk_norm else 0)) / t,
             ffn=shape.ffn / t,
-            byte=4 if dtype == "float32" else 2,
+            byte=element_bytes(dtype),
         )
 
 

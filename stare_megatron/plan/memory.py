@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from stare_megatron.config import Config
+from stare_megatron.models.layout import element_bytes, kv_token_bytes, push_buffers
 from stare_megatron.models.shape import ModelShape
 from stare_megatron.models.weights import parameters
 from stare_megatron.plan.activations import Layers, Pack, score_peak, update_peak
@@ -97,16 +98,10 @@ class EngineRoom:
     running: int
 
 
-def kv_token_bytes(config: Config, shape: ModelShape) -> int:
-    """Keys and values of a token on one engine rank."""
-    heads = max(1, shape.kv_groups // config.inference.tensor_parallel)
-    return 2 * shape.layers * heads * shape.head_dim * (4 if config.model.dtype == "float32" else 2)
-
-
 def engine_room(config: Config, shape: ModelShape, gpu: Gpu, lengths: Lengths, share: float) -> EngineRoom:
     """`share`: of the GPU's memory that the engine may use; the batch sizes are those of `[inference.vllm]`."""
     table, i = config.inference.vllm, config.inference
-    byte = 4 if config.model.dtype == "float32" else 2
+    byte = element_bytes(config.model.dtype)
     sequences, tokens = int(table.get("max_num_seqs", 128)), int(table.get("max_num_batched_tokens", 8192))
     weights = parameters(shape) * byte / i.tensor_parallel
     width = (
@@ -116,7 +111,7 @@ def engine_room(config: Config, shape: ModelShape, gpu: Gpu, lengths: Lengths, s
     # Of a batch of tokens, and the sampler's float32 logits with a copy.
     work = byte * tokens * width + 8.0 * sequences * shape.vocab
     work += _ENGINE_WORK + (_ENGINE_LINKS if i.tensor_parallel > 1 else 0.0)
-    token = kv_token_bytes(config, shape)
+    token = kv_token_bytes(shape, i.tensor_parallel, config.model.dtype)
     kv = share * gpu.memory - weights - work
     if "kv_cache_memory_bytes" in table:
         kv = float(table["kv_cache_memory_bytes"])
@@ -128,12 +123,6 @@ def engine_room(config: Config, shape: ModelShape, gpu: Gpu, lengths: Lengths, s
     at_mean, at_full = fit(lengths.prompt + lengths.response), fit(config.window)
     budget = weights + work + max(0.0, kv) if "kv_cache_memory_bytes" in table else share * gpu.memory
     return EngineRoom(gpu.memory, budget, weights, work, kv, token, at_mean, at_full, min(at_mean, sequences))
-
-
-def push_buffers(shape: ModelShape, dtype: str) -> float:
-    """The largest tensor gathered, copied and packed into a buffer of at least 1 GiB."""
-    tensor = shape.vocab * shape.hidden * (4 if dtype == "float32" else 2)
-    return 3.0 * tensor + max(tensor, _GIB)
 
 
 @dataclass(frozen=True)
@@ -159,7 +148,7 @@ def rank_parts(config: Config, shape: ModelShape, given: RankInput, phase: Phase
     elif phase is Phase.SCORE:
         peak = score_peak(*how)
     else:
-        return parts | ({"buffers": push_buffers(shape, dtype)} if phase is Phase.PUSH else {})
+        return parts | ({"buffers": float(push_buffers(shape, dtype))} if phase is Phase.PUSH else {})
     passes = parts | {"activations": peak.kept, "logits or layer": max(peak.working, peak.logits)}
     if phase is not Phase.UPDATE or "optimizer" in parts:
         return passes

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from stare_megatron.config import TrainerConfig
 from stare_megatron.models.entries import full_shapes
 from stare_megatron.models.families import FAMILIES
-from stare_megatron.models.layout import padded_vocab
+from stare_megatron.models.layout import element_bytes, padded_vocab
 from stare_megatron.models.shape import ModelShape, Split
 
 # Elements: where a parameter may begin in a buffer, and of what a bucket's size is a multiple beside DP.
@@ -108,7 +108,7 @@ class Held:
 
     def state(self, dtype: str, *, sharded: bool) -> StateBytes:
         """In bytes, for parameters of `dtype`. The distributed optimizer keeps parameters in a padded buffer too."""
-        weight = 4 if dtype == "float32" else 2
+        weight = element_bytes(dtype)
         return StateBytes(
             parameters=weight * (self.buffer if sharded else self.parameters),
             gradients=4 * self.buffer,

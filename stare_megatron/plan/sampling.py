@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stare_megatron.config import Config
+from stare_megatron.models.layout import element_bytes
 from stare_megatron.models.shape import ModelShape
 from stare_megatron.plan.lengths import Lengths
 from stare_megatron.plan.memory import EngineRoom
@@ -41,7 +42,7 @@ class Engine:
         if shape.experts is not None:
             e = shape.experts
             experts = 3 * shape.layers * e.number * e.ffn * shape.hidden
-            byte = 4 if self.config.model.dtype == "float32" else 2
+            byte = element_bytes(self.config.model.dtype)
             untouched = (1 - e.top_k / e.number) ** sequences
             read -= experts * byte / tp * untouched
         work = work_of(shape)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from stare_megatron.config import Config
-from stare_megatron.models.layout import padded_vocab, recompute_modules
+from stare_megatron.models.layout import element_bytes, padded_vocab, recompute_modules
 from stare_megatron.models.shape import ModelShape
 from stare_megatron.models.weights import parameters
 from stare_megatron.plan import lengths as lens
@@ -165,7 +165,7 @@ class Ranks:
         """The output layer of the positions with a loss."""
         m, layout, work = self.machine, self.layout, work_of(self.shape)
         rows = tokens * self.lengths.action_share
-        byte = 4 if self.config.model.dtype == "float32" else 2
+        byte = element_bytes(self.config.model.dtype)
         columns = padded_vocab(self.shape.vocab, layout.tensor) / layout.tensor
         once = byte * rows * columns / m.memory
         products = work.head * rows / layout.tensor / m.gemm
@@ -214,7 +214,7 @@ class Ranks:
         """One step: gradients reduced over replicas, Adam, parameters gathered."""
         m, layout = self.machine, self.layout
         mine = largest(self.shape, layout, 0)
-        byte = 4 if self.config.model.dtype == "float32" else 2
+        byte = element_bytes(self.config.model.dtype)
         adam = 30.0 * mine.owned / m.memory
         links = 0.0
         if layout.replicas > 1:
@@ -284,7 +284,7 @@ class SaveTime:
 
 def save_time(config: Config, shape: ModelShape, machine: Machine) -> SaveTime:
     """Weights, master weights and moments, each once."""
-    byte = 4 if config.model.dtype == "float32" else 2
+    byte = element_bytes(config.model.dtype)
     size = parameters(shape) * (byte + (8.0 if byte == 4 else 12.0))
     each = size / config.trainer.world_size
     host = machine.gpu.host * machine.constants.host

@@ -10,7 +10,7 @@ import psutil
 from stare_megatron.config import Config
 from stare_megatron.errors import UserError
 from stare_megatron.host import device
-from stare_megatron.models.layout import element_bytes
+from stare_megatron.models.layout import kv_token_bytes
 from stare_megatron.models.shape import ModelShape
 from stare_megatron.run import folder as run_folder
 from stare_megatron.run import sizing
@@ -77,8 +77,7 @@ def on_gpus(config: Config) -> bool | None:
 
 def kv_cache_bytes(config: Config, shape: ModelShape) -> int:
     """What one sequence of the window takes of an engine rank's KV cache, in vLLM's blocks. Bytes."""
-    heads = max(1, shape.kv_groups // config.inference.tensor_parallel)
-    token = 2 * shape.layers * heads * shape.head_dim * element_bytes(config.model.dtype)
+    token = kv_token_bytes(shape, config.inference.tensor_parallel, config.model.dtype)
     block = config.inference.vllm.get("block_size", _BLOCKS[bool(on_gpus(config))])
     return -(-config.window // block) * block * token
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from stare_megatron.config import Config
 from stare_megatron.config.trainer import StateClass
 from stare_megatron.errors import UserError
-from stare_megatron.models.layout import element_bytes
+from stare_megatron.models.layout import element_bytes, push_buffers
 from stare_megatron.models.shape import ModelShape
 from stare_megatron.models.weights import expert_share
 from stare_megatron.run import folder as run_folder
@@ -145,12 +145,10 @@ def _share(config: Config, shape: ModelShape, gpu_bytes: int) -> float:
         return given if given is not None else _UNKNOWN_SHARE
     rank = resident_bytes(config, shape)
     engine = run_folder.weight_bytes(config) / i.tensor_parallel
-    # A push gathers the largest tensor, copies it, and packs it into a buffer of at least 1 GiB.
-    largest = shape.vocab * shape.hidden * element_bytes(config.model.dtype)
     free = gpu_bytes - rank - _CONTEXTS_BYTES
     part = _SHARE_BESIDE_OFFLOAD if config.trainer.offload else 0.5
     if not config.trainer.offload:
-        free -= 3 * largest + max(largest, _GIB)
+        free -= push_buffers(shape, config.model.dtype)
     share = given if given is not None else max(0, math.floor(100 * part * free / gpu_bytes)) / 100
     sizes = (
         f"a trainer rank holds {rank / _GIB:.1f} GiB while engines sample and an engine's weights take "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from launch import Rank
+from launch import Rank, joined
 
 
 def run(here: Rank, *, cases: list[dict[str, Any]]) -> list[list[str]]:
@@ -15,23 +15,12 @@ def run(here: Rank, *, cases: list[dict[str, Any]]) -> list[list[str]]:
     an optimizer that has stepped where `optimizer` is true. `trainer`: fields of a TrainerConfig; `port`.
     """
     from stare_megatron.config import TrainerConfig
-    from stare_megatron.trainer import parallel
 
     found = []
     for case in cases:
         trainer = TrainerConfig(world_size=here.world_size, **case["trainer"])
-        parallel.initialize(
-            trainer,
-            rank=here.rank,
-            world_size=here.world_size,
-            local_rank=here.local_rank,
-            master_addr=here.master_addr,
-            master_port=case["port"],
-            seed=5,
-            timeout_s=60,
-        )
-        found.append(_load_and_save(case, trainer))
-        parallel.shutdown()
+        with joined(here, trainer, case["port"]):
+            found.append(_load_and_save(case, trainer))
     return found
 
 

@@ -23,12 +23,16 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from stare_megatron.host import device
 from stare_megatron.host.ports import free_port as free_port
+
+if TYPE_CHECKING:
+    from stare_megatron.config import TrainerConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,6 +46,25 @@ class Rank:
     local_rank: int
     master_addr: str
     master_port: int
+
+
+@contextlib.contextmanager
+def joined(here: Rank, trainer: TrainerConfig, port: int) -> Iterator[None]:
+    """Within, this process is a rank of the layout `trainer`, for workers that try several; each has a `port`."""
+    from stare_megatron.trainer import parallel
+
+    parallel.initialize(
+        trainer,
+        rank=here.rank,
+        world_size=here.world_size,
+        local_rank=here.local_rank,
+        master_addr=here.master_addr,
+        master_port=port,
+        seed=5,
+        timeout_s=60,
+    )
+    yield
+    parallel.shutdown()  # not after an error: others may still wait in a collective
 
 
 def launch(target: str, ranks: int, arguments: dict[str, Any] | None = None, timeout: float = 180.0) -> list[Any]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch import Rank
+from launch import Rank, joined
 
 VOCAB = 112
 LENGTHS = (17, 5, 9, 20, 3, 12, 8, 30, 4, 11, 7, 26, 2, 15, 6, 22)
@@ -35,7 +35,6 @@ def sequences() -> list[Any]:
 def run(here: Rank, *, cases: list[dict[str, Any]]) -> list[Outcome]:
     """Each case: `path`, `port`, `dtype`, and the fields of a TrainerConfig under `trainer`; all in this process."""
     from stare_megatron.config import TrainerConfig
-    from stare_megatron.trainer import parallel
 
     outcomes = []
     for case in cases:
@@ -44,18 +43,8 @@ def run(here: Rank, *, cases: list[dict[str, Any]]) -> list[Outcome]:
             optimizer={"lr": 1e-2, "clip_grad": 0.5, "weight_decay": 0.1},  # type: ignore[arg-type]
             **case["trainer"],
         )
-        parallel.initialize(
-            trainer,
-            rank=here.rank,
-            world_size=here.world_size,
-            local_rank=here.local_rank,
-            master_addr=here.master_addr,
-            master_port=case["port"],
-            seed=5,
-            timeout_s=60,
-        )
-        outcomes.append(_train(Path(case["path"]), trainer, case.get("dtype", "float32")))
-        parallel.shutdown()
+        with joined(here, trainer, case["port"]):
+            outcomes.append(_train(Path(case["path"]), trainer, case.get("dtype", "float32")))
     return outcomes
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch import Rank
+from launch import Rank, joined
 
 
 @dataclass(frozen=True)
@@ -23,23 +23,12 @@ class Counted:
 def run(here: Rank, *, cases: list[dict[str, Any]]) -> list[Counted]:
     """Each case: `path`, `port`, `dtype`, and the fields of a TrainerConfig under `trainer`; all in this process."""
     from stare_megatron.config import TrainerConfig
-    from stare_megatron.trainer import parallel
 
     found = []
     for case in cases:
         trainer = TrainerConfig(world_size=here.world_size, **case["trainer"])
-        parallel.initialize(
-            trainer,
-            rank=here.rank,
-            world_size=here.world_size,
-            local_rank=here.local_rank,
-            master_addr=here.master_addr,
-            master_port=case["port"],
-            seed=5,
-            timeout_s=60,
-        )
-        found.append(_count(Path(case["path"]), trainer, case["dtype"]))
-        parallel.shutdown()
+        with joined(here, trainer, case["port"]):
+            found.append(_count(Path(case["path"]), trainer, case["dtype"]))
     return found
 
 
