@@ -111,8 +111,7 @@ class TrainerActor:
             self._wanted = self._all_names()
         elif sums == "share":
             turn = version // self._config.sync.probe_every
-            sharded = {"experts": True} if self._sharded else {}
-            self._wanted = share(self._stream.specs, turn, **sharded)
+            self._wanted = share(self._stream.specs, turn, experts=self._sharded is not None)
         with self._activity.during("push", f"version {version}"):
             if self._sharded:
                 self._sharded.push(version, engines)

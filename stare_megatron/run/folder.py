@@ -88,10 +88,6 @@ class RunFolder:
         return self.path / "samples"
 
     @property
-    def trace(self) -> Path:
-        return self.path / "trace.jsonl"
-
-    @property
     def checkpoints(self) -> Path:
         return self.path / CHECKPOINTS
 

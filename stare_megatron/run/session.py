@@ -61,12 +61,12 @@ def open_session(
         doctor.short(config, logs if trainers else None)
         places = placement.plan(config, trainers=trainers)
         stack.callback(places.release)
+        shape = read_hf_config(config.model.path)
         if device.current() is device.Device.CUDA:
-            shape = read_hf_config(config.model.path)
             config = sizing.with_engine_sizes(config, shape, places.gpu_bytes, load, trainers=trainers)
             status("engines: " + ", ".join(f"{key} {value}" for key, value in config.inference.vllm.items()))
         if trainers and config.trainer.offload:
-            kept = sizing.arena_bytes(config, read_hf_config(config.model.path)) / 2**30
+            kept = sizing.arena_bytes(config, shape) / 2**30
             status(f"trainer.offload: {kept:.2f} GiB of host memory for each of {ranks} trainer ranks")
         sandboxes = Sandboxes(config.sandbox, logs, wanted=config.uses_sandbox)
         stack.callback(sandboxes.close)
@@ -74,8 +74,7 @@ def open_session(
         runner = functools.partial(make_runner, config)
 
         def start_ranks() -> TrainerGroup:
-            cost = read_hf_config(config.model.path).sequence_cost
-            group = TrainerGroup(config, places.trainers, logs, status, cost)
+            group = TrainerGroup(config, places.trainers, logs, status, shape.sequence_cost)
             stack.callback(group.close)
             return group
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,11 +36,9 @@ class Timeline:
         self._driver = ActivityLog()
         self._begin()
 
-    @contextlib.contextmanager
-    def during(self, phase: str) -> Iterator[None]:
+    def during(self, phase: str) -> AbstractContextManager[None]:
         """A phase of the driver's."""
-        with self._driver.during(phase):
-            yield
+        return self._driver.during(phase)
 
     def gather(self) -> Gathered:
         """Ask every process what it did since it was last asked."""

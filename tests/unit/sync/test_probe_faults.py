@@ -241,7 +241,7 @@ def test_experts_take_no_turn(monkeypatch):
 
 def test_a_rank_takes_turns_by_probes_and_not_by_versions(monkeypatch):
     asked: list[int] = []
-    monkeypatch.setattr(check, "share", lambda specs, turn: asked.append(turn) or frozenset())
+    monkeypatch.setattr(check, "share", lambda specs, turn, *, experts: asked.append(turn) or frozenset())
     rank: Any = object.__new__(TrainerActor.__ray_metadata__.modified_class)
     rank._config = SimpleNamespace(sync=SyncConfig(probe_every=4))
     rank._stream, rank._found, rank._sharded = SimpleNamespace(specs=()), {}, None
