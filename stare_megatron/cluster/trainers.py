@@ -16,7 +16,6 @@ from stare_megatron.cluster.weights import Address, ShardedRank, ray_fan_out
 from stare_megatron.config import Config
 from stare_megatron.data.packing import plan_updates
 from stare_megatron.errors import RunError
-from stare_megatron.host import device
 from stare_megatron.host.manifest import FileEntry
 from stare_megatron.host.ports import free_port
 from stare_megatron.sync.check import added
@@ -67,7 +66,6 @@ class TrainerActor:
         return runtime.node_address(), self._config.cluster.port or free_port()
 
     def start(self, master_addr: str, master_port: int) -> Position:
-        device.has_transformer_engine()  # refuses a broken one, on which importing Megatron-Core fails less clearly
         from stare_megatron.trainer.rank import TrainerRank
 
         self._trainer = TrainerRank(

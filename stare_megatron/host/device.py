@@ -238,7 +238,9 @@ def engine_environment() -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
     }
     if current() is Device.CUDA:
-        return common
+        # vLLM takes it to be there, as pip installs it, and asks before it looks.
+        without = {} if importlib.util.find_spec("flashinfer") else {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
+        return common | without
     return common | {
         "LD_PRELOAD": ":".join(_preloads()),
         "OMP_NUM_THREADS": "1",

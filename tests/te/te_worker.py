@@ -36,7 +36,11 @@ def run(here: Rank, *, cases: dict[str, dict[str, Any]]) -> dict[str, dict[str, 
     import dataclasses
 
     from stare_megatron.config import TrainerConfig
-    from stare_megatron.trainer import parallel
+    from stare_megatron.host import device
+
+    # What Megatron-Core finds when it is imported is settled for the process.
+    with mock.patch.object(device, "has_transformer_engine", return_value=True):
+        from stare_megatron.trainer import parallel
 
     ports, found = Ports(here), {}
     for name, case in cases.items():

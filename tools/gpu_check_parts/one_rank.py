@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import numpy as np
@@ -21,9 +21,10 @@ from safetensors.torch import load_file
 from stare_megatron.config import Config, parse
 from stare_megatron.host import device
 from stare_megatron.host.ports import free_port
-from stare_megatron.trainer.rank import TrainerRank
 from stare_megatron.types import Control
-from tools.bench_trainer import load, make_rank
+
+if TYPE_CHECKING:
+    from stare_megatron.trainer.rank import TrainerRank
 
 PROBE = np.arange(5, 69, dtype=np.int32)
 STEPS = 3
@@ -55,6 +56,8 @@ def as_torchrun() -> None:
 
 def steps(trainer: TrainerRank, config: Config, count: int, first: int) -> list[dict[str, float]]:
     """Load, score, update `count` times."""
+    from tools.bench_trainer import load
+
     seen = []
     for number in range(first, first + count):
         load(trainer, config, number)
@@ -105,8 +108,9 @@ def main(argv: list[str]) -> int:
     config = configuration(model, dtype)
     began = time.perf_counter()
     chosen = mock.patch.object(device, "has_transformer_engine", return_value=layers == "transformer_engine")
-    with chosen:
+    with chosen:  # before anything of Megatron-Core is imported, which takes what it finds
         from stare_megatron.trainer.spec import providers
+        from tools.bench_trainer import make_rank
 
         trainer = make_rank(config)
         found: dict[str, Any] = {"layers": providers().layers, "adam": providers().adam}

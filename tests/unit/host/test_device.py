@@ -65,6 +65,7 @@ def test_a_broken_transformer_engine_is_refused_by_name(monkeypatch, tmp_path, f
     (package / "__init__.py").write_text("")
     (package / "pytorch.py").write_text(f"raise {fault}\n")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "transformer_engine", raising=False)  # hidden, where ranks were imported
     monkeypatch.setattr(device, "current", lambda: device.Device.CUDA)
     device.has_transformer_engine.cache_clear()
     with pytest.raises(UserError, match=r"Transformer Engine is installed and cannot be imported") as e:
@@ -103,6 +104,33 @@ except UserError as e:
         [sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.stdout.startswith("False Transformer Engine is installed and cannot be imported"), done.stderr
+
+
+def test_megatron_core_does_not_see_what_serves_nothing(tmp_path):
+    """Or Apex: on a CPU it would take their Adam, which works on GPUs only."""
+    for name in ("transformer_engine", "apex"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('imported')\n")
+    code = """
+from stare_megatron.trainer import optimizer
+from megatron.core.extensions.transformer_engine import HAVE_TE
+print(HAVE_TE, optimizer.upstream.Adam.__module__)
+"""
+    root = Path(__file__).parents[3]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{root}", "STARE_DEVICE": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout == "False stare_megatron_patches.torch_adam_step\n", done.stderr
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_an_engine_is_not_asked_for_a_sampler_that_is_not_there(monkeypatch, tmp_path, installed):
+    """vLLM imports FlashInfer without looking, unless told not to."""
+    if installed:
+        (tmp_path / "flashinfer.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(device, "current", lambda: device.Device.CUDA)
+    assert ("VLLM_USE_FLASHINFER_SAMPLER" in device.engine_environment()) is not installed
 
 
 @pytest.mark.parametrize(
