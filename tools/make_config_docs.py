@@ -33,6 +33,20 @@ method.
 * Numbers are finite. Where a key sets no bounds of its own, whole numbers are below 2^31, others at most 1e9 and not
   smaller than 1e-30.
 
+## Files that share settings
+
+```toml
+include = "../base/long_cot.toml"   # or a list; relative to this file
+
+[rollout]
+max_response_tokens = 24576         # this file's own keys win, later files over earlier ones
+```
+
+Tables are merged key by key; a list is a value, and is replaced whole. Included files may include others. A file that
+is not there, files that include each other, and a table in one where another has a value are refused; a message about a
+value names the file that it came from, or the command line. A run records what came out (`config.toml` of its folder),
+which includes nothing.
+
 ## Options of Megatron-Core and vLLM
 
 `[trainer.megatron]` and `[inference.vllm]` take these fields of Megatron-Core's `TransformerConfig` and of vLLM's

@@ -12,9 +12,11 @@ from typing import Any
 from pydantic import Field, ValidationError
 from pydantic.fields import FieldInfo
 
+from stare_megatron.config import include
 from stare_megatron.config.base import FREE_ON_RESUME, Section, section_of
 from stare_megatron.config.cluster import ClusterConfig
 from stare_megatron.config.config import Config
+from stare_megatron.config.include import COMMAND_LINE, Source
 from stare_megatron.config.methods import METHODS
 from stare_megatron.config.registry import Choice, OpenTable
 from stare_megatron.errors import UserError, nearest, suggest
@@ -54,22 +56,18 @@ _MUST = {
 
 
 def load(path: Path, overrides: list[str]) -> Config:
-    """Read a TOML file and apply `key.sub=value` overrides (values are TOML; a bare word is a string).
+    """Read a TOML file, with what its `include` names, and apply `key.sub=value` overrides (values are TOML; a bare
+    word is a string).
 
-    Relative paths in the file are resolved against the current directory.
+    Relative paths in the file are resolved against the current directory, those of `include` against the file.
 
     Raises:
         UserError: unreadable file, malformed TOML, unknown key, wrong value.
     """
-    try:
-        tree = tomllib.loads(path.read_text())
-    except OSError as e:
-        raise UserError(f"{path}: cannot read the configuration: {e.strerror}") from e
-    except (ValueError, RecursionError) as e:  # no UTF-8 and numbers of thousands of digits among them
-        raise UserError(f"{path}: not valid TOML: {e}") from e
+    source = include.read(path)
     for item in overrides:
-        _override(tree, item)
-    return parse(tree, str(path))
+        _override(source, item)
+    return _parsed(source)
 
 
 class _Alone(Section):
@@ -82,27 +80,31 @@ def cluster_alone(overrides: list[str]) -> ClusterConfig:
     Raises:
         UserError: as `load`.
     """
-    tree: dict[str, Any] = {}
+    source = Source(COMMAND_LINE)
     for item in overrides:
-        _override(tree, item)
-    _check_text(tree, "command line")
+        _override(source, item)
+    _check_text(source.tree, source.origin)
     try:
-        return _Alone.model_validate(tree).cluster
+        return _Alone.model_validate(source.tree).cluster
     except ValidationError as e:
-        raise UserError(_explain(e, "command line", tree)) from e
+        raise UserError(_explain(e, source)) from e
 
 
 def parse(tree: dict[str, Any], origin: str) -> Config:
     """Validate a nested mapping; `origin` names it in errors."""
-    _check_text(tree, origin)
+    return _parsed(Source(origin, tree))
+
+
+def _parsed(source: Source) -> Config:
+    _check_text(source.tree, source.origin)
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(source.tree)
     except RecursionError as e:
-        raise UserError(f"{origin}: nested too deep") from e
+        raise UserError(f"{source.origin}: nested too deep") from e
     except ValidationError as e:
-        raise UserError(_explain(e, origin, tree)) from e
+        raise UserError(_explain(e, source)) from e
     except UserError as e:  # of an object that the configuration names
-        raise UserError(f"{origin}: {e}") from e
+        raise UserError(f"{source.origin}: {e}") from e
 
 
 def _check_text(tree: dict[str, Any], origin: str) -> None:
@@ -117,21 +119,22 @@ def _check_text(tree: dict[str, Any], origin: str) -> None:
         raise UserError(f"{origin}: holds a number of thousands of digits") from e
 
 
-def _override(tree: dict[str, Any], item: str) -> None:
+def _override(source: Source, item: str) -> None:
     key, eq, text = item.partition("=")
     parts = key.strip().split(".")
     if not eq or not all(parts):
-        raise UserError(f"command line: {item!r} is not key.sub=value")
+        raise UserError(f"{COMMAND_LINE}: {item!r} is not key.sub=value")
     try:
         value = tomllib.loads(f"v = {text}")["v"]
     except (ValueError, RecursionError):
         value = text
-    node = tree
+    node = source.tree
     for part in parts[:-1]:
         node = node.setdefault(part, {})
         if not isinstance(node, dict):
-            raise UserError(f"command line: {item!r}: {part!r} is a value, not a table")
+            raise UserError(f"{COMMAND_LINE}: {item!r}: {part!r} is a value, not a table")
     node[parts[-1]] = value
+    source.files[tuple(parts)] = COMMAND_LINE
 
 
 @dataclass(frozen=True)
@@ -176,11 +179,13 @@ def all_keys(tree: Mapping[str, Any] | None = None) -> dict[str, str]:
     return {key.name: key.field.description or "" for key in walk(tree)}
 
 
-def _explain(error: ValidationError, origin: str, tree: Mapping[str, Any]) -> str:
+def _explain(error: ValidationError, source: Source) -> str:
     """The first fault, as one line; a key that is not known comes before one that is missing, which it may be."""
     errors = error.errors()
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    key = ".".join(part for part in first["loc"] if isinstance(part, str))
+    parts = [part for part in first["loc"] if isinstance(part, str)]
+    key, tree = ".".join(parts), source.tree
+    origin = source.origin if first["type"] == "missing" else source.of(parts)
     if first["type"] == "extra_forbidden":
         return f"{origin}: unknown key {key!r}{hint(key, tree)}"
     if first["type"] == "missing":
