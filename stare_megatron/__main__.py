@@ -16,6 +16,7 @@ from stare_megatron.convert import arguments
 from stare_megatron.data.prepare.recipes import RECIPES
 from stare_megatron.data.prepare.settings import INSTRUCTION
 from stare_megatron.errors import RunError, UserError
+from stare_megatron.launch import arguments as launch_arguments
 from stare_megatron.plan.arguments import ABOUT, EXAMPLES, add_plan
 
 Handler = Callable[[argparse.Namespace, list[str]], int]
@@ -53,6 +54,13 @@ def _doctor(args: argparse.Namespace, rest: list[str]) -> int:
     from stare_megatron.doctor import command
 
     return command.run([*args.settings, *rest], Console())
+
+
+def _launch(args: argparse.Namespace, rest: list[str]) -> int:
+    from stare_megatron.launch import command
+
+    print(command.run(args, rest))
+    return 0
 
 
 def _plan(args: argparse.Namespace, rest: list[str]) -> int:
@@ -266,6 +274,8 @@ def _add_runs(commands: Any) -> None:
     add("--out", type=paths.argument, metavar="FILE", help="file to write (default: RUN/trace.json)")
 
     add_plan(_command(commands, "plan", _plan, ABOUT, *EXAMPLES))
+    launch = _command(commands, "launch", _launch, launch_arguments.ABOUT, *launch_arguments.EXAMPLES)
+    launch_arguments.add_launch(launch)
 
     add = _command(commands, "plot", _plot, "draw a run's curves from its metrics", "plot runs/demo").add_argument
     add("run", type=paths.argument, help="run folder")
@@ -367,7 +377,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     # argparse takes a list of positionals in one piece only; overrides after an option are what is left over.
     args, rest = parser.parse_known_args(argv)
-    if rest and (args.handler not in (_train, _eval, _plan) or any(item.startswith("-") for item in rest)):
+    if rest and (args.handler not in (_train, _eval, _plan, _launch) or any(item.startswith("-") for item in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return args.handler(args, rest)

@@ -13,6 +13,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from stare_megatron.cluster.bundles import own_engines, reserved, sandbox
 from stare_megatron.cluster.nodes import nodes
 from stare_megatron.config import Config
 from stare_megatron.errors import UserError
@@ -66,8 +67,7 @@ def _where() -> tuple[str, str, int]:
 
 def actors(config: Config, trainers: int) -> int:
     """Logical CPUs of a local Ray for `trainers` ranks, the engines, the sandbox, and one to spare."""
-    pool = config.uses_sandbox and not config.sandbox.url
-    sandboxes = math.ceil(config.sandbox.actors * config.sandbox.actor_cpus) if pool else 0
+    sandboxes = math.ceil(sum(bundle["CPU"] for bundle in sandbox(config)))
     return trainers + config.inference.engines + sandboxes + 1
 
 
@@ -81,7 +81,7 @@ def plan(config: Config, *, trainers: bool = True) -> Placement:
     ranks, i = config.trainer.world_size if trainers else 0, config.inference
     if device.current() is device.Device.CPU:
         # Ranks and engines alike over the nodes.
-        group = _reserve([{"CPU": 1.0}] * (ranks + i.engines), "SPREAD")
+        group = _reserve(reserved(config, gpus=False, trainers=trainers), "SPREAD")
         slots = [
             Slot({"num_cpus": 1, "scheduling_strategy": PlacementGroupSchedulingStrategy(group, k)}, environment, local)
             for k, (environment, local) in enumerate(
@@ -90,8 +90,8 @@ def plan(config: Config, *, trainers: bool = True) -> Placement:
             )
         ]
         return Placement(tuple(slots[:ranks]), tuple(slots[ranks:]), group, 0)
-    own = i.engines if i.placement == "separate" or not trainers else 0
-    group = _reserve([{"GPU": 1.0, "CPU": 1.0}] * ranks + [{"GPU": float(i.tensor_parallel), "CPU": 1.0}] * own, "PACK")
+    own = own_engines(config, trainers=trainers)
+    group = _reserve(reserved(config, gpus=True, trainers=trainers), "PACK")
     with contextlib.ExitStack() as stack:
         stack.callback(remove_placement_group, group)
         places = _on_gpus(config, group, ranks, own)

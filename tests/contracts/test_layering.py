@@ -35,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "cluster": CONTRACTS | {"trainer", "inference", "sync", "sandbox", "data"},
     "doctor": CONTRACTS | {"cluster"},
     "plan": CONTRACTS | {"models", "metrics"},
+    "launch": CONTRACTS | {"models", "cluster", "run"},
     "convert": CONTRACTS | {"models", "data"},
     "checkpoint": CONTRACTS | {"algo", "data"},
     "compare": CONTRACTS | {"metrics"},
@@ -55,7 +56,8 @@ ALLOWED: dict[str, set[str]] = {
         "checkpoint",
         "inference",
     },
-    "__main__": CONTRACTS | {"run", "doctor", "plan", "metrics", "study", "compare", "convert", "data", "tasks"},
+    "__main__": CONTRACTS
+    | {"run", "doctor", "plan", "launch", "metrics", "study", "compare", "convert", "data", "tasks"},
     # The Python API, imported when asked for.
     "__init__": {"run", "config", "errors"},
     "patches": {"host"},
@@ -104,7 +106,8 @@ THIRD_PARTY: dict[str, set[str]] = {
     "annotated_types": {"config"},
     "httpx": {"sandbox"},
     "tomli_w": {"run"},
-    "psutil": {"run", "inference", "cluster", "host", "study", "rewards", "convert", "doctor"},
+    "psutil": {"run", "inference", "cluster", "host", "study", "rewards", "convert", "doctor", "launch"},
+    "yaml": {"launch"},
     "xxhash": {"host", "convert"},
     "packaging": {"patches"},
     "huggingface_hub": {"data"},
@@ -131,6 +134,7 @@ LIGHT = (
     "stare_megatron.run.preflight",
     "stare_megatron.run.folder",
     "stare_megatron.plan.command",
+    "stare_megatron.launch.command",
     "stare_megatron.config",
 )
 

@@ -1,0 +1,42 @@
+"""What a job would be refused for once it has its nodes, found before it waits for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stare_megatron.errors import UserError
+from stare_megatron.launch.job import Job, named_paths
+from stare_megatron.models.families import read_hf_config
+from stare_megatron.run import preflight
+
+
+def check(job: Job, *, container: bool) -> tuple[str, ...]:
+    """Of a job whose nodes see this machine's files; `container`: but not its packages. Returns notes.
+
+    Raises:
+        UserError: what `train` would refuse, with its cure.
+    """
+    if not container:
+        return preflight.check(job.config)
+    preflight.check_data(job.config)
+    shape = read_hf_config(job.config.model.path)
+    preflight.check_weights(job.config.model.path, shape)
+    preflight.check_initial(job.config.model.weights)
+    preflight.check_layout(job.config, shape)
+    preflight.check_window(job.config, shape)
+    return ()
+
+
+def check_seen(job: Job, mounts: dict[str, Path]) -> None:
+    """`mounts`: claims, and where pods see them.
+
+    Raises:
+        UserError: a path of the run is in none of them.
+    """
+    for key, path in (*named_paths(job.config), ("--folder", job.folder)):
+        if not any(path.is_relative_to(mount) for mount in mounts.values()):
+            seen = ", ".join(f"{name}:{mount}" for name, mount in mounts.items()) or "none is given"
+            raise UserError(
+                f"{key} = {str(path)!r}: pods see the folders of --claim alone ({seen}); write the path as a pod sees "
+                "it, or add its claim"
+            )
