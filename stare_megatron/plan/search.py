@@ -51,7 +51,8 @@ def search(config: Config, shape: ModelShape, given: Given) -> list[Proposal]:
     for _, _, changes in _distinct(sorted(ranked)):
         for engines in _engines(config, shape):
             whole = changes | engines
-            if config.inference.placement == "colocated":
+            # With `offload` the run itself chooses nearly all that ranks leave.
+            if config.inference.placement == "colocated" and not config.trainer.offload:
                 used = memory_of(violations.changed_config(config, whole), shape, given)[1]
                 whole[_SHARE] = roomiest_share(used, given.machine.gpu)
             if not whole.get(_SHARE, 1.0):

@@ -127,6 +127,16 @@ def test_proposals_fit_and_are_ranked() -> None:
     assert "MFU" in found[0].why
 
 
+def test_layouts_are_found_beside_offload_too() -> None:
+    """Where the run chooses the engines' share itself."""
+    trainer = TRAINER | {"world_size": 16, "offload": ["gradients", "optimizer", "parameters"]}
+    config = config_of("qwen2.5-7b", rollout=ROLLOUT, trainer=trainer, inference={"engines": 16})
+    assert not make(config, shape_of("qwen2.5-7b"), given_for(config)).violations
+    found = search(config, shape_of("qwen2.5-7b"), given_for(config))
+    assert found
+    assert not any("inference.vllm.gpu_memory_utilization" in proposal.changes for proposal in found)
+
+
 def test_experts_are_searched_too() -> None:
     config = config_of(
         "qwen3-30b-a3b", rollout=ROLLOUT, trainer={"world_size": 32}, inference={"engines": 16, "tensor_parallel": 2}
