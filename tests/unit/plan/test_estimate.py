@@ -129,7 +129,7 @@ def test_proposals_fit_and_are_ranked() -> None:
 
 def test_layouts_are_found_beside_offload_too() -> None:
     """Where the run chooses the engines' share itself."""
-    trainer = TRAINER | {"world_size": 16, "offload": ["gradients", "optimizer", "parameters"]}
+    trainer = TRAINER | {"world_size": 16, "tensor_parallel": 4, "offload": ["gradients", "optimizer", "parameters"]}
     config = config_of("qwen2.5-7b", rollout=ROLLOUT, trainer=trainer, inference={"engines": 16})
     assert not make(config, shape_of("qwen2.5-7b"), given_for(config)).violations
     found = search(config, shape_of("qwen2.5-7b"), given_for(config))
