@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from stare_megatron.errors import UserError, suggest
 
+_INCLUDE = re.compile(r'^include = "([^"]+)"$', re.MULTILINE)
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def shipped(folder: str, name: str) -> str:
     """The text of a file of `docs` or `examples`, of a page named without `.md`; for "" the names, one per line.
+
+    What an example includes stays where it is: the text names it by its whole path, so that it can be saved anywhere.
 
     Raises:
         UserError: no such file.
@@ -21,4 +25,7 @@ def shipped(folder: str, name: str) -> str:
     files = {file.relative_to(root).as_posix().removesuffix(".md"): file for file in found}
     if name and name not in files:
         raise UserError(f"no {name!r} in {folder}{suggest(name, files) or '; without a name they are listed'}")
-    return files[name].read_text() if name else "\n".join(files)
+    if not name:
+        return "\n".join(files)
+    text, beside = files[name].read_text(), files[name].parent
+    return _INCLUDE.sub(lambda found: f'include = "{(beside / found[1]).resolve()}"', text)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from stare_megatron import __main__, config
+from stare_megatron.launch import job
 from stare_megatron.study import spec
 from tests.unit.convert import hf_folders
 from tests.unit.docs.commands import PROGRAMS, ROOT, Command, commands, pages
@@ -65,6 +66,9 @@ def test_the_program_takes_it(command, monkeypatch):
     args, rest = parse(filled(command.words[1:]))
     if command.words[1] in ("train", "eval"):
         config.load(args.config, [*args.overrides, *rest])
+        return
+    if command.words[1] == "launch":
+        job.of(args, rest)
         return
     assert rest == []
     if command.words[1] == "study" and args.study.exists():

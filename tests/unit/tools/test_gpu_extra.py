@@ -81,7 +81,7 @@ def test_the_image_takes_python_and_cuda_of_the_wheels():
 
 def test_torch_comes_before_the_extension_and_that_before_the_rest():
     text = FILES["tools/docker/Dockerfile.gpu"]
-    assert text.index('pip install "torch') < text.index("build_te.sh python") < text.index("[gpu]")
+    assert text.index('pip install "torch') < text.index("build_te.sh python") < text.index("[gpu,")
     assert "--no-build-isolation" in FILES["tools/build_te.sh"]
 
 
