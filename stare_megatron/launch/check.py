@@ -8,6 +8,7 @@ from stare_megatron.errors import UserError
 from stare_megatron.launch.job import Job, named_paths
 from stare_megatron.models.families import read_hf_config
 from stare_megatron.run import preflight
+from stare_megatron.run.folder import CHECKPOINTS
 
 
 def check(job: Job, *, container: bool) -> tuple[str, ...]:
@@ -16,15 +17,24 @@ def check(job: Job, *, container: bool) -> tuple[str, ...]:
     Raises:
         UserError: what `train` would refuse, with its cure.
     """
+    goes_on = _goes_on(job)
     if not container:
-        return preflight.check(job.config)
+        return (*preflight.check(job.config), *goes_on)
     preflight.check_data(job.config)
     shape = read_hf_config(job.config.model.path)
     preflight.check_weights(job.config.model.path, shape)
     preflight.check_initial(job.config.model.weights)
     preflight.check_layout(job.config, shape)
     preflight.check_window(job.config, shape)
-    return ()
+    return goes_on
+
+
+def _goes_on(job: Job) -> tuple[str, ...]:
+    """A note where the run is not a new one."""
+    latest = job.config.folder / CHECKPOINTS / "latest"
+    if not latest.is_file():
+        return ()
+    return (f"{job.config.folder} has checkpoints: the job goes on from {latest.read_text().strip()}",)
 
 
 def check_seen(job: Job, mounts: dict[str, Path]) -> None:

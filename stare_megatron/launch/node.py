@@ -130,7 +130,7 @@ class Node:
         while (code := self._driver.poll()) is None:
             if (self._part.state / "stop").exists():
                 self._tell()
-            if ray.poll() is not None:
+            if ray.poll() is not None and not self._told:
                 _say(f"Ray ended with code {ray.poll()}; its output is {_output(self._part)}")
                 self._tell()
             time.sleep(_POLL_S)

@@ -31,8 +31,14 @@ def install(folder: Path, nodes: Sequence[tuple[str, int]]) -> Path:
 
 def sbatch(folder: Path, script: str) -> None:
     """Leave the job to a process of its own."""
-    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    subprocess.Popen([sys.executable, __file__, str(folder), "job", script], start_new_session=True, **quiet)
+    with Path(os.devnull).open("r+") as nothing:  # whoever reads our words does not wait for the job
+        subprocess.Popen(
+            [sys.executable, __file__, str(folder), "job", script],
+            start_new_session=True,
+            stdin=nothing,
+            stdout=nothing,
+            stderr=nothing,
+        )
     sys.stdout.write(f"Submitted batch job {JOB}\n")
 
 

@@ -61,6 +61,15 @@ def test_slurm_gets_the_script_and_the_settings(ready, tmp_path, capsys, monkeyp
     assert str(folder / "job/run.toml") in (folder / "job.sbatch").read_text()
 
 
+def test_a_run_that_goes_on_is_said_to(ready, tmp_path, capsys, monkeypatch):
+    program(tmp_path, "sbatch", "true", monkeypatch)
+    latest = tmp_path / "runs/Launched_1/checkpoints/latest"
+    latest.parent.mkdir(parents=True)
+    latest.write_text("step_000003\n")
+    assert main(["launch", "slurm", str(ready)]) == 0
+    assert "has checkpoints: the job goes on from step_000003" in capsys.readouterr().out
+
+
 def test_what_slurm_says_is_passed_on(ready, tmp_path, capsys, monkeypatch):
     program(tmp_path, "sbatch", "echo 'invalid partition specified' >&2; exit 1", monkeypatch)
     assert main(["launch", "slurm", str(ready)]) == 2
