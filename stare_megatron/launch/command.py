@@ -18,6 +18,8 @@ from stare_megatron.launch import check, k8s, slurm
 from stare_megatron.launch import job as jobs
 from stare_megatron.launch.job import Job
 
+_FEW = 3
+
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> str:
     """Launch, or with `--dry-run` render alone; returns what is to be printed.
@@ -46,7 +48,7 @@ def _slurm(job: Job, args: argparse.Namespace) -> str:
     logs = _logs(job)
     notes = check.check(job, container=bool(options.container))
     _write({job.folder / slurm.SCRIPT: script, job.run_file: job.settings})
-    said = _submit(["sbatch", str(job.folder / slurm.SCRIPT)], "run it where sbatch is, or see --dry-run")
+    said = _submit(["sbatch", str(job.folder / slurm.SCRIPT)], "sbatch must be here and take the job: see --dry-run")
     return "\n".join([*(f"note: {note}" for note in notes), said, f"logs       {logs}/JOB-START/HOST.log"])
 
 
@@ -63,14 +65,21 @@ def _k8s(job: Job, args: argparse.Namespace) -> str:
         raise UserError("kubectl is not on PATH: run it where it is, or see --dry-run")
     done = subprocess.run(["kubectl", "create", "-f", "-"], input=manifest, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(f"kubectl create: {done.stderr.strip()}")
+        raise UserError(f"kubectl create: {_why(done.stderr)}")
     return f"{done.stdout.strip()}\nlogs       kubectl logs -f -l job-name={k8s.name_of(job.name)}"
 
 
 def _ray_job(job: Job, args: argparse.Namespace) -> str:
     """Its files go along, since the cluster's head may not see this machine's."""
-    ray = Path(sys.executable).with_name("ray")
-    command = [str(ray), "job", "submit", "--no-wait", *(["--address", args.address] if args.address else [])]
+    command = [
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "job",
+        "submit",
+        "--no-wait",
+        *(["--address", args.address] if args.address else []),
+    ]
     command += ["--working-dir", str(job.run_file.parent)]
     if job.environment:
         command += ["--runtime-env-json", json.dumps({"env_vars": dict(job.environment)})]
@@ -86,7 +95,8 @@ def _ray_job(job: Job, args: argparse.Namespace) -> str:
     if args.dry_run:
         return f"# {job.run_file}\n{job.settings}\n# command\n{shlex.join(command)}"
     _write({job.run_file: job.settings})
-    return _submit(command, "install the extra `cluster`, pip install -e '.[cluster]'")
+    cure = "--address must be a cluster's dashboard, and the extra `cluster` is needed there and here"
+    return _submit(command, cure)
 
 
 def _local(job: Job, args: argparse.Namespace) -> str:
@@ -137,5 +147,11 @@ def _submit(command: Sequence[str], cure: str) -> str:
     except OSError as e:
         raise UserError(f"{command[0]}: {e.strerror}; {cure}") from e
     if done.returncode:
-        raise UserError(f"{shlex.join(command[:3])}: {(done.stderr or done.stdout).strip()}")
+        raise UserError(f"{Path(command[0]).name}: {_why(done.stderr or done.stdout)}; {cure}")
     return done.stdout.strip()
+
+
+def _why(said: str) -> str:
+    """In one line: the few that a program says, or the last of a traceback."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    return " / ".join(lines if len(lines) <= _FEW else lines[-1:]) or "it says nothing"

@@ -79,7 +79,7 @@ def test_what_slurm_says_is_passed_on(ready, tmp_path, capsys, monkeypatch):
 def test_without_slurm(ready, capsys, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     assert main(["launch", "slurm", str(ready)]) == 2
-    assert "sbatch: No such file or directory; run it where sbatch is" in capsys.readouterr().err
+    assert "sbatch: No such file or directory; sbatch must be here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [[], ["--container=image"]])
@@ -89,6 +89,15 @@ def test_what_a_run_would_refuse_does_not_wait_in_a_queue(ready, tmp_path, capsy
     assert main(["launch", "slurm", str(ready), *words]) == 2
     assert "train.jsonl" in capsys.readouterr().err
     assert not (tmp_path / "sent").exists()
+
+
+def test_of_a_traceback_the_last_line_is_said(ready, capsys):
+    """Real `ray job submit`, where no dashboard is."""
+    assert main(["launch", "ray-job", str(ready), "--address=http://127.0.0.1:9"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "Failed to connect to Ray at address: http://127.0.0.1:9" in said
+    assert "--address must be a cluster's dashboard" in said
 
 
 def test_kubectl_gets_the_manifest(ready, tmp_path, capsys, monkeypatch):
@@ -101,12 +110,12 @@ def test_kubectl_gets_the_manifest(ready, tmp_path, capsys, monkeypatch):
 
 
 def test_a_ray_job_takes_its_settings_along(ready, tmp_path, capsys, monkeypatch):
-    program(tmp_path, "ray", f'printf "%s\\n" "$@" > {tmp_path}/sent; echo Submitted', monkeypatch)
+    program(tmp_path, "python", f'printf "%s\\n" "$@" > {tmp_path}/sent; echo Submitted', monkeypatch)
     monkeypatch.setattr("sys.executable", str(tmp_path / "bin/python"))
     words = ["--address=http://head:8265", "--env=A=b"]
     assert main(["launch", "ray-job", str(ready), *words]) == 0
     sent = (tmp_path / "sent").read_text().splitlines()
-    assert sent[:2] == ["job", "submit"]
+    assert sent[:4] == ["-m", "ray.scripts.scripts", "job", "submit"]
     assert sent[sent.index("--address") + 1] == "http://head:8265"
     assert sent[sent.index("--runtime-env-json") + 1] == '{"env_vars": {"A": "b"}}'
     along = Path(sent[sent.index("--working-dir") + 1])
