@@ -46,7 +46,7 @@ class Load:
 def rollout_load(config: Config) -> Load:
     """Of a training step."""
     r = config.rollout
-    return Load((r.prompts_per_generation or r.prompts_per_step) * r.group_size, r.group_size)
+    return Load(r.prompts_per_step * r.group_size, r.group_size)
 
 
 def eval_load(benchmarks: Sequence[Benchmark]) -> Load:

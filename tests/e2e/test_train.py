@@ -322,7 +322,6 @@ def test_a_pretrained_model_trains(tmp_path: Path) -> None:
         "model.path": checkpoint / "model",
         "data.train": json.dumps([str(checkpoint / "train.jsonl")]),
         "rollout.prompts_per_step": 4,
-        "rollout.prompts_per_generation": 4,
         "logging.wandb": "disabled",
         "checkpoint.export_final": "false",
     }
