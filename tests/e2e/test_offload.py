@@ -36,6 +36,7 @@ def settings(material: Path, runs: Path, name: str, **keys: Any) -> list[str]:
         "eval.every": 2,
         "rollout.prompts_per_step": 8,
         "logging.wandb": "disabled",
+        "trainer.tensor_parallel": 2,
         "checkpoint.every": 2,
         "checkpoint.export_every": 3,
     } | keys

@@ -43,6 +43,7 @@ def arguments(material: Path, runs: Path, **overrides: object) -> list[str]:
         "model.path": material / "model",
         "data.train": json.dumps([str(material / "train.jsonl")]),
         "logging.wandb": "disabled",
+        "trainer.tensor_parallel": 2,
         "checkpoint.every": 0,
     } | overrides
     return [*COMMAND, *(f"{key}={value}" for key, value in keys.items())]
