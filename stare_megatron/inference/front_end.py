@@ -48,6 +48,7 @@ class FrontEnd:
     """
 
     def __init__(self, meter: LoadMeter) -> None:
+        from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineDeadError
 
         self._loop = asyncio.get_running_loop()
@@ -57,6 +58,7 @@ class FrontEnd:
         self._finished: list[tuple[asyncio.Future[RequestOutput], RequestOutput | Exception]] = []
         self._paused = self._stepping = self._dead = self._closed = False
         self._error = EngineDeadError
+        self._refusals = (ValueError, TypeError, VLLMClientError)
         self._thread = ThreadPoolExecutor(1, "engine-core")
 
     async def start(self, args: Mapping[str, Any]) -> None:
@@ -76,7 +78,7 @@ class FrontEnd:
         """The finished output of a request; one that is cancelled is taken back.
 
         Raises:
-            ValueError: vLLM refuses it. EngineDeadError: the core failed.
+            ValueError, VLLMClientError: vLLM refuses it. EngineDeadError: the core failed.
         """
         if self._dead:
             raise self._error()
@@ -214,7 +216,7 @@ class FrontEnd:
         for request in requests:
             try:
                 self._add(request)
-            except (ValueError, TypeError) as e:  # of this one alone
+            except self._refusals as e:  # of this one alone
                 self._finished.append((request.done, e))
         self._adding = ()
         self._deliver()

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from stare_megatron.inference.front_end import FrontEnd
@@ -31,7 +32,7 @@ class Core:
 
     def process_inputs(self, request_id: str, prompt: int, params: Any, supported_tasks: Any) -> Any:
         if prompt < 1:
-            raise ValueError("prompt < 1")
+            raise VLLMValidationError("prompt < 1")
         return SimpleNamespace(id=request_id, steps=prompt)
 
     def assign_request_id(self, request: Any) -> None:
@@ -123,7 +124,7 @@ def test_a_refused_request_fails_alone() -> None:
     async def case(front: FrontEnd, core: Core) -> None:
         good, bad = await asyncio.gather(output(front, 2, "a"), output(front, 0, "b"), return_exceptions=True)
         assert good == "a"
-        assert isinstance(bad, ValueError)
+        assert isinstance(bad, VLLMValidationError)
 
     run(case)
 
