@@ -5,8 +5,9 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import gc
 import inspect
-from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -74,6 +75,9 @@ class EngineActor:
         if config.uses_sandbox:
             box = await self._opened.enter_async_context(make_client(config.sandbox, self._sandboxes))
         self._run = self._make_runner(self._engine, box)
+        # What a start makes lives as long as the process. Going through it, the collector stopped every fifth rollout.
+        gc.collect()
+        gc.freeze()
 
     @ray.method(num_returns=2)
     async def run_group(self, request: GroupRequest) -> tuple[Group, GroupSummary]:
@@ -105,7 +109,11 @@ class EngineActor:
 
 
 class EngineGroup:
-    """All engines. `run` is the dispatcher the rollout collects groups through. `sandboxes`: actors that run code."""
+    """All engines, and the dispatcher that the rollout collects groups through: `submit`, `results`.
+
+    Requests are served in their order by whichever engine has the fewest unfinished sequences. All samples of a group
+    share an engine, hence the prefix cache of their prompt. `sandboxes`: actors that run code.
+    """
 
     def __init__(
         self,
@@ -128,6 +136,9 @@ class EngineGroup:
         self._timeout = config.cluster.start_timeout
         self._hello = [actor.hello.remote() for actor in self.actors]
         self._starting = [actor.start.remote() for actor in self.actors]
+        self._waiting: collections.deque[GroupRequest] = collections.deque()
+        self._flying: dict[ray.ObjectRef, tuple[GroupRequest, ray.ObjectRef, int]] = {}
+        self._load = [0] * len(self.actors)
         self._in_flight = max(_SEQUENCES_IN_FLIGHT, 2 * config.inference.vllm.get("max_num_seqs", 0))
 
     def ready(self) -> None:
@@ -143,26 +154,29 @@ class EngineGroup:
             if ref in done and (failure := runtime.get(ref, self._crew.names[i])):
                 raise RunError(f"{self._crew.names[i]}: {failure}")
 
-    def run(self, requests: Sequence[GroupRequest]) -> Iterator[tuple[GroupRequest, ray.ObjectRef, GroupSummary]]:
-        """Sample every request; yields in the order of completion.
+    def submit(self, requests: Iterable[GroupRequest]) -> None:
+        """Sample these too, after those that wait already."""
+        self._waiting.extend(requests)
+        self._send()
 
-        A new group goes to the engine with the fewest unfinished sequences. All samples of a group share an engine,
-        hence the prefix cache of their prompt.
-        """
-        load = [0] * len(self.actors)
-        flying: dict[ray.ObjectRef, tuple[GroupRequest, ray.ObjectRef, int]] = {}
-        waiting = collections.deque(requests)
-        while waiting or flying:
-            while waiting and (not min(load) or min(load) + waiting[0].group_size <= self._in_flight):
-                engine = load.index(min(load))
-                request = waiting.popleft()
-                group, summary = self.actors[engine].run_group.remote(request)
-                flying[summary] = (request, group, engine)
-                load[engine] += request.group_size
-            done = self._crew.first({ref: engine for ref, (_, _, engine) in flying.items()}, "sample")
-            request, group, engine = flying.pop(done)
-            load[engine] -= request.group_size
+    def results(self) -> Iterator[tuple[GroupRequest, ray.ObjectRef, GroupSummary]]:
+        """Every submitted request in the order of completion, also what is submitted meanwhile."""
+        while self._flying:
+            done = self._crew.first({ref: engine for ref, (_, _, engine) in self._flying.items()}, "sample")
+            request, group, engine = self._flying.pop(done)
+            self._load[engine] -= request.group_size
+            self._send()
             yield request, group, runtime.get(done, self._crew.names[engine])
+
+    def _send(self) -> None:
+        """Requests go out as far as there is room."""
+        load = self._load
+        while self._waiting and (not min(load) or min(load) + self._waiting[0].group_size <= self._in_flight):
+            engine = load.index(min(load))
+            request = self._waiting.popleft()
+            group, summary = self.actors[engine].run_group.remote(request)
+            self._flying[summary] = (request, group, engine)
+            load[engine] += request.group_size
 
     def logprobs(self, token_ids: npt.NDArray[np.int32]) -> list[npt.NDArray[np.float32]]:
         """Each engine's log-probs of a probe prompt."""
@@ -199,7 +213,7 @@ class EngineGroup:
         return self._crew.wait(refs, method, timeout)
 
 
-# More than an engine's scheduler runs at once (vLLM's max_num_seqs is 128 where nobody sets it), so that it never
-# starves, and few enough that a late engine can still be given less.
+# More than an engine's scheduler runs at once (on CPUs vLLM's max_num_seqs is 256 where nobody sets it), so that it
+# never starves, and few enough that a late engine can still be given less.
 _SEQUENCES_IN_FLIGHT = 512
 _CHECK_S = 5.0

@@ -49,6 +49,8 @@ def cluster(config: ClusterConfig, actors: int) -> Iterator[None]:
         UserError: the cluster cannot be reached, or a local one cannot start.
     """
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    # Workers of no environment, one a CPU, that actors with one of their own do not use.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if config.address == "auto":
         _check_named_address()

@@ -130,15 +130,6 @@ class Config(Section):
                 f"rollout.prompts_per_step x rollout.group_size / trainer.updates_per_batch = {sequences} sequences "
                 f"cannot feed {t.data_parallel} data-parallel ranks"
             )
-        generated = (r.prompts_per_generation or r.prompts_per_step) * (1 + r.max_refills)
-        if r.dynamic_sampling and generated < r.prompts_per_step:
-            raise ValueError(
-                f"rollout.prompts_per_generation {r.prompts_per_generation} x (1 + rollout.max_refills "
-                f"{r.max_refills}) = {generated} prompts cannot fill rollout.prompts_per_step = "
-                f"{r.prompts_per_step}; raise one"
-            )
-        if r.prompts_per_generation and not r.dynamic_sampling:
-            raise ValueError("rollout.prompts_per_generation is for rollout.dynamic_sampling = true")
         a = self.algorithm
         fault = methods.correction_fault(a.correction, r.temperature, r.top_p)
         if t.scoring == "rollout":

@@ -18,16 +18,11 @@ class RolloutConfig(Section):
     dynamic_sampling: bool = Field(
         default=True, description="Drop groups whose rewards are all equal and sample others."
     )
-    prompts_per_generation: int = Field(
-        default=0,
-        ge=0,
-        le=2**20,
-        description="Prompts sampled per generation batch under dynamic sampling; 0: `prompts_per_step`.",
-    )
     max_refills: int = Field(
         default=10,
         ge=0,
-        description="Further generation batches allowed for one update batch; then zero-variance groups fill it.",
+        description="Most prompts sampled in the place of dropped ones for an update batch, in multiples of "
+        "`prompts_per_step`; then zero-variance groups fill it.",
     )
     max_response_tokens: int = Field(default=3072, ge=1, description="Longest response, tokens.")
     temperature: float = Field(

@@ -179,7 +179,9 @@ def _run(
     job: tasks.Job, todo: Sequence[tasks.McoreFile | tasks.HfFile], processes: int, console: Console
 ) -> list[tasks.Written]:
     """Write all files; the largest first, so that processes end together."""
-    context = multiprocessing.get_context("spawn")
+    # Forked, with this process's imports: those of torch take a new process as long as writing gigabytes. It has no
+    # threads yet, and the children compute with one.
+    context = multiprocessing.get_context("fork")
     progress = context.Value("q", 0)
     order = sorted(todo, key=lambda file: -file.bytes)
     workers = min(processes, len(order))
@@ -189,11 +191,12 @@ def _run(
         )
     else:
         pool = concurrent.futures.ThreadPoolExecutor(1, initializer=tasks.start, initargs=(progress,))
-    with bar(console) as shown, pool:
-        task = shown.add_task("converting", total=sum(file.bytes for file in order))
+    with pool:
         futures = [pool.submit(tasks.write_file, job, file) for file in order]
         try:
-            _wait(futures, lambda: shown.update(task, completed=progress.value))
+            with bar(console) as shown:
+                task = shown.add_task("converting", total=sum(file.bytes for file in order))
+                _wait(futures, lambda: shown.update(task, completed=progress.value))
         except BrokenProcessPool as e:
             raise RunError(
                 f"{job.out}: a process was killed (out of memory?); the same command again uses the finished files"

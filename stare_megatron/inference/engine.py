@@ -1,7 +1,7 @@
 """One vLLM engine: token ids in, token ids and log-probs out, weights from the trainer.
 
-vLLM's AsyncLLM runs its core in a child process. Nothing here knows Ray. The process that makes an `Engine` must have
-been started with `device.engine_environment()`: some of those variables are read when vLLM is imported.
+Nothing here knows Ray. The process that makes an `Engine` must have been started with `device.engine_environment()`:
+some of those variables are read when vLLM is imported.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from stare_megatron.config import InferenceConfig
 from stare_megatron.config.upstream import check_engine_args
 from stare_megatron.errors import RunError
 from stare_megatron.host import device
+from stare_megatron.inference.load import LoadMeter
 from stare_megatron.inference.processes import ChildProcesses
 from stare_megatron.types import Completion, Sampling, Status
 from stare_megatron.types.report import EngineLoad
@@ -27,9 +28,8 @@ from stare_megatron.types.report import EngineLoad
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
     from vllm.sampling_params import SamplingParams
-    from vllm.v1.engine.async_llm import AsyncLLM
 
-    from stare_megatron.inference.load import LoadMeter
+    from stare_megatron.inference.front_end import FrontEnd
 
 T = TypeVar("T")
 
@@ -68,7 +68,6 @@ class Engine:
             "generation_config": "vllm",  # no sampling defaults from the checkpoint
             "logprobs_mode": "raw_logprobs",  # before temperature and top-p
             "enable_prefix_caching": True,
-            "disable_log_stats": True,  # of vLLM's own; `load` has its meter
             "weight_transfer_config": {"backend": transport},
             "worker_extension_cls": "stare_megatron.sync.worker.ChecksumExtension",
             **device.engine_args(config.placement == "colocated", config.tensor_parallel),
@@ -76,31 +75,27 @@ class Engine:
             **config.vllm,
         }
         self._routed = config.routing_replay
-        self._llm: AsyncLLM | None = None
-        self._meter: LoadMeter | None = None
+        self._llm: FrontEnd | None = None
+        self._meter = LoadMeter()
         self._children = ChildProcesses()
         self._ids = itertools.count()
         self._asleep = False
 
     async def start(self) -> None:
-        """Load the checkpoint and get ready to sample; blocks the event loop meanwhile.
+        """Load the checkpoint and get ready to sample.
 
         Raises:
             RunError: vLLM refuses the model or the settings, or its process dies. Nothing is left running.
         """
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
+        from stare_megatron.inference.front_end import FrontEnd
 
-        from stare_megatron.inference.load import LoadMeter
-
-        self._meter = meter = LoadMeter()
         self._children.begin()
         os.environ["STARE_ENGINE_PARENT"] = str(os.getpid())  # see sync.plugin
         try:
-            args = AsyncEngineArgs(**self._args)
-            self._llm = AsyncLLM.from_engine_args(args, stat_loggers=[meter.made_for])
+            self._llm = FrontEnd(self._meter)
+            await self._llm.start(self._args)
             await self._llm.update_weight_version(str(UNPUSHED))
-        except (RuntimeError, ValueError, OSError) as e:
+        except RuntimeError as e:
             await self.close()
             raise RunError(f"{self.name}: vLLM did not start: {e}") from e
         except BaseException:
@@ -226,7 +221,7 @@ class Engine:
 
     def load(self) -> EngineLoad:
         """How full it was since this was last asked."""
-        return self._meter.take() if self._meter else EngineLoad()
+        return self._meter.take()
 
     def peak_memory_bytes(self) -> int:
         """Sum over this process and those of the engine of each one's largest resident size so far (Linux)."""
@@ -240,7 +235,7 @@ class Engine:
             llm.shutdown()
         await ended
 
-    def _running(self) -> AsyncLLM:
+    def _running(self) -> FrontEnd:
         if self._llm is None:
             raise RunError(f"{self.name}: not running")
         return self._llm
@@ -267,4 +262,5 @@ class Engine:
         try:
             return await call
         except EngineDeadError as e:
-            raise RunError(f"{self.name}: its vLLM process died; the cause is in its output above") from e
+            why = "it was closed" if self._llm is None else "its vLLM process died; the cause is in its output above"
+            raise RunError(f"{self.name}: {why}") from e

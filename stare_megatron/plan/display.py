@@ -91,8 +91,8 @@ def time_table(plan: Plan) -> Table:
     table = Table("phase", "s", "what bounds it", box=None, header_style="bold")
     table.columns[1].justify = "right"
     r, save = plan.rollout, plan.save
-    rounds = f" in {r.rounds} generation batches" if r.rounds > 1 else ""
-    table.add_row("rollout", _seconds(r.seconds), f"{r.bound}; {r.tokens:,} tokens{rounds}")
+    refills = f", {r.refills} refills among them" if r.refills else ""
+    table.add_row("rollout", _seconds(r.seconds), f"{r.bound}; {r.tokens:,} tokens{refills}")
     table.add_row("score", _seconds(plan.score.seconds), _pass(plan.score))
     table.add_row("update", _seconds(plan.update.seconds), _pass(plan.update))
     table.add_row("push", _seconds(plan.push.seconds), f"{plan.push.bytes / _GIB:.1f} GiB of weights")

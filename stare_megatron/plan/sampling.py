@@ -6,6 +6,7 @@ whichever takes longer, and costs the host and the messages between its ranks a 
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import math
 from collections.abc import Sequence
@@ -58,26 +59,30 @@ class Engine:
 
 @dataclass(frozen=True)
 class RolloutTime:
-    """Of all generation batches of a step. `tokens`: sampled by all engines; `tail`: share of the seconds in which less
-    than a quarter of the most that ran was running; `bound`: what took most, in words."""
+    """Of a step, its refills included. `tokens`: sampled by all engines; `tail`: share of the seconds in which less
+    than a quarter of the most that ran was running; `bound`: what took most, in words; `refills`: groups sampled in the
+    place of dropped ones."""
 
     seconds: float
     tokens: int
     tail: float
     bound: str
-    rounds: int
+    refills: int
 
 
 def rollout_time(engine: Engine, lengths: Lengths, kept_share: float) -> RolloutTime:
     """`kept_share`: groups that dynamic sampling keeps. `lengths`: of one step's samples; further ones are alike."""
     r, engines = engine.config.rollout, engine.config.inference.engines
-    prompts = r.prompts_per_generation or r.prompts_per_step
-    rounds = math.ceil(r.prompts_per_step / (prompts * kept_share)) if r.dynamic_sampling else 1
-    rounds = min(rounds, 1 + r.max_refills)
-    wanted = prompts * r.group_size
-    tokens = round(rounds * wanted * lengths.response)
+    groups = r.prompts_per_step
+    if r.dynamic_sampling:
+        groups = min(math.ceil(groups / kept_share), groups * (1 + r.max_refills))
+    wanted, refills = groups * r.group_size, groups - r.prompts_per_step
+    tokens = round(wanted * lengths.response)
+    # A refill takes the place of a group that ended: no more than a batch is sampled at a time.
+    at_once = math.ceil(r.prompts_per_step * r.group_size / engines)
+    engine = dataclasses.replace(engine, running=min(engine.running, at_once))
     if engine.running < 1:
-        return RolloutTime(math.inf, tokens, 0.0, "no room for a sequence", rounds)
+        return RolloutTime(math.inf, tokens, 0.0, "no room for a sequence", refills)
     # The engine that has the longest sequence ends last.
     share = math.ceil(wanted / engines)
     count, descending = min(share, _MOST), sorted(lengths.responses, reverse=True)
@@ -91,7 +96,7 @@ def rollout_time(engine: Engine, lengths: Lengths, kept_share: float) -> Rollout
         bound = "the engine's steps beside its kernels"
     if tail > 0.3 * seconds:
         bound += f", {tail / seconds:.0%} of it for the longest sequences"
-    return RolloutTime(rounds * whole, tokens, tail / seconds, bound, rounds)
+    return RolloutTime(whole, tokens, tail / seconds, bound, refills)
 
 
 def _spread(lengths: Sequence[int]) -> list[int]:

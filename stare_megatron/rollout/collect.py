@@ -1,14 +1,19 @@
 """From prompts to the groups of one update batch, with dynamic sampling.
 
 Dynamic sampling (DAPO, arXiv 2503.14476): a group whose rewards are all equal has advantage 0 everywhere; it is
-dropped and others are sampled, at most `rollout.max_refills` generation batches more. What is missing then is filled
-with dropped groups, so that an update batch always has `rollout.prompts_per_step` groups.
+dropped, and its place is given to the next prompt at once, until `rollout.prompts_per_step` groups are useful or
+`rollout.max_refills` times as many prompts were sampled again. What is missing then is filled with dropped groups, so
+that an update batch always has `rollout.prompts_per_step` groups.
+
+Groups that are useful and groups that are not known yet are never more than a batch, so that every useful group is
+used. Prompts are taken in their order, and as many are taken as are needed for a batch of the first useful ones: which
+these are does not depend on which group ends first.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -26,8 +31,12 @@ Ref_co = TypeVar("Ref_co", covariant=True)
 class GroupDispatcher(Protocol[Ref_co]):
     """Where requests are served. A `Ref` stands for a group whose tokens stay where they are."""
 
-    def run(self, requests: Sequence[GroupRequest]) -> Iterable[tuple[GroupRequest, Ref_co, GroupSummary]]:
-        """Serve every request; the results come in any order."""
+    def submit(self, requests: Iterable[GroupRequest]) -> None:
+        """Serve these too, after those that wait already."""
+        ...
+
+    def results(self) -> Iterator[tuple[GroupRequest, Ref_co, GroupSummary]]:
+        """Every submitted request once it is served, in any order, also what is submitted meanwhile."""
         ...
 
 
@@ -59,44 +68,42 @@ class Collector(Generic[Ref]):
         self._sampling = Sampling(r.max_response_tokens, r.temperature, r.top_p, tuple(r.stop), seed=0)
         self._wanted = r.prompts_per_step
         self._dynamic = r.dynamic_sampling
-        self._batch = (r.prompts_per_generation or r.prompts_per_step) if r.dynamic_sampling else r.prompts_per_step
-        self._batches = 1 + (r.max_refills if r.dynamic_sampling else 0)
+        self._refills = r.max_refills * r.prompts_per_step if r.dynamic_sampling else 0
 
     def collect(self, step: int) -> Collected[Ref]:
         """Sample the update batch of a step."""
-        informative: list[tuple[int, Ref, GroupSummary]] = []
-        spare: list[tuple[int, Ref, GroupSummary]] = []
-        summaries: list[GroupSummary] = []
-        batches = 0
-        while batches < self._batches and len(informative) < self._wanted:
-            requests = self._requests(step, first=batches * self._batch)
-            results = sorted(self._dispatcher.run(requests), key=lambda result: result[0].order)
-            for request, ref, summary in results:
-                summaries.append(summary)
-                useful = not (self._dynamic and summary.zero_variance)
-                (informative if useful else spare).append((request.order, ref, summary))
-            batches += 1
-        surplus = len(informative) - self._wanted
-        kept = informative[: self._wanted]
-        fill = spare[: self._wanted - len(kept)]
-        kept = sorted(kept + fill, key=lambda item: item[0])
+        useful: list[tuple[int, Ref, GroupSummary]] = []
+        others: list[tuple[int, Ref, GroupSummary]] = []
+        drawn = self._wanted
+        self._dispatcher.submit(self._request(step, order) for order in range(drawn))
+        for request, ref, summary in self._dispatcher.results():
+            if not (self._dynamic and summary.zero_variance):
+                useful.append((request.order, ref, summary))
+                continue
+            others.append((request.order, ref, summary))
+            if len(others) <= self._refills:
+                self._dispatcher.submit([self._request(step, drawn)])
+                drawn += 1
+        others.sort(key=_order)
+        sampled = [summary for _, _, summary in sorted(useful + others, key=_order)]
+        fill = self._wanted - len(useful)
+        kept = sorted(useful + others[:fill], key=_order)
         measured = (
-            *(part for s in summaries for part in measure(s, self._labels[s.source])),
-            Measured("groups/dropped", len(spare) - len(fill)),
-            Measured("groups/surplus", max(0, surplus)),
-            Measured("groups/refills", batches - 1),
+            *(part for s in sampled for part in measure(s, self._labels[s.source])),
+            Measured("groups/dropped", len(others) - fill),
             *(part for _, _, s in kept for part in _measure_kept(s, step)),
         )
-        return Collected(tuple((ref, summary) for _, ref, summary in kept), tuple(summaries), measured)
+        return Collected(tuple((ref, summary) for _, ref, summary in kept), tuple(sampled), measured)
 
-    def _requests(self, step: int, first: int) -> list[GroupRequest]:
-        def sampling(order: int) -> Sampling:
-            return dataclasses.replace(self._sampling, seed=derive_seed(self._seed, step, order))
+    def _request(self, step: int, order: int) -> GroupRequest:
+        """The next prompt's, the `order`-th of the step."""
+        (prompt,) = self._stream.take(1)
+        sampling = dataclasses.replace(self._sampling, seed=derive_seed(self._seed, step, order))
+        return GroupRequest(order, prompt, self._group_size, sampling)
 
-        return [
-            GroupRequest(order, prompt, self._group_size, sampling(order))
-            for order, prompt in enumerate(self._stream.take(self._batch), start=first)
-        ]
+
+def _order(item: tuple[int, object, GroupSummary]) -> int:
+    return item[0]
 
 
 def measure(group: GroupSummary, label: str) -> list[Measured]:

@@ -86,7 +86,8 @@ class Evaluator(Generic[Ref]):
         summaries: dict[int, GroupSummary] = {}
         rows: dict[int, dict[str, Any]] = {}
         # A group is let go when its row is made: no more of them are held than are in flight.
-        for request, ref, summary in self._dispatcher.run([q.request for q in questions]):
+        self._dispatcher.submit(q.request for q in questions)
+        for request, ref, summary in self._dispatcher.results():
             setting = questions[request.order].setting
             limit = self._config.eval.responses if setting == SAMPLED else 1
             rows[request.order] = eval_records.response_row(self._fetch([ref])[0], setting, limit, self._decode)

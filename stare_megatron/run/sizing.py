@@ -46,7 +46,7 @@ class Load:
 def rollout_load(config: Config) -> Load:
     """Of a training step."""
     r = config.rollout
-    return Load((r.prompts_per_generation or r.prompts_per_step) * r.group_size, r.group_size)
+    return Load(r.prompts_per_step * r.group_size, r.group_size)
 
 
 def eval_load(benchmarks: Sequence[Benchmark]) -> Load:
@@ -68,8 +68,8 @@ def with_time_limits(config: Config) -> Config:
 def with_engine_sizes(config: Config, shape: ModelShape, gpu_bytes: int, load: Load, *, trainers: bool) -> Config:
     """`config` for engines on GPUs of `gpu_bytes` (0: unknown): what `[inference.vllm]` leaves open.
 
-    vLLM's defaults for an engine inside another program are 128 sequences and 2,048 tokens a batch, and 92 % of the
-    GPU, as if it were alone there. `trainers`: ranks share the GPUs if `inference.placement` is `colocated`.
+    vLLM's defaults are batches by the GPU's size, and 92 % of the GPU, as if it were alone there. `trainers`: ranks
+    share the GPUs if `inference.placement` is `colocated`.
 
     Raises:
         UserError: engines and ranks cannot share a GPU of this size.

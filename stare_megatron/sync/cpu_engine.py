@@ -11,22 +11,27 @@ from typing import Any
 import torch
 
 
-def repack_tied_heads(model: torch.nn.Module) -> None:
+def repack_tied_heads(model: torch.nn.Module, *, packed: bool) -> None:
     """Refresh what an LM head keeps of the embedding it is tied to.
 
     vLLM's CPU GEMM multiplies with a packed copy made by `process_weights_after_loading`. A reload reaches the
-    embedding's module only, so a tied head would go on with the old weights.
+    embedding's module only, so a tied head would go on with the old weights. `packed`: the embedding's own copy, which
+    nothing multiplies with, was made of the new weights; the head then takes that one.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
     modules = list(model.modules())
     embeddings = {
-        id(m.weight) for m in modules if isinstance(m, VocabParallelEmbedding) and not isinstance(m, ParallelLMHead)
+        id(m.weight): m for m in modules if isinstance(m, VocabParallelEmbedding) and not isinstance(m, ParallelLMHead)
     }
     for module in modules:
         if isinstance(module, ParallelLMHead) and id(module.weight) in embeddings:
             drop_packed(module)
-            module.quant_method.process_weights_after_loading(module)
+            made = vars(embeddings[id(module.weight)])
+            if packed and "cpu_linear" in made:
+                module.cpu_linear = made["cpu_linear"]
+            else:
+                module.quant_method.process_weights_after_loading(module)
 
 
 def drop_packed(module: torch.nn.Module) -> None:

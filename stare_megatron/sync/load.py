@@ -103,7 +103,7 @@ class Loader:
             if is_deferred_attention_layer(module):
                 process: Any = module.process_weights_after_loading
                 process(self._model_config.dtype)
-        repack_tied_heads(self._model)
+        repack_tied_heads(self._model, packed=False)
 
     def _is_in_place(self, path: str) -> bool:
         from vllm.model_executor.layers.linear import UnquantizedLinearMethod

@@ -17,13 +17,10 @@ def register() -> None:
     In an engine core that one of our engines started, also see to it that it ends with its parent: vLLM's survives
     when that is killed.
     """
-    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-    module = "stare_megatron.sync.gloo"
     if "gloo" not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine("gloo", module, "GlooWeightTransferEngine")
-    if "gloo" not in WeightTransferTrainerFactory._registry:
-        WeightTransferTrainerFactory.register_engine("gloo", module, "GlooTrainerWeightTransferEngine")
+        WeightTransferEngineFactory.register_engine("gloo", "stare_megatron.sync.gloo", "GlooWeightTransferEngine")
     if "cuda_ipc" not in WeightTransferEngineFactory._registry:
         # The trainer's side is vLLM's; `push.Client` writes its handles as this one reads them.
         WeightTransferEngineFactory.register_engine(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from stare_megatron.host.ports import free_port
 from stare_megatron.models.hf_folder import spec_bytes
 from stare_megatron.sync.fanout import EngineFanOut
+from stare_megatron.sync.gloo_sender import GlooSender
 from stare_megatron.sync.source import WeightStream, weight_source
 
 if TYPE_CHECKING:
@@ -58,17 +59,17 @@ class WeightPusher:
         self._client = Client(client, plain_handles=transport == "cuda_ipc")
         self._host = host
         self._world_size = 1 + sum(client.workers)
-        self._engine: TrainerWeightTransferEngine | None = None
+        self._engine: TrainerWeightTransferEngine | GlooSender | None = None
 
     def connect(self) -> None:
         """Rendezvous with all engine workers; once, before the first push."""
         if self._only_iterates():
             return
+        if self._transport == "gloo":
+            self._engine = GlooSender(self._client, self._stream, self._host, self._world_size)
+            return
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
-        from stare_megatron.sync.plugin import register
-
-        register()
         self._engine = WeightTransferTrainerFactory.trainer_init(
             self._init_info(), client=self._client, source=weight_source(self._stream)
         )
@@ -90,10 +91,6 @@ class WeightPusher:
         return self._rank != 0 and self._transport in ("gloo", "nccl")
 
     def _init_info(self) -> TrainerInitInfo:
-        if self._transport == "gloo":
-            from stare_megatron.sync.gloo import GlooTrainerInitInfo
-
-            return GlooTrainerInitInfo(self._host, self._world_size, rank=self._rank)
         if self._transport == "nccl":
             from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 

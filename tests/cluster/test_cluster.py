@@ -53,7 +53,6 @@ def command(shared: Path, runs: Path, **keys: Any) -> list[str | Path]:
         "model.path": shared / "material/model",
         "data.train": json.dumps([str(shared / "material/train.jsonl")]),
         "rollout.prompts_per_step": 4,
-        "rollout.prompts_per_generation": 8,
         "logging.wandb": "disabled",
         "logging.samples_every": 1,
         "cluster.address": "auto",

@@ -20,13 +20,17 @@ from stare_megatron.inference.engine import Engine
 
 
 class EngineProcess:
-    """`call("sample", ...)` runs Engine.sample there; `submit` gives a future, so calls can overlap."""
+    """`call("sample", ...)` runs Engine.sample there; `submit` gives a future, so calls can overlap.
 
-    def __init__(self, *args: Any) -> None:
+    `own_core`: vLLM's core is in a process beside it, as on GPUs.
+    """
+
+    def __init__(self, *args: Any, own_core: bool = False) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, args))
-        with _environment(device.engine_environment()):
+        more = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} if own_core else {}
+        with _environment(device.engine_environment() | more):
             self.process.start()
         theirs.close()
         self._ids = itertools.count()

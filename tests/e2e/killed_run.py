@@ -3,7 +3,7 @@
     python killed_run.py PHASE STEP train CONFIG key=value ...
 
 STEP: steps done when the phase begins; for `save` the step whose checkpoint is complete but does not have its name yet.
-`engine` instead of a phase: kill vLLM's process alone, in the rollout.
+`engine` instead of a phase: kill the engine's process alone, in the rollout.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def kill() -> None:
 
 def kill_engine() -> None:
     for process in psutil.Process().children(recursive=True):
-        if process.name().startswith("VLLM"):
+        if "EngineActor" in " ".join(process.cmdline()):
             process.kill()
 
 

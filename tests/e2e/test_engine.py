@@ -147,17 +147,55 @@ def test_a_failed_start_names_the_engine_and_leaves_nothing(model, tmp_path: Pat
         process.stop()
 
 
-def test_death_is_reported_and_close_leaves_nothing(engine: EngineProcess) -> None:
+def test_a_core_in_a_process_of_its_own(engine: EngineProcess, model, tmp_path: Path) -> None:
+    """As on GPUs: it samples the same, waits while it sleeps, and its death is reported."""
+    folder = save(model, tmp_path / "checkpoint")
+    own = EngineProcess("engine 1", folder, "float32", NARROW, WINDOW, 0, "gloo", own_core=True)
+    try:
+        own.call("start")
+        (core,) = (p for p in own.descendants() if p.ppid() == own.process.pid)  # its worker is a child of it
+        assert engine.descendants() == []
+        for order in (sampling(), sampling(100, ("w7",), seed=8)):
+            here, there = (e.call("sample", PROMPT, order) for e in (engine, own))
+            assert here.token_ids.tolist() == there.token_ids.tolist()
+            assert here.status is there.status
+        own.call("sleep")
+        waiting = [own.submit("sample", PROMPT, sampling(seed=seed)) for seed in range(40)]
+        time.sleep(0.5)
+        assert not any(w.done() for w in waiting)
+        own.call("wake", "weights")
+        own.call("wake", "kv_cache")
+        assert all(len(w.result(30).token_ids) for w in waiting)
+
+        core.suspend()  # so that the request is certainly in flight
+        flying = own.submit("sample", PROMPT, sampling(100))
+        time.sleep(0.2)
+        core.kill()
+        with pytest.raises(RunError, match="engine 1: its vLLM process died"):
+            flying.result(30)
+        with pytest.raises(RunError, match="engine 1: its vLLM process died"):
+            own.call("sample", PROMPT, sampling())
+        own.call("close")
+        assert own.descendants() == []
+        assert not core.is_running() or core.status() == psutil.STATUS_ZOMBIE
+    finally:
+        own.stop()
+
+
+def test_a_refused_request_fails_alone(engine: EngineProcess) -> None:
+    good = engine.submit("sample", PROMPT, sampling())
+    bad = engine.submit("sample", (10**6,), sampling())
+    with pytest.raises(Exception, match="out of vocabulary"):
+        bad.result(30)
+    assert len(good.result(30).token_ids)
+
+
+def test_close_leaves_nothing(engine: EngineProcess) -> None:
     """Last, for it ends the module's engine."""
-    (core,) = engine.descendants()
-    core.suspend()  # so that the request is certainly in flight
     flying = engine.submit("sample", PROMPT, sampling(100))
-    time.sleep(0.2)
-    core.kill()
-    with pytest.raises(RunError, match="engine 0: its vLLM process died"):
-        flying.result(30)
-    with pytest.raises(RunError, match="engine 0: its vLLM process died"):
-        engine.call("sample", PROMPT, sampling())
     engine.call("close")
+    with pytest.raises(RunError, match="engine 0: it was closed"):
+        flying.result(30)
+    with pytest.raises(RunError, match="engine 0: not running"):
+        engine.call("sample", PROMPT, sampling())
     assert engine.descendants() == []
-    assert not core.is_running() or core.status() == psutil.STATUS_ZOMBIE

@@ -35,8 +35,8 @@ def settings(material: Path, runs: Path, name: str, **keys: Any) -> list[str]:
         "eval.samples": 2,
         "eval.every": 2,
         "rollout.prompts_per_step": 8,
-        "rollout.prompts_per_generation": 12,
         "logging.wandb": "disabled",
+        "trainer.tensor_parallel": 2,
         "checkpoint.every": 2,
         "checkpoint.export_every": 3,
     } | keys

@@ -28,7 +28,6 @@ def test_ranks_train_under_torchrun(tmp_path: Path) -> None:
             "trainer.pipeline_parallel=2",
             "trainer.tensor_parallel=1",
             "rollout.prompts_per_step=4",
-            "rollout.prompts_per_generation=4",
         ],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},

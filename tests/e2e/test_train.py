@@ -43,6 +43,7 @@ def arguments(material: Path, runs: Path, **overrides: object) -> list[str]:
         "model.path": material / "model",
         "data.train": json.dumps([str(material / "train.jsonl")]),
         "logging.wandb": "disabled",
+        "trainer.tensor_parallel": 2,
         "checkpoint.every": 0,
     } | overrides
     return [*COMMAND, *(f"{key}={value}" for key, value in keys.items())]
@@ -322,7 +323,6 @@ def test_a_pretrained_model_trains(tmp_path: Path) -> None:
         "model.path": checkpoint / "model",
         "data.train": json.dumps([str(checkpoint / "train.jsonl")]),
         "rollout.prompts_per_step": 4,
-        "rollout.prompts_per_generation": 4,
         "logging.wandb": "disabled",
         "checkpoint.export_final": "false",
     }

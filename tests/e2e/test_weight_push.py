@@ -242,9 +242,9 @@ def test_a_failing_export_ends_the_push_on_both_sides(sharded: Trainer) -> None:
         sharded.engines[0].call("finish_weight_update", 9, timeout=30)
 
 
-def test_a_killed_parent_takes_the_engine_along(tied: Trainer) -> None:
+def test_a_killed_parent_takes_the_workers_along(sharded: Trainer) -> None:
     """Ruins its engine: last to use it."""
-    engine = tied.engines[1]
+    engine = sharded.engines[0]
     children = engine.descendants()
     assert children
     assert engine.process.pid is not None

@@ -23,7 +23,6 @@ def command(folder: Path, *, steps: int, **more: object) -> list[str]:
         "data.train": json.dumps([str(material / "train.jsonl")]),
         "eval.benchmarks": "[]",
         "rollout.prompts_per_step": 16,
-        "rollout.prompts_per_generation": 20,
         "checkpoint.export_final": "false",
     } | more
     start = [sys.executable, "-m", "stare_megatron", "train", "examples/tool_use_cpu/run.toml", "--quiet"]

@@ -177,7 +177,7 @@ def _scramble(worker: Any, seed: int) -> None:
     initialize_layerwise_reload(model)
     model.load_weights([(name, torch.randn_like(t).to(config.dtype)) for name, t in weights])
     finalize_layerwise_reload(model, config)
-    repack_tied_heads(model)
+    repack_tied_heads(model, packed=False)
 
 
 def _sums(worker: Any) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 from pathlib import Path
@@ -88,9 +89,14 @@ class _Dispatcher:
 
     def __init__(self) -> None:
         self.asked: list[Any] = []
+        self._waiting: collections.deque[Any] = collections.deque()
 
-    def run(self, requests: Any) -> Any:
-        for r in requests:
+    def submit(self, requests: Any) -> None:
+        self._waiting.extend(requests)
+
+    def results(self) -> Any:
+        while self._waiting:
+            r = self._waiting.popleft()
             self.asked.append((r.order, r.prompt.id, r.group_size, r.sampling))
             right = tuple(bool(i % 2) and not r.order % 3 for i in range(r.group_size))
             made = dataclasses.replace(summary([(6, 4)] * r.group_size), source=r.prompt.source, correct=right)

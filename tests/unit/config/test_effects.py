@@ -86,7 +86,6 @@ EFFECTS: dict[str, Seen | Refused | str] = {
     "rollout.prompts_per_step": Seen(probes.plan, 8),
     "rollout.group_size": Seen(probes.sampled, 8),
     "rollout.dynamic_sampling": Seen(probes.sampled, False),
-    "rollout.prompts_per_generation": Seen(probes.sampled, 5),
     "rollout.max_refills": Seen(probes.sampled, 0),
     "rollout.max_response_tokens": Seen(probes.sampled, 30),
     "rollout.temperature": Seen(probes.sampled, 0.5),

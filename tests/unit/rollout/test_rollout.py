@@ -13,7 +13,6 @@ from stare_megatron.config import DataConfig, parse
 from stare_megatron.data.prompts import PromptStream, load_prompts
 from stare_megatron.envs.base import End, EnvError
 from stare_megatron.envs.single_turn import SingleTurn
-from stare_megatron.errors import UserError
 from stare_megatron.metrics.catalogue import by_name
 from stare_megatron.metrics.reduce import reduce
 from stare_megatron.rewards.base import RewardError
@@ -217,12 +216,19 @@ class Dispatcher:
     def __init__(self, rewards, shuffle=0):
         self._rewards = rewards
         self._rng = random.Random(shuffle)
-        self.requests: list[list[GroupRequest]] = []
+        self._waiting: list[GroupRequest] = []
+        self.requests: list[GroupRequest] = []
+        self.most = 0
 
-    def run(self, requests):
-        self.requests.append(list(requests))
-        results = []
-        for r in requests:
+    def submit(self, requests):
+        requests = list(requests)
+        self._waiting += requests
+        self.requests += requests
+        self.most = max(self.most, len(self._waiting))
+
+    def results(self):
+        while self._waiting:
+            r = self._waiting.pop(self._rng.randrange(len(self._waiting)))
             rewards = self._rewards(int(r.prompt.text.split()[0]))
             n = len(rewards)
             status = tuple(Status.TRUNCATED if x < 0 else Status.COMPLETED for x in rewards)
@@ -239,9 +245,7 @@ class Dispatcher:
                 tuple(range(n)),
                 0,
             )
-            results.append((r, (r.order, r.sampling.seed), summary))
-        self._rng.shuffle(results)
-        return iter(results)
+            yield r, (r.order, r.sampling.seed), summary
 
 
 @pytest.fixture
@@ -274,42 +278,50 @@ def every_third_mixed(n):
     return MIXED if n % 3 == 0 else SOLVED if n % 3 == 1 else FAILED
 
 
-def test_zero_variance_groups_are_replaced(stream):
+def test_zero_variance_groups_are_replaced_one_by_one(stream):
     dispatcher = Dispatcher(every_third_mixed)
-    got = collector(dispatcher, stream, prompts_per_generation=6).collect(0)
+    got = collector(dispatcher, stream).collect(0)
     assert [s.prompt_id for _, s in got.groups] == ["0", "3", "6", "9"]
-    assert [len(r) for r in dispatcher.requests] == [6, 6]
-    assert [r.order for batch in dispatcher.requests for r in batch] == list(range(12))
+    assert [r.order for r in dispatcher.requests] == list(range(10))
+    assert [s.prompt_id for s in got.sampled] == [str(n) for n in range(10)]
+    assert dispatcher.most == 4
     v = values(got)
-    assert (v["groups/sampled"], v["groups/refills"]) == (12, 1)
-    assert (v["groups/zero_variance_kept"], v["groups/dropped"], v["groups/surplus"]) == (0, 8, 0)
-    assert (v["groups/all_correct"], v["groups/none_correct"]) == (4, 4)
-    assert (v["groups/all_correct_ratio"], v["groups/none_correct_ratio"]) == (4 / 12, 4 / 12)
+    assert (v["groups/sampled"], v["groups/dropped"], v["groups/zero_variance_kept"]) == (10, 6, 0)
+    assert (v["groups/all_correct"], v["groups/none_correct"]) == (3, 3)
+    assert (v["groups/all_correct_ratio"], v["groups/none_correct_ratio"]) == (3 / 10, 3 / 10)
     assert (v["reward/mean"], v["reward/correct"]) == (0.5, 0.5)
-    assert (v["response/length_mean"], v["response/length_max"], got.tokens_sampled) == (1.5, 2, 36)
+    assert (v["response/length_mean"], v["response/length_max"], got.tokens_sampled) == (1.5, 2, 30)
+
+
+@pytest.mark.parametrize("shuffle", range(20))
+def test_no_useful_group_is_sampled_and_thrown_away(stream, shuffle):
+    """Whatever the order in which groups end and the share of useful ones: exactly as many prompts as are needed."""
+    rng = random.Random(shuffle)
+    useful = [rng.random() < rng.choice([0.1, 0.5, 0.9]) for _ in range(80)]
+    dispatcher = Dispatcher(lambda n: MIXED if useful[n] else FAILED, shuffle)
+    got = collector(dispatcher, stream, max_refills=19).collect(0)
+    needed = [n for n in range(80) if useful[n]][:4]
+    assert [s.prompt_id for _, s in got.groups] == [str(n) for n in needed]
+    assert len(dispatcher.requests) == needed[-1] + 1 == stream.state().cursor
+    assert dispatcher.most == 4
 
 
 def test_refills_are_bounded_and_then_dropped_groups_fill_up_in_order(stream):
     dispatcher = Dispatcher(lambda n: MIXED if n in (2, 9) else FAILED)
     got = collector(dispatcher, stream).collect(0)
-    assert len(dispatcher.requests) == 3  # one batch and two refills
+    assert len(dispatcher.requests) == 4 + 2 * 4
     assert [s.prompt_id for _, s in got.groups] == ["0", "1", "2", "9"]
     v = values(got)
     assert (v["groups/sampled"], v["groups/zero_variance_kept"], v["groups/dropped"]) == (12, 2, 8)
     assert (v["reward/mean"], v["reward/kept_mean"]) == (2 / 24, 2 / 8)  # over all sampled, and only the kept
-
-
-def test_surplus_informative_groups_are_dropped_and_counted(stream):
-    got = collector(Dispatcher(lambda n: MIXED), stream, prompts_per_generation=7).collect(0)
-    assert [s.prompt_id for _, s in got.groups] == ["0", "1", "2", "3"]
-    assert (values(got)["groups/surplus"], values(got)["groups/dropped"]) == (3, 0)
+    assert len(collector(Dispatcher(lambda n: FAILED), stream, max_refills=0).collect(1).sampled) == 4
 
 
 def test_without_dynamic_sampling_everything_is_kept(stream):
     got = collector(Dispatcher(lambda n: FAILED), stream, dynamic_sampling=False).collect(0)
     assert [s.prompt_id for _, s in got.groups] == ["0", "1", "2", "3"]
     v = values(got)
-    assert (v["groups/refills"], v["groups/zero_variance_kept"], v["groups/dropped"]) == (0, 4, 0)
+    assert (v["groups/sampled"], v["groups/zero_variance_kept"], v["groups/dropped"]) == (4, 4, 0)
 
 
 def test_truncated_share_counts_trajectories(stream):
@@ -319,8 +331,8 @@ def test_truncated_share_counts_trajectories(stream):
 
 def test_turns_and_calls_are_counted_over_all_sampled(stream):
     class Tools(Dispatcher):
-        def run(self, requests):
-            for i, (request, ref, summary) in enumerate(super().run(requests)):
+        def results(self):
+            for i, (request, ref, summary) in enumerate(super().results()):
                 episodes = (EpisodeCounts(3, 2, 1, 0.5, 40, False), EpisodeCounts(1, 0, 0, 0.0, 0, i == 0))
                 statuses = (Status.OVERLONG, Status.INEXACT if i == 1 else Status.COMPLETED)
                 yield request, ref, dataclasses.replace(summary, statuses=statuses, episodes=episodes)
@@ -333,8 +345,8 @@ def test_turns_and_calls_are_counted_over_all_sampled(stream):
 
 def test_calls_without_any_call_have_no_errors(stream):
     class Silent(Dispatcher):
-        def run(self, requests):
-            for request, ref, summary in super().run(requests):
+        def results(self):
+            for request, ref, summary in super().results():
                 yield request, ref, dataclasses.replace(summary, episodes=(EpisodeCounts(1, 0, 0, 0.0, 0, False),) * 2)
 
     v = values(collector(Silent(lambda n: MIXED), stream, dynamic_sampling=False).collect(0))
@@ -346,7 +358,7 @@ def test_the_batch_does_not_depend_on_completion_order(stream):
     runs = []
     for shuffle in range(5):
         stream.restore(start)
-        got = collector(Dispatcher(every_third_mixed, shuffle), stream, prompts_per_generation=6).collect(2)
+        got = collector(Dispatcher(every_third_mixed, shuffle), stream).collect(2)
         runs.append((got, stream.state()))
     assert all(run == runs[0] for run in runs)
 
@@ -356,14 +368,9 @@ def test_request_seeds_differ_between_steps_and_orders(stream):
     c = collector(dispatcher, stream)
     c.collect(0)
     c.collect(1)
-    seeds = [r.sampling.seed for batch in dispatcher.requests for r in batch]
+    seeds = [r.sampling.seed for r in dispatcher.requests]
     assert len(set(seeds)) == 8
     assert seeds[:4] == [derive_seed(3, 0, order) for order in range(4)]
-
-
-def test_batches_that_cannot_fill_a_step_are_refused(stream):
-    with pytest.raises(UserError, match="prompts_per_generation 1"):
-        collector(Dispatcher(lambda n: MIXED), stream, prompts_per_generation=1)
 
 
 def test_failed_samples_do_not_make_a_group_informative():

@@ -33,6 +33,7 @@ class Engines:
 
     def __init__(self, correct=lambda token: token % 2 == 0, fail=(), ungraded=()):
         self.requests = []
+        self.waiting = []
         self.forgotten = 0
         self._correct, self._fail, self._ungraded = correct, fail, ungraded
 
@@ -50,8 +51,12 @@ class Engines:
         right = self._correct(token)
         return Score(float(right), right, "")
 
-    def run(self, requests):
-        for request in reversed(requests):  # not the order they were given in
+    def submit(self, requests):
+        self.waiting += requests
+
+    def results(self):
+        while self.waiting:
+            request = self.waiting.pop()  # not the order they were given in
             self.requests.append(request)
             group = asyncio.run(
                 run_group(request, make_env=SingleTurn, sampler=self, reward=self._reward, tokenizer=TOKENIZER)
@@ -173,8 +178,8 @@ def test_what_is_not_graded_is_counted_and_in_no_accuracy(tmp_path, bench):
 
 def test_the_dispatcher_may_answer_in_any_order(tmp_path, bench):
     class Straight(Engines):
-        def run(self, requests):
-            return super().run(list(reversed(requests)))
+        def submit(self, requests):
+            super().submit(reversed(list(requests)))
 
     one, other = (evaluate(config_of(tmp_path, [bench]), kind()) for kind in (Engines, Straight))
     assert one.rows == other.rows

@@ -35,7 +35,7 @@ def parameters(monkeypatch) -> dict[str, int]:
 def make(vllm: dict[str, Any] | None = None, **tables: dict[str, Any]) -> Config:
     """The layout of examples/tool_use_7b."""
     base: dict[str, dict[str, Any]] = {
-        "rollout": {"prompts_per_step": 64, "prompts_per_generation": 192, "group_size": 8, "dynamic_sampling": True},
+        "rollout": {"prompts_per_step": 192, "group_size": 8, "dynamic_sampling": True},
         "trainer": {"world_size": 16, "tensor_parallel": 4},
         "inference": {"engines": 16, "vllm": vllm or {}},
     }

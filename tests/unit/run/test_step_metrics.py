@@ -97,7 +97,7 @@ class Step:
 
     def metrics(self) -> dict[str, float]:
         parts = [part for group, label in self.groups for part in measure(group, label)]
-        parts += [Measured("groups/dropped", 2), Measured("groups/surplus", 1), Measured("groups/refills", 3)]
+        parts += [Measured("groups/dropped", 2)]
         parts += [part for group in self.kept for part in _measure_kept(group, VERSION - 1)]
         batch = Collected((), tuple(group for group, _ in self.groups), tuple(parts))
         stats = (batch, self.scores, self.control, self.updates, 1e-6, self.costs, self.progress)
@@ -204,8 +204,6 @@ def sampled(step: Step) -> dict[str, float]:
         "groups/all_correct_ratio": sum(all(g.correct) for g in groups) / n,
         "groups/none_correct_ratio": sum(not any(g.correct) for g in groups) / n,
         "groups/dropped": 2,
-        "groups/surplus": 1,
-        "groups/refills": 3,
         "groups/zero_variance_kept": sum(g.zero_variance for g in step.kept),
         "response/length_mean": mean(each("num_action_tokens")),
         "response/length_max": max(each("num_action_tokens")),

@@ -54,7 +54,7 @@ SWITCHES: dict[str, list[Any]] = {
     "algorithm.method": ["stare", *sorted(METHODS.keys() - {"stare"})],
     "algorithm.correction.mode": ["none", "truncate", "mask"],
     "rollout.dynamic_sampling": [True, False],
-    "rollout.prompts_per_generation": [0, 12],
+    "rollout.max_refills": [10, 0],
     "rollout.temperature": [1.0, 0.7],
     "rollout.overlong": ["train", "mask"],
     "env.name": ["single_turn", "tool_use"],
