@@ -16,7 +16,7 @@ from stare_megatron.config.trainer import StateClass
 from stare_megatron.errors import UserError
 from stare_megatron.models.layout import push_buffers
 from stare_megatron.models.shape import ModelShape
-from stare_megatron.plan.parameters import Layout, largest
+from stare_megatron.plan.parameters import fullest
 from stare_megatron.run import folder as run_folder
 
 if TYPE_CHECKING:
@@ -109,11 +109,7 @@ def arena_bytes(config: Config, shape: ModelShape) -> int:
 
 def class_bytes(config: Config, shape: ModelShape) -> dict[StateClass, int]:
     """State by class of a rank of the pipeline stage that has the most of it."""
-    t, layout = config.trainer, Layout.of(config.trainer)
-    stages = [
-        largest(shape, layout, s).state(config.model.dtype, sharded=layout.sharded) for s in range(t.pipeline_parallel)
-    ]
-    most = max(stages, key=lambda state: state.total)
+    most = fullest(shape, config.trainer, config.model.dtype)
     return {"parameters": most.parameters, "gradients": most.gradients, "optimizer": most.optimizer}
 
 
@@ -140,7 +136,7 @@ def _share(config: Config, shape: ModelShape, gpu_bytes: int) -> float:
     free = gpu_bytes - rank - _CONTEXTS_BYTES
     part = _SHARE_BESIDE_OFFLOAD if config.trainer.offload else 0.5
     if not config.trainer.offload:
-        free -= push_buffers(shape, config.model.dtype)
+        free -= push_buffers(shape, config.model.dtype, config.sync.method)
     share = given if given is not None else max(0, math.floor(100 * part * free / gpu_bytes)) / 100
     sizes = (
         f"a trainer rank holds {rank / _GIB:.1f} GiB while engines sample and an engine's weights take "

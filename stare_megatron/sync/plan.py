@@ -15,9 +15,7 @@ from stare_megatron.models.boxes import Box
 from stare_megatron.sync.place import Place
 
 BUCKET_BYTES = 8 << 20
-"""Most bytes of a message; a row that has more gets a message of its own."""
-GPU_BUCKET_BYTES = 64 << 20
-"""The same between GPUs, where a message's words take as long as some tens of MiB."""
+"""Most bytes of a message, but between GPUs (`models.layout`); a row that has more gets a message of its own."""
 
 
 @dataclass(frozen=True)

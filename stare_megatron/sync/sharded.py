@@ -21,11 +21,12 @@ import torch
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from stare_megatron.models.boxes import Box
+from stare_megatron.models.layout import GPU_PUSH_BUCKET
 from stare_megatron.sync.check import box_sum
 from stare_megatron.sync.fanout import EngineFanOut
 from stare_megatron.sync.link import Link, Outbox
 from stare_megatron.sync.place import Carrier, Place, carrier, place
-from stare_megatron.sync.plan import BUCKET_BYTES, GPU_BUCKET_BYTES, Message, Party, plan
+from stare_megatron.sync.plan import BUCKET_BYTES, Message, Party, plan
 from stare_megatron.sync.source import ParamSpec
 
 Holdings = Callable[[], Iterator[tuple[Box, torch.Tensor]]]
@@ -95,7 +96,7 @@ class ShardedPusher:
         self._boxes = tuple(box for box, _ in held)
         where = held[0][1].device
         self._place = place(where)
-        self._bucket = GPU_BUCKET_BYTES if self._place.gpu else BUCKET_BYTES
+        self._bucket = GPU_PUSH_BUCKET if self._place.gpu else BUCKET_BYTES
         row = max(box.elements // box.shape[0] for box in self._boxes) * self._dtype.itemsize
         self._outbox = Outbox(max(self._bucket, row), where, on_gpu=bool(self._place.gpu))
         self._engines: dict[str, _Engine] = {}
