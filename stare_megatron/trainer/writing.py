@@ -10,6 +10,7 @@ from __future__ import annotations
 import concurrent.futures
 import inspect
 import queue
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,17 @@ class Writing:
         self._pool = pool
         self._copies = copies
         self._files = files
+        self._began = self._last = time.monotonic()
+        for file in files:
+            file.add_done_callback(self._note)
+
+    def _note(self, _: concurrent.futures.Future[_File]) -> None:
+        self._last = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """From the begin to the last of this rank's files that is written."""
+        return self._last - self._began
 
     def copied(self) -> None:
         """Wait until the state may change."""
