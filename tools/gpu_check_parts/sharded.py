@@ -13,11 +13,13 @@ import multiprocessing
 import os
 import statistics
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch._C._distributed_c10d import HashStore
 
 from stare_megatron.errors import RunError
 from stare_megatron.host import copies, device
@@ -52,11 +54,6 @@ def check(context: Context) -> Outcome:
     model = context.shared / ("qwen2.5-1.5b" if context.on_gpu else "small-bf16")
     models.make(shape, model, on=context.device, dtype=torch.bfloat16)
     copies.release_cache()
-    if context.on_gpu:
-        from torch._C._distributed_c10d import HashStore
-
-        nccl_group(HashStore(), 0, 1).abort()
-        outcome.numbers["NCCL's group"] = "made and aborted"
     has_megatron = importlib.util.find_spec("megatron") is not None
     rank: Rank = push_receivers.MegatronRank(model) if has_megatron else push_receivers.LaidOut(model, context.device)
     outcome.numbers["rank"] = "Megatron-Core's" if has_megatron else "as one would hold it"
@@ -67,9 +64,25 @@ def check(context: Context) -> Outcome:
     if importlib.util.find_spec("vllm") is not None:
         places["vLLM's worker"] = ("vllm", f"{context.device}:0")
     for title, (kind, where) in places.items():
-        outcome.numbers[title] = _pushes(outcome, rank, Receiver(kind, model, where), title)
-    _death(outcome, rank, Receiver("plain", model, f"{context.device}:0"))
+        with _kept(outcome, title):
+            outcome.numbers[title] = _pushes(outcome, rank, Receiver(kind, model, where), title)
+    with _kept(outcome, "a receiver that ends"):
+        _death(outcome, rank, Receiver("plain", model, f"{context.device}:0"))
+    if context.on_gpu:
+        with _kept(outcome, "NCCL's group"):
+            nccl_group(HashStore(), 0, 1).abort()
+            outcome.numbers["NCCL's group"] = "made and aborted"
     return outcome
+
+
+@contextlib.contextmanager
+def _kept(outcome: Outcome, title: str) -> Iterator[None]:
+    """What fails within does not take the numbers of the others with it."""
+    try:
+        yield
+    except (RunError, RuntimeError, OSError) as e:
+        traceback.print_exc()
+        outcome.fail(f"{title}: {type(e).__name__}: {e}")
 
 
 class Receiver:
