@@ -23,6 +23,7 @@ from tools.gpu_check_parts.outcome import Context, Outcome, skipped
 
 _PROMPT_TOKENS = 6  # of every prompt, with <bos>
 _NAME = "check"
+_KEPT = ("time/", "memory/", "throughput/", "rates/push", "sync/probe", "mismatch/")  # metrics that are told of
 
 
 def check(context: Context) -> Outcome:
@@ -117,11 +118,7 @@ def _read(outcome: Outcome, context: Context, tables: dict[str, Any], starts: tu
         )
     first = {1, *(steps + 1 for steps in starts[:-1])}  # they compile kernels
     later = [row for row in rows if row["step"] not in first] or rows
-    kept = [
-        key
-        for key in rows[-1]
-        if key.startswith(("time/", "memory/", "throughput/", "rates/push", "sync/probe", "mismatch/"))
-    ]
+    kept = [key for key in rows[-1] if key.startswith(_KEPT)]
     outcome.numbers["median of later steps"] = {
         key: statistics.median(row[key] for row in later if key in row)
         for key in kept
