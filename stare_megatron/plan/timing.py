@@ -281,13 +281,14 @@ def _sharded_push(config: Config, size: float, machine: Machine) -> float:
     """Seconds in which a worker gets its part, or a rank has sent what is asked of it, whichever takes longer."""
     t, i = config.trainer, config.inference
     part, workers = size / i.tensor_parallel, i.engines * i.tensor_parallel
-    away = 1.0
-    if i.placement == "colocated":  # of what it needs the rank on its GPU has some
-        away -= 1 / (t.tensor_parallel * t.pipeline_parallel * t.expert_parallel)
+    away, link = 1.0, machine.link(t.world_size + workers)
+    if i.placement == "colocated":  # of what it needs the rank on its GPU has some, and a copy of the model around it
+        copy = t.tensor_parallel * t.pipeline_parallel * t.expert_parallel
+        away, link = 1 - 1 / copy, machine.link(copy)
     sent = part * workers / t.world_size
     copies = 2 * (part + sent) / machine.memory  # packed and loaded, each read and written
     words = _WORD * max(part, sent) / GPU_PUSH_BUCKET
-    return copies + max(part, sent) * away / machine.link(t.world_size + workers) + words
+    return copies + max(part, sent) * away / link + words
 
 
 @dataclass(frozen=True)

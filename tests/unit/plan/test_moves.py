@@ -60,6 +60,8 @@ def test_a_sharded_push_needs_two_buckets_and_no_time_for_gathering() -> None:
             push_time(make(inference=table, sync={"method": method}), B7, MACHINE) for method in ("whole", "sharded")
         )
         assert whole.bytes == shards.bytes == 2 * 7_615_616_512
+    near = push_time(make(inference={"engines": 16}, sync={"method": "sharded"}), B7, MACHINE)
+    assert near.seconds < shards.seconds / 2  # within nodes, three quarters of it
     alone = {"world_size": 1, "tensor_parallel": 1}
     one = push_time(make(alone, inference={"engines": 1}, sync={"method": "sharded"}), B7, MACHINE)
     words = 0.5e-3 * one.bytes / GPU_PUSH_BUCKET
