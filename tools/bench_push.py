@@ -55,9 +55,11 @@ CONFIG = {
 class Rank:
     """The parameters of one rank that has the whole model."""
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: ModelShape, where: str = "cpu") -> None:
         self.shape = shape
-        self.parts = [(entry, [_made(entry, shape) for _ in range(entry.experts(shape))]) for entry in entries(shape)]
+        self.parts = [
+            (entry, [_made(entry, shape, where) for _ in range(entry.experts(shape))]) for entry in entries(shape)
+        ]
         self.specs = tuple(ParamSpec(name, DTYPE, want) for name, want in hf_names(shape).items())
         self.bytes = sum(t.nbytes for _, tensors in self.parts for t in tensors)
 
@@ -73,11 +75,11 @@ class Rank:
                 yield from zip(entry.names(expert), merge(entry.tensor.layout, [tensor], self.shape), strict=True)
 
 
-def _made(entry: ParameterEntry, shape: ModelShape) -> torch.Tensor:
+def _made(entry: ParameterEntry, shape: ModelShape, where: str) -> torch.Tensor:
     wants = entry.wants(shape)
     split = entry.tensor.layout in (Split.QKV, Split.GATED, Split.EXPERT_GATED)
     rows = sum(want[0] for want in wants) if split else wants[0][0]
-    return torch.randn(rows, *wants[0][1:]).to(DTYPE) * 0.02
+    return torch.randn(rows, *wants[0][1:], device=where).to(DTYPE) * 0.02
 
 
 def serve(pipe: Connection, folder: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -12,6 +13,7 @@ import ray
 from stare_megatron.cluster import runtime
 from stare_megatron.cluster.activity import ActivityLog
 from stare_megatron.cluster.placement import Slot
+from stare_megatron.cluster.rank_costs import RankCosts
 from stare_megatron.cluster.weights import Address, ShardedRank, ray_fan_out
 from stare_megatron.config import Config
 from stare_megatron.data.packing import plan_updates
@@ -29,7 +31,7 @@ from stare_megatron.types import (
     StepStats,
     UpdateShare,
 )
-from stare_megatron.types.report import Report
+from stare_megatron.types.report import RankReport
 from stare_megatron.types.token_record import TokenRecord, join
 
 if TYPE_CHECKING:
@@ -57,6 +59,7 @@ class TrainerActor:
         self._rank = rank
         self._local_rank = local_rank
         self._activity = ActivityLog()
+        self._costs = RankCosts(config.trainer.world_size)
 
     def hello(self) -> runtime.Station:
         return runtime.station()
@@ -110,12 +113,11 @@ class TrainerActor:
         elif sums == "share":
             turn = version // self._config.sync.probe_every
             self._wanted = share(self._stream.specs, turn, experts=self._sharded is not None)
-        with self._activity.during("push", f"version {version}"):
-            if self._sharded:
-                self._sharded.push(version, engines)
-                return self._sharded.sums(self._wanted)
-            self._pusher.push(version)
-        return self._found
+        with self._activity.during("push", f"version {version}"), self._costs.phase("push"):
+            began = time.perf_counter()
+            sent = self._sharded.push(version, engines) if self._sharded else self._pusher.push(version)
+            self._costs.moved("push", sent, time.perf_counter() - began)
+            return self._sharded.sums(self._wanted) if self._sharded else self._found
 
     def checksums(self) -> dict[str, str]:
         """Of each exported parameter, by its Hugging Face name; a collective, computed on rank 0. Where pushes are
@@ -147,11 +149,12 @@ class TrainerActor:
 
     def call(self, method: str, *args: Any, **named: Any) -> Any:
         """A method of the rank, by its name."""
-        with self._activity.during(method):
+        with self._activity.during(method), self._costs.phase(method):
             return getattr(self._trainer, method)(*args, **named)
 
-    def report(self) -> Report:
-        return Report(self._activity.take(), self._trainer.peak_memory_bytes())
+    def report(self) -> RankReport:
+        self._costs.moved("save", *self._trainer.take_saved())
+        return RankReport(self._activity.take(), self._costs.peak(), self._costs.take())
 
 
 class UpdateBatch(Protocol):
@@ -284,7 +287,7 @@ class TrainerGroup:
     def export_hf(self, folder: Path) -> None:
         self._rank("export_hf", folder)
 
-    def report(self) -> list[Report]:
+    def report(self) -> list[RankReport]:
         """What each rank did since it was last asked, and what that took."""
         return self._all("report")
 

@@ -63,9 +63,10 @@ class ShardedRank:
                 )
         return self._pusher.connect({name: ray_fan_out({name: actor}, workers) for name, actor in engines.items()})
 
-    def push(self, version: int, engines: Collection[str] | None) -> None:
+    def push(self, version: int, engines: Collection[str] | None) -> int:
+        """Returns the bytes that this rank sent."""
         with self._trainer.parameters_at_hand():
-            self._joined().push(version, engines)
+            return self._joined().push(version, engines)
 
     def sums(self, names: Collection[str]) -> dict[str, str]:
         """This rank's shares of the checksums of what it sends of the tensors `names`."""

@@ -14,7 +14,7 @@ class SyncConfig(Section):
         default="auto",
         description="How weights go to the engines. `sharded`: each rank sends each engine worker the parts of tensors "
         "it needs; `whole`: rank 0 sends whole tensors to all; `auto`: `sharded` on CPUs, `whole` on GPUs, where "
-        "`sharded` has not run yet.",
+        "`sharded` (CUDA IPC, NCCL) has not run yet.",
     )
     push_timeout: float = Field(
         default=0.0,

@@ -64,6 +64,18 @@ def wait_for(stream: torch.cuda.Stream | None) -> None:
         stream.synchronize()
 
 
+def finish() -> None:
+    """Returns when what this thread has begun on its device is done."""
+    if current() is Device.CUDA:
+        torch.cuda.current_stream().synchronize()
+
+
+def collect_shared() -> None:
+    """Take back memory that other processes had mapped and do not use any more."""
+    if current() is Device.CUDA:
+        torch.cuda.ipc_collect()
+
+
 def release_cache() -> None:
     """Give memory that torch keeps for later back to the device."""
     if current() is Device.CUDA:

@@ -6,6 +6,7 @@ transport joins trainer and engine, which environment an engine or a trainer pro
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
 import importlib.util
@@ -269,6 +270,17 @@ def engine_args(colocated: bool, tensor_parallel: int) -> dict[str, Any]:
 def engine_sleeps() -> bool:
     """Whether a paused engine can free its memory (vLLM's sleep mode). On CPUs it only stops working."""
     return current() is Device.CUDA
+
+
+def forget_peak() -> None:
+    """`peak_memory_bytes` is of what comes from now on; on a CPU where the kernel lets a process ask for it."""
+    if current() is Device.CUDA:
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory_bytes() -> int:

@@ -178,6 +178,13 @@ _ENTRIES = (
     ),
     Entry("throughput/trained_tokens", "tokens", R.UPDATE_SUM, "Action tokens of the step's update batch."),
     Entry("throughput/trained_tokens_total", "tokens", R.ONE, "Action tokens trained on since step 0."),
+    Entry(
+        "throughput/pushed",
+        "MB",
+        R.SUM,
+        "Weights that ranks sent: in shards to each engine, whole tensors once for all of them.",
+    ),
+    Entry("throughput/saved", "MB", R.SUM, "Files of ranks of the checkpoint finished since the record before."),
     Entry("time/rollout", "s", R.ONE, "Sampling and rewards."),
     Entry("time/score", "s", R.ONE, 'Loading the batch and scoring it; loading alone with scoring = "rollout".'),
     Entry("time/update", "s", R.ONE, "Weights, forward, backward, optimizer."),
@@ -195,6 +202,13 @@ _ENTRIES = (
             Entry(f"rates/{phase}_tflops", "TFLOP/s", R.MEAN, f"Model operations of {what}, by seconds and devices."),
             Entry(f"rates/{phase}_mfu", "fraction", R.MEAN, "The same by what the GPU can do; NaN if not known."),
         )
+    ),
+    Entry("rates/push_gbps", "GB/s", R.MEAN, "`throughput/pushed` of all ranks, by the seconds of their sending."),
+    Entry(
+        "rates/save_gbps",
+        "GB/s",
+        R.MEAN,
+        "`throughput/saved` of all ranks, by the seconds from a save's begin to its last file; NaN without one.",
     ),
     Entry(
         "idle/engines", "fraction", R.FRACTION, "Of an engine's time in the step, evaluation included: it did nothing."
@@ -226,6 +240,10 @@ _ENTRIES = (
         "memory/trainer_arena", "MB", R.PROCESS_MAX, "Host memory that a rank keeps for its state: `trainer.offload`."
     ),
     Entry("memory/trainer_peak", "MB", R.PROCESS_MAX, "Peak memory of a trainer rank: device memory on a GPU."),
+    *(
+        Entry(f"memory/trainer_peak_{phase}", "MB", R.PROCESS_MAX, f"The same of {what} since the record before.")
+        for phase, what in (("score", "the scoring pass"), ("update", "the update"), ("push", "the push"))
+    ),
     Entry("memory/engine_peak", "MB", R.PROCESS_MAX, "Peak memory of an engine: device memory on a GPU."),
     Entry("memory/driver_peak", "MB", R.ONE, "Peak resident memory of the driver."),
     Entry(

@@ -85,6 +85,7 @@ def opening(config: Config, parameters: int, prompts: int, benchmarks: Mapping[s
             f"CP {t.context_parallel}, EP {t.expert_parallel}, DP {t.data_parallel}",
         ),
         ("engines", f"{i.engines}, TP {i.tensor_parallel}, {i.placement}"),
+        ("weights", _pushes(config)),
         (
             "data",
             f"{prompts:,} prompts, {r.prompts_per_step} x {r.group_size} samples per step; benchmarks: {held_out}",
@@ -92,6 +93,14 @@ def opening(config: Config, parameters: int, prompts: int, benchmarks: Mapping[s
         ("run folder", str(config.folder)),
     )
     return "\n".join(f"{label:<11}{text}" for label, text in rows)
+
+
+def _pushes(config: Config) -> str:
+    """How weights go to the engines."""
+    transport = device.weight_transport(config.inference.placement == "colocated", config.sync.method)
+    if transport == "sharded":
+        return "pushed in shards (sync.method)"
+    return f"pushed as whole tensors, by {transport} (sync.method)"
 
 
 def opening_notes(config: Config, prompts: int, dropped: int) -> list[str]:

@@ -7,6 +7,8 @@ from stare_megatron.errors import UserError
 from stare_megatron.models.shape import ModelShape
 
 _GIB = 2**30
+GPU_PUSH_BUCKET = 64 << 20
+"""Most bytes of a message of a sharded push between GPUs, of which a rank has two under way."""
 
 
 def check_layout(config: TrainerConfig, gpus: bool | None) -> None:
@@ -66,9 +68,11 @@ def kv_token_bytes(shape: ModelShape, tensor_parallel: int, dtype: str) -> int:
     return 2 * shape.layers * heads * shape.head_dim * element_bytes(dtype)
 
 
-def push_buffers(shape: ModelShape, dtype: str) -> int:
-    """Bytes of a push of whole tensors on a rank: the largest is gathered, copied, and packed into a buffer of at least
-    1 GiB."""
+def push_buffers(shape: ModelShape, dtype: str, method: str) -> int:
+    """Bytes that a push takes of a rank's GPU. `method`: `sync.method`. Of whole tensors the largest is gathered,
+    copied, and packed into a buffer of at least 1 GiB; where each engine gets its parts there are two buckets."""
+    if method == "sharded":
+        return 2 * GPU_PUSH_BUCKET
     largest = shape.vocab * shape.hidden * element_bytes(dtype)
     return 3 * largest + max(largest, _GIB)
 

@@ -199,9 +199,3 @@ def _seek(file: IO[bytes], name: str) -> int:
 def parameters(shape: ModelShape) -> int:
     """Number of the model's parameters; a tied head is no further one."""
     return sum(math.prod(want) * entry.experts(shape) for entry in entries(shape) for want in entry.wants(shape))
-
-
-def expert_share(shape: ModelShape) -> float:
-    """Part of the parameters that experts have, from 0 to 1."""
-    own = (entry for entry in entries(shape) if entry.of_experts)
-    return sum(math.prod(w) * entry.experts(shape) for entry in own for w in entry.wants(shape)) / parameters(shape)

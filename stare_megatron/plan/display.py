@@ -13,6 +13,7 @@ from rich.table import Table
 
 from stare_megatron.plan.activations import Layers
 from stare_megatron.plan.estimate import Plan
+from stare_megatron.plan.memory import Phase
 from stare_megatron.plan.parameters import Layout, largest
 from stare_megatron.plan.search import Proposal
 from stare_megatron.plan.timing import PassTime
@@ -65,8 +66,17 @@ def headline(plan: Plan) -> list[tuple[str, str]]:
             f"{max(0.0, room.kv) / _GIB:.1f} GiB an engine rank, {room.token / 1024:.0f} KiB a token: "
             f"{room.at_mean:,} sequences at mean length, {room.at_full:,} at full; {room.running:,} run at a time",
         ),
+        *([("host", _host(plan))] if plan.host.arenas or plan.host.saving else []),
         ("lengths", plan.given.lengths.source),
     ]
+
+
+def _host(plan: Plan) -> str:
+    """Memory of a node beside what its processes take anyhow."""
+    host = plan.host
+    parts = {"page-locked for trainer.offload": host.arenas, "while a checkpoint is written": host.saving}
+    shown = ", ".join(f"{size / _GIB:,.0f} GiB {what}" for what, size in parts.items() if size)
+    return f"{shown}, on a node of {host.ranks} ranks"
 
 
 def memory_table(plan: Plan) -> Table:
@@ -92,10 +102,16 @@ def time_table(plan: Plan) -> Table:
     table.columns[1].justify = "right"
     r, save = plan.rollout, plan.save
     refills = f", {r.refills} refills among them" if r.refills else ""
-    table.add_row("rollout", _seconds(r.seconds), f"{r.bound}; {r.tokens:,} tokens{refills}")
-    table.add_row("score", _seconds(plan.score.seconds), _pass(plan.score))
-    table.add_row("update", _seconds(plan.update.seconds), _pass(plan.update))
-    table.add_row("push", _seconds(plan.push.seconds), f"{plan.push.bytes / _GIB:.1f} GiB of weights")
+    pushed = f"{plan.push.bytes / _GIB:.1f} GiB of weights"
+    rows = (
+        (Phase.ROLLOUT, f"{r.bound}; {r.tokens:,} tokens{refills}", plan.moves.rollout),
+        (Phase.SCORE, _pass(plan.score), 0.0),
+        (Phase.UPDATE, _pass(plan.update), plan.moves.update),
+        (Phase.PUSH, pushed + (", in shards" if plan.config.sync.method == "sharded" else ""), plan.moves.push),
+    )
+    for phase, text, moved in rows:
+        offload = f"; {_seconds(moved)} s of it trainer.offload" if moved else ""
+        table.add_row(phase.value, _seconds(plan.phase(phase)), text + offload)
     table.add_row("step", _seconds(plan.seconds), f"MFU of score and update {plan.mfu:.1%}", style="bold")
     stands = f"{save.bytes / _GIB:,.0f} GiB; training stands {_seconds(save.seconds)} s"
     table.add_row("save", _seconds(save.written), f"{stands} of it, when one is due")
@@ -116,8 +132,7 @@ def _seconds(value: float) -> str:
 def first_lines(plan: Plan) -> list[tuple[str, str]]:
     """What a run says of its plan before it starts."""
     use = plan.tightest()
-    phases = {"rollout": plan.rollout, "score": plan.score, "update": plan.update, "push": plan.push}
-    times = " + ".join(f"{name} {_seconds(phase.seconds)}" for name, phase in phases.items())
+    times = " + ".join(f"{phase.value} {_seconds(plan.phase(phase))}" for phase in Phase)
     state = f"{use.total / _GIB:.0f} of {use.capacity / _GIB:.0f} GiB in the {use.phase.value}"
     return [
         ("plan", f"{_seconds(plan.seconds)} s a step ({times}), MFU {plan.mfu:.0%}; fullest GPU {state}"),
@@ -170,13 +185,15 @@ def as_json(plan: Plan, found: Sequence[Proposal]) -> dict[str, Any]:
             for u in plan.uses
         ],
         "kv": _plain(dataclasses.asdict(plan.room)),
-        "seconds": {"step": _number(plan.seconds), "rollout": _number(plan.rollout.seconds)}
-        | {name: getattr(plan, name).seconds for name in ("score", "update", "push", "save")},
+        "seconds": {"step": _number(plan.seconds), "save": plan.save.seconds}
+        | {phase.value: _number(plan.phase(phase)) for phase in Phase},
         "rollout": _plain(dataclasses.asdict(plan.rollout)),
         "score": _plain(dataclasses.asdict(plan.score)) | {"bound": plan.score.bound},
         "update": _plain(dataclasses.asdict(plan.update)) | {"bound": plan.update.bound},
         "push": dataclasses.asdict(plan.push),
         "save": dataclasses.asdict(plan.save),
+        "offload": dataclasses.asdict(plan.moves),
+        "host": dataclasses.asdict(plan.host),
         "mfu": plan.mfu,
         "search": [{"changes": p.changes, "seconds": p.plan.seconds, "why": p.why} for p in found],
     }

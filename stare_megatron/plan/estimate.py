@@ -23,6 +23,7 @@ from stare_megatron.plan.memory import (
     residency,
     uses,
 )
+from stare_megatron.plan.moves import HostMemory, Moves, host_memory, moves
 from stare_megatron.plan.sampling import Engine, RolloutTime, rollout_time
 from stare_megatron.plan.timing import Machine, PassTime, PushTime, Ranks, SaveTime, push_time, save_time
 from stare_megatron.run.sizing import rollout_load, with_engine_sizes
@@ -45,7 +46,8 @@ class Given:
 
 @dataclass(frozen=True)
 class Plan:
-    """`config`: with the engines' sizes that a run would choose. Seconds are of one step."""
+    """`config`: with the engines' sizes that a run would choose. Seconds are of one step; those of `moves` are not
+    in the phases' own."""
 
     config: Config
     shape: ModelShape
@@ -57,12 +59,24 @@ class Plan:
     update: PassTime
     push: PushTime
     save: SaveTime
+    moves: Moves
+    host: HostMemory
     violations: tuple[str, ...]
 
     @property
     def seconds(self) -> float:
         """Of a step without saving."""
-        return self.rollout.seconds + self.score.seconds + self.update.seconds + self.push.seconds
+        return sum(self.phase(phase) for phase in Phase)
+
+    def phase(self, phase: Phase) -> float:
+        """Seconds, with what is moved in it."""
+        own = {
+            Phase.ROLLOUT: (self.rollout.seconds, self.moves.rollout),
+            Phase.SCORE: (self.score.seconds, 0.0),
+            Phase.UPDATE: (self.update.seconds, self.moves.update),
+            Phase.PUSH: (self.push.seconds, self.moves.push),
+        }
+        return sum(own[phase])
 
     @property
     def gpus(self) -> int:
@@ -153,5 +167,7 @@ def make(config: Config, shape: ModelShape, given: Given, *, cures: bool = True)
         update=ranks.update(),
         push=push_time(config, shape, given.machine),
         save=save_time(config, shape, given.machine),
+        moves=moves(config, shape, given.machine),
+        host=host_memory(config, shape, given.machine),
         violations=tuple(wrong),
     )

@@ -148,7 +148,8 @@ def rank_parts(config: Config, shape: ModelShape, given: RankInput, phase: Phase
     elif phase is Phase.SCORE:
         peak = score_peak(*how)
     else:
-        return parts | ({"buffers": float(push_buffers(shape, dtype))} if phase is Phase.PUSH else {})
+        buffers = float(push_buffers(shape, dtype, config.sync.method))
+        return parts | ({"buffers": buffers} if phase is Phase.PUSH else {})
     passes = parts | {"activations": peak.kept, "logits or layer": max(peak.working, peak.logits)}
     if phase is not Phase.UPDATE or "optimizer" in parts:
         return passes

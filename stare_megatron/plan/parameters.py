@@ -208,6 +208,13 @@ def _expert_buckets(shape: ModelShape, layout: Layout, found: Sequence[Bucket]) 
     return {i for i, b in enumerate(found) if b.parameters == count and b.replicas == layout.expert_replicas}
 
 
+def fullest(shape: ModelShape, trainer: TrainerConfig, dtype: str) -> StateBytes:
+    """State of a rank of the pipeline stage that has the most of it."""
+    layout = Layout.of(trainer)
+    stages = (largest(shape, layout, s).state(dtype, sharded=layout.sharded) for s in range(layout.pipeline))
+    return max(stages, key=lambda state: state.total)
+
+
 @functools.lru_cache(maxsize=4096)
 def largest(shape: ModelShape, layout: Layout, stage: int) -> Held:
     """The most that any rank of a stage holds. An owner's piece counts whole, padding included."""

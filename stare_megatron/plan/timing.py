@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from stare_megatron.config import Config
-from stare_megatron.models.layout import element_bytes, padded_vocab, recompute_modules
+from stare_megatron.models.layout import GPU_PUSH_BUCKET, element_bytes, padded_vocab, recompute_modules
 from stare_megatron.models.shape import ModelShape
 from stare_megatron.models.weights import parameters
 from stare_megatron.plan import lengths as lens
@@ -21,6 +21,8 @@ from stare_megatron.plan.hardware import Constants, Gpu
 from stare_megatron.plan.lengths import Lengths
 from stare_megatron.plan.parameters import Layout, largest
 from stare_megatron.plan.work import work_of
+
+_WORD = 0.5e-3  # seconds of a message of a sharded push beside its bytes: launches, and two words over gloo; assumed
 
 
 @dataclass(frozen=True)
@@ -253,16 +255,19 @@ def _batches(lengths: Lengths, ranks: int, updates: int, budget: int, multiple: 
 
 @dataclass(frozen=True)
 class PushTime:
-    """`bytes`: of the model in its dtype, which every engine rank is sent its part of; seconds."""
+    """`bytes`: of the model in its dtype, which every engine is sent; seconds."""
 
     seconds: float
     bytes: float
 
 
 def push_time(config: Config, shape: ModelShape, machine: Machine) -> PushTime:
-    """Every tensor is gathered over the ranks that split it, then handed on: within a GPU, or broadcast."""
+    """Whole tensors are gathered over the ranks that split them, then handed on: within a GPU, or broadcast. In shards
+    each engine worker gets its part from those who have it, and is packed for and loads at the memory's rate."""
     t, i = config.trainer, config.inference
-    size = parameters(shape) * (4.0 if config.model.dtype == "float32" else 2.0)
+    size = parameters(shape) * float(element_bytes(config.model.dtype))
+    if config.sync.method == "sharded":
+        return PushTime(_sharded_push(config, size, machine), size)
     split = t.tensor_parallel * t.pipeline_parallel * t.expert_parallel
     gather = size / machine.link(split) if split > 1 else 0.0
     copies = 3 * size / machine.memory
@@ -270,6 +275,20 @@ def push_time(config: Config, shape: ModelShape, machine: Machine) -> PushTime:
     if i.placement == "separate":
         sent = size / machine.link(t.world_size + i.engines * i.tensor_parallel)
     return PushTime(gather + copies + sent, size)
+
+
+def _sharded_push(config: Config, size: float, machine: Machine) -> float:
+    """Seconds in which a worker gets its part, or a rank has sent what is asked of it, whichever takes longer."""
+    t, i = config.trainer, config.inference
+    part, workers = size / i.tensor_parallel, i.engines * i.tensor_parallel
+    away, link = 1.0, machine.link(t.world_size + workers)
+    if i.placement == "colocated":  # of what it needs the rank on its GPU has some, and a copy of the model around it
+        copy = t.tensor_parallel * t.pipeline_parallel * t.expert_parallel
+        away, link = 1 - 1 / copy, machine.link(copy)
+    sent = part * workers / t.world_size
+    copies = 2 * (part + sent) / machine.memory  # packed and loaded, each read and written
+    words = _WORD * max(part, sent) / GPU_PUSH_BUCKET
+    return copies + max(part, sent) * away / link + words
 
 
 @dataclass(frozen=True)

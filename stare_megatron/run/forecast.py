@@ -28,7 +28,6 @@ from stare_megatron.run.machine import cpu_memory_bytes, on_gpus
 _GIB = 2**30
 _MB = 2**20  # of the metrics of memory
 _WARM = 1  # steps at the start whose times are left out
-PHASES = ("rollout", "score", "update", "push")
 
 
 @dataclass(frozen=True)
@@ -60,9 +59,9 @@ class Forecast:
         plan = _at_lengths_of(self.plan, folder)
         found = []
         warm = rows[_WARM:] or rows
-        for phase in PHASES:
-            planned, measured = getattr(plan, phase).seconds, mean(warm, f"time/{phase}")
-            found.append(("plan" if not found else "", f"{phase} {compared(planned, measured, 's')}"))
+        for phase in Phase:
+            planned, measured = plan.phase(phase), mean(warm, f"time/{phase.value}")
+            found.append(("plan" if not found else "", f"{phase.value} {compared(planned, measured, 's')}"))
         peak = max((row.get("memory/trainer_peak", 0.0) for row in rows), default=0.0) * _MB
         found.append(("", f"rank's memory {compared(allocated(plan) / _GIB, peak / _GIB, 'GiB')}"))
         return found

@@ -136,7 +136,7 @@ class Recorder(Generic[Ref]):
             elapsed=self._clock.elapsed,
             trainer_peaks=taken.trainer_peaks,
             engine_peaks=taken.engine_peaks,
-            trainer_memory=self._session.trainers.memory(),
+            trainer_memory=(*self._session.trainers.memory(), *taken.measured),
             driver_peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             host=host_memory(),
             loads=taken.loads,

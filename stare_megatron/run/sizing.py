@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from stare_megatron.config import Config
 from stare_megatron.config.trainer import StateClass
 from stare_megatron.errors import UserError
-from stare_megatron.models.layout import element_bytes, push_buffers
+from stare_megatron.models.layout import push_buffers
 from stare_megatron.models.shape import ModelShape
-from stare_megatron.models.weights import expert_share
+from stare_megatron.plan.parameters import fullest
 from stare_megatron.run import folder as run_folder
 
 if TYPE_CHECKING:
@@ -108,21 +108,9 @@ def arena_bytes(config: Config, shape: ModelShape) -> int:
 
 
 def class_bytes(config: Config, shape: ModelShape) -> dict[StateClass, int]:
-    """A rank's state by class."""
-    held, owned = _parameters(config, shape)
-    # Adam's moments, and a float32 copy of weights that are not float32.
-    weight, optimizer = element_bytes(config.model.dtype), 8 if config.model.dtype == "float32" else 12
-    return {"parameters": int(held * weight), "gradients": int(held * 4), "optimizer": int(owned * optimizer)}
-
-
-def _parameters(config: Config, shape: ModelShape) -> tuple[float, float]:
-    """Parameters that a rank holds, and those of which it has the optimizer's state. Experts are split over other ranks
-    than the rest; a distributed optimizer splits the state of both over all ranks of the stage."""
-    t = config.trainer
-    stage = run_folder.parameter_count(config.model.path) / t.pipeline_parallel
-    of_experts = stage * expert_share(shape)
-    held = (stage - of_experts) / t.tensor_parallel + of_experts / (t.expert_parallel * t.expert_tensor_parallel)
-    return held, stage / (t.world_size / t.pipeline_parallel) if t.distributed_optimizer else held
+    """State by class of a rank of the pipeline stage that has the most of it."""
+    most = fullest(shape, config.trainer, config.model.dtype)
+    return {"parameters": most.parameters, "gradients": most.gradients, "optimizer": most.optimizer}
 
 
 def _step_bytes(config: Config, shape: ModelShape) -> int:
@@ -148,7 +136,7 @@ def _share(config: Config, shape: ModelShape, gpu_bytes: int) -> float:
     free = gpu_bytes - rank - _CONTEXTS_BYTES
     part = _SHARE_BESIDE_OFFLOAD if config.trainer.offload else 0.5
     if not config.trainer.offload:
-        free -= push_buffers(shape, config.model.dtype)
+        free -= push_buffers(shape, config.model.dtype, config.sync.method)
     share = given if given is not None else max(0, math.floor(100 * part * free / gpu_bytes)) / 100
     sizes = (
         f"a trainer rank holds {rank / _GIB:.1f} GiB while engines sample and an engine's weights take "

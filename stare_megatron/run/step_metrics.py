@@ -19,8 +19,8 @@ _MB = 2**20
 @dataclass(frozen=True)
 class StepCosts:
     """What a step took. `seconds`: by phase; `elapsed`: of the run, seconds; peaks in bytes, of each trainer rank, of
-    each engine and of the driver; `trainer_memory`: `TrainerGroup.memory`; `loads`: of each engine while it sampled
-    the step; `rates`: of its phases."""
+    each engine and of the driver; `trainer_memory`: `TrainerGroup.memory`, and what its ranks report;
+    `loads`: of each engine while it sampled the step; `rates`: of its phases."""
 
     seconds: Mapping[str, float]
     elapsed: float

@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Gathered:
-    """What processes took, of each engine and each rank. `peaks` in bytes."""
+    """What processes took, of each engine and each rank. `peaks` in bytes; `measured`: of all ranks."""
 
     loads: Sequence[EngineLoad]
     engine_peaks: Sequence[int]
     trainer_peaks: Sequence[int]
+    measured: Sequence[Measured]
 
 
 class Timeline:
@@ -46,8 +47,12 @@ class Timeline:
         for kind, reports in (("engine", engines), ("trainer rank", ranks)):
             for i, report in enumerate(reports):
                 self._tracks.setdefault(f"{kind} {i}", []).extend(report.activities)
-        peaks = [[report.peak_bytes for report in reports] for reports in (engines, ranks)]
-        return Gathered([report.load for report in engines], *peaks)
+        return Gathered(
+            loads=[report.load for report in engines],
+            engine_peaks=[report.peak_bytes for report in engines],
+            trainer_peaks=[report.peak_bytes for report in ranks],
+            measured=[part for report in ranks for part in report.measured],
+        )
 
     def idle(self) -> tuple[Measured, ...]:
         """Of each process, as far as gathered: time in which it did nothing, of that since the step began."""

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 from stare_megatron.errors import RunError
 from stare_megatron.models.boxes import Box
+from stare_megatron.sync.place import Place
 
 BUCKET_BYTES = 8 << 20
-"""Most bytes of a message; a row that has more gets a message of its own."""
+"""Most bytes of a message, but between GPUs (`models.layout`); a row that has more gets a message of its own."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,9 @@ class Message:
 
 @dataclass(frozen=True)
 class Party:
-    """A trainer rank or a worker: the machine it is on, and the boxes it holds or needs, in its own order."""
+    """A trainer rank or a worker: where it is, and the boxes it holds or needs, in its own order."""
 
-    host: str
+    place: Place
     boxes: tuple[Box, ...]
 
 
@@ -54,8 +55,8 @@ def plan(
     """Messages in the order in which every party takes its own, so that none waits for one that waits for it.
 
     Every element of every need is in exactly one message. Of several ranks that hold the same box one sends it: one on
-    the worker's machine before others, and of those the one with the least to send so far, so that data-parallel
-    replicas share the work. `itemsize`: bytes of an element on the wire.
+    the worker's GPU before others, then one on its machine, and of those the one with the least to send so far, so that
+    data-parallel replicas share the work. `itemsize`: bytes of an element on the wire.
 
     Raises:
         RunError: a need that is not held, or held in part or twice over; names worker and box.
@@ -98,8 +99,7 @@ def _pieces(
             shared = box.intersection(need)
             if shared is None:
                 continue
-            near = [pair for pair in who if senders[pair[0]].host == party.host] or who
-            rank, held = min(near, key=lambda pair: loads[pair[0]])
+            rank, held = min(who, key=lambda pair: (senders[pair[0]].place.distance(party.place), loads[pair[0]]))
             loads[rank] += shared.elements
             found += shared.elements
             yield rank, Piece(held, number, shared)

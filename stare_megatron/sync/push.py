@@ -74,16 +74,18 @@ class WeightPusher:
             self._init_info(), client=self._client, source=weight_source(self._stream)
         )
 
-    def push(self, version: int) -> None:
-        """Send all parameters; when it returns on rank 0 every engine samples with `version`."""
+    def push(self, version: int) -> int:
+        """Send all parameters; when it returns on rank 0 every engine samples with `version`. Returns the bytes that
+        this rank sent, to all at once."""
         if self._only_iterates():
             for _ in self._stream.tensors():
                 pass
-            return
+            return 0
         if self._engine is None:
             raise RuntimeError("connect() comes before push()")
         self._client.version = version
         self._engine.send_weights()
+        return sum(map(spec_bytes, self._stream.specs)) if self._rank == 0 else 0
 
     def _only_iterates(self) -> bool:
         """A rank other than 0 of a broadcasting backend only takes part in the passes over the stream, so it can do

@@ -21,9 +21,11 @@ import torch
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from stare_megatron.models.boxes import Box
+from stare_megatron.models.layout import GPU_PUSH_BUCKET
 from stare_megatron.sync.check import box_sum
 from stare_megatron.sync.fanout import EngineFanOut
-from stare_megatron.sync.link import Link, Outbox, machine
+from stare_megatron.sync.link import Link, Outbox
+from stare_megatron.sync.place import Carrier, Place, carrier, place
 from stare_megatron.sync.plan import BUCKET_BYTES, Message, Party, plan
 from stare_megatron.sync.source import ParamSpec
 
@@ -55,12 +57,18 @@ class _Order:
 
 @dataclass(frozen=True)
 class _Engine:
-    """An engine that has joined. `mapped`: workers on this rank's machine."""
+    """An engine that has joined. `carriers`: what carries this rank's messages to each of its workers."""
 
     client: EngineFanOut
     link: Link
     orders: tuple[_Order, ...]
-    mapped: frozenset[int]
+    carriers: tuple[Carrier, ...]
+
+    @property
+    def near(self) -> list[tuple[Link, int]]:
+        """Workers that read what this rank sends them from the GPU that both use."""
+        workers = sorted({order.worker for order in self.orders})
+        return [(self.link, w) for w in workers if self.carriers[w] is Carrier.IPC]
 
 
 class ShardedPusher:
@@ -84,9 +92,13 @@ class ShardedPusher:
         self._store = store
         self._host = host
         (self._dtype,) = {spec.dtype for spec in specs}
-        self._boxes = tuple(box for box, _ in holdings())
+        held = list(holdings())
+        self._boxes = tuple(box for box, _ in held)
+        where = held[0][1].device
+        self._place = place(where)
+        self._bucket = GPU_PUSH_BUCKET if self._place.gpu else BUCKET_BYTES
         row = max(box.elements // box.shape[0] for box in self._boxes) * self._dtype.itemsize
-        self._outbox = Outbox(max(BUCKET_BYTES, row))
+        self._outbox = Outbox(max(self._bucket, row), where, on_gpu=bool(self._place.gpu))
         self._engines: dict[str, _Engine] = {}
         self._joins: collections.Counter[str] = collections.Counter()
 
@@ -181,13 +193,14 @@ class ShardedPusher:
 
     def _meet(self, engines: Mapping[str, EngineFanOut]) -> list[str]:
         told = []
-        here = machine()
         for name, client in engines.items():
             link = Link(
                 PrefixStore(self._rendezvous(name), self._store), name, self._rank, self._ranks, client.workers[0]
             )
             mine = [[box.name, box.begin, box.end] for box in self._boxes]
-            link.tell(f"rank {self._rank}", {"host": here, "boxes": mine, "slots": self._outbox.address})
+            link.tell(
+                f"rank {self._rank}", {"place": told_place(self._place), "boxes": mine, "slots": self._outbox.address}
+            )
             if self._rank == 0:
                 told += self._plan(link)
             workers = [_party(link.ask(f"worker {w}")) for w in range(link.workers)]
@@ -195,8 +208,8 @@ class ShardedPusher:
                 _Order(tag, w, size, tuple(self._parts(w, workers[w], parts)))
                 for tag, w, size, parts in link.ask(f"send {self._rank}")
             )
-            mapped = frozenset(w for w, party in enumerate(workers) if party.host == here)
-            self._engines[name] = _Engine(client, link, orders, mapped)
+            carriers = tuple(carrier(self._place, party.place) for party in workers)
+            self._engines[name] = _Engine(client, link, orders, carriers)
         return told
 
     def _parts(self, worker: int, party: Party, parts: list[Any]) -> Iterator[_Part]:
@@ -211,20 +224,21 @@ class ShardedPusher:
         ranks = [link.ask(f"rank {r}") for r in range(link.senders)]
         workers = [link.ask(f"worker {w}") for w in range(link.workers)]
         size = self._dtype.itemsize
-        messages = plan([_party(r) for r in ranks], [_party(w) for w in workers], size)
+        holders, takers = [_party(r) for r in ranks], [_party(w) for w in workers]
+        messages = plan(holders, takers, size, self._bucket)
         for r in range(link.senders):
             link.tell(
                 f"send {r}",
                 [[t, m.worker, m.elements * size, _written(m)] for t, m in enumerate(messages) if m.sender == r],
             )
-        for w, worker in enumerate(workers):
+        for w in range(link.workers):
             mine = [(t, m) for t, m in enumerate(messages) if m.worker == w]
-            near = sorted({m.sender for _, m in mine if ranks[m.sender]["host"] == worker["host"]})
+            senders = {m.sender: carrier(holders[m.sender].place, takers[w].place) for _, m in mine}
             link.tell(
                 f"take {w}",
                 {
                     "messages": [[t, m.sender, m.elements * size, _written(m)] for t, m in mine],
-                    "slots": [[r, ranks[r]["slots"]] for r in near],
+                    "senders": [[r, found.name, ranks[r]["slots"]] for r, found in sorted(senders.items())],
                 },
             )
         whole = sorted({name for worker in workers for name in worker["whole"]})
@@ -235,6 +249,7 @@ class ShardedPusher:
     @torch.no_grad()
     def _send(self, engines: Sequence[_Engine]) -> int:
         views = [view for _, view in self._holdings()]
+        self._outbox.open([receiver for engine in engines for receiver in engine.near])
         sent = 0
         for turn in itertools.zip_longest(*(engine.orders for engine in engines)):
             for engine, order in zip(engines, turn, strict=True):
@@ -245,8 +260,7 @@ class ShardedPusher:
                     view = views[part.held][part.box.within(self._boxes[part.held])]
                     begin = part.begin // self._dtype.itemsize
                     buffer[begin : begin + part.box.elements].view(part.box.shape).copy_(view)
-                mapped = order.worker in engine.mapped
-                self._outbox.send(engine.link, order.worker, order.tag, order.bytes, mapped=mapped)
+                self._outbox.send(engine.link, order.worker, order.tag, order.bytes, engine.carriers[order.worker])
                 sent += order.bytes
         self._outbox.finish()
         return sent
@@ -257,8 +271,15 @@ def label(need: Box, worker: int) -> str:
     return f"{need} of worker {worker}"
 
 
+def told_place(found: Place) -> list[str]:
+    """As parties tell each other."""
+    return [found.machine, found.gpu]
+
+
 def _party(told: Mapping[str, Any]) -> Party:
-    return Party(told["host"], tuple(Box(name, tuple(begin), tuple(end)) for name, begin, end in told["boxes"]))
+    return Party(
+        Place(*told["place"]), tuple(Box(name, tuple(begin), tuple(end)) for name, begin, end in told["boxes"])
+    )
 
 
 def _written(message: Message) -> list[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +18,10 @@ from stare_megatron.models.boxes import Box
 from stare_megatron.sync import wire
 from stare_megatron.sync.bake import Need, Needs, bake
 from stare_megatron.sync.check import box_sum
-from stare_megatron.sync.link import Link, Slots, inbox, machine
+from stare_megatron.sync.link import Link
 from stare_megatron.sync.load import Loader
 from stare_megatron.sync.loaded import loaded_form
+from stare_megatron.sync.receiver import Receiver
 from stare_megatron.sync.sharded import label
 from stare_megatron.sync.source import ParamSpec
 
@@ -50,26 +51,13 @@ class ShardedUpdateInfo(WeightTransferUpdateInfo):
 
 
 @dataclass(frozen=True)
-class _Message:
-    """What comes: parts (number of the need, box) one after the other."""
-
-    tag: int
-    sender: int
-    bytes: int
-    parts: tuple[tuple[int, Box], ...]
-
-
-@dataclass(frozen=True)
 class _Joined:
-    """What a worker knows after the handshake. `mapped`: memory of trainer ranks on this machine."""
+    """What a worker knows after the handshake."""
 
-    link: Link
+    receiver: Receiver
     worker: int
     specs: dict[str, ParamSpec]
     needs: Needs
-    messages: tuple[_Message, ...]
-    mapped: dict[int, list[torch.Tensor]]
-    dtype: torch.dtype
 
 
 class ShardedWeightTransferEngine(WeightTransferEngine[ShardedInitInfo, ShardedUpdateInfo]):
@@ -88,23 +76,9 @@ class ShardedWeightTransferEngine(WeightTransferEngine[ShardedInitInfo, ShardedU
         link = Link(meeting, init_info.name, init_info.senders + worker, init_info.senders, init_info.workers)
         specs = init_info.specs()
         needs = bake(self.model, specs)
-        boxes = _boxes(needs)
-        link.tell(
-            f"worker {worker}",
-            {
-                "host": machine(),
-                "boxes": [[box.name, box.begin, box.end] for box in boxes],
-                "whole": [spec.name for spec in needs.whole],
-            },
-        )
-        told = link.ask(f"take {worker}")
-        messages = tuple(
-            _Message(tag, sender, size, tuple((n, Box(boxes[n].name, tuple(b), tuple(e))) for _, n, b, e in parts))
-            for tag, sender, size, parts in told["messages"]
-        )
-        mapped = {rank: Slots.at(address) for rank, address in told["slots"]}
-        by_name = {spec.name: spec for spec in specs}
-        self._joined = _Joined(link, worker, by_name, needs, messages, mapped, specs[0].dtype)
+        whole = [spec.name for spec in needs.whole]
+        receiver = Receiver.join(link, worker, _boxes(needs), whole, dtype=specs[0].dtype, where=self.device)
+        self._joined = _Joined(receiver, worker, {spec.name: spec for spec in specs}, needs)
 
     def start_weight_update(self) -> None:
         self._loader = Loader(self.model, self.model_config, self._known().needs)
@@ -115,14 +89,17 @@ class ShardedWeightTransferEngine(WeightTransferEngine[ShardedInitInfo, ShardedU
         if loader is None:
             raise RuntimeError("start_weight_update comes before weights")
         cut = joined.needs.cut
+
+        def take(need: int, box: Box, value: torch.Tensor) -> None:
+            if need < len(cut):
+                loader.take(cut[need], box, value)
+            else:
+                loader.take_whole(need - len(cut), box, value)
+
         with contextlib.ExitStack() as after_an_error:
             after_an_error.callback(loader.abandon)
-            after_an_error.callback(joined.link.close)  # the senders must not wait for us
-            for need, box, value in _received(joined):
-                if need < len(cut):
-                    loader.take(cut[need], box, value)
-                else:
-                    loader.take_whole(need - len(cut), box, value)
+            after_an_error.callback(joined.receiver.link.close)  # the senders must not wait for us
+            joined.receiver.receive(take)
             after_an_error.pop_all()
 
     def finish_weight_update(self) -> None:
@@ -148,7 +125,7 @@ class ShardedWeightTransferEngine(WeightTransferEngine[ShardedInitInfo, ShardedU
 
     def shutdown(self) -> None:
         if self._joined is not None:
-            self._joined.link.close()
+            self._joined.receiver.link.close()
 
     def _known(self) -> _Joined:
         if self._joined is None:
@@ -162,12 +139,3 @@ def _parameter(need: Need) -> tuple[str, str]:
 
 def _boxes(needs: Needs) -> list[Box]:
     return [need.box for need in needs.cut] + [Box(s.name, (0,) * len(s.shape), s.shape) for s in needs.whole]
-
-
-def _received(joined: _Joined) -> Iterator[tuple[int, Box, torch.Tensor]]:
-    coming = [(m.tag, m.sender, m.bytes) for m in joined.messages]
-    for message, got in zip(joined.messages, inbox(joined.link, coming, joined.mapped), strict=True):
-        values, at = got.view(joined.dtype), 0
-        for need, box in message.parts:
-            yield need, box, values[at : at + box.elements].view(box.shape)
-            at += box.elements

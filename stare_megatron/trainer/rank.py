@@ -133,6 +133,7 @@ class TrainerRank:
         self._trained: list[tuple[RankBatch, ForwardBackwardResult]] = []
         self._writer = checkpoint.writer(trainer)
         self._writing: Writing | None = None
+        self._saved = 0, 0.0
 
     def _replay(self) -> Replay | None:
         if not self._config.inference.routing_replay:
@@ -336,7 +337,14 @@ class TrainerRank:
         if self._writing is None:
             raise RuntimeError("begin_save() comes before finish_save()")
         writing, self._writing = self._writing, None
-        return writing.finish()
+        entries = writing.finish()
+        self._saved = sum(entry.bytes for entry in entries.values()), writing.seconds
+        return entries
+
+    def take_saved(self) -> tuple[int, float]:
+        """Bytes of this rank's files of the checkpoint finished since this was asked last, and seconds of writing."""
+        saved, self._saved = self._saved, (0, 0.0)
+        return saved
 
     def restore(self, folder: Path) -> int:
         """Load what `begin_save` wrote, at any layout; returns the loop's step.

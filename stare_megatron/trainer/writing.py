@@ -10,6 +10,7 @@ from __future__ import annotations
 import concurrent.futures
 import inspect
 import queue
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ class Writing:
         pool: concurrent.futures.ThreadPoolExecutor,
         copies: Sequence[concurrent.futures.Future[Any]],
         files: Sequence[concurrent.futures.Future[_File]],
+        *,
+        began: float,
     ) -> None:
         self._folder = folder
         self._request = request
@@ -48,6 +51,17 @@ class Writing:
         self._pool = pool
         self._copies = copies
         self._files = files
+        self._began = self._last = began
+        for file in files:
+            file.add_done_callback(self._note)
+
+    def _note(self, _: concurrent.futures.Future[_File]) -> None:
+        self._last = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """From the begin to the last of this rank's files that is written."""
+        return self._last - self._began
 
     def copied(self) -> None:
         """Wait until the state may change."""
@@ -109,6 +123,7 @@ class Writer:
         `live`: addresses of the storages that may change before the writing has ended, but not before
         `Writing.copied`; what is in one of them is copied. The writing before must have been finished.
         """
+        began = time.monotonic()
         results: queue.SimpleQueue[Any] = queue.SimpleQueue()
         filesystem_async._results_queue = results  # instead of the manager's; the writer takes it when it plans
         save: Any = dist_checkpointing.save
@@ -126,12 +141,12 @@ class Writer:
         self._checked = True
         pool = concurrent.futures.ThreadPoolExecutor(self._threads, thread_name_prefix="checkpoint")
         if request.async_fn is None:  # nothing for this rank to write
-            return Writing(folder, request, results, pool, (), ())
+            return Writing(folder, request, results, pool, (), (), began=began)
         transforms = request.async_fn.args[0]
         # Where the state is not in host memory this is a copy already.
         copies = [pool.submit(self._private, bucket, live) for bucket in request.preload_fn()]
         files = [pool.submit(_write_copy, transforms, number, copy) for number, copy in enumerate(copies)]
-        return Writing(folder, request, results, pool, copies, files)
+        return Writing(folder, request, results, pool, copies, files, began=began)
 
     def _private(self, bucket: Any, live: set[int]) -> Any:
         """The bucket with tensors in memory that nobody changes."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from stare_megatron.types.measured import Measured
+
 
 @dataclass(frozen=True)
 class Activity:
@@ -41,6 +43,13 @@ class Report:
 
     activities: tuple[Activity, ...]
     peak_bytes: int
+
+
+@dataclass(frozen=True)
+class RankReport(Report):
+    """`measured`: of its phases, pushes and saves."""
+
+    measured: tuple[Measured, ...]
 
 
 @dataclass(frozen=True)

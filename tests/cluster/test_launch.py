@@ -49,7 +49,6 @@ def settings(shared: Path, runs: str) -> list[str]:
         "model.path": shared / "material/model",
         "data.train": json.dumps([str(shared / "material/train.jsonl")]),
         "rollout.prompts_per_step": 4,
-        "rollout.prompts_per_generation": 8,
         "trainer.tensor_parallel": 1,
         "trainer.world_size": 4,
         "inference.engines": 2,

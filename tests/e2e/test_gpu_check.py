@@ -39,8 +39,8 @@ def test_cheap_parts(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_rank_and_a_push(tmp_path: Path) -> None:
-    found = check(tmp_path, "rank", "offload", "transport")
-    assert [p["status"] for p in found.values()] == ["ok", "ok", "ok"]
+    found = check(tmp_path, "rank", "offload", "transport", "sharded")
+    assert [p["status"] for p in found.values()] == ["ok", "ok", "ok", "ok"]
     moved = found["offload"]["numbers"]
     assert moved["repeats itself"]
     assert moved["arena, GiB"] >= moved["moved, GiB"] > 0 == moved["left while engines sample, MiB"]
@@ -48,12 +48,16 @@ def test_a_rank_and_a_push(tmp_path: Path) -> None:
     for dtype in ("bfloat16", "float16"):  # rounding is seen: they were not computed in float32
         assert numbers[f"{dtype} log-probs after the updates, mean"] > 1e-5
     assert found["transport"]["numbers"]["transport"] == "gloo"
+    for receiver in ("a receiver", "vLLM's worker"):
+        assert found["sharded"]["numbers"][receiver]["carrier"] == "MAPPED"
+    assert "ended" in found["sharded"]["numbers"]["a receiver that ends in a push"]["said"]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_loop(tmp_path: Path) -> None:
-    found = check(tmp_path, "loop")
+    found = check(tmp_path, "loop", "loop-sharded")
+    assert found["loop-sharded"]["numbers"]["median of later steps"]["throughput/pushed"] > 0
     numbers = found["loop"]["numbers"]
     assert len(numbers["step times"]) == 6
     assert numbers["median of later steps"]["time/update"] > 0

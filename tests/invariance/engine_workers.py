@@ -21,7 +21,10 @@ from multiprocessing.connection import Client, Listener
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
+_patches, _gpu = pytest.MonkeyPatch(), []
 
 
 class Nursery:
@@ -95,12 +98,20 @@ class Workers:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{path} did not start")
             time.sleep(0.05)
-        with Client(str(path), "AF_UNIX") as pipe:
+        with _connected(path) as pipe:
             pipe.send((method, args))
             failed, value = pipe.recv()
         if failed:
             raise RuntimeError(f"{self.name}, worker {rank}: {value}")
         return value
+
+
+def _connected(path: Path) -> Any:
+    for _ in range(40):  # there is a socket a moment before anybody listens at it
+        with contextlib.suppress(ConnectionRefusedError):
+            return Client(str(path), "AF_UNIX")
+        time.sleep(0.05)
+    return Client(str(path), "AF_UNIX")
 
 
 def _serve(path: str, model: str, workers: int, rank: int, address: str, dtype: str, expert_parallel: bool) -> None:
@@ -204,12 +215,34 @@ def _die_in_push(worker: Any) -> None:
     Loader.take = once  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def _be_at(worker: Any, machine: str, gpu: str) -> None:
+    """Say so in the next handshake; with a name of a GPU, have a stand-in for one. No machine: where we are."""
+    from gpu_stand_in import Gpu
+
+    from stare_megatron.sync import receiver
+    from stare_megatron.sync.place import Place
+
+    _patches.undo()
+    _gpu.clear()
+    if machine:
+        _patches.setattr(receiver, "place", lambda device: Place(machine, gpu))
+    if gpu:
+        _gpu.append(Gpu())
+        _gpu[0].install(_patches.setattr)
+
+
+def _gpu_in_use(worker: Any) -> int:
+    return sum(gpu.in_use for gpu in _gpu)
+
+
 def _needed_bytes(worker: Any) -> int:
     joined = worker.weight_transfer_engine._joined
-    return sum(need.box.elements for need in joined.needs.cut) * joined.dtype.itemsize
+    return sum(need.box.elements for need in joined.needs.cut) * joined.receiver.dtype.itemsize
 
 
 _OWN = {
+    "be_at": _be_at,
+    "gpu_in_use": _gpu_in_use,
     "state": _state,
     "scramble": _scramble,
     "sums": _sums,

@@ -17,11 +17,14 @@ DTYPE = "bfloat16"
 
 @dataclass(frozen=True)
 class Pushed:
-    """`unlike`: boxes this rank holds that differ from the export. `sent`: bytes. `sums`: shares, by engine."""
+    """`unlike`: boxes this rank holds that differ from the export. `sent`: bytes. `sums`: shares, by engine.
+    `carriers`: by engine, to each worker. `in_use`: of GPU's buffers afterwards."""
 
     unlike: list[str]
     sent: int
     sums: dict[str, dict[str, str]]
+    carriers: dict[str, list[str]]
+    in_use: int
 
 
 @contextmanager
@@ -60,22 +63,34 @@ def _pusher(here: Rank, chunks: list[Any], dtype: Any) -> Any:
 
 
 def run(here: Rank, *, cases: Sequence[dict[str, Any]]) -> list[Pushed]:
-    """Each case: `path`, `port`, `trainer`, `engines` to push into, and whether they are `apart`, on other machines."""
+    """Each case: `path`, `port`, `trainer`, `engines` to push into, and the `places` of the ranks, (machine, GPU) each;
+    None: as it is. With a GPU there is a stand-in for it."""
+    import pytest
+    from gpu_stand_in import Gpu
+
     from stare_megatron.sync import sharded
+    from stare_megatron.sync.place import Place
 
     found = []
-    machine = sharded.machine
     for case in cases:
         engines: list[Workers] = case["engines"]
-        sharded.machine = (lambda: "elsewhere") if case["apart"] else machine
-        with _model(here, case["path"], case["port"], case["trainer"]) as (chunks, dtype):
+        gpu = Gpu()
+        with pytest.MonkeyPatch.context() as patches, _model(here, case["path"], case["port"], case["trainer"]) as made:
+            chunks, dtype = made
+            if case["places"]:
+                place = Place(*case["places"][here.rank])
+                patches.setattr(sharded, "place", lambda device, place=place: place)
+                if place.gpu:
+                    gpu.install(patches.setattr)
             pusher = _pusher(here, chunks, dtype)
             told = pusher.connect({engine.name: engine.fan_out() for engine in engines})
             assert told == []
-            sent = pusher.push(1)
+            pusher.push(1)
+            sent = pusher.push(2)
             names = [spec.name for spec in pusher._specs]
             sums = {engine.name: pusher.sums(names, engine.name) for engine in engines}
-            found.append(Pushed(_unlike(chunks, dtype), sent, sums))
+            carriers = {name: [c.name for c in engine.carriers] for name, engine in pusher._engines.items()}
+            found.append(Pushed(_unlike(chunks, dtype), sent, sums, carriers, gpu.in_use))
     return found
 
 

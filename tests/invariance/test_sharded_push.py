@@ -3,7 +3,8 @@ the other leaves what loading the checkpoint leaves, bit for bit."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,33 @@ LAYOUTS = {
     "DP2": {},
     "EP2": {"expert_parallel": 2},
 }
+
+
+@dataclass(frozen=True)
+class Where:
+    """`ranks`: (machine, GPU) of each; None: as it is. `worker`: of that which is on GPU g, if there are GPUs; of two
+    engines of one worker the second is on the second one. `carriers`: between them."""
+
+    ranks: list[tuple[str, str]] | None
+    worker: Callable[[int], tuple[str, str]]
+    carriers: set[str]
+
+
+HERE = Where(None, lambda g: ("", ""), {"MAPPED"})
+APART = Where([("ranks", "")] * 2, lambda g: ("workers", ""), {"GLOO"})
+SHARED_GPUS = Where([("here", "GPU-0"), ("here", "GPU-1")], lambda g: ("here", f"GPU-{g}"), {"IPC", "NCCL"})
+OTHER_GPUS = Where([("ranks", "GPU-0"), ("ranks", "GPU-1")], lambda g: ("workers", f"GPU-{8 + g}"), {"NCCL"})
+PLACES = {
+    ("TP2", "qwen2"): SHARED_GPUS,
+    ("TP2", "qwen3_moe"): APART,
+    ("TP2", "llama"): APART,
+    ("PP2", "qwen2"): OTHER_GPUS,
+    ("PP2", "qwen3_moe"): SHARED_GPUS,
+    ("VPP", "llama"): OTHER_GPUS,
+    ("DP2", "qwen3"): SHARED_GPUS,
+    ("DP2", "llama"): APART,
+    ("EP2", "qwen3_moe"): OTHER_GPUS,
+}
 MODELS = ("qwen2", "qwen3", "qwen3_moe", "llama")  # the first tied, with biases
 DTYPE = "bfloat16"
 
@@ -38,6 +66,11 @@ class Engines:
         if FAMILIES[name][1].get("num_experts"):
             self.all.append(nursery.start(f"{name}-ep2", path, 2, DTYPE, expert_parallel=True))
         self.loaded = {engine.name: engine.call("state") for engine in self.all}
+
+    def be_at(self, where: Where) -> None:
+        for i, engine in enumerate(self.all):
+            for w in range(engine.count):
+                engine._one(w, "be_at", where.worker(w + (i == 1)))
 
     def scramble(self, seed: int) -> None:
         for engine in self.all:
@@ -75,9 +108,10 @@ def test_every_engine_has_what_loading_the_checkpoint_gives_it(layout: str, engi
     cases = []
     for name, e in chosen.items():
         e.scramble(hash(layout) % 1000)
-        apart = layout in ("TP2", "EP2") and name != "qwen2"
+        where = PLACES.get((layout, name), HERE)
+        e.be_at(where)
         cases.append(
-            {"path": e.path, "trainer": LAYOUTS[layout], "engines": e.all, "port": free_port(), "apart": apart}
+            {"path": e.path, "trainer": LAYOUTS[layout], "engines": e.all, "port": free_port(), "places": where.ranks}
         )
     by_rank = launch("push_cases:run", 2, {"cases": cases}, timeout=300)
     for i, (name, e) in enumerate(chosen.items()):
@@ -89,6 +123,10 @@ def test_every_engine_has_what_loading_the_checkpoint_gives_it(layout: str, engi
             ours = added(r.sums[engine.name] for r in ranks)
             assert ours.keys() == theirs.keys()  # experts' and biases' boxes, too
             assert first_difference(ours, theirs) is None
+            assert engine.call("gpu_in_use") == [0] * engine.count
+        assert [r.in_use for r in ranks] == [0, 0]
+        used = {carrier for r in ranks for carriers in r.carriers.values() for carrier in carriers}
+        assert used == PLACES.get((layout, name), HERE).carriers
         needed = sum(sum(engine.call("needed_bytes")) for engine in e.all)
         assert sum(r.sent for r in ranks) == needed
         if layout == "DP2":  # replicas share the work
@@ -98,7 +136,8 @@ def test_every_engine_has_what_loading_the_checkpoint_gives_it(layout: str, engi
 def test_heads_that_changed_places_are_named_with_worker_and_box(engines: dict[str, Engines]) -> None:
     e = engines["qwen2"]
     engine = e.all[2]
-    case = {"path": e.path, "trainer": {}, "engines": [engine], "port": free_port(), "apart": False}
+    e.be_at(HERE)
+    case = {"path": e.path, "trainer": {}, "engines": [engine], "port": free_port(), "places": None}
     ((pushed,),) = launch("push_cases:run", 1, {"cases": [case]}, timeout=120)
     engine._one(1, "swap_rows", ("model.embed_tokens", 0, 16, 16))
     theirs = {label: value for worker in engine.call("sums") for label, value in worker.items()}
@@ -112,6 +151,7 @@ def test_a_late_engine_gets_a_push_of_its_own_and_one_that_dies_in_a_push_is_nam
     """Ruins an engine of its own."""
     e = engines["qwen3"]
     first, second = nursery.start("mortal", e.path, 1, DTYPE), e.all[1]
+    e.be_at(HERE)
     e.scramble(7)
     arguments = {"path": e.path, "port": free_port(), "first": first, "second": second}
     (said,) = launch("push_cases:faults", 1, arguments, timeout=120)

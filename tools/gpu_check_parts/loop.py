@@ -1,4 +1,5 @@
-"""Parts `loop` and `loop-graphs`: the real command on a random model; what its metrics say of time, MFU and memory."""
+"""Parts `loop`, `loop-sharded` and `loop-graphs`: the real command on a random model; what its metrics say of time, MFU
+and memory."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from tools.gpu_check_parts.outcome import Context, Outcome, skipped
 
 _PROMPT_TOKENS = 6  # of every prompt, with <bos>
 _NAME = "check"
+_KEPT = ("time/", "memory/", "throughput/", "rates/push", "sync/probe", "mismatch/")  # metrics that are told of
 
 
 def check(context: Context) -> Outcome:
@@ -35,7 +38,16 @@ def graphs(context: Context) -> Outcome:
     return _check(context, {}, (2,))
 
 
-def _check(context: Context, engine: dict[str, Any], starts: tuple[int, ...]) -> Outcome:
+def sharded(context: Context) -> Outcome:
+    """Two steps with sharded pushes, from ranks whose state is away while the engine samples."""
+    offload = {"offload": ["gradients", "optimizer", "parameters"]}
+    changed = {"sync": {"method": "sharded"}, "trainer": offload}
+    return _check(context, {"enforce_eager": True} if context.on_gpu else {}, (2,), changed)
+
+
+def _check(
+    context: Context, engine: dict[str, Any], starts: tuple[int, ...], changed: Mapping[str, dict[str, Any]] = {}
+) -> Outcome:
     if importlib.util.find_spec("vllm") is None:
         return skipped("vLLM is not installed")
     shape = models.QWEN2_5_0_5B if context.on_gpu else models.TINY
@@ -46,6 +58,8 @@ def _check(context: Context, engine: dict[str, Any], starts: tuple[int, ...]) ->
         torch.cuda.empty_cache()
     outcome = Outcome(numbers={"parameters": parameters, "dtype": dtype})
     tables = _tables(context, model, dtype, engine)
+    for name, table in changed.items():
+        tables[name] = tables.get(name, {}) | table
     for steps in starts:
         resumed = steps != starts[0]
         tables["run"] |= {"steps": steps, "resume": "auto" if resumed else "never"}
@@ -104,7 +118,7 @@ def _read(outcome: Outcome, context: Context, tables: dict[str, Any], starts: tu
         )
     first = {1, *(steps + 1 for steps in starts[:-1])}  # they compile kernels
     later = [row for row in rows if row["step"] not in first] or rows
-    kept = [key for key in rows[-1] if key.startswith(("time/", "memory/", "throughput/", "sync/probe", "mismatch/"))]
+    kept = [key for key in rows[-1] if key.startswith(_KEPT)]
     outcome.numbers["median of later steps"] = {
         key: statistics.median(row[key] for row in later if key in row)
         for key in kept

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from stare_megatron.config import parse
 from stare_megatron.errors import UserError
+from stare_megatron.host import device
 from stare_megatron.metrics import plot, summary
 from stare_megatron.metrics.catalogue import metrics
 from stare_megatron.metrics.jsonl import JsonlSink
@@ -126,6 +127,22 @@ def test_a_start_says_what_is_about_to_run(tmp_path, monkeypatch):
         assert part in said
     for part in ("engines    1, TP 1, colocated", "4,096 prompts", "aime24 (30)", str(tmp_path / "unit")):
         assert part in said
+
+
+@pytest.mark.parametrize(
+    ("kind", "placement", "method", "says"),
+    [
+        ("cpu", "colocated", "auto", "in shards"),
+        ("cpu", "separate", "whole", "as whole tensors, by gloo"),
+        ("cuda", "colocated", "auto", "as whole tensors, by cuda_ipc"),
+        ("cuda", "separate", "auto", "as whole tensors, by nccl"),
+        ("cuda", "separate", "sharded", "in shards"),
+    ],
+)
+def test_a_start_says_how_weights_are_pushed(tmp_path, monkeypatch, kind, placement, method, says):
+    monkeypatch.setattr(device, "current", lambda: device.Device(kind))
+    config = configured(tmp_path, inference={"placement": placement}, sync={"method": method})
+    assert f"weights    pushed {says} (sync.method)" in summary.opening(config, 114752, 4096, {})
 
 
 def test_notes_of_a_start(tmp_path):

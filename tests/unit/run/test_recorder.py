@@ -16,6 +16,7 @@ from stare_megatron.run import recorder as module
 from stare_megatron.run import timeline
 from stare_megatron.run.rates import Rates
 from stare_megatron.run.recorder import Recorder, Remembered
+from stare_megatron.run.step_metrics import StepCosts
 from stare_megatron.types import (
     UNOBSERVED,
     Control,
@@ -33,10 +34,11 @@ from stare_megatron.types import (
     StepStats,
     Trajectory,
 )
-from stare_megatron.types.report import Activity, EngineLoad, EngineReport, Report
+from stare_megatron.types.report import Activity, EngineLoad, EngineReport, RankReport
 
 CONTROL = Control(gate_on=True, weight_pos=1.1, weight_neg=1.0, entropy=0.2, target=0.3)
 DONE = StepStats(ScoreSummary((), 40), ())
+PUSHED = (Measured("throughput/pushed", 3.0), Measured("throughput/pushed", 4.0))  # of two ranks
 NO_LOGPROBS = np.zeros(0, np.float32)
 
 
@@ -75,7 +77,13 @@ def made(tmp_path, monkeypatch, request):
     time = Time()
     for part in (module, timeline, activity):
         monkeypatch.setattr(part, "time", time)
-    monkeypatch.setattr(module, "step_metrics", lambda *_: metrics({"reward/mean": 0.5}))
+    costs: list[StepCosts] = []
+
+    def step_metrics(*stats):
+        costs.append(next(part for part in stats if isinstance(part, StepCosts)))
+        return metrics({"reward/mean": 0.5})
+
+    monkeypatch.setattr(module, "step_metrics", step_metrics)
     monkeypatch.setattr(module, "observed", lambda *_: Observed(0.2, -0.01))
     config = parse(
         {
@@ -99,7 +107,7 @@ def made(tmp_path, monkeypatch, request):
     did: dict[str, tuple[Activity, ...]] = {}  # since the last report
     engines = SimpleNamespace(report=lambda: [EngineReport(did.pop("engine", ()), 1 << 20, EngineLoad())])
     trainers = SimpleNamespace(
-        report=lambda: [Report(did.pop("trainer", ()), 1 << 20)],
+        report=lambda: [RankReport(did.pop("trainer", ()), 1 << 20, PUSHED)],
         memory=lambda: [Measured("time/offload", 2.0)],
         token_records=token_records,
     )
@@ -128,6 +136,7 @@ def made(tmp_path, monkeypatch, request):
         recorder=recorder,
         time=time,
         logged=logged,
+        costs=costs,
         asked=asked,
         shown=shown,
         batch=batch,
@@ -164,6 +173,13 @@ def test_seconds_belong_to_the_step_they_were_spent_in(made):
     assert second_late[1]["time/save"] == 10.0
     assert second_late[1]["time/eval"] == 6.0
     assert second_late[1]["time/step"] == 20.0
+
+
+def test_what_ranks_report_is_among_the_costs_of_the_step(made):
+    made.recorder.record(1, made.batch, CONTROL, DONE, math.nan)
+    (costs,) = made.costs
+    assert tuple(costs.trainer_memory) == (Measured("time/offload", 2.0), *PUSHED)
+    assert list(costs.trainer_peaks) == [1 << 20]
 
 
 def test_what_is_remembered_goes_from_step_to_step(made):

@@ -70,13 +70,16 @@ RATES = {
     for j, unit in enumerate(("tflops", "mfu"))
 }
 
-
 OF_RANKS = (
     "time/offload",
     "time/onload",
     *(f"memory/trainer_{part}" for part in ("parameters", "gradients", "optimizer", "resident", "arena")),
+    *(f"memory/trainer_peak_{phase}" for phase in ("score", "update", "push")),
 )
 RANKS = [Measured(name, rank + n) for rank in (1.0, 3.0, 2.0) for n, name in enumerate(OF_RANKS)]
+MOVED_MB = {"throughput/pushed": [(7.0, 1), (5.0, 1)], "throughput/saved": [(2.0, 1), (9.0, 1)]}
+MOVED_GB = {"rates/push_gbps": [(3.0, 0.5), (1.0, 1.5)], "rates/save_gbps": [(2.0, 1.0), (2.0, 3.0)]}
+RANKS += [Measured(name, *part) for name, parts in (MOVED_MB | MOVED_GB).items() for part in parts]
 
 
 @dataclass(frozen=True)
@@ -285,6 +288,7 @@ def expected(step: Step) -> dict[str, float]:
             "time/eval": 2.5,
             "time/elapsed": 17.0,
             **{name: 3.0 + n for n, name in enumerate(OF_RANKS)},
+            **{"throughput/pushed": 12.0, "throughput/saved": 11.0, "rates/push_gbps": 2.0, "rates/save_gbps": 1.0},
             "memory/trainer_peak": 7.0,
             "memory/engine_peak": 9.0,
             "memory/driver_peak": 2.0,

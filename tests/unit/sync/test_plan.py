@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 
 from stare_megatron.errors import RunError
 from stare_megatron.models.boxes import Box
+from stare_megatron.sync.place import Carrier, Place, carrier
 from stare_megatron.sync.plan import Party, plan
 
-HOSTS = ("a", "b")
+A, B = Place("a"), Place("b")
+PLACES = (A, B, Place("a", "GPU-1"), Place("a", "GPU-2"), Place("b", "GPU-1"))
 
 
 @st.composite
@@ -40,7 +42,7 @@ def parties(draw: st.DrawFn, boxes: list[Box], count: int, most_copies: int) -> 
     for box in boxes:
         for who in draw(st.sets(st.integers(0, count - 1), min_size=1, max_size=most_copies)):
             own[who].append(box)
-    return [Party(draw(st.sampled_from(HOSTS)), tuple(mine)) for mine in own]
+    return [Party(draw(st.sampled_from(PLACES)), tuple(mine)) for mine in own]
 
 
 @st.composite
@@ -76,18 +78,28 @@ def test_every_element_needed_is_received_exactly_once(push) -> None:
 
 
 @given(pushes())
-def test_a_sender_on_the_same_machine_comes_first(push) -> None:
+def test_a_sender_on_the_same_gpu_comes_first_then_one_on_the_same_machine(push) -> None:
     _, senders, workers, _ = push
     for m in plan(senders, workers, 2):
-        if senders[m.sender].host != workers[m.worker].host:
-            held = {senders[m.sender].boxes[piece.held] for piece in m.pieces}
-            near = {box for s in senders if s.host == workers[m.worker].host for box in s.boxes}
-            assert not held & near
+        here = workers[m.worker].place
+        held = {senders[m.sender].boxes[piece.held] for piece in m.pieces}
+        away = senders[m.sender].place.distance(here)
+        nearer = {box for s in senders if s.place.distance(here) < away for box in s.boxes}
+        assert not held & nearer
+
+
+def test_what_both_have_carries_the_weights() -> None:
+    one, other, far = Place("a", "GPU-1"), Place("a", "GPU-2"), Place("b", "GPU-3")
+    assert [carrier(A, B), carrier(A, A)] == [Carrier.GLOO, Carrier.MAPPED]
+    assert [carrier(one, place) for place in (one, other, far)] == [Carrier.IPC, Carrier.NCCL, Carrier.NCCL]
+    assert carrier(one, Place("b", "GPU-1")) is Carrier.NCCL  # another container on the machine: no memory in common
+    with pytest.raises(RunError, match="rank on GPU GPU-1 and an engine worker on a CPU"):
+        carrier(one, A)
 
 
 def test_replicas_share_the_work() -> None:
     boxes = tuple(Box(f"t{i}", (0,), (100,)) for i in range(8))
-    messages = plan([Party("a", boxes), Party("a", boxes)], [Party("a", boxes), Party("a", boxes)], 2)
+    messages = plan([Party(A, boxes), Party(A, boxes)], [Party(A, boxes), Party(A, boxes)], 2)
     sent = [sum(m.elements for m in messages if m.sender == s) for s in (0, 1)]
     assert sent == [800, 800]
 
@@ -95,14 +107,14 @@ def test_replicas_share_the_work() -> None:
 def test_a_bucket_holds_what_all_senders_have_under_way_for_a_worker() -> None:
     halves = [tuple(Box(f"t{i}", (s * 50,), (s * 50 + 50,)) for i in range(4)) for s in (0, 1)]
     whole = tuple(Box(f"t{i}", (0,), (100,)) for i in range(4))
-    messages = plan([Party("a", half) for half in halves], [Party("b", whole)], 1, 100)
+    messages = plan([Party(A, half) for half in halves], [Party(B, whole)], 1, 100)
     assert [(m.sender, m.elements) for m in messages] == [(0, 50), (1, 50)] * 4
 
 
 def test_what_nobody_holds_is_named() -> None:
-    need = Party("a", (Box("norm", (0,), (8,)), Box("w", (0, 0), (4, 4))))
+    need = Party(A, (Box("norm", (0,), (8,)), Box("w", (0, 0), (4, 4))))
     with pytest.raises(RunError, match=r"worker 0 needs w\[0:4, 0:4\].* 8 of 16"):
-        plan([Party("a", (Box("norm", (0,), (8,)), Box("w", (0, 0), (2, 4))))], [need], 2)
-    twice = Party("a", (Box("w", (0, 0), (3, 4)), Box("w", (2, 0), (4, 4))))
+        plan([Party(A, (Box("norm", (0,), (8,)), Box("w", (0, 0), (2, 4))))], [need], 2)
+    twice = Party(A, (Box("w", (0, 0), (3, 4)), Box("w", (2, 0), (4, 4))))
     with pytest.raises(RunError, match="overlap"):
         plan([twice], [need], 2)

@@ -15,6 +15,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from stare_megatron.cluster.activity import ActivityLog
+from stare_megatron.cluster.rank_costs import RankCosts
 from stare_megatron.cluster.trainers import TrainerActor
 from stare_megatron.config import SyncConfig
 from stare_megatron.errors import RunError
@@ -246,7 +247,7 @@ def test_a_rank_takes_turns_by_probes_and_not_by_versions(monkeypatch):
     rank._config = SimpleNamespace(sync=SyncConfig(probe_every=4))
     rank._stream, rank._found, rank._sharded = SimpleNamespace(specs=()), {}, None
     rank._activity = ActivityLog()
-    rank._pusher = SimpleNamespace(push=lambda version: None)
+    rank._pusher, rank._costs = SimpleNamespace(push=lambda version: 0), RankCosts(1)
     for version in range(4, 17, 4):
         rank.push(version, "share")
     assert asked == [1, 2, 3, 4]

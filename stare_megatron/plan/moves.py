@@ -1,0 +1,59 @@
+"""What `trainer.offload` moves between a GPU and the host's memory in a step, and what the host must hold. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stare_megatron.config import Config
+from stare_megatron.models.layout import element_bytes
+from stare_megatron.models.shape import ModelShape
+from stare_megatron.models.weights import parameters
+from stare_megatron.plan.parameters import fullest
+from stare_megatron.plan.timing import Machine
+
+
+@dataclass(frozen=True)
+class Moves:
+    """Seconds by phase, each of them a part of the phase's; `bytes`: of a step, of the fullest rank, both ways."""
+
+    rollout: float
+    update: float
+    push: float
+    bytes: float
+
+    @property
+    def seconds(self) -> float:
+        return self.rollout + self.update + self.push
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Of a node, bytes. `arenas`: page-locked, what its ranks keep for `trainer.offload`; `saving`: their copies of
+    what a checkpoint is written from."""
+
+    arenas: float
+    saving: float
+    ranks: int
+
+
+def moves(config: Config, shape: ModelShape, machine: Machine) -> Moves:
+    """One after the other with everything else. Gradients are given up, not moved."""
+    away, t = config.trainer.offload, config.trainer
+    held = fullest(shape, t, config.model.dtype)
+    rate = machine.gpu.host * machine.constants.host
+    weights = held.parameters / rate if "parameters" in away else 0.0
+    state = 2 * t.updates_per_batch * held.optimizer / rate if "optimizer" in away else 0.0
+    # Parameters come when engines sleep, and leave before these sample.
+    return Moves(rollout=weights, update=state, push=weights, bytes=(2 * weights + state) * rate)
+
+
+def host_memory(config: Config, shape: ModelShape, machine: Machine) -> HostMemory:
+    """A checkpoint is written from a copy where training goes on meanwhile, or where the state leaves the GPU."""
+    t = config.trainer
+    ranks = min(t.world_size, machine.gpu.per_node)
+    held = fullest(shape, t, config.model.dtype)
+    arena = held.parameters * ("parameters" in t.offload) + held.optimizer * ("optimizer" in t.offload)
+    copied = config.checkpoint.asynchronous or arena > 0
+    byte = element_bytes(config.model.dtype)
+    share = parameters(shape) * (byte + (8.0 if byte == 4 else 12.0)) / t.world_size
+    return HostMemory(float(ranks * arena), ranks * share if copied else 0.0, ranks)
