@@ -275,6 +275,7 @@ def expected(step: Step) -> dict[str, float]:
             "stare/gate_duty": 3 / 8,
             "stare/weight_pos": 1.25,
             "stare/weight_neg": 0.75,
+            "stare/gain": 0.0625,
             "dynamics/predicted_change_before": -0.25,
             "dynamics/measured_change": found["policy/entropy"] - 0.5,
             "sync/probe": 1e-6,
