@@ -163,7 +163,7 @@ def random_step(seed: int) -> Step:
         scores=ScoreSummary((*scored, *single), 210),
         updates=updates,
         totals=totals,
-        control=Control(True, 1.25, 0.75, 0.5, 0.625, 0.01),
+        control=Control(True, 1.25, 0.75, 0.5, 0.625, 0.01, 0.0625),
         costs=StepCosts(
             seconds,
             17.0,
