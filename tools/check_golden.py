@@ -29,7 +29,7 @@ from stare_megatron.algo.registry import ALGORITHMS
 from stare_megatron.algo.stare import Candidates
 from stare_megatron.config import AlgorithmConfig, StareConfig
 from stare_megatron.config.methods import METHODS
-from stare_megatron.types import Control
+from stare_megatron.types import Control, EntropyReading
 
 TOLERANCE = 1e-9
 REDUCTIONS: dict[str, Reduction] = {
@@ -170,7 +170,7 @@ def check_controller(case: Case) -> list[str]:
     state: ControllerState = controller.initial(config)
     faults: list[str] = []
     for i, step in enumerate(case["steps"]):
-        state, control = controller.observe(config, state, step["entropy"])
+        state, control = controller.observe(config, state, EntropyReading(1, step["entropy"]))
         if control.gate_on != step["gate_on"]:
             faults.append(f"step {i}: gate {control.gate_on}, want {step['gate_on']}")
         faults += _far(f"step {i}: W", control.weight_pos, step["w"])

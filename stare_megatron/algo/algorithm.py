@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from stare_megatron.algo import controller, stare
 from stare_megatron.algo.advantages import Outcome, group_relative
 from stare_megatron.algo.comm import Comm
@@ -25,6 +27,11 @@ def equal_weights(tokens: Candidates, control: Control, config: AlgorithmConfig,
     return stare.weigh_equally(tokens, comm)
 
 
+def nothing_foreseen(tokens: Candidates, config: AlgorithmConfig, comm: Comm) -> torch.Tensor | None:
+    """The controller decides by the entropy alone."""
+    return None
+
+
 @dataclass(frozen=True)
 class Algorithm:
     """A method.
@@ -32,18 +39,21 @@ class Algorithm:
     `loss(action tokens of a micro-batch, config)` -> per-token values, unreduced; its only collectives are those of
     `LossInputs.sequences`, called equally often whatever the tokens are.
     `advantage(trajectories of a whole group, config)` -> one advantage a trajectory.
-    `controller(config, state, mean entropy)` -> new state and this step's `Control`; `controller.initial` makes the
+    `controller(config, state, entropy reading)` -> new state and this step's `Control`; `controller.initial` makes the
     first state.
+    `foresee(tokens of the scope, config, comm)` -> chosen tokens, bool, whose part of the expected change of entropy
+    the controller reads before it decides (its reading is then a `ForcedReading`), or None; a collective.
     `weigh(tokens of the scope, control, config, comm)` -> token weights and chosen tokens; a collective.
     `entropy_gradient`: `LossInputs.entropy_T` is differentiable.
     """
 
     loss: Callable[[LossInputs, AlgorithmConfig], TokenLoss]
     advantage: Callable[[Sequence[Outcome], AlgorithmConfig], tuple[float, ...]] = relative_reward
-    controller: Callable[[AlgorithmConfig, ControllerState, float], tuple[ControllerState, Control]] = (
+    controller: Callable[[AlgorithmConfig, ControllerState, EntropyReading], tuple[ControllerState, Control]] = (
         controller.observe_without_gate
     )
     weigh: Callable[[Candidates, Control, AlgorithmConfig, Comm], Weights] = equal_weights
+    foresee: Callable[[Candidates, AlgorithmConfig, Comm], torch.Tensor | None] = nothing_foreseen
     entropy_gradient: bool = False
 
 
@@ -57,5 +67,5 @@ class EntropyController:
 
     def observe(self, reading: EntropyReading) -> Control:
         """Advance the entropy controller; return this step's control."""
-        self.state, control = self._algorithm.controller(self._config, self.state, reading.entropy)
+        self.state, control = self._algorithm.controller(self._config, self.state, reading)
         return control

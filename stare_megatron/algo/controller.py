@@ -7,19 +7,23 @@ The state is a frozen value: the loop keeps it, the checkpoint holds it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+from stare_megatron.algo import auto
+from stare_megatron.algo.auto import Gain
 from stare_megatron.config import AlgorithmConfig, StareConfig
 from stare_megatron.errors import RunError
-from stare_megatron.types import Control
+from stare_megatron.types import Control, EntropyReading, ForcedReading
 
 
 @dataclass(frozen=True)
 class ControllerState:
     """Weights W and M, and the coefficient of an entropy bonus, after the last step.
 
-    `steps`: steps observed; `integral`: the integral term of a proportional-integral controller, in units of W.
-    `dataclasses.asdict` writes it, `ControllerState(**d)` reads it.
+    `steps`: steps observed; `integral`: the integral term of a proportional-integral controller, in units of W; `gain`:
+    of a weight that sets itself. `dataclasses.asdict` writes it, `ControllerState.read` reads it.
 
     Example:
         ControllerState(weight_pos=1.11, weight_neg=0.89)
@@ -30,6 +34,16 @@ class ControllerState:
     entropy_coefficient: float = 0.0
     steps: int = 0
     integral: float = 0.0
+    gain: Gain = field(default_factory=Gain)
+
+    @classmethod
+    def read(cls, tree: Mapping[str, Any]) -> ControllerState:
+        """What `asdict` wrote, or an earlier version of it without a gain.
+
+        Raises:
+            TypeError, ValueError: it is something else.
+        """
+        return cls(**{**tree, "gain": Gain(**tree.get("gain", {}))})
 
     def __post_init__(self) -> None:
         numbers = (self.weight_pos, self.weight_neg, self.entropy_coefficient, self.integral)
@@ -53,23 +67,28 @@ def target_entropy(stare: StareConfig, steps: int) -> float:
     return (1.0 - done) * stare.target_entropy + done * stare.target_entropy_end
 
 
-def observe(config: AlgorithmConfig, state: ControllerState, entropy: float) -> tuple[ControllerState, Control]:
+def observe(
+    config: AlgorithmConfig, state: ControllerState, reading: EntropyReading
+) -> tuple[ControllerState, Control]:
     """The gate of this step from the batch's mean entropy H, nats, under the policy about to be updated.
 
     gate_on = H < H_tgt. Adaptive, with sign(0) = 0: W <- clip(W + alpha sign(H_tgt - H), 1, W_max),
     M <- clip(M - alpha sign(H_tgt - H), M_min, 1); the new values hold for this very step. Proportional: this step's
     weights are 1 + u (W - 1) and 1 + u (M - 1), u = min(1, (H_tgt - H) / (band H_tgt)), so that they do not jump at the
-    target; W, M stay. Proportional-integral: see `_proportional_integral`; its gate is on where a weight is not 1.
+    target; W, M stay. Proportional-integral: see `_proportional_integral`; its gate is on where a weight is not 1, as
+    is that of weights that set themselves (`algo.auto`).
 
     Raises:
         RunError: H is not finite.
     """
-    stare = config.stare
+    stare, entropy = config.stare, reading.entropy
     if not math.isfinite(entropy):
         raise RunError(f"the update batch's mean entropy is {entropy}; the gate cannot be decided")
     target = target_entropy(stare, state.steps)
     gap = target - entropy
     state = replace(state, steps=state.steps + 1)
+    if stare.weight == "auto":
+        return _set_by_itself(stare, state, reading, target)
     if stare.controller == "proportional_integral":
         integral, weight_pos, weight_neg = _proportional_integral(stare, state.integral, gap)
         gate_on = (weight_pos, weight_neg) != (1.0, 1.0)
@@ -89,6 +108,31 @@ def observe(config: AlgorithmConfig, state: ControllerState, entropy: float) -> 
     return state, Control(gate_on, weight_pos, weight_neg, entropy, target)
 
 
+def _set_by_itself(
+    stare: StareConfig, state: ControllerState, reading: EntropyReading, target: float
+) -> tuple[ControllerState, Control]:
+    """The weights that the batch asks for (`algo.auto`).
+
+    Raises:
+        TypeError: the reading has no forces; the door should have refused its scoring.
+    """
+    if not isinstance(reading, ForcedReading):
+        raise TypeError('weight = "auto" reads what the tokens are expected to do, and there was no scoring pass')
+    damped = stare.variant == "C2"
+    gain = auto.observe(
+        state.gain,
+        reading.entropy,
+        target,
+        reading.forces,
+        time_constant=stare.time_constant,
+        most=stare.weight_bound - 1.0,
+        damped=damped,
+    )
+    u = gain.strength
+    control = Control(u > 0.0, 1.0 + u, 1.0 / (1.0 + u), reading.entropy, target, gain=gain.estimate()[0])
+    return replace(state, gain=gain), control
+
+
 def _proportional_integral(stare: StareConfig, integral: float, gap: float) -> tuple[float, float, float]:
     """The new integral term I and this step's weights, from e = H_tgt - H, nats.
 
@@ -104,13 +148,14 @@ def _proportional_integral(stare: StareConfig, integral: float, gap: float) -> t
 
 
 def observe_without_gate(
-    config: AlgorithmConfig, state: ControllerState, entropy: float
+    config: AlgorithmConfig, state: ControllerState, reading: EntropyReading
 ) -> tuple[ControllerState, Control]:
     """For methods without a gate: never on, weights 1. The configured target is kept as a line to plot against.
 
     Raises:
         RunError: H is not finite.
     """
+    entropy = reading.entropy
     if not math.isfinite(entropy):
         raise RunError(f"the update batch's mean entropy is {entropy}")
     target = target_entropy(config.stare, state.steps)

@@ -16,10 +16,9 @@ import torch
 from stare_megatron.algo.comm import Comm
 from stare_megatron.algo.reduce import fixed_point_sum, from_fixed_point
 from stare_megatron.algo.selection import select_top, subset_codes
-from stare_megatron.algo.stare import ScoredCandidates, criticality
-from stare_megatron.types import QUADRANTS, Measured
+from stare_megatron.algo.stare import UNLIKELY, ScoredCandidates, criticality
+from stare_megatron.types import QUADRANTS, EntropyForces, Measured
 
-UNLIKELY = -2e-6  # nats; S of fp32 logits is known to this much. At or above it a token counts as likely
 _HALLEY_STEPS = 8
 
 
@@ -36,6 +35,22 @@ def exact_set(tokens: ScoredCandidates, fraction: float, comm: Comm) -> torch.Te
     subset_T = subset_codes(tokens.advantage_T, tokens.action_T)
     key_T = criticality(tokens, "sensitivity")
     return select_top(key_T, subset_T, tokens.global_id_T, fraction, comm).selected_T
+
+
+def measure_forces(tokens: ScoredCandidates, chosen_T: torch.Tensor, comm: Comm) -> torch.Tensor:
+    """Sums over the action tokens of all ranks for `forces`, int64 [5]. A collective."""
+    own_T = tokens.action_T
+    advantage_T, chosen_T = tokens.advantage_T[own_T].double(), chosen_T[own_T]
+    change_T = -advantage_T * tokens.sensitivity_T[own_T].double()
+    parts = (change_T, change_T[chosen_T & (advantage_T > 0)], change_T[chosen_T & (advantage_T < 0)])
+    sums = [fixed_point_sum(x) for x in parts]
+    return comm.sum(torch.stack([own_T.sum(), torch.stack([s[1] for s in sums]).sum(), *(s[0] for s in sums)]))
+
+
+def forces(totals: list[int]) -> EntropyForces:
+    """What `measure_forces` returned, per action token. Tokens that are not finite take no part, as in the metrics."""
+    tokens, _, *parts = totals
+    return EntropyForces(*(from_fixed_point(n) / max(tokens, 1) for n in parts))
 
 
 def measure(tokens: ScoredCandidates, applied: Applied, exact_T: torch.Tensor, comm: Comm) -> torch.Tensor:

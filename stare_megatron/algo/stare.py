@@ -17,7 +17,7 @@ High surprisal stands for low S in all of them: S < 0 exactly where s exceeds th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -25,6 +25,8 @@ from stare_megatron.algo.comm import Comm
 from stare_megatron.algo.selection import NEGATIVE, POSITIVE, Selection, select_top, subset_codes
 from stare_megatron.config import Selector, StareConfig
 from stare_megatron.types import Control
+
+UNLIKELY = -2e-6  # nats; S of fp32 logits is known to this much. At or above it a token counts as likely
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,11 +85,22 @@ def criticality(tokens: Candidates, selector: Selector) -> torch.Tensor:
     return -scored.sensitivity_T
 
 
-def weigh(tokens: Candidates, control: Control, config: StareConfig, comm: Comm) -> Weights:
-    """Token weights of variant O1 or C2. L+ and L- are found, and can be reported, with the gate closed too."""
+def choose(tokens: Candidates, config: StareConfig, comm: Comm) -> tuple[torch.Tensor, Selection]:
+    """Subset codes and the chosen tokens, L+ and L-. Of a weight that sets itself, only those with S < 0 among the most
+    critical: in T+ those whose weight raises the entropy, in T- those whose damping spares it. A collective."""
     subset_T = subset_codes(tokens.advantage_T, tokens.action_T)
     key_T = criticality(tokens, config.selector)
     chosen = select_top(key_T, subset_T, tokens.global_id_T, config.fraction, comm)
+    if config.weight == "fixed":
+        return subset_T, chosen
+    taken_T = chosen.selected_T & (require_scores(tokens, 'weight = "auto"').sensitivity_T < UNLIKELY)
+    taken_S = comm.sum(torch.stack([(taken_T & (subset_T == code)).sum() for code in (POSITIVE, NEGATIVE)]))
+    return subset_T, replace(chosen, selected_T=taken_T, selected_S=taken_S)
+
+
+def weigh(tokens: Candidates, control: Control, config: StareConfig, comm: Comm) -> Weights:
+    """Token weights of variant O1 or C2. L+ and L- are found, and can be reported, with the gate closed too."""
+    subset_T, chosen = choose(tokens, config, comm)
     weight_T = torch.ones_like(tokens.advantage_T)
     if control.gate_on:
         weight_T = torch.where(chosen.selected_T & (subset_T == POSITIVE), control.weight_pos, weight_T)

@@ -50,7 +50,7 @@ def read(folder: Path) -> LoopState:
             step=int(tree["step"]),
             trained_tokens=int(tree["trained_tokens"]),
             stream=StreamState(**tree["stream"]),
-            controller=ControllerState(**tree["controller"]),
+            controller=ControllerState.read(tree["controller"]),
             before=Observed(**tree["before"]),
             duty=GateDuty(**tree["duty"]),
             wandb_run=str(tree["wandb_run"]),

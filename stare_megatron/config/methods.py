@@ -22,6 +22,8 @@ SELECTORS: dict[Selector, frozenset[TokenValue]] = {  # what each reads of a tok
     "relative": frozenset({"entropy"}),
     "sensitivity": frozenset({"sensitivity"}),
 }
+_FIXED = ("weight_pos", "weight_neg", "scope", "controller", "adaptive", "alpha", "weight_pos_max", "weight_neg_min")
+_AUTO = ("time_constant", "weight_bound")
 CONTROLLER_OF = {"band": "proportional", "kp": "proportional_integral", "ki": "proportional_integral"}
 
 
@@ -104,6 +106,15 @@ class StareConfig(Section):
         description="Which tokens are critical: highest `surprisal` (the paper), highest surprisal less entropy "
         "(`relative`), or those whose step raises (L+) or lowers (L-) the entropy most (`sensitivity`).",
     )
+    weight: Literal["fixed", "auto"] = Field(
+        default="fixed",
+        description="`fixed`: the weights below (the paper). `auto`: each step the weights that the batch's own tokens "
+        "need to hold the entropy at its target.",
+    )
+    time_constant: float = Field(
+        default=5.0, ge=1, description="`auto`: steps in which a gap between entropy and target is to close."
+    )
+    weight_bound: float = Field(default=50.0, gt=1, description="`auto`: upper bound of W; M is at least 1 / W.")
     weight_pos: float = Field(default=1.1, gt=0, description="W: weight of L+ (initial value when adaptive).")
     weight_neg: float = Field(
         default=0.9, gt=0, description="M: weight of L- in variant C2 (initial value when adaptive)."
@@ -155,6 +166,14 @@ class StareConfig(Section):
         return ""
 
     @model_validator(mode="after")
+    def _weight(self) -> StareConfig:
+        other, keys = ("auto", _AUTO) if self.weight == "fixed" else ("fixed", (*_FIXED, *CONTROLLER_OF))
+        for key in keys:
+            if key in self.model_fields_set and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f'stare.{key} is for stare.weight = "{other}"')
+        return self
+
+    @model_validator(mode="after")
     def _controller(self) -> StareConfig:
         for key in sorted(self.model_fields_set & CONTROLLER_OF.keys()):
             if self.controller != CONTROLLER_OF[key]:
@@ -189,6 +208,7 @@ class StareConfig(Section):
     def _settings_in_use(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without what controller and target do not use, so that what was written can be read."""
         unused = {key for key, controller in CONTROLLER_OF.items() if controller != self.controller}
+        unused |= set(_AUTO if self.weight == "fixed" else (*_FIXED, *CONTROLLER_OF))
         if self.target_schedule == "constant":
             unused |= {"target_entropy_end", "target_steps"}
         return {key: value for key, value in handler(self).items() if key not in unused}
@@ -335,6 +355,8 @@ def rollout_scoring_fault(
     reads, reader = METHODS[method].reads, f"algorithm.method = {method!r}"
     if method == "stare" and stare.scope == "batch":  # a micro-batch is weighed in the update pass
         reads, reader = SELECTORS[stare.selector], f"algorithm.stare.selector = {stare.selector!r}"
+        if stare.weight == "auto":
+            reads, reader = SELECTORS["sensitivity"], 'algorithm.stare.weight = "auto"'
     if reads:
         return (
             f"{key} knows no {' or '.join(sorted(reads))} of a token before its update, which {reader} needs; "

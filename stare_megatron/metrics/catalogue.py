@@ -97,6 +97,7 @@ _ENTRIES = (
     Entry("stare/gate_duty", "fraction", R.MEAN, "Steps of this run's record so far with an open gate."),
     Entry("stare/weight_pos", "factor", R.ONE, "W: weight of L+ while the gate is open; 1 when it is closed."),
     Entry("stare/weight_neg", "factor", R.ONE, "M: weight of L- while the gate is open; 1 when it is closed."),
+    Entry("stare/gain", "factor", R.ONE, 'Measured by expected change of entropy, as `weight = "auto"` learned it.'),
     Entry("stare/selected_pos", "tokens", R.UPDATE_SUM, "Tokens in L+."),
     Entry("stare/selected_neg", "tokens", R.UPDATE_SUM, "Tokens in L-."),
     Entry("stare/tokens_pos", "tokens", R.UPDATE_SUM, "Tokens with a positive advantage (T+)."),

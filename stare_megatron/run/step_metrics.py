@@ -95,6 +95,7 @@ def _control(control: Control) -> tuple[Measured, ...]:
         Measured("stare/gate", float(control.gate_on)),
         Measured("stare/weight_pos", control.weight_pos if control.gate_on else 1.0),
         Measured("stare/weight_neg", control.weight_neg if control.gate_on else 1.0),
+        Measured("stare/gain", control.gain),
         Measured("policy/target_entropy", control.target),
         Measured("policy/entropy_coefficient", control.entropy_coefficient),
     )

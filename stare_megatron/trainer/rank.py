@@ -47,6 +47,7 @@ from stare_megatron.trainer.sequence import SequenceLayout, token_batch
 from stare_megatron.trainer.step import (
     ForwardBackwardResult,
     entropy_dynamics,
+    entropy_reading,
     exact_sets,
     forward_backward,
     token_records,
@@ -179,7 +180,7 @@ class TrainerRank:
             scored = [score(self._runner, data, temperature) for data in self._loaded]
         summary = summarize(self._runner, self._loaded, scored, found_by="scoring pass")
         self._known = ScoredBatch(self._loaded, scored, summary)
-        return EntropyReading(summary.num_action_tokens, summary["policy/entropy"])
+        return entropy_reading(self._runner, self._known, self._algorithm, self._config.algorithm)
 
     def update(self, control: Control, *, keep_tokens: bool = False) -> StepStats:
         """Weigh the tokens of the scored batch and take its optimizer steps; the batch is dropped.

@@ -22,10 +22,18 @@ from stare_megatron.algo.stare import Candidates, ScoredCandidates, Weights
 from stare_megatron.algo.surrogate import kl_estimate
 from stare_megatron.config import AlgorithmConfig
 from stare_megatron.trainer.model_runner import RankBatch, Runner
-from stare_megatron.trainer.scoring import Scored, candidates
+from stare_megatron.trainer.scoring import Scored, ScoredBatch, candidates
 from stare_megatron.trainer.sequence import MicroBatch
 from stare_megatron.trainer.tally import Tally
-from stare_megatron.types import Control, Measured, Measurements, Scores, TokenBatch
+from stare_megatron.types import (
+    Control,
+    EntropyReading,
+    ForcedReading,
+    Measured,
+    Measurements,
+    Scores,
+    TokenBatch,
+)
 from stare_megatron.types.token_record import TokenRecord
 
 
@@ -51,6 +59,19 @@ def weigh(
             whole.weight_T.split(sizes), whole.subset_T.split(sizes), whole.selection.split(sizes), strict=True
         )
     ]
+
+
+def entropy_reading(
+    runner: Runner, known: ScoredBatch, algorithm: Algorithm, config: AlgorithmConfig
+) -> EntropyReading:
+    """What the controller of the method reads of a scored batch; equal on every rank. A collective."""
+    count, entropy = known.summary.num_action_tokens, known.summary["policy/entropy"]
+    tokens = known.tokens()
+    chosen_T = algorithm.foresee(tokens, config, runner.comm)
+    if chosen_T is None:
+        return EntropyReading(count, entropy)
+    totals = runner.from_last_stage(dynamics.measure_forces(tokens, chosen_T, runner.comm))
+    return ForcedReading(count, entropy, dynamics.forces(totals.tolist()))
 
 
 def exact_sets(

@@ -11,7 +11,7 @@ class Control:
 
     `weight_pos` (W) multiplies the loss of L+, `weight_neg` (M) that of L- (variant C2); `entropy` is what was
     observed, `target` what is wanted at this step, nats. `entropy_coefficient`: factor of an entropy bonus, loss per
-    nat.
+    nat. `gain`: measured by expected change of entropy, as a weight that sets itself has learned it; 0: not learned.
 
     Example:
         Control(gate_on=True, weight_pos=1.1, weight_neg=0.9, entropy=0.21, target=0.3)
@@ -23,3 +23,4 @@ class Control:
     entropy: float
     target: float
     entropy_coefficient: float = 0.0
+    gain: float = 0.0

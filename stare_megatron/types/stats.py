@@ -23,6 +23,28 @@ class EntropyReading:
     entropy: float
 
 
+@dataclass(frozen=True)
+class EntropyForces:
+    """What a unit step on the logits is expected to change the update batch's mean entropy by, nats per action token,
+    to first order (`algo.dynamics`), equal on every rank: `all_tokens` at weight 1; `chosen_pos` and `chosen_neg` of
+    them the tokens of L+ and L- alone.
+
+    Example:
+        EntropyForces(all_tokens=-0.02, chosen_pos=0.004, chosen_neg=-0.003)
+    """
+
+    all_tokens: float
+    chosen_pos: float
+    chosen_neg: float
+
+
+@dataclass(frozen=True)
+class ForcedReading(EntropyReading):
+    """With what the tokens are expected to do to the entropy, for a controller that weighs them by it."""
+
+    forces: EntropyForces
+
+
 # By the signs of advantage and entropy sensitivity (`algo.dynamics`), as in the metrics' names and in this order.
 QUADRANTS = {
     "pos_likely": "A > 0, surprisal below the critical one (S > 0).",

@@ -20,6 +20,7 @@ from stare_megatron.types import (
     QUADRANTS,
     Assignment,
     Control,
+    EntropyReading,
     Group,
     Prompt,
     Score,
@@ -250,7 +251,7 @@ def decisions(target: float, entropies: list[float]) -> list[tuple[Any, ...]]:
     config = AlgorithmConfig.model_validate({"method": "stare", "stare": settings})
     state, found = controller.initial(config), []
     for entropy in entropies:
-        state, control = controller.observe(config, state, entropy)
+        state, control = controller.observe(config, state, EntropyReading(1, entropy))
         found.append((state, control.gate_on, control.weight_pos, control.weight_neg))
     return found
 

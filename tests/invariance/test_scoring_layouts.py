@@ -127,9 +127,9 @@ def test_decisions_are_bit_identical(outcomes, ranks, name):
     )
     for s in seen:
         assert s["readings"] == want["readings"]
-        state, control = controller.observe(config, controller.initial(config), s["readings"][0].entropy)
+        state, control = controller.observe(config, controller.initial(config), s["readings"][0])
         assert control.gate_on
-        assert (state, control) == controller.observe(config, controller.initial(config), want["readings"][0].entropy)
+        assert (state, control) == controller.observe(config, controller.initial(config), want["readings"][0])
 
 
 @pytest.mark.parametrize(("ranks", "name"), LAYOUTS)

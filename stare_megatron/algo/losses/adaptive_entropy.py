@@ -16,22 +16,24 @@ from stare_megatron.algo.losses.entropy_bonus import with_bonus
 from stare_megatron.algo.losses.grpo import grpo_loss
 from stare_megatron.algo.losses.types import LossInputs, TokenLoss
 from stare_megatron.config import AlgorithmConfig
-from stare_megatron.types import Control
+from stare_megatron.types import Control, EntropyReading
 
 
 def adaptive_entropy_loss(tokens: LossInputs, config: AlgorithmConfig) -> TokenLoss:
     return with_bonus(grpo_loss(tokens, config), tokens, tokens.control.entropy_coefficient)
 
 
-def observe(config: AlgorithmConfig, state: ControllerState, entropy: float) -> tuple[ControllerState, Control]:
+def observe(
+    config: AlgorithmConfig, state: ControllerState, reading: EntropyReading
+) -> tuple[ControllerState, Control]:
     """This step's coefficient, and the state with the next one.
 
     Raises:
         RunError: the entropy is not finite.
     """
     settings = config.adaptive_entropy
-    state, control = observe_without_gate(config, state, entropy)
-    gap = settings.target_entropy - entropy
+    state, control = observe_without_gate(config, state, reading)
+    gap = settings.target_entropy - reading.entropy
     used = state.entropy_coefficient if gap >= 0 else 0.0
     moved = state.entropy_coefficient + settings.step * ((gap > 0) - (gap < 0))
     following = dataclasses.replace(state, entropy_coefficient=min(max(moved, 0.0), settings.maximum))

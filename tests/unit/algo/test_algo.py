@@ -20,7 +20,7 @@ from stare_megatron.algo.stare import ScoredCandidates
 from stare_megatron.algo.surrogate import clipped_surrogate, importance_ratio, kl_estimate
 from stare_megatron.config import AlgorithmConfig, StareConfig
 from stare_megatron.errors import RunError
-from stare_megatron.types import Control
+from stare_megatron.types import Control, EntropyReading
 
 ROOT = Path(__file__).parents[3]
 GOLDEN = ROOT / "tests" / "data" / "golden"
@@ -119,17 +119,17 @@ STARE = AlgorithmConfig(stare=StareConfig(fraction=0.5, weight_pos=4.0, weight_n
 
 def test_gate_is_strict_and_controller_state_round_trips():
     state = controller.initial(STARE)
-    assert ControllerState(**json.loads(json.dumps(dataclasses.asdict(state)))) == state
-    assert not controller.observe(STARE, state, 0.3)[1].gate_on
-    assert controller.observe(STARE, state, math.nextafter(0.3, 0))[1].gate_on
-    assert not ALGORITHMS["grpo"].controller(STARE, state, 0.0)[1].gate_on
+    assert ControllerState.read(json.loads(json.dumps(dataclasses.asdict(state)))) == state
+    assert not controller.observe(STARE, state, EntropyReading(1, 0.3))[1].gate_on
+    assert controller.observe(STARE, state, EntropyReading(1, math.nextafter(0.3, 0)))[1].gate_on
+    assert not ALGORITHMS["grpo"].controller(STARE, state, EntropyReading(1, 0.0))[1].gate_on
 
 
 @pytest.mark.parametrize("method", ["grpo", "stare"])
 @pytest.mark.parametrize("entropy", [math.nan, math.inf])
 def test_a_non_finite_entropy_stops_the_run(method, entropy):
     with pytest.raises(RunError, match="mean entropy is"):
-        ALGORITHMS[method].controller(STARE, controller.initial(STARE), entropy)
+        ALGORITHMS[method].controller(STARE, controller.initial(STARE), EntropyReading(1, entropy))
 
 
 def _tokens() -> ScoredCandidates:

@@ -15,7 +15,7 @@ from stare_megatron.checkpoint import LoopState, store
 from stare_megatron.config import AlgorithmConfig, parse
 from stare_megatron.data.prompts import StreamState
 from stare_megatron.errors import UserError
-from stare_megatron.types import GateDuty, Observed
+from stare_megatron.types import EntropyReading, GateDuty, Observed
 from tests.configs import MINIMAL
 
 PI: dict[str, Any] = {
@@ -37,7 +37,7 @@ def observed(settings: AlgorithmConfig, entropies, state: ControllerState | None
     state = state or controller.initial(settings)
     controls = []
     for entropy in entropies:
-        state, control = ALGORITHMS[settings.method].controller(settings, state, entropy)
+        state, control = ALGORITHMS[settings.method].controller(settings, state, EntropyReading(1, entropy))
         controls.append(control)
     return state, controls
 

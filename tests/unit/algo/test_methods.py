@@ -22,7 +22,7 @@ from stare_megatron.config import AlgorithmConfig, CorrectionConfig, parse
 from stare_megatron.config.methods import METHODS
 from stare_megatron.errors import UserError
 from stare_megatron.run import preflight
-from stare_megatron.types import Control
+from stare_megatron.types import Control, EntropyReading
 from tests.configs import MINIMAL
 from tests.guide import blocks
 from tests.unit.algo.test_algo_selection import on_ranks
@@ -256,10 +256,10 @@ def test_adaptive_coefficient_moves_a_step_and_is_shut_above_the_target():
     settings = config("adaptive_entropy", adaptive_entropy={"target_entropy": 0.2, "step": 0.002, "maximum": 0.005})
     state, used = controller.initial(settings), []
     for entropy in (0.1, 0.1, 0.1, 0.1, 0.3, 0.1, 0.2):
-        state, control = ALGORITHMS["adaptive_entropy"].controller(settings, state, entropy)
+        state, control = ALGORITHMS["adaptive_entropy"].controller(settings, state, EntropyReading(1, entropy))
         used.append(control.entropy_coefficient)
     assert used == pytest.approx([0.0, 0.002, 0.004, 0.005, 0.0, 0.003, 0.005])
-    assert controller.ControllerState(**dataclasses.asdict(state)) == state
+    assert controller.ControllerState.read(dataclasses.asdict(state)) == state
 
 
 def test_overlong_reward_falls_over_the_buffer():
@@ -281,7 +281,7 @@ def test_w_reinforce_needs_no_group():
 def test_proportional_controller(entropy, want):
     stare = {"weight_pos": 1.5, "weight_neg": 0.6, "target_entropy": 0.3, "controller": "proportional", "band": 0.2}
     settings = config("stare", stare=stare)
-    state, control = ALGORITHMS["stare"].controller(settings, controller.initial(settings), entropy)
+    state, control = ALGORITHMS["stare"].controller(settings, controller.initial(settings), EntropyReading(1, entropy))
     assert (control.gate_on, control.weight_pos, control.weight_neg) == pytest.approx(want)
     assert state == dataclasses.replace(controller.initial(settings), steps=1)
 

@@ -34,7 +34,7 @@ from stare_megatron.sandbox.pool import Sandbox
 from stare_megatron.tasks.tiny_model import make_tokenizer
 from stare_megatron.trainer import model, optimizer
 from stare_megatron.trainer.schedule import learning_rate
-from stare_megatron.types import Control, EntropyReading, SequenceCost
+from stare_megatron.types import Control, EntropyForces, ForcedReading, SequenceCost
 from tests.unit.algo.test_methods import ADVANTAGE_T, ENTROPY_T, LENGTHS, NUM, OLD_T, SEQUENCE_T, candidates, column
 from tests.unit.data.test_packing import summary
 
@@ -122,7 +122,10 @@ def objective(c: Config) -> Any:
     """Controls over a few steps, advantages, token weights, losses, their reduction and correction."""
     a, method = c.algorithm, ALGORITHMS[c.algorithm.method]
     controller = EntropyController(a, method)
-    controls = [controller.observe(EntropyReading(NUM, h)) for h in (0.5, 0.02, 0.19, 0.24, 0.28, 0.1, 0.05, 0.02)]
+    controls = [
+        controller.observe(ForcedReading(NUM, h, EntropyForces(-0.05, 1.0, -0.3)))
+        for h in (0.5, 0.02, 0.19, 0.24, 0.28, 0.1, 0.05, 0.02)
+    ]
     open_ = Control(True, controls[-1].weight_pos, controls[-1].weight_neg, 0.1, 0.3, controls[-1].entropy_coefficient)
     weights = method.weigh(candidates(), open_, a, OneRank())
     sequences = Sequences(SEQUENCE_T, len(LENGTHS), OneRank())

@@ -52,6 +52,7 @@ WIDE = {"algorithm.clip_cov.low": 0.01, "algorithm.clip_cov.fraction": 0.9}
 SHORT = {"algorithm.response_tokens": 60}
 MASK = {"algorithm.correction.mode": "mask"}
 ADAM = ("weight_decay", "beta1", "beta2", "eps", "clip_grad")
+UNSET = {"weight_pos": 1.1, "weight_neg": 0.9}  # their defaults
 LINEAR = {"target_schedule": "linear", "target_entropy_end": 0.9}
 COSINE = {"trainer.optimizer.schedule": "cosine"}
 # Where the effect of a key is seen: in what is made of the configuration, or in a test of its own.
@@ -155,6 +156,9 @@ EFFECTS: dict[str, Seen | Refused | str] = {
     "algorithm.stare.variant": stare("O1", variant="C2"),
     "algorithm.stare.fraction": stare(0.9),
     "algorithm.stare.selector": stare("sensitivity"),
+    "algorithm.stare.weight": stare("auto", **UNSET),
+    "algorithm.stare.time_constant": stare(50.0, weight="auto", **UNSET),
+    "algorithm.stare.weight_bound": stare(1.01, weight="auto", **UNSET),
     "algorithm.stare.weight_pos": stare(5.0),
     "algorithm.stare.weight_neg": stare(0.2),
     "algorithm.stare.target_entropy": stare(0.01),

@@ -166,7 +166,7 @@ def random_step(seed: int) -> Step:
         scores=ScoreSummary((*scored, *single), 210),
         updates=updates,
         totals=totals,
-        control=Control(True, 1.25, 0.75, 0.5, 0.625, 0.01),
+        control=Control(True, 1.25, 0.75, 0.5, 0.625, 0.01, 0.0625),
         costs=StepCosts(
             seconds,
             17.0,
@@ -276,6 +276,7 @@ def expected(step: Step) -> dict[str, float]:
             "stare/gate_duty": 3 / 8,
             "stare/weight_pos": 1.25,
             "stare/weight_neg": 0.75,
+            "stare/gain": 0.0625,
             "dynamics/predicted_change_before": -0.25,
             "dynamics/measured_change": found["policy/entropy"] - 0.5,
             "sync/probe": 1e-6,

@@ -13,7 +13,7 @@ from stare_megatron.algo.stare import Candidates, ScoredCandidates
 from stare_megatron.config import AlgorithmConfig, parse
 from stare_megatron.config.methods import METHODS, SELECTORS
 from stare_megatron.errors import UserError
-from stare_megatron.types import Control
+from stare_megatron.types import Control, EntropyReading
 from tests.configs import tables
 from tests.unit.algo.test_algo_selection import on_ranks
 
@@ -113,7 +113,9 @@ def test_equal_scores_give_equal_bits_at_any_order_and_sharding(selector, ranks,
         sums = torch.cat([fixed_point_sum(here.entropy_T[here.action_T]), here.action_T.sum()[None]])
         total, _, count = comm.sum(sums).tolist()
         entropy = from_fixed_point(total) / count
-        state, control = ALGORITHMS["stare"].controller(settings, controller.initial(settings), entropy)
+        state, control = ALGORITHMS["stare"].controller(
+            settings, controller.initial(settings), EntropyReading(1, entropy)
+        )
         weights = ALGORITHMS["stare"].weigh(here, control, settings, comm)
         by_id = dict(zip(here.global_id_T.tolist(), weights.weight_T.tolist(), strict=True))
         return entropy, state, control, by_id
