@@ -18,7 +18,7 @@ from stare_megatron.cluster.watchdog import Watchdog
 from stare_megatron.config.watchdog import WatchdogConfig
 from stare_megatron.errors import HangError, RunError
 from stare_megatron.hangs import report
-from stare_megatron.hangs.verdict import Verdict, verdict
+from stare_megatron.hangs.verdict import Verdict, several, verdict
 from stare_megatron.hangs.witness import Witness
 from stare_megatron.host import processes, stacks
 from stare_megatron.host.evidence import MachineState
@@ -92,13 +92,13 @@ class Lookout:
         """The same for a wait with a limit of its own."""
         if self._watching:
             return self.hang(late, what, silence)
-        return RunError(f"{', '.join(late)}: no answer within {silence:.0f} s ({what})")
+        return RunError(f"{several(late)}: no answer within {silence:.0f} s ({what})")
 
     def hang(self, late: Sequence[str], what: str, silence: float) -> HangError:
         """Find out who is at fault, write down everything, end who is."""
         phase = self._watchdog.phase
         at = what if what == phase else f"{what}, {phase}"
-        story = f"{', '.join(late)}: no answer within {silence:.0f} s ({at} of step {self.step})"
+        story = f"{several(late)}: no answer within {silence:.0f} s ({at} of step {self.step})"
         self.say(f"{story}; asking every process what it is at")
         members = list(self._members())
         answers = _ask(members)

@@ -11,12 +11,13 @@ that equal numbers are one and the same collective.
 from __future__ import annotations
 
 import collections
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from stare_megatron.hangs.witness import Witness
 from stare_megatron.host.evidence import Frame, GroupMembers, Operation
 
+_MOST = 4  # names in a line
 _PIPELINE = "PIPELINE_MODEL_PARALLEL"
 _MESSAGES = "p2p_communication.py"  # Megatron-Core's; gloo's recorder has collectives only
 _ALIKE = ("all_reduce", "broadcast", "reduce_scatter", "all_gather")  # their parts have one size on all ranks
@@ -99,13 +100,13 @@ def _missing(ranks: Mapping[int, Witness], waits: Sequence[_Wait]) -> Verdict | 
     alike = collections.Counter(_key(wait) for wait in direct if wait.operation is not None)
     if not alike:
         others = {wait.rank for wait in direct}
-        line = f"{_list(names.values())} sent no message; {_others(ranks, others, ends)} for it in the pipeline"
+        line = f"{several(names.values())} sent no message; {_others(ranks, others, ends)} for it in the pipeline"
         return Verdict(line + _whereabouts(ranks, ends), tuple(names.values()))
     (key, _), *_ = alike.most_common(1)
     inside = [wait for wait in direct if wait.operation is not None and _key(wait) == key]
     culprits = sorted(ends & {rank for wait in inside for rank in wait.missing})
     line = (
-        f"{_list(names[c] for c in culprits)} never entered {_called(inside[0])}; "
+        f"{several(names[c] for c in culprits)} never entered {_called(inside[0])}; "
         f"{_others(ranks, {wait.rank for wait in waits}, set(culprits))}"
     )
     return Verdict(line + _whereabouts(ranks, culprits), tuple(names[c] for c in culprits))
@@ -126,7 +127,7 @@ def _others(ranks: Mapping[int, Witness], waiting: Collection[int], culprits: Co
     if rest and rest <= set(waiting):
         return "the others wait" if len(rest) > 1 else f"{_name(ranks, *rest)} waits"
     names = [_name(ranks, rank) for rank in sorted(set(waiting) - set(culprits))]
-    return f"{_list(names)} {'wait' if len(names) > 1 else 'waits'}"
+    return f"{several(names)} {'wait' if len(names) > 1 else 'waits'}"
 
 
 def _whereabouts(ranks: Mapping[int, Witness], culprits: Collection[int]) -> str:
@@ -153,7 +154,7 @@ def _disagreement(ranks: Mapping[int, Witness]) -> Verdict | None:
                 own = next(operation for operation in at.values() if what(operation) == usual)
                 group = _group(ranks, own)
                 line = (
-                    f"{_list(_name(ranks, r) for r in odd)} entered {what(at[odd[0]])} where the others entered "
+                    f"{several(_name(ranks, r) for r in odd)} entered {what(at[odd[0]])} where the others entered "
                     f"{what(own)}, #{own.number} of {group}"
                 )
                 return Verdict(line, tuple(_name(ranks, r) for r in odd))
@@ -186,7 +187,7 @@ def _circle(ranks: Mapping[int, Witness], waits: Sequence[_Wait]) -> Verdict | N
     parts: list[str] = []
     for wait in waits:
         where = _called(wait) if wait.operation else "a message of its pipeline"
-        waited = _list(_name(ranks, r) for r in wait.missing)
+        waited = several(_name(ranks, r) for r in wait.missing)
         parts.append(f"{_name(ranks, wait.rank)} in {where} for {waited}")
     names = dict.fromkeys(_name(ranks, wait.rank) for wait in waits)
     return Verdict(f"ranks wait for each other: {'; '.join(parts[:8])}", tuple(names))
@@ -199,7 +200,7 @@ def _at(witnesses: Sequence[Witness]) -> Verdict:
     together: dict[str, list[str]] = {}
     for witness in chosen:
         together.setdefault(_state(witness) or "did not answer", []).append(witness.name)
-    line = "; ".join(f"{_list(names)}: {state}" for state, names in list(together.items())[:4])
+    line = "; ".join(f"{several(names)}: {state}" for state, names in list(together.items())[:4])
     return Verdict(line, tuple(s.name for s in chosen))
 
 
@@ -246,7 +247,9 @@ def _name(ranks: Mapping[int, Witness], rank: int) -> str:
     return ranks[rank].name if rank in ranks else f"rank {rank}"
 
 
-def _list(names: Collection[str] | Iterator[str]) -> str:
-    """ "a", "a and b", "a, b and c"."""
+def several(names: Iterable[str]) -> str:
+    """ "a", "a and b", "a, b and c", "a, b, c and 5 more"."""
     every = list(names)
+    if len(every) > _MOST:
+        every[_MOST - 1 :] = [f"{len(every) - _MOST + 1} more"]
     return " and ".join([", ".join(every[:-1]), every[-1]] if every[1:] else every)

@@ -16,6 +16,9 @@ from stare_megatron.host.evidence import Flight, Frame, GroupMembers, Operation,
 
 STACKS_SIGNAL = signal.SIGUSR1
 _DEEPEST = 100
+# Of what the recorder has, what is sent on: hundreds of ranks may answer one driver at once.
+_NEWEST = 200
+_CALLS = 8
 _PEER = re.compile(r"(\d+)\s*(?:->|<-)\s*(\d+)")
 
 
@@ -64,13 +67,14 @@ def flight() -> Flight | None:
 
 def read_flight(recorded: Mapping[str, Any], rank: int, groups: Sequence[GroupMembers]) -> Flight:
     """From what torch's flight recorder writes (format 2.10; gloo and NCCL). `groups`: of this rank, which the recorder
-    of gloo does not know."""
+    of gloo does not know. What is not finished, the newest of each group and the newest 200 of all are taken, with the
+    innermost calls of their stacks.
+    """
     by_name = {group.name: group for group in groups}
-    return Flight(
-        rank,
-        tuple(groups),
-        tuple(_operation(entry, rank, by_name) for entry in recorded.get("entries", ())),
-    )
+    every = [_operation(entry, rank, by_name) for entry in recorded.get("entries", ())]
+    last = {(o.group, o.peer is None): n for n, o in enumerate(every)}
+    kept = {*last.values(), *range(len(every) - _NEWEST, len(every))}
+    return Flight(rank, tuple(groups), tuple(o for n, o in enumerate(every) if n in kept or not o.finished))
 
 
 def _operation(entry: Mapping[str, Any], rank: int, groups: Mapping[str, GroupMembers]) -> Operation:
@@ -84,7 +88,7 @@ def _operation(entry: Mapping[str, Any], rank: int, groups: Mapping[str, GroupMe
         sizes=tuple(tuple(size) for size in entry["input_sizes"]),
         finished=bool(entry["retired"]) or entry["state"] == "completed",
         peer=_peer(kind, rank, groups.get(name)) if message else None,
-        frames=tuple(Frame(f["name"], f["filename"], int(f["line"])) for f in entry.get("frames", ())),
+        frames=tuple(Frame(f["name"], f["filename"], int(f["line"])) for f in entry.get("frames", ())[:_CALLS]),
     )
 
 

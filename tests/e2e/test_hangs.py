@@ -105,8 +105,8 @@ def test_a_rank_that_does_not_enter_a_collective_is_named(cluster, quick, tmp_pa
     assert e.value.culprits == ("trainer rank 1",)
     where = {"sleep": r"is in oversleep \(\S+test_hangs\.py:\d+\)", "stop": r"is stopped \(process \d+\)"}[fault]
     assert re.search(
-        r"^trainer rank 0, trainer rank 1: no answer within \d+ s \(update of step 7\): trainer rank 1 never entered "
-        rf"all_reduce #3 of the tensor-parallel group; trainer rank 0 waits; it .*{where} ",
+        r"^trainer rank 0 and trainer rank 1: no answer within \d+ s \(update of step 7\): trainer rank 1 never "
+        rf"entered all_reduce #3 of the tensor-parallel group; trainer rank 0 waits; it .*{where} ",
         str(e.value),
     )
     assert said[-1].endswith("asking every process what it is at")

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from typing import Any
 
-from stare_megatron.hangs.verdict import group_called, verdict
+from stare_megatron.hangs.verdict import group_called, several, verdict
 from stare_megatron.hangs.witness import Witness
 from stare_megatron.host.evidence import Flight, Frame, GroupMembers, Operation, ProcessState, ProcessTree
 from stare_megatron.host.stacks import read_flight
@@ -191,3 +191,30 @@ def test_groups_are_called_as_people_do():
     called = {d: group_called(GroupMembers("9", d, ())) for d in ("default_pg", "", "EMBEDDING_GROUP")}
     assert called == {"default_pg": "the group of all ranks", "": "group 9", "EMBEDDING_GROUP": "the embedding group"}
     assert group_called(GroupMembers("9", "DATA_PARALLEL_GROUP_WITH_CP", ())) == "the data-parallel-with-cp group"
+
+
+def test_many_names_are_few_words():
+    names = [f"rank {n}" for n in range(9)]
+    assert [several(names[:n]) for n in (1, 2, 4, 5)] == [
+        "rank 0",
+        "rank 0 and rank 1",
+        "rank 0, rank 1, rank 2 and rank 3",
+        "rank 0, rank 1, rank 2 and 2 more",
+    ]
+
+
+def test_of_a_long_record_the_unfinished_and_the_newest_of_each_group_stay():
+    entries = [
+        {
+            "process_group": ("1" if n else "2", "x"),
+            "collective_seq_id": n + 1,
+            "profiling_name": "gloo:all_reduce",
+            "input_sizes": [[n]],
+            "state": "scheduled",
+            "retired": n != 7,
+            "is_p2p": False,
+        }
+        for n in range(900)
+    ]
+    flight = read_flight({"entries": entries}, 0, ())
+    assert [o.number for o in flight.operations] == [1, 8, *range(701, 901)]
