@@ -121,14 +121,14 @@ class EngineGroup:
     ) -> None:
         names = [f"engine {i}" for i in range(len(slots))]
         cluster = config.cluster.address != "local"
-        self._crew = runtime.Crew(names, lookout.say, named_hosts=cluster, watch=lookout)
+        self._crew = runtime.Crew(names, lookout.say, named_hosts=cluster, lookout=lookout)
         self.actors: list[Any] = [
             EngineActor.options(**slot.options, runtime_env={"env_vars": slot.environment}).remote(
                 config, i, transport, make_runner, sandboxes, logs
             )
             for i, slot in enumerate(slots)
         ]
-        lookout.add(self._crew, self.actors, ranks=False)
+        lookout.add("engines", self._crew, self.actors)
         self._timeout = config.cluster.start_timeout
         self._hello = [actor.hello.remote() for actor in self.actors]
         self._starting = [actor.start.remote() for actor in self.actors]

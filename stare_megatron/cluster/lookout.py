@@ -29,6 +29,9 @@ _END_S = 20.0
 _GRACE_S = 8.0  # Ray needs five to kill an actor that is stopped
 
 
+RANKS = "trainer ranks"
+
+
 @dataclass(frozen=True)
 class Member:
     """An actor of the run. `rank`: of a trainer rank, else -1; `station`: None where it is not known."""
@@ -53,12 +56,13 @@ class Lookout:
         self.step = 0
         self._watchdog = Watchdog(config)
         self._run = run
-        self._crews: list[tuple[Crew, Sequence[Any], bool]] = []
+        self._crews: dict[str, tuple[Crew, Sequence[Any]]] = {}
         self._watching = False
 
-    def add(self, crew: Crew, actors: Sequence[Any], *, ranks: bool) -> None:
-        """Actors to know of, in the order of the crew's names. `ranks`: they are the trainer ranks, in their order."""
-        self._crews.append((crew, actors, ranks))
+    def add(self, kind: str, crew: Crew, actors: Sequence[Any]) -> None:
+        """Actors to know of, in the order of the crew's names, in the place of those of the same kind. `actors` is read
+        when it is needed: it holds those of then."""
+        self._crews[kind] = crew, actors
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -117,10 +121,9 @@ class Lookout:
         return HangError(f"{story}: {found.line} ({where})", found.culprits)
 
     def _members(self) -> Iterator[Member]:
-        for crew, actors, ranks in self._crews:
-            stations = crew.stations or [None] * len(crew.names)
-            for i, (name, actor, station) in enumerate(zip(crew.names, actors, stations, strict=True)):
-                yield Member(name, i if ranks else -1, actor, station)
+        for kind, (crew, actors) in self._crews.items():
+            for i, (name, actor, station) in enumerate(zip(crew.names, actors, crew.stations, strict=True)):
+                yield Member(name, i if kind == RANKS else -1, actor, station)
 
 
 def _suspects(witnesses: Sequence[Witness], late: Sequence[str]) -> list[Witness]:

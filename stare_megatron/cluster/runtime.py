@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import psutil
 import ray
@@ -24,6 +24,7 @@ import ray.exceptions
 from ray._private import worker as ray_worker
 from ray._private.services import find_bootstrap_address
 
+from stare_megatron.cluster.silence import NO_WATCH, Watch
 from stare_megatron.config import ClusterConfig
 from stare_megatron.data.tokenizer import first_line
 from stare_megatron.errors import RunError, UserError
@@ -142,48 +143,18 @@ def _refusal(error: BaseException, said: str) -> str:
     return f"Ray does not answer: {first_line(error)}"
 
 
-class Watch(Protocol):
-    """Who is told how long actors are silent."""
-
-    def answered(self, what: str, silence: float) -> None:
-        """One of them answered, after so many seconds without an answer from any."""
-        ...
-
-    def look(self, late: Sequence[str], what: str, silence: float) -> None:
-        """Those named have not answered for so many seconds. Raises: RunError: that is too long."""
-        ...
-
-    def timed_out(self, late: Sequence[str], what: str, silence: float) -> RunError:
-        """What to raise when a wait's own limit is reached."""
-        ...
-
-
-class NoWatch:
-    """Of actors that start or answer within seconds."""
-
-    def answered(self, what: str, silence: float) -> None: ...
-
-    def look(self, late: Sequence[str], what: str, silence: float) -> None: ...
-
-    def timed_out(self, late: Sequence[str], what: str, silence: float) -> RunError:
-        return RunError(f"{', '.join(late)}: no answer within {silence:.0f} s ({what})")
-
-
-NO_WATCH: Watch = NoWatch()
-
-
 class Crew:
-    """Actors of one kind as the user knows them: their names, and who is told what is waited for, and for how long.
-    `stations`: of all of them, once they are met."""
+    """Actors of one kind as the user knows them: their names, and who is told what is waited for. `lookout`: is told
+    for how long. `stations`: None of those that are not met yet."""
 
     def __init__(
-        self, names: Sequence[str], say: Callable[[str], None], *, named_hosts: bool, watch: Watch = NO_WATCH
+        self, names: Sequence[str], say: Callable[[str], None], *, named_hosts: bool, lookout: Watch = NO_WATCH
     ) -> None:
         self.names = list(names)
-        self.stations: list[Station] = []
+        self.stations: list[Station | None] = [None] * len(names)
         self._say = say
         self._named_hosts = named_hosts
-        self._watch = watch
+        self._lookout = lookout
 
     def meet(self, hello: Sequence[ray.ObjectRef], timeout: float) -> None:
         """Take every actor's `Station`; on a cluster names are followed by hosts from then on.
@@ -192,8 +163,8 @@ class Crew:
             UserError: an actor's packages differ from the driver's, or libraries are missing. RunError: as `wait`.
         """
         mine = station()
-        self.stations = self.wait(hello, "start", timeout)
-        for i, there in enumerate(self.stations):
+        for i, there in enumerate(self.wait(hello, "start", timeout)):
+            self.stations[i] = there
             if self._named_hosts:
                 self.names[i] += f" on {there.host} ({there.address})"
             if other := packages.differences(there.versions, mine.versions, ranks=True):
@@ -236,15 +207,15 @@ class Crew:
             now = time.monotonic()
             if done:
                 results[done[0]] = get(done[0], name_of[done[0]])
-                self._watch.answered(what, now - began)
+                self._lookout.answered(what, now - began)
                 began = told = now
                 continue
             late = [name_of[r] for r in pending]
             if timeout and now - began >= timeout:
-                raise self._watch.timed_out(late, what, timeout)
+                raise self._lookout.timed_out(late, what, timeout)
             if watch is not None:
                 watch()
-            self._watch.look(late, what, now - began)
+            self._lookout.look(late, what, now - began)
             if now - told >= _SAY_S:
                 told = now
                 self._say(f"waiting {now - began:.0f} s for {', '.join(late)} ({what})")
@@ -257,10 +228,10 @@ class Crew:
             done, _ = ray.wait(list(flying), num_returns=1, timeout=min(_POLL_S, _SAY_S))
             now = time.monotonic()
             if done:
-                self._watch.answered(what, now - began)
+                self._lookout.answered(what, now - began)
                 return done[0]
             late = [self.names[i] for i in sorted(set(flying.values()))]
-            self._watch.look(late, what, now - began)
+            self._lookout.look(late, what, now - began)
             if now - told >= _SAY_S:
                 told = now
                 self._say(f"waiting {now - began:.0f} s for {', '.join(late)} ({what})")

@@ -12,7 +12,7 @@ import ray
 from stare_megatron.cluster import runtime
 from stare_megatron.cluster.activity import ActivityLog
 from stare_megatron.cluster.doing import Answers, ray_actor
-from stare_megatron.cluster.lookout import Lookout
+from stare_megatron.cluster.lookout import RANKS, Lookout
 from stare_megatron.cluster.placement import Slot
 from stare_megatron.cluster.weights import Address, ShardedRank, ray_fan_out
 from stare_megatron.config import Config
@@ -170,14 +170,14 @@ class TrainerGroup:
         self._config, self._cost = config, cost
         names = [f"trainer rank {rank}" for rank in range(len(slots))]
         cluster = config.cluster.address != "local"
-        self._crew = runtime.Crew(names, lookout.say, named_hosts=cluster, watch=lookout)
+        self._crew = runtime.Crew(names, lookout.say, named_hosts=cluster, lookout=lookout)
         self._actors: list[Any] = [
             TrainerActor.options(**slot.options, runtime_env={"env_vars": slot.environment}).remote(
                 config, rank, slot.local_rank, logs
             )
             for rank, slot in enumerate(slots)
         ]
-        lookout.add(self._crew, self._actors, ranks=True)
+        lookout.add(RANKS, self._crew, self._actors)
         self._timeout = config.cluster.start_timeout
         self._hello = [actor.hello.remote() for actor in self._actors]
         address, port = runtime.wait([self._actors[0].endpoint.remote()], names[:1], self._timeout)[0]

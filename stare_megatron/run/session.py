@@ -74,7 +74,7 @@ def open_session(
             status(f"trainer.offload: {kept:.2f} GiB of host memory for each of {ranks} trainer ranks")
         sandboxes = Sandboxes(config.sandbox, logs, wanted=config.uses_sandbox)
         stack.callback(sandboxes.close)
-        lookout.add(sandboxes.crew, sandboxes.actors, ranks=False)
+        lookout.add("sandboxes", sandboxes.crew, sandboxes.actors)
         status("starting engines and trainer ranks" if trainers else "starting engines")
         runner = functools.partial(make_runner, config)
 
