@@ -1,4 +1,5 @@
-"""GRPO with a rank that does not go on: in the second update it sleeps, or stops its own process."""
+"""GRPO with a rank that does not go on: in its second update it sleeps, or stops its own process. Once a run, where
+`mark` says so."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import itertools
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Literal
 
 import torch.distributed
@@ -25,6 +27,7 @@ UPDATES = itertools.count(1)
 class Settings(Section):
     rank: int = Field(default=1, ge=0, description="Who does it.")
     how: Literal["sleep", "stop"] = Field(default="sleep", description="What it does.")
+    mark: str = Field(default="", description="A file that says that it was done; not made where empty.")
 
 
 def oversleep() -> None:
@@ -33,7 +36,10 @@ def oversleep() -> None:
 
 def weigh(tokens: Candidates, control: Control, config: AlgorithmConfig, comm: Comm) -> Weights:
     assert isinstance(config.settings, Settings)
-    if next(UPDATES) == 2 and torch.distributed.get_rank() == config.settings.rank:
+    mark = Path(config.settings.mark)
+    if next(UPDATES) == 2 and torch.distributed.get_rank() == config.settings.rank and not mark.is_file():
+        if config.settings.mark:
+            mark.touch()
         if config.settings.how == "sleep":
             oversleep()
         os.kill(os.getpid(), signal.SIGSTOP)
