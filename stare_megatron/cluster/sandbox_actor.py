@@ -8,9 +8,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import ray
-
 from stare_megatron.cluster import runtime
+from stare_megatron.cluster.activity import ActivityLog
+from stare_megatron.cluster.doing import Answers, ray_actor
 from stare_megatron.config.sandbox import SandboxConfig
 from stare_megatron.sandbox.pool import Health, Sandbox
 from stare_megatron.sandbox.result import Result, lost
@@ -56,13 +56,14 @@ class _Kept:
         self.session.cancel()
 
 
-@ray.remote
-class SandboxActor:
+@ray_actor
+class SandboxActor(Answers):
     """Ray restarts it when it dies, so its sandbox is opened by the first call. All waiting is bounded."""
 
     def __init__(self, config: SandboxConfig, index: int, logs: Path) -> None:
         runtime.enter_actor(logs, f"sandbox_{index}")
         self._config = config
+        self._activity = ActivityLog()
         self._opening = asyncio.Lock()
         self._box: Sandbox | None = None
         self._turns = asyncio.Semaphore(config.workers)
@@ -125,6 +126,7 @@ class SandboxActor:
         except TimeoutError:
             return lost(f"all {self._config.workers} workers were busy for {self._config.queue_seconds:g} s")
         try:
-            return await at.run(call.code, call.stdin, echo=call.echo, seconds=call.seconds)
+            with self._activity.during("run"):
+                return await at.run(call.code, call.stdin, echo=call.echo, seconds=call.seconds)
         finally:
             self._turns.release()

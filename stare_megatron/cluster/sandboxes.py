@@ -53,6 +53,7 @@ class Sandboxes:
         }
         count = config.actors if wanted and not config.url else 0
         self.actors: list[Any] = [SandboxActor.options(**options).remote(config, i, logs) for i in range(count)]
+        self.crew = runtime.Crew([f"sandbox {i}" for i in range(count)], lambda _: None, named_hosts=False)
         self._starting = [actor.start.remote() for actor in self.actors]
 
     def ready(self, timeout: float) -> list[Where]:
@@ -61,7 +62,7 @@ class Sandboxes:
         Raises:
             UserError: an actor's node does not give the required level. RunError: an actor does not start.
         """
-        return runtime.wait(self._starting, [f"sandbox {i}" for i in range(len(self.actors))], timeout)
+        return self.crew.wait(self._starting, "start", timeout)
 
     def close(self) -> None:
         """Stop every actor; one that does not answer within 10 s is killed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -12,6 +12,8 @@ import ray
 
 from stare_megatron.cluster import runtime
 from stare_megatron.cluster.activity import ActivityLog
+from stare_megatron.cluster.doing import Answers, ray_actor
+from stare_megatron.cluster.lookout import RANKS, Lookout
 from stare_megatron.cluster.placement import Slot
 from stare_megatron.cluster.rank_costs import RankCosts
 from stare_megatron.cluster.weights import Address, ShardedRank, ray_fan_out
@@ -45,8 +47,8 @@ Sums = Literal["none", "share", "all"]
 _ANSWER_SECONDS = 60.0  # a rank that others have left alone in a collective answers much later, or never
 
 
-@ray.remote
-class TrainerActor:
+@ray_actor
+class TrainerActor(Answers):
     """One rank. Megatron and vLLM's transfer classes are imported in this process only."""
 
     _sharded: ShardedRank | None = None
@@ -167,18 +169,18 @@ class UpdateBatch(Protocol):
 class TrainerGroup:
     """All trainer ranks. Every method runs on all of them and returns what rank 0 says."""
 
-    def __init__(
-        self, config: Config, slots: Sequence[Slot], logs: Path, say: Callable[[str], None], cost: SequenceCost
-    ) -> None:
+    def __init__(self, config: Config, slots: Sequence[Slot], logs: Path, lookout: Lookout, cost: SequenceCost) -> None:
         self._config, self._cost = config, cost
         names = [f"trainer rank {rank}" for rank in range(len(slots))]
-        self._crew = runtime.Crew(names, say, named_hosts=config.cluster.address != "local")
+        cluster = config.cluster.address != "local"
+        self._crew = runtime.Crew(names, lookout.say, named_hosts=cluster, lookout=lookout)
         self._actors: list[Any] = [
             TrainerActor.options(**slot.options, runtime_env={"env_vars": slot.environment}).remote(
                 config, rank, slot.local_rank, logs
             )
             for rank, slot in enumerate(slots)
         ]
+        lookout.add(RANKS, self._crew, self._actors)
         self._timeout = config.cluster.start_timeout
         self._hello = [actor.hello.remote() for actor in self._actors]
         address, port = runtime.wait([self._actors[0].endpoint.remote()], names[:1], self._timeout)[0]

@@ -28,6 +28,7 @@ from stare_megatron.config.run import RunConfig
 from stare_megatron.config.sandbox import SandboxConfig
 from stare_megatron.config.sync import SyncConfig
 from stare_megatron.config.trainer import TrainerConfig
+from stare_megatron.config.watchdog import WatchdogConfig
 
 
 class Config(Section):
@@ -54,6 +55,9 @@ class Config(Section):
         description="Evaluation on held-out prompts.",
     )
     cluster: Free[ClusterConfig] = Field(default_factory=lambda: ClusterConfig(), description="Ray.")
+    watchdog: Free[WatchdogConfig] = Field(
+        default_factory=lambda: WatchdogConfig(), description="What is done about hangs."
+    )
 
     @property
     def window(self) -> int:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 # vLLM writes the whole KV cache at start: its size is resident memory.
 CPU_KV_CACHE_BYTES = 256 << 20
+# Newest operations of torch.distributed that a rank remembers, some kilobytes each with the stack that began it.
+FLIGHT_OPERATIONS = 2000
 TRANSFORMER_ENGINE_CURE = (
     "its extension is built for one version of torch: build it for this one with `tools/build_te.sh PYTHON wheels` and "
     "install that wheel, or uninstall transformer-engine to train with Megatron-Core's local layers (docs/gpu.md)"
@@ -214,7 +216,11 @@ def _properties(of: torch.device) -> Any:
 
 def trainer_environment() -> dict[str, str]:
     """Environment variables of a trainer rank's process. (Rank 0 imports vLLM's transfer classes.)"""
-    common = {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"), "VLLM_NO_USAGE_STATS": "1"}
+    common = {
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+        "VLLM_NO_USAGE_STATS": "1",
+        "TORCH_FR_BUFFER_SIZE": str(FLIGHT_OPERATIONS),
+    }
     if current() is Device.CPU:
         return common | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     return common | {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}

@@ -145,7 +145,8 @@ def _engines(
             with residency.to_engines():
                 trainers.push(step)
         status("evaluating")
-        yield session.engines
+        with session.lookout.watching(), session.lookout.during("eval"):
+            yield session.engines
 
 
 def _write(config: Config, policy: Policy, benchmarks: tuple[Benchmark, ...], done: Evaluation, folder: Path) -> None:

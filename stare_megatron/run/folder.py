@@ -4,7 +4,7 @@ config.toml        the resolved configuration of the newest start (config.1.toml
 run.json           what ran: one record a start (versions, commit, hardware, seed, command line)
 metrics.jsonl      curves.png  tensorboard/  wandb/  samples/  trace.jsonl
 checkpoints/       to resume from      hf/  the final policy, a Hugging Face checkpoint      logs/  of all processes
-exports/           the policy of earlier steps, as hf/
+exports/           the policy of earlier steps, as hf/          forensics/  what hung, if something did
 """
 
 from __future__ import annotations

@@ -111,9 +111,9 @@ class Recorder(Generic[Ref]):
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a phase of the step, and tell the user of it."""
+        """Time a phase of the step, tell the user of it, and watch that it does not hang."""
         self.status(name)
-        with self._clock.phase(name), self._timeline.during(name):
+        with self._clock.phase(name), self._timeline.during(name), self._session.lookout.during(name):
             yield
 
     def shows_tokens(self, step: int) -> bool:
@@ -159,6 +159,7 @@ class Recorder(Generic[Ref]):
             self._open = None
         self._clock.restart()
         self._timeline.close(step, trained)
+        self._session.lookout.step = step + 1
 
     def _late(self) -> tuple[Metric, ...]:
         """The metrics that are settled when the step is over, as they are now."""

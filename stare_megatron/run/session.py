@@ -10,6 +10,7 @@ from pathlib import Path
 from stare_megatron import doctor
 from stare_megatron.cluster import placement, runtime
 from stare_megatron.cluster.engines import EngineGroup
+from stare_megatron.cluster.lookout import Lookout
 from stare_megatron.cluster.sandboxes import Sandboxes
 from stare_megatron.cluster.trainers import TrainerGroup
 from stare_megatron.config import Config
@@ -20,10 +21,12 @@ from stare_megatron.run import sizing
 
 
 class Session:
-    """Engines that can sample and, unless it was opened without, trainer ranks that are connected to them."""
+    """Engines that can sample and, unless it was opened without, trainer ranks that are connected to them; `lookout`
+    knows them all."""
 
-    def __init__(self, engines: EngineGroup, trainers: TrainerGroup | None) -> None:
+    def __init__(self, engines: EngineGroup, trainers: TrainerGroup | None, lookout: Lookout) -> None:
         self.engines = engines
+        self.lookout = lookout
         self._trainers = trainers
 
     @property
@@ -42,8 +45,8 @@ def open_session(
 ) -> Iterator[Session]:
     """Start everything, at once where it does not depend on each other, and end it on leaving.
 
-    `logs`: folder for the logs of all processes; `status`: is told what is waited for; `load`: what the engines will be
-    asked for.
+    `logs`: folder for the logs of all processes, in the folder that gets `forensics/`; `status`: is told what is waited
+    for; `load`: what the engines will be asked for.
 
     Raises:
         UserError: the cluster, the model or the layout does not allow it. RunError: something did not start.
@@ -55,6 +58,7 @@ def open_session(
     # vLLM takes the memory of the whole GPU that goes while it measures its own for its own: ranks first, where they
     # share one. On CPUs and elsewhere all start at once.
     in_turn = trainers and colocated and device.current() is device.Device.CUDA
+    lookout = Lookout(config.watchdog, logs.parent, status)
     with contextlib.ExitStack() as stack:
         status("starting Ray")
         stack.enter_context(runtime.cluster(config.cluster, placement.actors(config, ranks)))
@@ -70,11 +74,12 @@ def open_session(
             status(f"trainer.offload: {kept:.2f} GiB of host memory for each of {ranks} trainer ranks")
         sandboxes = Sandboxes(config.sandbox, logs, wanted=config.uses_sandbox)
         stack.callback(sandboxes.close)
+        lookout.add("sandboxes", sandboxes.crew, sandboxes.actors)
         status("starting engines and trainer ranks" if trainers else "starting engines")
         runner = functools.partial(make_runner, config)
 
         def start_ranks() -> TrainerGroup:
-            group = TrainerGroup(config, places.trainers, logs, status, shape.sequence_cost)
+            group = TrainerGroup(config, places.trainers, logs, lookout, shape.sequence_cost)
             stack.callback(group.close)
             return group
 
@@ -82,7 +87,7 @@ def open_session(
         if in_turn:
             group = start_ranks()
             group.ready()
-        engines = EngineGroup(config, places.engines, transport, runner, sandboxes.actors, logs, status)
+        engines = EngineGroup(config, places.engines, transport, runner, sandboxes.actors, logs, lookout)
         stack.callback(engines.close)
         if trainers and not in_turn:
             group = start_ranks()
@@ -93,4 +98,4 @@ def open_session(
         if group is not None:
             for line in group.connect(engines, transport):
                 status(line)
-        yield Session(engines, group)
+        yield Session(engines, group, lookout)

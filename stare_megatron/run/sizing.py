@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from stare_megatron.data.benchmarks import Benchmark  # which imports pyarrow
 
 _GIB = 2**30
-_START_S, _PUSH_S = 600.0, 300.0
+_START_S, _PUSH_S, _SILENT_S = 600.0, 300.0, 1800.0
 _SLOW_BYTES_S = 100e6  # a cold shared file system, or a slow network, per reader
 # CUDA's contexts of a rank and an engine, NCCL's buffers.
 _CONTEXTS_BYTES = 4 * _GIB
@@ -56,12 +56,17 @@ def eval_load(benchmarks: Sequence[Benchmark]) -> Load:
 
 
 def with_time_limits(config: Config) -> Config:
-    """`config` with `cluster.start_timeout` and `sync.push_timeout`, seconds, where they are 0."""
+    """`config` with `cluster.start_timeout`, `sync.push_timeout` and `watchdog.first`, seconds, where they are 0."""
     slow = run_folder.weight_bytes(config) / _SLOW_BYTES_S
     cluster = {"start_timeout": config.cluster.start_timeout or _START_S + slow}
     sync = {"push_timeout": config.sync.push_timeout or _PUSH_S + slow}
+    watchdog = {"first": config.watchdog.first or _SILENT_S + slow}
     return config.model_copy(
-        update={"cluster": config.cluster.model_copy(update=cluster), "sync": config.sync.model_copy(update=sync)}
+        update={
+            "cluster": config.cluster.model_copy(update=cluster),
+            "sync": config.sync.model_copy(update=sync),
+            "watchdog": config.watchdog.model_copy(update=watchdog),
+        }
     )
 
 

@@ -190,7 +190,10 @@ def _run(prepared: Prepared, folder: run_folder.RunFolder, sinks: Sinks) -> int:
     stop = StopSignal(sinks.note)
     load = sizing.rollout_load(config)
     with open_session(config, folder.logs, sinks.status, load) as session, stop.installed():
-        return loop.train(_assemble(prepared, folder, sinks, stop, session))
+        session.lookout.step = prepared.restored
+        run = _assemble(prepared, folder, sinks, stop, session)
+        with session.lookout.watching():
+            return loop.train(run)
 
 
 def _assemble(

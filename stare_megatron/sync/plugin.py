@@ -6,6 +6,8 @@ import os
 import threading
 import time
 
+from stare_megatron.host.stacks import write_stacks_on_signal
+
 PARENT = "STARE_ENGINE_PARENT"
 """Environment variable with the process id of an `Engine`'s process, for the processes vLLM starts from it."""
 
@@ -14,8 +16,8 @@ def register() -> None:
     """Make the backends `gloo`, `cuda_ipc` and `sharded` known to vLLM's weight-transfer factories. Repeated calls do
     nothing.
 
-    In an engine core that one of our engines started, also see to it that it ends with its parent: vLLM's survives
-    when that is killed.
+    In a process that one of our engines started, also have SIGUSR1 write the stacks of its threads; in the engine core
+    see to it that it ends with its parent: vLLM's survives when that is killed.
     """
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
@@ -30,6 +32,8 @@ def register() -> None:
         WeightTransferEngineFactory.register_engine(
             "sharded", "stare_megatron.sync.sharded_engine", "ShardedWeightTransferEngine"
         )
+    if PARENT in os.environ:
+        write_stacks_on_signal()
     if os.environ.get(PARENT) == str(os.getppid()):
         threading.Thread(target=_end_with, args=(os.getppid(),), name="end-with-parent", daemon=True).start()
 

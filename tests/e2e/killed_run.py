@@ -3,7 +3,7 @@
     python killed_run.py PHASE STEP train CONFIG key=value ...
 
 STEP: steps done when the phase begins; for `save` the step whose checkpoint is complete but does not have its name yet.
-`engine` instead of a phase: kill the engine's process alone, in the rollout.
+`engine` instead of a phase: kill the engine's process alone, in the rollout; `stopped-engine`: stop it (SIGSTOP).
 """
 
 from __future__ import annotations
@@ -32,6 +32,15 @@ def kill_engine() -> None:
             process.kill()
 
 
+def stop_engine() -> None:
+    for process in psutil.Process().children(recursive=True):
+        if process.name().startswith("VLLM"):
+            process.suspend()
+
+
+ENGINES = {"engine": kill_engine, "stopped-engine": stop_engine}
+
+
 def arm(phase: str, step: int) -> None:
     """Make the loop of this process end so."""
     from stare_megatron.checkpoint import store
@@ -48,8 +57,8 @@ def arm(phase: str, step: int) -> None:
         store.finish = finish_or_die
         return
     die = kill
-    if phase == "engine":
-        phase, die = "rollout", kill_engine
+    if phase in ENGINES:
+        phase, die = "rollout", ENGINES[phase]
     enter, begun = Recorder.phase, [0]
 
     @contextlib.contextmanager

@@ -1,6 +1,8 @@
 """What a process did, and for how long it did anything."""
 
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -33,3 +35,16 @@ def test_busy_seconds_are_those_with_any_activity(seed):
     whole = [(rng.randrange(40), rng.randrange(1, 9)) for _ in range(rng.randrange(8))]
     seconds = {t for start, length in whole for t in range(start, start + length)}
     assert busy_seconds(tuple(Activity("x", float(s), float(n)) for s, n in whole)) == len(seconds)
+
+
+def test_what_goes_on_is_told_to_another_thread_with_its_own():
+    log = ActivityLog()
+    with log.during("sample", "p1"):
+        with log.during("score"):
+            pass
+        with ThreadPoolExecutor(1) as other:
+            (found,) = other.submit(log.open).result()
+    assert (found.activity.name, found.activity.detail) == ("sample", "p1")
+    assert found.activity.seconds >= 0
+    assert found.thread == threading.get_ident()
+    assert log.open() == ()

@@ -247,6 +247,10 @@ EFFECTS: dict[str, Seen | Refused | str] = {
     "cluster.port": "tests/unit/run/test_preflight.py::test_port_in_use",
     "cluster.object_store_mb": Seen(probes.places, 800),
     "cluster.start_timeout": "tests/unit/run/test_sizing.py",
+    "watchdog.factor": "tests/unit/cluster/test_watchdog.py",
+    "watchdog.floor": "tests/unit/cluster/test_watchdog.py",
+    "watchdog.first": "tests/unit/run/test_sizing.py",
+    "watchdog.limit": "tests/unit/cluster/test_watchdog.py",
 }  # fmt: skip
 BASE: dict[str, Any] = {
     "run.steps": 4, "run.dir": "runs", "model.dtype": "float32", "reward.name": "exact",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from types import SimpleNamespace
 
@@ -111,6 +112,8 @@ def made(tmp_path, monkeypatch, request):
         memory=lambda: [Measured("time/offload", 2.0)],
         token_records=token_records,
     )
+    watched: list[str] = []
+    lookout = SimpleNamespace(step=0, during=lambda phase: contextlib.nullcontext(watched.append(phase)))
     groups = [group("a"), group("b")]
     batch = SimpleNamespace(
         groups=tuple((g, g.summary()) for g in groups),
@@ -125,7 +128,7 @@ def made(tmp_path, monkeypatch, request):
     )
     recorder = Recorder(
         config,
-        SimpleNamespace(trainers=trainers, engines=engines),
+        SimpleNamespace(trainers=trainers, engines=engines, lookout=lookout),
         SimpleNamespace(state=lambda: SimpleNamespace(epoch=0)),
         sinks,
         list,
@@ -142,12 +145,22 @@ def made(tmp_path, monkeypatch, request):
         batch=batch,
         did=did,
         folder=config.folder,
+        lookout=lookout,
+        watched=watched,
     )
 
 
 def spend(made, phase: str, seconds: float) -> None:
     with made.recorder.phase(phase):
         made.time.now += seconds
+
+
+def test_phases_are_watched_for_hangs_under_the_number_of_their_step(made):
+    spend(made, "push", 1.0)
+    made.recorder.close(4)
+    spend(made, "rollout", 1.0)
+    assert made.watched == ["push", "rollout"]
+    assert made.lookout.step == 5
 
 
 def test_seconds_belong_to_the_step_they_were_spent_in(made):

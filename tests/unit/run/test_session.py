@@ -30,6 +30,7 @@ def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
                 close=lambda: said.append(f"{name} close"),
                 connect=lambda *_: said.append("connect") or [],
                 actors=[],
+                crew=SimpleNamespace(names=[]),
             )
 
         return make

@@ -61,8 +61,10 @@ def test_time_limits_grow_with_the_model_and_can_be_set(parameters):
     large = sizing.with_time_limits(large)
     assert large.cluster.start_timeout == pytest.approx(1240)
     assert large.sync.push_timeout == pytest.approx(940)
-    own = sizing.with_time_limits(make(cluster={"start_timeout": 60.0}, sync={"push_timeout": 7.0}))
-    assert (own.cluster.start_timeout, own.sync.push_timeout) == (60.0, 7.0)
+    assert large.watchdog.first == pytest.approx(2440)
+    settings = make(cluster={"start_timeout": 60.0}, sync={"push_timeout": 7.0}, watchdog={"first": 8.0})
+    own = sizing.with_time_limits(settings)
+    assert (own.cluster.start_timeout, own.sync.push_timeout, own.watchdog.first) == (60.0, 7.0, 8.0)
 
 
 def test_batches_hold_an_engines_share_of_the_load():

@@ -1,0 +1,210 @@
+"""Hangs of real processes: two gloo ranks under Ray, and whole runs with vLLM. Who is at fault is named, and nothing is
+left running."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+
+from stare_megatron.cluster import lookout as lookout_module
+from stare_megatron.cluster import runtime
+from stare_megatron.cluster.activity import ActivityLog
+from stare_megatron.cluster.doing import Answers, ray_actor
+from stare_megatron.cluster.lookout import Lookout
+from stare_megatron.config import ClusterConfig
+from stare_megatron.config.watchdog import WatchdogConfig
+from stare_megatron.errors import HangError
+from stare_megatron.hangs.report import read_flight_json
+from stare_megatron.host.device import trainer_environment
+from stare_megatron.host.ports import free_port
+from stare_megatron.tasks.make import make
+from stare_megatron.tasks.tiny_model import default_settings
+from tests.contracts.source import ROOT
+
+
+@ray_actor
+class GlooRank(Answers):
+    """A rank that takes part in an all-reduce of the tensor-parallel group, or does not."""
+
+    def __init__(self, rank: int, logs: Path) -> None:
+        runtime.enter_actor(logs, f"rank_{rank}")
+        self._activity = ActivityLog()
+        self._rank = rank
+
+    def hello(self) -> runtime.Station:
+        return runtime.station()
+
+    def join(self, port: int) -> None:
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=self._rank, world_size=2)
+        self._group = dist.new_group([0, 1], group_desc="TENSOR_MODEL_PARALLEL_GROUP")
+
+    def update(self, fault: str) -> None:
+        import torch
+        import torch.distributed as dist
+
+        with self._activity.during("update"):
+            if fault == "sleep":
+                oversleep()
+            if fault == "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            dist.all_reduce(torch.ones(8), group=self._group)
+
+
+def oversleep() -> None:
+    time.sleep(3600)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    with runtime.cluster(ClusterConfig(), 3):
+        yield
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "_POLL_S", 0.5)
+    monkeypatch.setattr(lookout_module, "_ANSWER_S", 10.0)
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("fault", ["sleep", "stop"])
+def test_a_rank_that_does_not_enter_a_collective_is_named(cluster, quick, tmp_path, fault):
+    said: list[str] = []
+    lookout = Lookout(WatchdogConfig(first=2.0), tmp_path, said.append)
+    lookout.step = 7
+    crew = runtime.Crew(["trainer rank 0", "trainer rank 1"], said.append, named_hosts=False, lookout=lookout)
+    environment = {"env_vars": trainer_environment()}
+    actors: list[Any] = [
+        GlooRank.options(num_cpus=1, runtime_env=environment).remote(rank, tmp_path / "logs") for rank in range(2)
+    ]
+    lookout.add(lookout_module.RANKS, crew, actors)
+    crew.meet([actor.hello.remote() for actor in actors], 120)
+    port = free_port()
+    crew.wait([actor.join.remote(port) for actor in actors], "start", 120)
+    with lookout.watching(), lookout.during("update"):
+        for _ in range(2):
+            crew.wait([actor.update.remote("") for actor in actors], "update")
+        began = time.monotonic()
+        with pytest.raises(HangError) as e:
+            crew.wait([actor.update.remote(fault if rank else "") for rank, actor in enumerate(actors)], "update")
+    assert time.monotonic() - began < 90
+    assert e.value.culprits == ("trainer rank 1",)
+    where = {"sleep": r"is in oversleep \(\S+test_hangs\.py:\d+\)", "stop": r"is stopped \(process \d+\)"}[fault]
+    assert re.search(
+        r"^trainer rank 0 and trainer rank 1: no answer within \d+ s \(update of step 7\): trainer rank 1 never "
+        rf"entered all_reduce #3 of the tensor-parallel group; trainer rank 0 waits; it .*{where} ",
+        str(e.value),
+    )
+    assert said[-1].endswith("asking every process what it is at")
+
+    folder = tmp_path / "forensics/7-update"
+    assert str(folder) in str(e.value)
+    assert "never entered all_reduce #3" in (folder / "verdict.txt").read_text()
+    waiting = read_flight_json((folder / "flight/trainer_rank_0.json").read_text()).operations[-1]
+    assert (waiting.kind, waiting.number, waiting.finished) == ("all_reduce", 3, False)
+    written = sorted(p.name for p in (folder / "stacks").iterdir())
+    pids = [station.process for station in crew.stations if station]
+    assert {"driver.txt", "trainer_rank_0.txt", f"trainer_rank_0.{pids[0]}.txt"} <= set(written)
+    assert "all_reduce" in (folder / f"stacks/trainer_rank_0.{pids[0]}.txt").read_text()  # as it wrote them itself
+    assert (f"trainer_rank_1.{pids[1]}.txt" in written) == (fault == "sleep")
+    (seen,) = re.findall(
+        rf"^  {pids[1]} .*: ([a-z-]+), \d+ threads", (folder / "processes.txt").read_text(), re.MULTILINE
+    )
+    assert (seen == "stopped") == (fault == "stop")
+    assert "GiB" in (folder / "machines.txt").read_text()
+    assert "rank_1 on" in (folder / "logs/trainer_rank_1.txt").read_text()
+    assert not psutil.pid_exists(pids[1])
+    for actor in actors[:1]:
+        ray.kill(actor)
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hangs") / "material"
+    make(default_settings("order_free_sum", layers=2, seed=1), folder, 512, 32)
+    return folder
+
+
+METHOD = {"algorithm.method": f"{ROOT / 'tests/e2e/hanging.py'}:HANGING"}
+RUNS = {
+    "rank stopped in update": (
+        [],
+        METHOD | {"algorithm.settings.how": "stop"},
+        r"trainer rank 1 never entered all_reduce #\d+ of the tensor-parallel group; trainer rank 0 waits; it is "
+        r"stopped \(process \d+\)",
+        "2-update",
+    ),
+    "rank asleep in update": (
+        [],
+        METHOD | {"algorithm.settings.how": "sleep"},
+        r"trainer rank 1 never entered all_reduce #\d+ of the tensor-parallel group; trainer rank 0 waits; it has been "
+        r"at update for \d+ s, is in oversleep \(\S+hanging\.py:\d+\)",
+        "2-update",
+    ),
+    "engine core stopped": (
+        ["tests/e2e/killed_run.py", "stopped-engine", "1"],
+        {},
+        r"engine 0 waits: its process \d+, VLLM::EngineCore, is stopped",
+        "2-rollout",
+    ),
+}
+
+
+@pytest.mark.runs
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("case", RUNS)
+def test_a_run_that_hangs_ends_and_says_who_is_at_fault(material, tmp_path, case):
+    before, settings, line, folder = RUNS[case]
+    keys: dict[str, object] = {
+        "run.dir": tmp_path,
+        "run.name": "hangs",
+        "run.steps": 5,
+        "model.path": material / "model",
+        "data.train": json.dumps([str(material / "train.jsonl")]),
+        "rollout.prompts_per_step": 8,
+        "rollout.prompts_per_generation": 0,
+        "rollout.dynamic_sampling": "false",
+        "rollout.max_refills": 0,
+        "watchdog.first": 25,
+        "watchdog.floor": 25,
+        "checkpoint.every": 0,
+        "logging.wandb": "disabled",
+    } | settings
+    command = [sys.executable, *(before or ["-m", "stare_megatron"]), "train", "examples/demo_cpu/run.toml", "--quiet"]
+    process = subprocess.Popen(
+        [*command, *(f"{key}={value}" for key, value in keys.items())],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    seen: set[psutil.Process] = set()
+    until = time.monotonic() + 500
+    while process.poll() is None and time.monotonic() < until:
+        seen.update(psutil.Process(process.pid).children(recursive=True))
+        time.sleep(1)
+    output = process.communicate(timeout=30)[0]
+    assert process.returncode == 1, output[-3000:]
+    assert re.search(rf"the run stopped: .*no answer within \d+ s \(.* of step 2\): {line} \(", output), output[-3000:]
+    at = tmp_path / "hangs/forensics" / folder
+    assert re.search(line, (at / "verdict.txt").read_text())
+    assert {p.name.partition(".")[0] for p in (at / "stacks").iterdir()} >= {"driver", "engine_0", "trainer_rank_0"}
+    saved = (tmp_path / "hangs/checkpoints/step_000001").is_dir()
+    assert saved == (case == "engine core stopped")  # a rank at fault takes its part of the weights along
+    _, left = psutil.wait_procs(seen, timeout=20)
+    assert [p for p in left if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
