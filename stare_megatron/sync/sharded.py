@@ -155,10 +155,10 @@ class ShardedPusher:
         """After an error: raises what an engine says of it, if it does."""
         if kind is None:
             return
-        self._outbox.forget()
         for engine in engines:
             engine.link.close()  # its workers must not wait for us
             self._engines.pop(engine.link.name, None)
+        self._outbox.forget()  # after NCCL, which may read its buffers, has been told to stop
         for future in wait(received, _CAUSE_S, FIRST_EXCEPTION).done:
             future.result()
 
