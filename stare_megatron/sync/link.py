@@ -59,9 +59,20 @@ class Link:
     def receive(self, tensor: torch.Tensor, rank: int, tag: int) -> Any:
         return self._open().recv([tensor], rank, tag)
 
+    def meet_by_nccl(self, others: Sequence[int], where: torch.device) -> None:
+        """Make the communicators with `others`, in their order, for which both sides wait: not in a push, where one
+        might have failed. Ranks and workers that all go through their pairs by (rank, worker) cannot block each other.
+        """
+        for other in others:
+            word = torch.zeros(1, dtype=torch.uint8, device=where)
+            if self.rank < other:
+                self.send_gpu(word, other, 0).wait()
+            else:
+                self.receive_gpu(word, other, 0)
+            word.item()  # waits for the device
+
     def send_gpu(self, tensor: torch.Tensor, rank: int, tag: int) -> Any:
-        """By NCCL, after what is queued on the current stream. Of a pair both must call in the same order; the first
-        time they wait for each other."""
+        """By NCCL, after what is queued on the current stream. Of a pair both must call in the same order."""
         return self._gpu_group().send([tensor], rank, tag)
 
     def receive_gpu(self, tensor: torch.Tensor, rank: int, tag: int) -> None:
@@ -253,6 +264,7 @@ class Inbox:
         for number, (tag, sender, size) in enumerate(self._messages):
             work, got = self._waiting.pop(0)
             work.wait()
+            del work  # in the frames of an error it would keep the connections open
             carrier = self._carriers[sender]
             if carrier is Carrier.NCCL:
                 self._link.receive_gpu(own_B[:size], sender, tag)
@@ -274,6 +286,10 @@ class Inbox:
         else:
             into = torch.empty(1, dtype=torch.int64)
         self._waiting.append((self._link.receive(into, sender, tag), into))
+
+    def forget(self) -> None:
+        """After an error: what is waited for keeps connections open, at whose end the senders hear of it."""
+        self._waiting.clear()
 
     def close(self) -> None:
         """Let go of the senders' GPU's memory, and tell them. Nobody may hold what was yielded any more."""

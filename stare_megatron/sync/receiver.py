@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -59,6 +60,7 @@ class Receiver:
         )
         carriers = {rank: Carrier[name] for rank, name, _ in told["senders"]}
         mapped = {r: Slots.at(address) for r, _, address in told["senders"] if carriers[r] is Carrier.MAPPED}
+        link.meet_by_nccl(sorted(r for r, found in carriers.items() if found is Carrier.NCCL), where)
         return cls(link, messages, carriers, mapped, dtype, where)
 
     def receive(self, take: Take) -> None:
@@ -69,7 +71,10 @@ class Receiver:
         """
         coming = [(m.tag, m.sender, m.bytes) for m in self.messages]
         inbox = Inbox(self.link, coming, self.carriers, self.mapped, self.where)
-        self._read(inbox, take)
+        with contextlib.ExitStack() as after_an_error:
+            after_an_error.callback(inbox.forget)
+            self._read(inbox, take)
+            after_an_error.pop_all()
         inbox.close()
 
     def _read(self, inbox: Inbox, take: Take) -> None:

@@ -94,11 +94,11 @@ class ShardedPusher:
         (self._dtype,) = {spec.dtype for spec in specs}
         held = list(holdings())
         self._boxes = tuple(box for box, _ in held)
-        where = held[0][1].device
-        self._place = place(where)
+        self._where = held[0][1].device
+        self._place = place(self._where)
         self._bucket = GPU_PUSH_BUCKET if self._place.gpu else BUCKET_BYTES
         row = max(box.elements // box.shape[0] for box in self._boxes) * self._dtype.itemsize
-        self._outbox = Outbox(max(self._bucket, row), where, on_gpu=bool(self._place.gpu))
+        self._outbox = Outbox(max(self._bucket, row), self._where, on_gpu=bool(self._place.gpu))
         self._engines: dict[str, _Engine] = {}
         self._joins: collections.Counter[str] = collections.Counter()
 
@@ -209,6 +209,8 @@ class ShardedPusher:
                 for tag, w, size, parts in link.ask(f"send {self._rank}")
             )
             carriers = tuple(carrier(self._place, party.place) for party in workers)
+            far = sorted({order.worker for order in orders if carriers[order.worker] is Carrier.NCCL})
+            link.meet_by_nccl([link.senders + w for w in far], self._where)
             self._engines[name] = _Engine(client, link, orders, carriers)
         return told
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from gpu_stand_in import Gpu
 
+from stare_megatron.errors import RunError
 from stare_megatron.models.boxes import Box
 from stare_megatron.sync import receiver, sharded, wire
 from stare_megatron.sync.fanout import EngineFanOut
@@ -32,6 +33,7 @@ class Worker:
     def __init__(self, number: int) -> None:
         self.number = number
         self.tensors = {name: torch.zeros(ROWS, COLUMNS) for name in NAMES}
+        self.fails = False
 
     def init_weight_transfer_engine(self, info: dict[str, Any]) -> None:
         store = wire.PrefixStore(info["name"], wire.join_store(info["host"], info["port"]))
@@ -43,6 +45,9 @@ class Worker:
         def take(need: int, box: Box, value: torch.Tensor) -> None:
             rows, columns = (slice(b, e) for b, e in zip(box.begin, box.end, strict=True))
             self.tensors[NAMES[need]][rows, columns] = value
+            if self.fails:
+                self.receiver.link.close()
+                raise RuntimeError("no room")
 
         self.receiver.receive(take)
 
@@ -101,7 +106,7 @@ def in_turn(work: Any) -> list[Any]:
         return list(pool.map(on, range(2)))
 
 
-def test_each_worker_reads_its_gpu_and_hears_of_the_other_by_nccl(gpu: Gpu) -> None:
+def joined() -> tuple[list[Rank], Engine, list[ShardedPusher]]:
     specs = [ParamSpec(name, torch.float32, (ROWS, COLUMNS)) for name in NAMES]
     ranks, engine, store = [Rank(0), Rank(1)], Engine(), wire.host_store("127.0.0.1")
 
@@ -111,6 +116,25 @@ def test_each_worker_reads_its_gpu_and_hears_of_the_other_by_nccl(gpu: Gpu) -> N
 
     pushers = in_turn(pusher)
     in_turn(lambda r: pushers[r].connect({"engine 0": engine.fan_out()}))
+    return ranks, engine, pushers
+
+
+def test_a_worker_that_fails_ends_the_push_on_all_ranks_and_they_give_their_buffers_back(gpu: Gpu) -> None:
+    _, engine, pushers = joined()
+    engine.workers[1].fails = True
+
+    def push(r: int) -> str:
+        with pytest.raises((RunError, RuntimeError)) as error:
+            pushers[r].push(1)
+        return str(error.value)
+
+    said = in_turn(push)
+    assert all("no room" in one or "engine 0 (worker 1) ended, or gave a push of weights up" in one for one in said)
+    assert all(pusher._outbox._slots == [] for pusher in pushers)
+
+
+def test_each_worker_reads_its_gpu_and_hears_of_the_other_by_nccl(gpu: Gpu) -> None:
+    ranks, engine, pushers = joined()
     carriers = [pushers[r]._engines["engine 0"].carriers for r in range(2)]
     assert carriers == [(Carrier.IPC, Carrier.NCCL), (Carrier.NCCL, Carrier.IPC)]
     for version in (1, 2, 3):
