@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine import EngineCoreEventType
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from stare_megatron.inference.front_end import FrontEnd
@@ -56,7 +57,7 @@ class Core:
         self.requests = {name: left - 1 for name, left in self.requests.items()}
         done = [name for name, left in self.requests.items() if not left]
         stats = SimpleNamespace(num_running_reqs=len(self.requests), kv_cache_usage=0.5)
-        made = [SimpleNamespace(id=name, events=[SimpleNamespace(type=3)]) for name in done]
+        made = [SimpleNamespace(id=name, events=[SimpleNamespace(type=EngineCoreEventType.PREEMPTED)]) for name in done]
         return SimpleNamespace(outputs=made, timestamp=0.0, weight_version="1", scheduler_stats=stats)
 
     def process_outputs(self, outputs: Any, *_: Any) -> Any:
