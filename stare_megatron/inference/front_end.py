@@ -9,6 +9,8 @@ this process where `VLLM_ENABLE_V1_MULTIPROCESSING` is 0, else in a child proces
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _GRACE_S = 5.0
+_WATCH_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -189,7 +192,7 @@ class FrontEnd:
         from vllm.engine.arg_utils import EngineArgs
         from vllm.renderers import renderer_from_config
         from vllm.usage.usage_lib import UsageContext
-        from vllm.v1.engine.core_client import EngineCoreClient
+        from vllm.v1.engine.core_client import EngineCoreClient, InprocClient
         from vllm.v1.engine.input_processor import InputProcessor
         from vllm.v1.engine.output_processor import OutputProcessor
         from vllm.v1.executor import Executor
@@ -209,6 +212,9 @@ class FrontEnd:
             log_stats=True,
             renderer=self._renderer,
         )
+        if not isinstance(self._core, InprocClient):
+            client = cast("SyncMPClient", self._core)
+            threading.Thread(target=_report_death, args=(client, self._error), name="core-watch", daemon=True).start()
         self._tasks = self._core.get_supported_tasks()
 
     def _add_all(self, requests: Sequence[_Request]) -> None:
@@ -286,6 +292,17 @@ class _Collector:
     def put(self, output: RequestOutput | Exception) -> None:
         if isinstance(output, Exception) or output.finished:
             self._finished.append((self._done, output))
+
+
+def _report_death(client: SyncMPClient, error: type[Exception]) -> None:
+    """Once the core's process has ended, end the waiting for its outputs and answers: vLLM's synchronous client notes
+    the end, and leaves those who wait."""
+    while not client.resources.engine_dead:
+        time.sleep(_WATCH_S)
+    client.outputs_queue.put_nowait(error())
+    for future in list(client.utility_results.values()):
+        if not future.done():
+            cast("Future[Any]", future).set_exception(error())
 
 
 def _settle(results: Sequence[tuple[asyncio.Future[Any], Any]]) -> None:

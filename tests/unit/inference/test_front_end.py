@@ -4,15 +4,21 @@ ones are in tests/e2e/test_engine.py."""
 from __future__ import annotations
 
 import asyncio
+import queue
 import threading
+import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine import EngineCoreEventType
+from vllm.v1.engine.core_client import BackgroundResources, SyncMPClient
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from stare_megatron.inference import front_end
 from stare_megatron.inference.front_end import FrontEnd
 from stare_megatron.inference.load import LoadMeter
 
@@ -56,7 +62,7 @@ class Core:
         self.requests = {name: left - 1 for name, left in self.requests.items()}
         done = [name for name, left in self.requests.items() if not left]
         stats = SimpleNamespace(num_running_reqs=len(self.requests), kv_cache_usage=0.5)
-        made = [SimpleNamespace(id=name, events=[SimpleNamespace(type=3)]) for name in done]
+        made = [SimpleNamespace(id=name, events=[SimpleNamespace(type=EngineCoreEventType.PREEMPTED)]) for name in done]
         return SimpleNamespace(outputs=made, timestamp=0.0, weight_version="1", scheduler_stats=stats)
 
     def process_outputs(self, outputs: Any, *_: Any) -> Any:
@@ -180,3 +186,22 @@ def test_a_shutdown_ends_what_is_in_flight() -> None:
         assert [type(error) for error in both] == [EngineDeadError] * 2
 
     run(case)
+
+
+def test_the_end_of_a_core_s_process_ends_all_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's own client, as its monitor leaves it when the process has gone."""
+    monkeypatch.setattr(front_end, "_WATCH_S", 0.01)
+    client: Any = object.__new__(SyncMPClient)
+    client.resources = BackgroundResources(ctx=None)  # type: ignore[arg-type]
+    client.outputs_queue, client.utility_results = queue.Queue(), {}
+    client._send_input = lambda *_: None
+    with ThreadPoolExecutor(3) as pool:
+        watch = pool.submit(front_end._report_death, client, EngineDeadError)
+        waiting = [pool.submit(client.get_output), pool.submit(client.call_utility, "pause_scheduler", "keep", False)]
+        time.sleep(0.1)
+        assert not any(w.done() for w in waiting)
+        client.resources.engine_dead = True
+        watch.result(10)
+        for one in waiting:
+            with pytest.raises(EngineDeadError):
+                one.result(10)
