@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,7 @@ def test_transformer_engine_is_tried_by_importing_it(ask, tmp_path, monkeypatch,
     (package / "__init__.py").write_text("")
     (package / "pytorch/__init__.py").write_text(text)
     monkeypatch.syspath_prepend(str(package.parent))
+    monkeypatch.delitem(sys.modules, "transformer_engine", raising=False)  # hidden, where ranks were imported
     found = node.gather(dataclasses.replace(ask, full=True))
     assert found.transformer_engine.startswith(error)
     assert ("transformer_engine" in problems(found)) is bool(error)
