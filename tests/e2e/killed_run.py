@@ -34,7 +34,7 @@ def kill_engine() -> None:
 
 def stop_engine() -> None:
     for process in psutil.Process().children(recursive=True):
-        if process.name().startswith("VLLM"):
+        if "EngineActor" in " ".join(process.cmdline()):
             process.suspend()
 
 
