@@ -155,7 +155,7 @@ RUNS = {
         r"at update for \d+ s, is in oversleep \(\S+hanging\.py:\d+\)",
         "2-update",
     ),
-    "engine stopped": (
+    "engine stopped in rollout": (
         ["tests/e2e/killed_run.py", "stopped-engine", "1"],
         {},
         r"engine 0 is stopped \(process \d+\)",
@@ -173,9 +173,9 @@ def test_a_run_that_hangs_ends_and_says_who_is_at_fault(material, tmp_path, case
         "run.dir": tmp_path,
         "run.name": "hangs",
         "run.steps": 5,
+        "trainer.tensor_parallel": 2,
         "model.path": material / "model",
         "data.train": json.dumps([str(material / "train.jsonl")]),
-        "trainer.tensor_parallel": 2,
         "rollout.prompts_per_step": 8,
         "rollout.dynamic_sampling": "false",
         "rollout.max_refills": 0,
@@ -205,6 +205,6 @@ def test_a_run_that_hangs_ends_and_says_who_is_at_fault(material, tmp_path, case
     assert re.search(line, (at / "verdict.txt").read_text())
     assert {p.name.partition(".")[0] for p in (at / "stacks").iterdir()} >= {"driver", "trainer_rank_0"}
     saved = (tmp_path / "hangs/checkpoints/step_000001").is_dir()
-    assert saved == (case == "engine stopped")  # a rank at fault takes its part of the weights along
+    assert saved == (case == "engine stopped in rollout")  # a rank at fault takes its part of the weights along
     _, left = psutil.wait_procs(seen, timeout=20)
     assert [p for p in left if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
