@@ -7,6 +7,7 @@ import contextlib
 import functools
 import gc
 import inspect
+import threading
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -143,6 +144,7 @@ class EngineGroup:
         self._waiting: collections.deque[GroupRequest] = collections.deque()
         self._flying: dict[ray.ObjectRef, tuple[GroupRequest, ray.ObjectRef, int]] = {}
         self._load = [0] * len(self.actors)
+        self._given_up = threading.Event()
         self._in_flight = max(_SEQUENCES_IN_FLIGHT, 2 * config.inference.vllm.get("max_num_seqs", 0))
 
     def ready(self) -> None:
@@ -166,11 +168,17 @@ class EngineGroup:
     def results(self) -> Iterator[tuple[GroupRequest, ray.ObjectRef, GroupSummary]]:
         """Every submitted request in the order of completion, also what is submitted meanwhile."""
         while self._flying:
-            done = self._crew.first({ref: engine for ref, (_, _, engine) in self._flying.items()}, "sample")
+            done = self._crew.first(
+                {ref: engine for ref, (_, _, engine) in self._flying.items()}, "sample", self._given_up
+            )
             request, group, engine = self._flying.pop(done)
             self._load[engine] -= request.group_size
             self._send()
             yield request, group, runtime.get(done, self._crew.names[engine])
+
+    def give_up(self) -> None:
+        """End `results` within a second, with a RunError; from another thread. Nothing can be sampled after it."""
+        self._given_up.set()
 
     def _send(self) -> None:
         """Requests go out as far as there is room."""

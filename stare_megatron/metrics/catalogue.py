@@ -170,7 +170,7 @@ _ENTRIES = (
     Entry("sync/weight_version", "version", R.ONE, "Policy version in the engines after the push."),
     Entry("sync/staleness", "versions", R.MAX, "Versions a trained trajectory's policy is behind."),
     Entry("throughput/tokens_per_second", "tokens/s", R.MEAN, "Action tokens sampled, by time of the step."),
-    Entry("throughput/rollout_tokens_per_second", "tokens/s", R.MEAN, "Action tokens sampled, by rollout time."),
+    Entry("throughput/rollout_tokens_per_second", "tokens/s", R.MEAN, "Action tokens sampled, by sampling time."),
     Entry(
         "throughput/tokens_per_second_per_device",
         "tokens/s",
@@ -186,7 +186,7 @@ _ENTRIES = (
         "Weights that ranks sent: in shards to each engine, whole tensors once for all of them.",
     ),
     Entry("throughput/saved", "MB", R.SUM, "Files of ranks of the checkpoint finished since the record before."),
-    Entry("time/rollout", "s", R.ONE, "Sampling and rewards."),
+    Entry("time/rollout", "s", R.ONE, "Sampling and rewards; waiting for them where the trainer works beside them."),
     Entry("time/score", "s", R.ONE, 'Loading the batch and scoring it; loading alone with scoring = "rollout".'),
     Entry("time/update", "s", R.ONE, "Weights, forward, backward, optimizer."),
     Entry("time/push", "s", R.ONE, "Weights to the engines, and the probe."),
@@ -215,6 +215,7 @@ _ENTRIES = (
         "idle/engines", "fraction", R.FRACTION, "Of an engine's time in the step, evaluation included: it did nothing."
     ),
     Entry("idle/trainers", "fraction", R.FRACTION, "The same of a trainer rank."),
+    Entry("engine/sampling_seconds", "s", R.ONE, "From the first request of the batch to its last result."),
     Entry("engine/requests", "requests", R.MEAN, "Running at once in an engine, over its iterations."),
     Entry("engine/kv_use", "fraction", R.MEAN, "KV cache in use in an engine, over its iterations."),
     Entry("engine/kv_use_max", "fraction", R.MAX, "The most, of any engine."),

@@ -13,8 +13,9 @@ these are does not depend on which group ends first.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from stare_megatron.config import Config
@@ -43,11 +44,12 @@ class GroupDispatcher(Protocol[Ref_co]):
 @dataclass(frozen=True)
 class Collected(Generic[Ref]):
     """The groups of one update batch, in the order of their requests. `sampled`: all groups sampled for it, dropped
-    ones included; `measured` of them and of the batch."""
+    ones included; `measured` of them and of the batch; `seconds`: from the first request to the last result."""
 
     groups: tuple[tuple[Ref, GroupSummary], ...]
     sampled: tuple[GroupSummary, ...]
     measured: tuple[Measured, ...]
+    seconds: float = field(compare=False)
 
     @property
     def tokens_sampled(self) -> int:
@@ -72,6 +74,7 @@ class Collector(Generic[Ref]):
 
     def collect(self, step: int) -> Collected[Ref]:
         """Sample the update batch of a step."""
+        began = time.monotonic()
         useful: list[tuple[int, Ref, GroupSummary]] = []
         others: list[tuple[int, Ref, GroupSummary]] = []
         drawn = self._wanted
@@ -93,7 +96,8 @@ class Collector(Generic[Ref]):
             Measured("groups/dropped", len(others) - fill),
             *(part for _, _, s in kept for part in _measure_kept(s, step)),
         )
-        return Collected(tuple((ref, summary) for _, ref, summary in kept), tuple(sampled), measured)
+        groups = tuple((ref, summary) for _, ref, summary in kept)
+        return Collected(groups, tuple(sampled), measured, time.monotonic() - began)
 
     def _request(self, step: int, order: int) -> GroupRequest:
         """The next prompt's, the `order`-th of the step."""

@@ -140,7 +140,9 @@ class Recorder(Generic[Ref]):
             driver_peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             host=host_memory(),
             loads=taken.loads,
-            rates=self._rates.of_phases(batch.sampled, [s for _, s in batch.groups], self._clock.seconds),
+            rates=self._rates.of_phases(
+                batch.sampled, [s for _, s in batch.groups], self._clock.seconds | {"rollout": batch.seconds}
+            ),
         )
         progress = Progress(self._sampler.state().epoch, known.trained_tokens, self._before, known.duty)
         values = step_metrics(step, batch, done.scores, control, done.updates, probe, costs, progress)

@@ -242,10 +242,12 @@ def test_interrupt_saves_and_resume_goes_on(material: Path, trained: Path, tmp_p
         assert row["stare/gate"] == (row["policy/entropy_estimate"] < row["policy/target_entropy"])
 
 
-def killed_and_resumed(material: Path, trained: Path, runs: Path, phase: str, step: int, steps: int) -> None:
+def killed_and_resumed(
+    material: Path, trained: Path, runs: Path, phase: str, step: int, steps: int, **others: object
+) -> None:
     """A run of `steps` steps, killed by SIGKILL in a phase, goes on as the uninterrupted one, bit for bit; with
-    `engine` only the engine is killed, and the run stops."""
-    settings: dict[str, object] = {"run.steps": STEPS, "run.resume": "auto", "checkpoint.every": 2} | EVERY_SAMPLE
+    `engine` only the engine is killed, and the run stops. `others`: settings of both."""
+    settings = {"run.steps": STEPS, "run.resume": "auto", "checkpoint.every": 2} | EVERY_SAMPLE | others
     script = str(ROOT / "tests/e2e/killed_run.py")
     # The whole group: a run started in a shell, and its job killed.
     process = subprocess.Popen(

@@ -93,6 +93,7 @@ EFFECTS: dict[str, Seen | Refused | str] = {
     "rollout.top_p": Seen(probes.sampled, 0.5),
     "rollout.stop": Seen(probes.sampled, ["\n"]),
     "rollout.overlong": "tests/unit/rollout/test_runner_env.py::test_settings_reach_the_episodes",
+    "sampling.mode": Refused("one_step", 'set inference.placement = "separate"'),
     "env.name": "tests/unit/rollout/test_runner_env.py::test_a_tool_needs_a_sandbox_and_one_turn_needs_none",
     "env.parser": TOOLS + "test_forms_within_an_answer",
     "env.tool": TOOLS.removesuffix("::"),

@@ -115,6 +115,14 @@ def test_separate_engines_have_their_own_table() -> None:
     assert not plan.violations
 
 
+def test_who_samples_while_the_ranks_work_takes_the_longer_of_the_two() -> None:
+    separate, corrected = {"placement": "separate"}, {"correction": {"mode": "truncate"}}
+    plain = plan_of(inference=separate)
+    ahead = plan_of(inference=separate, algorithm=corrected, sampling={"mode": "one_step"})
+    shorter = min(plain.rollout.seconds, plain.score.seconds + plain.update.seconds)
+    assert ahead.seconds == pytest.approx(plain.seconds - shorter)
+
+
 def test_proposals_fit_and_are_ranked() -> None:
     config = config_of("qwen2.5-7b", rollout=ROLLOUT, trainer=TRAINER | {"world_size": 16}, inference={"engines": 16})
     found = search(config, shape_of("qwen2.5-7b"), given_for(config))

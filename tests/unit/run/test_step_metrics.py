@@ -63,6 +63,7 @@ SINGLE = (
 )
 
 # Idle seconds, of seconds.
+SAMPLING_S = 1.75
 IDLE = {"engines": [(1.0, 4.5), (3.0, 4.25)], "trainers": [(2.0, 4.5), (0.5, 4.0), (2.5, 4.25)]}
 RATES = {
     f"rates/{phase}_{unit}": (3.0 + i, 16.0 / (i + 1) + j)
@@ -102,7 +103,7 @@ class Step:
         parts = [part for group, label in self.groups for part in measure(group, label)]
         parts += [Measured("groups/dropped", 2)]
         parts += [part for group in self.kept for part in _measure_kept(group, VERSION - 1)]
-        batch = Collected((), tuple(group for group, _ in self.groups), tuple(parts))
+        batch = Collected((), tuple(group for group, _ in self.groups), tuple(parts), SAMPLING_S)
         stats = (batch, self.scores, self.control, self.updates, 1e-6, self.costs, self.progress)
         idle = [Measured(f"idle/{kind}", *part) for kind, parts in IDLE.items() for part in parts]
         others = [*idle, Measured("throughput/tokens_per_second_per_device", 90.0, 12.0)]
@@ -282,7 +283,8 @@ def expected(step: Step) -> dict[str, float]:
             "sync/probe": 1e-6,
             "sync/weight_version": VERSION,
             "throughput/tokens_per_second": tokens / 4.0,
-            "throughput/rollout_tokens_per_second": tokens / step.costs.seconds["rollout"],
+            "throughput/rollout_tokens_per_second": tokens / SAMPLING_S,
+            "engine/sampling_seconds": SAMPLING_S,
             "throughput/trained_tokens_total": 12345,
             "time/step": 4.0,
             "time/save": 1.5,

@@ -1,0 +1,67 @@
+"""Sampling while the trainer works, with the real parts: what is trained does not depend on time, nor on a kill."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from stare_megatron.metrics import jsonl, trace
+from stare_megatron.types.report import Activity
+from tests.e2e import test_train as demo
+
+STEPS = 6
+ONE_STEP: dict[str, object] = {
+    "sampling.mode": "one_step",
+    "inference.placement": "separate",
+    "algorithm.correction.mode": "truncate",
+}
+
+material = demo.material
+
+
+@pytest.fixture(scope="module")
+def ahead(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run in `one_step` mode."""
+    runs = tmp_path_factory.mktemp("ahead")
+    command = demo.arguments(material, runs, **{"run.steps": STEPS}, **demo.EVERY_SAMPLE, **ONE_STEP)
+    done = subprocess.run(command, cwd=demo.ROOT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return runs / "e2e"
+
+
+@pytest.mark.runs
+def test_every_batch_but_the_first_is_of_the_policy_before(ahead: Path) -> None:
+    rows = jsonl.read(ahead / "metrics.jsonl")
+    assert [row["sync/staleness"] for row in rows] == [0, *[1] * (STEPS - 1)]
+    assert [row["sync/weight_version"] for row in rows] == list(range(1, STEPS + 1))
+    # Engine and trainer agree where they have the same weights, and differ by an update's worth where they do not.
+    assert all(row["sync/probe"] < 1e-3 for row in rows)
+    assert rows[0]["mismatch/mean"] < 1e-3
+    assert all(1e-3 < row["mismatch/mean"] < 0.3 for row in rows[1:])
+    assert all(row["correction/mean"] != 1 for row in rows[1:])
+
+
+@pytest.mark.runs
+def test_engines_sample_while_ranks_work(ahead: Path) -> None:
+    def together(a: Activity, b: Activity) -> bool:
+        return a.start < b.end and b.start < a.end
+
+    steps = trace.read(ahead)[:-1]  # nobody samples beside the last
+    assert len(steps) >= STEPS - 1
+    for step in [s for s in steps if s.step]:
+        sampled = [a for a in step.tracks["engine 0"] if a.name == "sample"]
+        worked = [a for a in step.tracks["trainer rank 0"] if a.name in ("load", "score", "update")]
+        assert any(together(a, b) for a in sampled for b in worked), step.step
+
+
+@pytest.mark.runs
+def test_killed_in_an_update_it_goes_on_with_the_batch_in_hand(material: Path, ahead: Path, tmp_path: Path) -> None:
+    demo.killed_and_resumed(material, ahead, tmp_path, "update", 4, STEPS, **ONE_STEP)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["rollout", "score", "push", "save"])
+def test_killed_in_a_phase(material: Path, ahead: Path, tmp_path: Path, phase: str) -> None:
+    demo.killed_and_resumed(material, ahead, tmp_path, phase, 4, STEPS, **ONE_STEP)
