@@ -36,7 +36,7 @@ ENGINES = {"engines": 8, "tensor_parallel": 4}
 
 def plan_of(name: str = "qwen3-32b", *, gpu: str = "h100", nodes: int = 0, **tables: Any) -> Plan:
     base = {"rollout": ROLLOUT, "trainer": TRAINER, "inference": ENGINES}
-    config = config_of(name, **{k: base[k] | tables.get(k, {}) for k in base})
+    config = config_of(name, **tables | {k: base[k] | tables.get(k, {}) for k in base})
     return make(config, shape_of(name), given_for(config, gpu, nodes=nodes))
 
 
