@@ -1,10 +1,13 @@
-"""The batch that was sampled ahead of a checkpoint, `ahead.npz`.
+"""What was sampled, or ordered, ahead of a checkpoint: `ahead.npz`.
 
 A run that samples while it trains has a batch in hand when it saves, drawn by the policy before the saved one. It is
 kept rather than drawn again: that would take the older policy's weights too, and engines repeat samples bit for bit
 only where their kernels do not depend on what else is in a batch, which those of GPUs do.
 
-The file has every array of the batch (`0`, `1`, ...) and, in `tree`, the rest as JSON with arrays by number.
+Where groups are sampled all the time, those that are in no batch yet are kept as requests: they are sampled again, so
+that every prompt is learned from once.
+
+The file has every array of what is kept (`0`, `1`, ...) and, in `tree`, the rest as JSON with arrays by number.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import numpy.typing as npt
 
 from stare_megatron.data.prompts import StreamState
 from stare_megatron.errors import UserError
-from stare_megatron.types import Group, GroupSummary, Measured
+from stare_megatron.types import Group, GroupRequest, GroupSummary, Measured
 
 FILE = "ahead.npz"
 _TREE = "tree"
@@ -46,14 +49,26 @@ class Ahead:
     after: StreamState
 
 
-def write(folder: Path, batch: Ahead) -> None:
+@dataclasses.dataclass(frozen=True)
+class Outstanding:
+    """Requests of groups that nobody has learned from, in the order they were made; `after`: where the prompts stand
+    after them."""
+
+    requests: tuple[GroupRequest, ...]
+    after: StreamState
+
+
+_KINDS = {kind.__name__: kind for kind in (Ahead, Outstanding)}
+
+
+def write(folder: Path, kept: Ahead | Outstanding) -> None:
     """Write `ahead.npz`; it is on disk on return.
 
     Raises:
         OSError: it cannot be written.
     """
     arrays: list[npt.NDArray[Any]] = []
-    tree = np.frombuffer(json.dumps(_plain(batch, arrays)).encode(), np.uint8)
+    tree = np.frombuffer(json.dumps([type(kept).__name__, _plain(kept, arrays)]).encode(), np.uint8)
     named: dict[str, Any] = {str(i): array for i, array in enumerate(arrays)} | {_TREE: tree}
     with (folder / FILE).open("wb") as file:
         np.savez(file, **named)
@@ -61,8 +76,8 @@ def write(folder: Path, batch: Ahead) -> None:
         os.fsync(file.fileno())
 
 
-def read(folder: Path) -> Ahead | None:
-    """The batch of a checkpoint folder, bit for bit; None where none was sampled ahead.
+def read(folder: Path) -> Ahead | Outstanding | None:
+    """What a checkpoint folder keeps, bit for bit; None where nothing was sampled ahead.
 
     Raises:
         UserError: the file is damaged or of another version.
@@ -73,9 +88,10 @@ def read(folder: Path) -> Ahead | None:
     try:
         with np.load(file, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
-        return _typed(Ahead, json.loads(arrays.pop(_TREE).tobytes()), arrays)
+        kind, tree = json.loads(arrays.pop(_TREE).tobytes())
+        return _typed(_KINDS[kind], tree, arrays)
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, RecursionError) as e:
-        raise UserError(f"{file}: not the batch of a checkpoint: {type(e).__name__}: {e}") from e
+        raise UserError(f"{file}: not what a checkpoint keeps: {type(e).__name__}: {e}") from e
 
 
 def _plain(value: Any, arrays: list[npt.NDArray[Any]]) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from stare_megatron.checkpoint import store
-from stare_megatron.checkpoint.ahead import Ahead
+from stare_megatron.checkpoint.ahead import Ahead, Outstanding
 from stare_megatron.checkpoint.settings import Settings
 from stare_megatron.checkpoint.state import LoopState
 from stare_megatron.config import CheckpointConfig
@@ -73,8 +73,8 @@ class Saver:
         self._warn = warn
         self._pending: int | None = None
 
-    def save(self, state: LoopState, ahead: Ahead | None = None) -> bool:
-        """Save, with the batch sampled ahead if there is one, after the save before has ended. With
+    def save(self, state: LoopState, ahead: Ahead | Outstanding | None = None) -> bool:
+        """Save, with what was sampled ahead, if anything was, after the save before has ended. With
         `checkpoint.asynchronous` the ranks write on afterwards.
 
         A save that the disk has no room for is left out with a warning, if there is an older checkpoint; then False.
@@ -101,7 +101,7 @@ class Saver:
         """Whether a save is being written."""
         return self._pending is not None
 
-    def rescue(self, state: LoopState, ahead: Ahead | None = None) -> None:
+    def rescue(self, state: LoopState, ahead: Ahead | Outstanding | None = None) -> None:
         """Finish a save under way, and save the state unless it is saved already; does not return before all is on
         disk. A failure is only told, for the run has another error."""
         try:

@@ -11,7 +11,7 @@ from pathlib import Path
 from stare_megatron.checkpoint import ahead as sampled
 from stare_megatron.checkpoint import settings as stored
 from stare_megatron.checkpoint import state as loop
-from stare_megatron.checkpoint.ahead import Ahead
+from stare_megatron.checkpoint.ahead import Ahead, Outstanding
 from stare_megatron.checkpoint.settings import Settings
 from stare_megatron.checkpoint.state import LoopState
 from stare_megatron.config import CheckpointConfig
@@ -32,10 +32,10 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
-def begin(root: Path, state: LoopState, settings: Settings, ahead: Ahead | None = None) -> Path:
+def begin(root: Path, state: LoopState, settings: Settings, ahead: Ahead | Outstanding | None = None) -> Path:
     """Make the unfinished folder of a step, with everything but the ranks' part, which goes to its `trainer/`.
 
-    `ahead`: the batch sampled ahead, if there is one.
+    `ahead`: what was sampled ahead, if anything was.
     """
     partial = root / (folder_name(state.step) + PARTIAL)
     partial.mkdir(parents=True)

@@ -50,6 +50,9 @@ class Engine:
         window: longest sequence, prompt and response, tokens.
         seed: vLLM's own seed; each request brings another.
         transport: name of the weight-transfer backend, `device.weight_transport()`.
+
+    Attributes:
+        keeps_kv: requests in flight keep the KV cache that older weights made when weights change.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class Engine:
             **({"enable_return_routed_experts": True} if config.routing_replay else {}),
             **config.vllm,
         }
+        self.keeps_kv = False
         self._routed = config.routing_replay
         self._llm: FrontEnd | None = None
         self._meter = LoadMeter()
@@ -180,11 +184,13 @@ class Engine:
     async def finish_weight_update(self, version: int) -> None:
         """Put the weights to use as `version` and drop what older ones computed.
 
-        The prefix cache is emptied; requests in flight lose their KV cache, which is recomputed, and go on.
+        The prefix cache is emptied; requests in flight lose their KV cache, which is recomputed, and go on. With
+        `keeps_kv` all of it stays: later requests find none of it, for they look by the version they begin with.
         """
         llm = self._running()
         await self._call(llm.finish_weight_update(str(version)))
-        await self._call(llm.reset_prefix_cache(reset_running_requests=True))
+        if not self.keeps_kv:
+            await self._call(llm.reset_prefix_cache(reset_running_requests=True))
         self.version = version
         if not self._asleep:
             await self._call(llm.resume_generation())
@@ -247,7 +253,7 @@ class Engine:
             raise ValueError(f"{self.name}: a prompt of {len(token_ids)} tokens in a window of {self.window}")
 
         async def last() -> RequestOutput:
-            prompt = tokens_input([int(t) for t in token_ids])
+            prompt = tokens_input([int(t) for t in token_ids], cache_salt=f"version {self.version}")
             async for output in self._running().generate(prompt, params, f"{self.name}-{next(self._ids)}"):
                 if output.finished:
                     return output

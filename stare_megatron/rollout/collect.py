@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -78,29 +78,45 @@ class Collector(Generic[Ref]):
         useful: list[tuple[int, Ref, GroupSummary]] = []
         others: list[tuple[int, Ref, GroupSummary]] = []
         drawn = self._wanted
-        self._dispatcher.submit(self._request(step, order) for order in range(drawn))
+        self._dispatcher.submit(self.request(step, order) for order in range(drawn))
         for request, ref, summary in self._dispatcher.results():
-            if not (self._dynamic and summary.zero_variance):
+            if self.useful(summary):
                 useful.append((request.order, ref, summary))
                 continue
             others.append((request.order, ref, summary))
             if len(others) <= self._refills:
-                self._dispatcher.submit([self._request(step, drawn)])
+                self._dispatcher.submit([self.request(step, drawn)])
                 drawn += 1
         others.sort(key=_order)
         sampled = [summary for _, _, summary in sorted(useful + others, key=_order)]
         fill = self._wanted - len(useful)
         kept = sorted(useful + others[:fill], key=_order)
+        groups = [(ref, summary) for _, ref, summary in kept]
+        return self.collected(step, groups, sampled, len(others) - fill, time.monotonic() - began)
+
+    def useful(self, summary: GroupSummary) -> bool:
+        """Whether a group is learned from, or dropped for another."""
+        return not (self._dynamic and summary.zero_variance)
+
+    def collected(
+        self,
+        step: int,
+        groups: Sequence[tuple[Ref, GroupSummary]],
+        sampled: Sequence[GroupSummary],
+        dropped: int,
+        seconds: float,
+    ) -> Collected[Ref]:
+        """The update batch of a step, of `groups` and all that were `sampled` for it, each in the order of their
+        requests; `dropped`: of the latter, so many were dropped and are not in the batch."""
         measured = (
             *(part for s in sampled for part in measure(s, self._labels[s.source])),
-            Measured("groups/dropped", len(others) - fill),
-            *(part for _, _, s in kept for part in _measure_kept(s, step)),
+            Measured("groups/dropped", dropped),
+            *(part for _, s in groups for part in _measure_kept(s, step)),
         )
-        groups = tuple((ref, summary) for _, ref, summary in kept)
-        return Collected(groups, tuple(sampled), measured, time.monotonic() - began)
+        return Collected(tuple(groups), tuple(sampled), measured, seconds)
 
-    def _request(self, step: int, order: int) -> GroupRequest:
-        """The next prompt's, the `order`-th of the step."""
+    def request(self, step: int, order: int) -> GroupRequest:
+        """The next prompt's, the `order`-th of those drawn with the policy that the step changes."""
         (prompt,) = self._stream.take(1)
         sampling = dataclasses.replace(self._sampling, seed=derive_seed(self._seed, step, order))
         return GroupRequest(order, prompt, self._group_size, sampling)

@@ -47,13 +47,15 @@ class Window:
     staleness: S, updates between the version that a group was begun with and the one that learns from it, at most.
     window: groups that may be taken out of turn are less than so many numbers after the oldest outstanding one.
     refills: groups of a batch that may be dropped and replaced; further ones count as finished, to fill the batch.
+    end: version that the last batch makes; nothing is admitted for batches after it.
     """
 
-    def __init__(self, batch: int, staleness: int, window: int, refills: int) -> None:
+    def __init__(self, batch: int, staleness: int, window: int, refills: int, end: int) -> None:
         self._size = batch
         self._staleness = staleness
         self._window = window
         self._refills = refills
+        self._end = end
         self._version = 0
         self._number = self._order = 0
         self._running: dict[int, int] = {}  # number -> version it is due in
@@ -74,19 +76,19 @@ class Window:
         return len(self._running)
 
     @property
-    def outstanding(self) -> tuple[int, ...]:
-        """Numbers of groups that are admitted and not learned from."""
-        return tuple(sorted([*self._running, *self._ready, *self._taken, *self._learning]))
+    def ahead(self) -> tuple[int, ...]:
+        """Numbers of groups that are admitted and in no batch yet."""
+        return tuple(sorted([*self._running, *self._ready, *self._taken]))
 
-    def begin(self, version: int, order: int = 0) -> None:
-        """Engines hold `version`, so the batch handed out before is learned from. `order`: of the next group."""
-        self._version, self._order = version, order
+    def begin(self, version: int) -> None:
+        """Engines hold `version`, so the batch handed out before is learned from."""
+        self._version, self._order = version, 0
         self._learning = ()
 
     def admit(self) -> Place | None:
         """The next group, if there is room for one."""
         taken = len(self._running) + len(self._ready) + len(self._taken) + len(self._learning)
-        if taken >= (self._staleness + 1) * self._size:
+        if taken >= min(self._staleness + 1, self._end - self._version) * self._size:
             return None
         place = Place(self._number, self._version, self._order)
         self._running[place.number] = self._version + self._staleness

@@ -15,7 +15,7 @@
 
 Each arrow waits for the one before. In `sync` mode nobody samples while the ranks train; in `one_step` the groups that
 come in `rollout` were sampled during the step before, and the engines sample the next ones from then on until the push
-(`sampling.py`). How each part works is behind `Run`.
+(`sampling.py`); in `stream` they always do, also across pushes. How each part works is behind `Run`.
 """
 
 from __future__ import annotations
@@ -124,4 +124,5 @@ def _evaluate_when_due(run: Run[Ref], step: int) -> None:
     # What a stop leaves out is due when the run goes on.
     if run.evaluations.due(step) and not run.stop.asked:
         with run.recorder.phase("eval"):
+            run.sampler.drain()
             run.evaluations.evaluate(step)

@@ -4,6 +4,8 @@ synchronous   engines  [ batch 1, v0 ]          [ batch 2, v1 ]          [ batch
               ranks                   [ learn 1 ]              [ learn 2 ]
 one step      engines  [ batch 1, v0 ][ batch 2, v0 ][ batch 3, v1 ][ batch 4, v2 ]
               ranks                   [ learn 1 ]    [ learn 2 ]    [ learn 3 ]
+stream        engines  [ groups, v0               ][ v1      ][ v2      ][ v3        (`stream.py`)
+              ranks                   [ learn 1 ]  [ learn 2 ][ learn 3 ]
 """
 
 from __future__ import annotations
@@ -15,16 +17,18 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from stare_megatron.checkpoint import Ahead
+from stare_megatron.checkpoint import Ahead, Outstanding
 from stare_megatron.data.prompts import PromptStream, StreamState
-from stare_megatron.rollout.collect import Collected, Collector
+from stare_megatron.rollout.collect import Collected, Collector, GroupDispatcher
 from stare_megatron.types import Group
 
 Ref = TypeVar("Ref")
+Ref_co = TypeVar("Ref_co", covariant=True)
 Batch_co = TypeVar("Batch_co", covariant=True)
 
-Kept = Callable[[], Ahead | None]
-"""What was sampled ahead of the batches handed out when this was made, as far as it is whole now; None: nothing is.
+Kept = Callable[[], Ahead | Outstanding | None]
+"""What was sampled or ordered ahead of the batches handed out when this was made, as far as it is of use now; None:
+nothing is.
 
 Raises:
     RunError: its groups are lost.
@@ -55,6 +59,14 @@ class Sampler(Protocol[Batch_co]):
         """
         ...
 
+    def drain(self) -> None:
+        """Before engines serve others: returns when nothing is being sampled. The next batch goes on.
+
+        Raises:
+            RunError: an engine failed.
+        """
+        ...
+
     def state(self) -> StreamState:
         """Where the prompts stand, for a checkpoint, after the batches handed out: what was drawn ahead of them is
         drawn again by who goes on from here without `ahead`."""
@@ -66,6 +78,14 @@ class Sampler(Protocol[Batch_co]):
 
     def close(self) -> None:
         """Give up what is being sampled."""
+        ...
+
+
+class Engines(GroupDispatcher[Ref_co], Protocol[Ref_co]):
+    """Where a sampler's thread has requests served."""
+
+    def give_up(self) -> None:
+        """Make `results` end soon, with a RunError."""
         ...
 
 
@@ -84,6 +104,8 @@ class SynchronousSampler(Generic[Ref]):
         return False
 
     def settle(self) -> None: ...
+
+    def drain(self) -> None: ...
 
     def state(self) -> StreamState:
         return self._stream.state()
@@ -158,6 +180,9 @@ class OneStepSampler(Generic[Ref]):
     def settle(self) -> None:
         if self._ahead:
             self._ahead.result()
+
+    def drain(self) -> None:
+        self.settle()
 
     def state(self) -> StreamState:
         return self._state

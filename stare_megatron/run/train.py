@@ -30,6 +30,7 @@ from stare_megatron.metrics.summary import how_to_go_on, next_steps, opening, op
 from stare_megatron.models.families import read_hf_config
 from stare_megatron.rollout.collect import Collected, Collector
 from stare_megatron.rollout.groups import check_env, check_prompts
+from stare_megatron.rollout.window import Window
 from stare_megatron.run import folder as run_folder
 from stare_megatron.run import forecast, loop, preflight, sizing
 from stare_megatron.run.evaluation import Evaluations, Evaluator
@@ -40,6 +41,7 @@ from stare_megatron.run.sampling import OneStepSampler, Sampler, Store, Synchron
 from stare_megatron.run.saving import Saving, metric_by_step
 from stare_megatron.run.session import Session, open_session
 from stare_megatron.run.stop import StopSignal
+from stare_megatron.run.stream import StreamSampler
 from stare_megatron.run.weights import Weights
 
 if TYPE_CHECKING:
@@ -58,7 +60,7 @@ class Prepared:
     benchmarks: Sequence[Benchmark]
     resume_from: Path | None
     restored: int
-    ahead: checkpoint.Ahead | None
+    ahead: checkpoint.Ahead | checkpoint.Outstanding | None
     wandb_run: str
     sandbox: str
     notes: tuple[str, ...]
@@ -148,7 +150,7 @@ def prepare(config: Config, console: Console) -> Prepared:
         state = checkpoint.read(resume_from)
         stream.restore(state.stream)
         restored = state.step
-        ahead = checkpoint.read_ahead(resume_from) if config.sampling.ahead else None
+        ahead = checkpoint.read_ahead(resume_from)
         if resume_from.resolve().is_relative_to(config.folder.resolve()):
             wandb_run = state.wandb_run
     return Prepared(
@@ -246,8 +248,19 @@ def _sampler(prepared: Prepared, session: Session) -> Sampler[Collected[runtime.
     collector = Collector(config, engines, stream)
     if config.sampling.mode == "sync":
         return SynchronousSampler(collector, stream)
-    store = Store(runtime.fetch, runtime.put)
-    sampler = OneStepSampler(collector, stream, store, config.run.steps, engines.give_up)
-    if prepared.ahead is not None:
+    if config.sampling.mode == "stream":
+        sampler = StreamSampler(collector, stream, _window(config), engines)
+        if isinstance(prepared.ahead, checkpoint.Outstanding):
+            sampler.restore(prepared.ahead)
+        return sampler
+    sampler = OneStepSampler(collector, stream, Store(runtime.fetch, runtime.put), config.run.steps, engines.give_up)
+    if isinstance(prepared.ahead, checkpoint.Ahead):
         sampler.restore(prepared.ahead)
     return sampler
+
+
+def _window(config: Config) -> Window:
+    size, s = config.rollout.prompts_per_step, config.sampling
+    refills = config.rollout.max_refills * size if config.rollout.dynamic_sampling else 0
+    width = max(1, int(s.window * (s.max_staleness + 1) * size))
+    return Window(size, s.max_staleness, width, refills, config.run.steps)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import signal
 import subprocess
 from pathlib import Path
 
@@ -65,3 +67,52 @@ def test_killed_in_an_update_it_goes_on_with_the_batch_in_hand(material: Path, a
 @pytest.mark.parametrize("phase", ["rollout", "score", "push", "save"])
 def test_killed_in_a_phase(material: Path, ahead: Path, tmp_path: Path, phase: str) -> None:
     demo.killed_and_resumed(material, ahead, tmp_path, phase, 4, STEPS, **ONE_STEP)
+
+
+def trained(material: Path, runs: Path, **settings: object) -> list[jsonl.Row]:
+    """The metrics of a run of STEPS steps in `runs`."""
+    command = demo.arguments(material, runs, **{"run.steps": STEPS}, **demo.EVERY_SAMPLE, **settings)
+    done = subprocess.run(command, cwd=demo.ROOT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return jsonl.read(runs / "e2e/metrics.jsonl")
+
+
+@pytest.mark.runs
+def test_a_stream_without_staleness_is_the_synchronous_run(material: Path, tmp_path: Path) -> None:
+    """Bit for bit: every metric but costs, every token of every sample."""
+    stream: dict[str, object] = {"sampling.mode": "stream", "sampling.max_staleness": 0}
+    sync, mine = (
+        [demo.learned(row) for row in trained(material, tmp_path / name, **settings)]
+        for name, settings in (("sync", {}), ("stream", stream))
+    )
+    assert mine == sync
+    for step in range(1, STEPS + 1):
+        a, b = ((tmp_path / name / f"e2e/samples/step_{step:06d}.txt").read_text() for name in ("sync", "stream"))
+        assert a.count("===") >= 256
+        assert a == b
+
+
+STREAM = ONE_STEP | {"sampling.mode": "stream", "sampling.max_staleness": 2}
+
+
+@pytest.mark.runs
+def test_a_stream_that_is_killed_learns_from_every_prompt_once(material: Path, tmp_path: Path) -> None:
+    settings: dict[str, object] = STREAM | {"run.steps": STEPS, "run.resume": "auto", "checkpoint.every": 2}
+    runs = tmp_path / "runs"
+    said, code, _ = demo.killed(material, runs, "update", 4, settings | demo.EVERY_SAMPLE)
+    assert code == -signal.SIGKILL, said[-3000:]
+    rows = trained(material, runs, **settings)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert all(row["sync/staleness"] <= 2 for row in rows)
+    assert any(row["sync/staleness"] > 0 for row in rows)
+    assert all(row["sync/probe"] < 1e-3 for row in rows)
+    assert rows[0]["mismatch/mean"] < 1e-3
+    # 512 prompts, of which fewer are drawn: whoever comes twice was learned from twice.
+    files = sorted((runs / "e2e/samples").glob("step_*.jsonl"))
+    assert len(files) == STEPS
+    groups = [{sample["prompt_id"] for sample in demo.prompts_of(file)} for file in files]
+    assert all(len(found) == 32 for found in groups)
+    assert len(set().union(*groups)) == 32 * STEPS
+    state = json.loads((runs / f"e2e/checkpoints/step_{STEPS:06d}/loop.json").read_text())["stream"]
+    assert state["epoch"] == 0
+    assert state["cursor"] == 32 * STEPS + sum(row["groups/dropped"] for row in rows)

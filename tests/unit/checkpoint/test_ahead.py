@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stare_megatron.checkpoint import Ahead, read_ahead
+from stare_megatron.checkpoint import Ahead, Outstanding, read_ahead
 from stare_megatron.checkpoint import ahead as stored
 from stare_megatron.data.prompts import StreamState
 from stare_megatron.errors import UserError
@@ -16,8 +16,10 @@ from stare_megatron.types import (
     Call,
     EpisodeCounts,
     Group,
+    GroupRequest,
     Measured,
     Prompt,
+    Sampling,
     Score,
     Span,
     SpanKind,
@@ -83,6 +85,15 @@ def test_a_batch_comes_back_bit_for_bit(tmp_path):
     same(read_ahead(tmp_path), batch())
 
 
+def test_requests_come_back(tmp_path):
+    """Those of groups that are in no batch yet."""
+    prompt = Prompt("p-1", "sums", "1 +", (5, 6), "7", {"level": 3})
+    sampling = Sampling(16, 1.0, 0.9, ("\n", "é"), 2**62 + 1)
+    kept = Outstanding((GroupRequest(4, prompt, 8, sampling),), StreamState(1, 7, 11, "print"))
+    stored.write(tmp_path, kept)
+    same(read_ahead(tmp_path), kept)
+
+
 def test_no_batch_is_no_error_and_damage_is_told(tmp_path):
     assert read_ahead(tmp_path) is None
     stored.write(tmp_path, batch())
@@ -90,5 +101,5 @@ def test_no_batch_is_no_error_and_damage_is_told(tmp_path):
     whole = file.read_bytes()
     for damaged in (whole[: len(whole) // 2], b"", b"not a zip file", whole.replace(b'"seconds"', b'"minutes"')):
         file.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"ahead\.npz: not the batch of a checkpoint"):
+        with pytest.raises(UserError, match=r"ahead\.npz: not what a checkpoint keeps"):
             read_ahead(tmp_path)

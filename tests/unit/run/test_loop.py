@@ -25,6 +25,9 @@ class Everything:
         self.said.append(f"sample {version}")
         return f"batch {version}"
 
+    def drain(self):
+        self.said.append("drain")
+
     busy = True
 
     def settle(self):
@@ -185,7 +188,7 @@ PUSH_0 = ["devices: both", "push 0", "score probe 0", "devices: engines", "probe
 def test_the_order_of_a_run():
     parts = Everything(evaluate=(0, 2), save=(2,), export=(2,))
     assert run(parts) == 2
-    before = ["devices: checkpoint", *PUSH_0, "evaluate 0", "close 0"]
+    before = ["devices: checkpoint", *PUSH_0, "drain", "evaluate 0", "close 0"]
     step_2 = [
         "sample 1",
         "devices: trainer",
@@ -200,6 +203,7 @@ def test_the_order_of_a_run():
         "probe 2",
         "poll",
         "record 2 batch 1 H=0.3 2e-06",
+        "drain",
         "evaluate 2",
         "devices: checkpoint",
         "save 2 last",

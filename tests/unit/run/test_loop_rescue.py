@@ -81,6 +81,8 @@ class Sampler:
 
     def serve(self) -> None: ...
 
+    def drain(self) -> None: ...
+
     busy = True
 
     def settle(self) -> None: ...
@@ -194,6 +196,7 @@ CALLS = [
     "sampler.next_batch",
     "sampler.serve",
     "sampler.settle",
+    "sampler.drain",
     "residency.to_trainer",
     "trainers.load",
     "trainers.score",
