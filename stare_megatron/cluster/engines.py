@@ -196,6 +196,10 @@ class EngineGroup:
         """Each engine's log-probs of a probe prompt."""
         return self._all("logprobs", token_ids.tolist())
 
+    def cache_gaps(self, token_ids: npt.NDArray[np.int32]) -> list[float]:
+        """Each engine's, see `Engine.cache_gap`."""
+        return self._all("cache_gap", token_ids.tolist())
+
     def checksums(self, names: Collection[str] = ()) -> list[dict[str, str]]:
         """Each engine's, of the parameters of these names or of all."""
         return self._all("checksums", list(names))

@@ -39,7 +39,12 @@ class SamplingConfig(Section):
     @property
     def ahead(self) -> bool:
         """Whether engines sample while the trainer works, hence by weights that it has changed since."""
-        return self.mode == "one_step" or (self.mode == "stream" and self.max_staleness > 0)
+        return self.oldest > 0
+
+    @property
+    def oldest(self) -> int:
+        """How many updates a trained token's policy may be behind."""
+        return {"sync": 0, "one_step": 1, "stream": self.max_staleness}[self.mode]
 
     @model_validator(mode="after")
     def _idle(self) -> SamplingConfig:

@@ -143,12 +143,14 @@ class Engine:
             read, need = 0 if routed is None else len(routed), len(token_ids) + len(ids) - 1
             if read < need:
                 raise RunError(f"{self.name}: experts of {read} tokens came where {need} were read")
+        drawn = output.weight_versions or []
         return Completion(
             token_ids=ids,
             logprobs=logprobs,
             status=status,
-            weight_version=int(output.weight_versions[0].version) if output.weight_versions else self.version,
+            weight_version=int(drawn[0].version) if drawn else self.version,
             routed_experts=routed,
+            versions=tuple((int(span.version), span.end - span.start) for span in drawn),
         )
 
     async def logprobs(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
@@ -162,6 +164,23 @@ class Engine:
         table = result.prompt_logprobs or []
         chosen = [entry[token].logprob for token, entry in zip(token_ids, table, strict=True) if entry]
         return np.asarray(chosen, np.float32)
+
+    async def cache_gap(self, token_ids: Sequence[int]) -> float:
+        """|log-prob of the last token drawn after the others, where the prefix cache may serve them, less that of the
+        prompt's last token|, nats: vLLM never takes prompt log-probs from the cache, so that they cannot tell that
+        older weights filled it. What this computes stays in the cache for the next time."""
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        last = int(token_ids[-1])
+        params = SamplingParams(
+            max_tokens=1,
+            logprobs=0,
+            allowed_token_ids=[last],
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        (drawn,) = (await self._generate(token_ids[:-1], params)).outputs[0].logprobs or [{}]
+        return abs(drawn[last].logprob - float((await self.logprobs(token_ids))[-1]))
 
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Join the trainer; returns when the transport's rendezvous is complete."""
@@ -188,10 +207,10 @@ class Engine:
         `keeps_kv` all of it stays: later requests find none of it, for they look by the version they begin with.
         """
         llm = self._running()
+        self.version = version  # first: who comes meanwhile is sampled after it, and must not look by the one before
         await self._call(llm.finish_weight_update(str(version)))
         if not self.keeps_kv:
             await self._call(llm.reset_prefix_cache(reset_running_requests=True))
-        self.version = version
         if not self._asleep:
             await self._call(llm.resume_generation())
 

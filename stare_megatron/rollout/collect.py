@@ -13,6 +13,7 @@ these are does not depend on which group ends first.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -112,6 +113,7 @@ class Collector(Generic[Ref]):
             *(part for s in sampled for part in measure(s, self._labels[s.source])),
             Measured("groups/dropped", dropped),
             *(part for _, s in groups for part in _measure_kept(s, step)),
+            Measured("sync/staleness_p95", age_quantile([s for _, s in groups], step, 0.95)),
         )
         return Collected(tuple(groups), tuple(sampled), measured, seconds)
 
@@ -160,8 +162,23 @@ def measure(group: GroupSummary, label: str) -> list[Measured]:
 
 def _measure_kept(group: GroupSummary, step: int) -> list[Measured]:
     """Of a group of the update batch of a step."""
+    runs = group.version_runs()
+    ages = [(step - version, tokens) for of_sample in runs for version, tokens in of_sample]
+    spans = [len(of_sample) for of_sample in runs]
     return [
         *(Measured("reward/kept_mean", reward) for reward in group.rewards),
         Measured("groups/zero_variance_kept", int(group.zero_variance)),
         Measured("sync/staleness", max(step - version for version in group.weight_versions)),
+        Measured("sync/staleness_mean", sum(age * n for age, n in ages), sum(n for _, n in ages)),
+        mean("sync/version_spans", spans),
+        Measured("sync/version_spans_max", max(spans)),
     ]
+
+
+def age_quantile(groups: Iterable[GroupSummary], step: int, share: float) -> float:
+    """The smallest age that at least this share of the groups' action tokens do not exceed, versions."""
+    runs = [run for group in groups for of_sample in group.version_runs() for run in of_sample]
+    wanted = share * sum(tokens for _, tokens in runs)
+    ages = sorted((step - version, tokens) for version, tokens in runs)
+    passed = itertools.accumulate(tokens for _, tokens in ages)
+    return next((age for (age, _), n in zip(ages, passed, strict=True) if n >= wanted), 0)

@@ -47,6 +47,8 @@ from stare_megatron.run.weights import Weights
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_PROBE_PREFIX = 512  # tokens: several blocks of every engine's prefix cache
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -219,7 +221,8 @@ def _assemble(
     )
     sampler = _sampler(prepared, session)
     controller = EntropyController(config.algorithm, ALGORITHMS[config.algorithm.method])
-    weights = Weights(config.sync, config.model.dtype, trainers, engines, functools.cache(stream.probe))
+    under_way = min(config.window - 1, _PROBE_PREFIX) if config.sampling.mode == "stream" else 0
+    weights = Weights(config.sync, config.model.dtype, trainers, engines, functools.cache(stream.probe), under_way)
     rates = rates_of(config, read_hf_config(config.model.path).sequence_cost, forecast.peak_flops(config))
     recorder = Recorder(config, session, sampler, sinks, runtime.fetch, decode, rates)
     return loop.Run(

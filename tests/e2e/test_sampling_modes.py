@@ -71,7 +71,7 @@ def test_killed_in_a_phase(material: Path, ahead: Path, tmp_path: Path, phase: s
 
 def trained(material: Path, runs: Path, **settings: object) -> list[jsonl.Row]:
     """The metrics of a run of STEPS steps in `runs`."""
-    command = demo.arguments(material, runs, **{"run.steps": STEPS}, **demo.EVERY_SAMPLE, **settings)
+    command = demo.arguments(material, runs, **{"run.steps": STEPS} | demo.EVERY_SAMPLE | settings)
     done = subprocess.run(command, cwd=demo.ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return jsonl.read(runs / "e2e/metrics.jsonl")
@@ -107,6 +107,15 @@ def test_a_stream_that_is_killed_learns_from_every_prompt_once(material: Path, t
     assert any(row["sync/staleness"] > 0 for row in rows)
     assert all(row["sync/probe"] < 1e-3 for row in rows)
     assert rows[0]["mismatch/mean"] < 1e-3
+    # Tokens of several ages, and sequences that a push went through.
+    assert any(row["sync/version_spans_max"] > 1 for row in rows)
+    assert all(0 < row["sync/staleness_mean"] <= row["sync/staleness"] for row in rows if row["sync/staleness"])
+    for row in rows:
+        counts = {age: row[name] for age in range(3) if (name := f"age/{age}/tokens") in row}
+        assert sum(counts.values()) == row["throughput/trained_tokens"]
+        whole = sum(row[f"age/{age}/entropy"] * n for age, n in counts.items()) / sum(counts.values())
+        assert whole == pytest.approx(row["policy/entropy"], rel=1e-6)
+        assert row["age/0/mismatch"] < 1e-3 if 0 in counts else True
     # 512 prompts, of which fewer are drawn: whoever comes twice was learned from twice.
     files = sorted((runs / "e2e/samples").glob("step_*.jsonl"))
     assert len(files) == STEPS
