@@ -2,6 +2,7 @@
 
     checkpoints/step_000040/trainer/...     Megatron-Core distributed checkpoint, written by the ranks
     checkpoints/step_000040/loop.json       everything else a resumed run needs
+    checkpoints/step_000040/ahead.npz       what was sampled or ordered ahead, where the run samples while it trains
     checkpoints/step_000040/settings.json   the configuration, and checksums of the model's configuration and tokenizer
     checkpoints/step_000040/manifest.json   sizes and checksums of all of these
     checkpoints/latest                      the name of the newest whole folder
@@ -10,19 +11,24 @@
 A folder is written under a temporary name and renamed when complete, so a folder with its final name is whole.
 """
 
+from stare_megatron.checkpoint.ahead import Ahead, Outstanding
+from stare_megatron.checkpoint.ahead import read as read_ahead
 from stare_megatron.checkpoint.saver import RankWriters, Saver
 from stare_megatron.checkpoint.settings import Settings, check_settings, settings_of, with_date
 from stare_megatron.checkpoint.state import LoopState, read
 from stare_megatron.checkpoint.store import find, set_aside, verify
 
 __all__ = [
+    "Ahead",
     "LoopState",
+    "Outstanding",
     "RankWriters",
     "Saver",
     "Settings",
     "check_settings",
     "find",
     "read",
+    "read_ahead",
     "set_aside",
     "settings_of",
     "verify",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from stare_megatron.checkpoint import store
+from stare_megatron.checkpoint.ahead import Ahead, Outstanding
 from stare_megatron.checkpoint.settings import Settings
 from stare_megatron.checkpoint.state import LoopState
 from stare_megatron.config import CheckpointConfig
@@ -72,8 +73,9 @@ class Saver:
         self._warn = warn
         self._pending: int | None = None
 
-    def save(self, state: LoopState) -> bool:
-        """Save, after the save before has ended. With `checkpoint.asynchronous` the writing goes on afterwards.
+    def save(self, state: LoopState, ahead: Ahead | Outstanding | None = None) -> bool:
+        """Save, with what was sampled ahead, if anything was, after the save before has ended. With
+        `checkpoint.asynchronous` the ranks write on afterwards.
 
         A save that the disk has no room for is left out with a warning, if there is an older checkpoint; then False.
 
@@ -85,7 +87,7 @@ class Saver:
         if not self._room(state.step):
             return False
         try:
-            partial = store.begin(self._root, state, self._settings)
+            partial = store.begin(self._root, state, self._settings, ahead)
         except OSError as e:
             raise RunError(f"{self._root}: cannot save step {state.step}: {e}") from e
         self._writers.begin_save(partial / store.TRAINER, state.step)
@@ -99,7 +101,7 @@ class Saver:
         """Whether a save is being written."""
         return self._pending is not None
 
-    def rescue(self, state: LoopState) -> None:
+    def rescue(self, state: LoopState, ahead: Ahead | Outstanding | None = None) -> None:
         """Finish a save under way, and save the state unless it is saved already; does not return before all is on
         disk. A failure is only told, for the run has another error."""
         try:
@@ -111,7 +113,7 @@ class Saver:
                 return
             if held != state.step:
                 raise RunError("the update after it has changed weights already")
-            if self.save(state):
+            if self.save(state, ahead):
                 self.wait()
                 self._warn(f"step {state.step} is saved: started again, the run goes on from there")
         except (RunError, UserError, *ORDINARY) as e:

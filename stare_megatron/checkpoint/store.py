@@ -8,8 +8,10 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from stare_megatron.checkpoint import ahead as sampled
 from stare_megatron.checkpoint import settings as stored
 from stare_megatron.checkpoint import state as loop
+from stare_megatron.checkpoint.ahead import Ahead, Outstanding
 from stare_megatron.checkpoint.settings import Settings
 from stare_megatron.checkpoint.state import LoopState
 from stare_megatron.config import CheckpointConfig
@@ -30,12 +32,17 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
-def begin(root: Path, state: LoopState, settings: Settings) -> Path:
-    """Make the unfinished folder of a step, with everything but the ranks' part, which goes to its `trainer/`."""
+def begin(root: Path, state: LoopState, settings: Settings, ahead: Ahead | Outstanding | None = None) -> Path:
+    """Make the unfinished folder of a step, with everything but the ranks' part, which goes to its `trainer/`.
+
+    `ahead`: what was sampled ahead, if anything was.
+    """
     partial = root / (folder_name(state.step) + PARTIAL)
     partial.mkdir(parents=True)
     loop.write(partial, state)
     stored.write(partial, settings)
+    if ahead is not None:
+        sampled.write(partial, ahead)
     return partial
 
 

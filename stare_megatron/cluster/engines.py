@@ -7,6 +7,7 @@ import contextlib
 import functools
 import gc
 import inspect
+import threading
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -72,6 +73,7 @@ class EngineActor(Answers):
             config.run.seed,
             self._transport,
         )
+        self._engine.keeps_kv = config.sampling.kv == "keep"
         await self._engine.start()
         box = None
         if config.uses_sandbox:
@@ -143,6 +145,8 @@ class EngineGroup:
         self._waiting: collections.deque[GroupRequest] = collections.deque()
         self._flying: dict[ray.ObjectRef, tuple[GroupRequest, ray.ObjectRef, int]] = {}
         self._load = [0] * len(self.actors)
+        self._given_up = threading.Event()
+        self._lock = threading.Lock()
         self._in_flight = max(_SEQUENCES_IN_FLIGHT, 2 * config.inference.vllm.get("max_num_seqs", 0))
 
     def ready(self) -> None:
@@ -159,18 +163,24 @@ class EngineGroup:
                 raise RunError(f"{self._crew.names[i]}: {failure}")
 
     def submit(self, requests: Iterable[GroupRequest]) -> None:
-        """Sample these too, after those that wait already."""
-        self._waiting.extend(requests)
-        self._send()
+        """Sample these too, after those that wait already. Any thread may ask for it while another takes results."""
+        with self._lock:
+            self._waiting.extend(requests)
+            self._send()
 
     def results(self) -> Iterator[tuple[GroupRequest, ray.ObjectRef, GroupSummary]]:
         """Every submitted request in the order of completion, also what is submitted meanwhile."""
-        while self._flying:
-            done = self._crew.first({ref: engine for ref, (_, _, engine) in self._flying.items()}, "sample")
-            request, group, engine = self._flying.pop(done)
-            self._load[engine] -= request.group_size
-            self._send()
+        while flying := {ref: engine for ref, (_, _, engine) in self._flying.copy().items()}:
+            done = self._crew.first(flying, "sample", self._given_up)
+            with self._lock:
+                request, group, engine = self._flying.pop(done)
+                self._load[engine] -= request.group_size
+                self._send()
             yield request, group, runtime.get(done, self._crew.names[engine])
+
+    def give_up(self) -> None:
+        """End `results` within a second, with a RunError; from another thread. Nothing can be sampled after it."""
+        self._given_up.set()
 
     def _send(self) -> None:
         """Requests go out as far as there is room."""
@@ -185,6 +195,10 @@ class EngineGroup:
     def logprobs(self, token_ids: npt.NDArray[np.int32]) -> list[npt.NDArray[np.float32]]:
         """Each engine's log-probs of a probe prompt."""
         return self._all("logprobs", token_ids.tolist())
+
+    def cache_gaps(self, token_ids: npt.NDArray[np.int32]) -> list[float]:
+        """Each engine's, see `Engine.cache_gap`."""
+        return self._all("cache_gap", token_ids.tolist())
 
     def checksums(self, names: Collection[str] = ()) -> list[dict[str, str]]:
         """Each engine's, of the parameters of these names or of all."""

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ _ENDS = (signal.SIGTERM, signal.SIGHUP)
 
 _POLL_S = 5.0
 _SAY_S = 60.0
+_GIVE_UP_S = 1.0
 _ERROR_LINE = re.compile(r"\s*[A-Za-z_][\w.]*(Error|Exception|Interrupt): ")
 
 
@@ -223,15 +225,21 @@ class Crew:
                 self._say(f"waiting {now - began:.0f} s for {', '.join(late)} ({what})")
         return [results[r] for r in refs]
 
-    def first(self, flying: Mapping[ray.ObjectRef, int], what: str) -> ray.ObjectRef:
-        """The next finished one of references, each with the index of its actor. `what` as for `wait`."""
+    def first(self, flying: Mapping[ray.ObjectRef, int], what: str, given_up: threading.Event) -> ray.ObjectRef:
+        """The next finished one of references, each with the index of its actor. `what` as for `wait`.
+
+        Raises:
+            RunError: `given_up` was set meanwhile.
+        """
         began = told = time.monotonic()
         while True:
-            done, _ = ray.wait(list(flying), num_returns=1, timeout=min(_POLL_S, _SAY_S))
+            done, _ = ray.wait(list(flying), num_returns=1, timeout=_GIVE_UP_S)
             now = time.monotonic()
             if done:
                 self._lookout.answered(what, now - began)
                 return done[0]
+            if given_up.is_set():
+                raise RunError(f"given up ({what})")
             late = [self.names[i] for i in sorted(set(flying.values()))]
             self._lookout.look(late, what, now - began)
             if now - told >= _SAY_S:
@@ -295,8 +303,20 @@ def cause(error: BaseException) -> str:
 
 
 def fetch(refs: Sequence[ray.ObjectRef]) -> list[Any]:
-    """Bring objects to this process."""
-    return ray.get(list(refs))
+    """Bring objects to this process.
+
+    Raises:
+        RunError: one is lost, with the node that had it.
+    """
+    try:
+        return ray.get(list(refs))
+    except ray.exceptions.ObjectLostError as e:
+        raise RunError(f"a group of the batch is lost: {first_line(e)}") from e
+
+
+def put(value: object) -> ray.ObjectRef:
+    """A reference to `value`, which actors fetch it by."""
+    return ray.put(value)
 
 
 def enter_actor(folder: Path, name: str) -> None:

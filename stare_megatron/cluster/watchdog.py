@@ -62,6 +62,6 @@ class Watchdog:
         return min(max(config.floor, usual), hard)
 
     def _settle(self) -> None:
-        for what, silence in self._longest.items():
+        for what, silence in self._longest.copy().items():  # another thread may wait for engines
             self._seen.setdefault((self.phase, what), collections.deque(maxlen=_REMEMBERED)).append(silence)
         self._longest.clear()

@@ -25,6 +25,7 @@ from stare_megatron.config.registry import source_file
 from stare_megatron.config.reward import RewardConfig
 from stare_megatron.config.rollout import RolloutConfig
 from stare_megatron.config.run import RunConfig
+from stare_megatron.config.sampling import SamplingConfig
 from stare_megatron.config.sandbox import SandboxConfig
 from stare_megatron.config.sync import SyncConfig
 from stare_megatron.config.trainer import TrainerConfig
@@ -39,6 +40,9 @@ class Config(Section):
     data: DataConfig = Field(description="Prompts.")
     reward: RewardConfig = Field(description="The reward.")
     rollout: RolloutConfig = Field(default_factory=lambda: RolloutConfig(), description="Sampling.")
+    sampling: SamplingConfig = Field(
+        default_factory=lambda: SamplingConfig(), description="When batches are sampled, and by which policy."
+    )
     env: EnvConfig = Field(default_factory=lambda: EnvConfig(), description="What the policy acts in.")
     sandbox: Free[SandboxConfig] = Field(
         default_factory=lambda: SandboxConfig(),
@@ -140,6 +144,7 @@ class Config(Section):
             settings = (a.method, a.stare, t.updates_per_batch, r.temperature, r.top_p)
             fault = fault or methods.rollout_scoring_fault(*settings)
         fault = fault or (a.stare.idle() if a.method == "stare" else "")
+        fault = fault or self.sampling.fault(self.inference.placement, a.correction.mode, t.scoring)
         if fault:
             raise ValueError(fault)
         wanted = (*self.reward.kind.columns, *self.env.kind.columns)

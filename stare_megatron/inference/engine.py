@@ -50,6 +50,9 @@ class Engine:
         window: longest sequence, prompt and response, tokens.
         seed: vLLM's own seed; each request brings another.
         transport: name of the weight-transfer backend, `device.weight_transport()`.
+
+    Attributes:
+        keeps_kv: requests in flight keep the KV cache that older weights made when weights change.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class Engine:
             **({"enable_return_routed_experts": True} if config.routing_replay else {}),
             **config.vllm,
         }
+        self.keeps_kv = False
         self._routed = config.routing_replay
         self._llm: FrontEnd | None = None
         self._meter = LoadMeter()
@@ -139,12 +143,14 @@ class Engine:
             read, need = 0 if routed is None else len(routed), len(token_ids) + len(ids) - 1
             if read < need:
                 raise RunError(f"{self.name}: experts of {read} tokens came where {need} were read")
+        drawn = output.weight_versions or []
         return Completion(
             token_ids=ids,
             logprobs=logprobs,
             status=status,
-            weight_version=int(output.weight_versions[0].version) if output.weight_versions else self.version,
+            weight_version=int(drawn[0].version) if drawn else self.version,
             routed_experts=routed,
+            versions=tuple((int(span.version), span.end - span.start) for span in drawn),
         )
 
     async def logprobs(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
@@ -158,6 +164,23 @@ class Engine:
         table = result.prompt_logprobs or []
         chosen = [entry[token].logprob for token, entry in zip(token_ids, table, strict=True) if entry]
         return np.asarray(chosen, np.float32)
+
+    async def cache_gap(self, token_ids: Sequence[int]) -> float:
+        """|log-prob of the last token drawn after the others, where the prefix cache may serve them, less that of the
+        prompt's last token|, nats: vLLM never takes prompt log-probs from the cache, so that they cannot tell that
+        older weights filled it. What this computes stays in the cache for the next time."""
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        last = int(token_ids[-1])
+        params = SamplingParams(
+            max_tokens=1,
+            logprobs=0,
+            allowed_token_ids=[last],
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        (drawn,) = (await self._generate(token_ids[:-1], params)).outputs[0].logprobs or [{}]
+        return abs(drawn[last].logprob - float((await self.logprobs(token_ids))[-1]))
 
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Join the trainer; returns when the transport's rendezvous is complete."""
@@ -180,12 +203,14 @@ class Engine:
     async def finish_weight_update(self, version: int) -> None:
         """Put the weights to use as `version` and drop what older ones computed.
 
-        The prefix cache is emptied; requests in flight lose their KV cache, which is recomputed, and go on.
+        The prefix cache is emptied; requests in flight lose their KV cache, which is recomputed, and go on. With
+        `keeps_kv` all of it stays: later requests find none of it, for they look by the version they begin with.
         """
         llm = self._running()
+        self.version = version  # first: who comes meanwhile is sampled after it, and must not look by the one before
         await self._call(llm.finish_weight_update(str(version)))
-        await self._call(llm.reset_prefix_cache(reset_running_requests=True))
-        self.version = version
+        if not self.keeps_kv:
+            await self._call(llm.reset_prefix_cache(reset_running_requests=True))
         if not self._asleep:
             await self._call(llm.resume_generation())
 
@@ -247,7 +272,7 @@ class Engine:
             raise ValueError(f"{self.name}: a prompt of {len(token_ids)} tokens in a window of {self.window}")
 
         async def last() -> RequestOutput:
-            prompt = tokens_input([int(t) for t in token_ids])
+            prompt = tokens_input([int(t) for t in token_ids], cache_salt=f"version {self.version}")
             async for output in self._running().generate(prompt, params, f"{self.name}-{next(self._ids)}"):
                 if output.finished:
                     return output

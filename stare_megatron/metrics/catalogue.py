@@ -8,39 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from enum import Enum
 
 from stare_megatron.errors import suggest
+from stare_megatron.metrics.entry import Entry, Reduction
+from stare_megatron.metrics.families import FAMILY_ENTRIES
 from stare_megatron.types import QUADRANTS
 
-
-class Reduction(Enum):
-    """How `reduce` makes one number of many: of the samples, tokens, updates or processes of the step."""
-
-    MEAN = "mean"
-    TOKEN_MEAN = "mean over action tokens"
-    FRACTION = "part by whole; 0 of nothing"
-    SUM = "sum"
-    MAX = "max"
-    ONE = "one value per step"
-    LAST = "that of the step's last update"
-    UPDATE_MEAN = "mean over the step's updates"
-    UPDATE_SUM = "sum over the step's updates"
-    UPDATE_MAX = "max over the step's updates"
-    PROCESS_MAX = "max over processes"
-
-
 R = Reduction
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One line of the catalogue."""
-
-    name: str
-    unit: str
-    reduction: Reduction
-    meaning: str
 
 
 _KINDS = {
@@ -168,9 +142,13 @@ _ENTRIES = (
         "Mean |trainer - engine| log-prob of the probe after the push; the worst engine's.",
     ),
     Entry("sync/weight_version", "version", R.ONE, "Policy version in the engines after the push."),
-    Entry("sync/staleness", "versions", R.MAX, "Versions a trained trajectory's policy is behind."),
+    Entry("sync/staleness", "versions", R.MAX, "Versions a trained trajectory's oldest policy is behind."),
+    Entry("sync/staleness_mean", "versions", R.TOKEN_MEAN, "Versions that a trained token's policy is behind."),
+    Entry("sync/staleness_p95", "versions", R.ONE, "95 % of the trained tokens are at most so far behind."),
+    Entry("sync/version_spans", "spans", R.MEAN, "Stretches of one policy in a trained trajectory."),
+    Entry("sync/version_spans_max", "spans", R.MAX, "The most, in any of them."),
     Entry("throughput/tokens_per_second", "tokens/s", R.MEAN, "Action tokens sampled, by time of the step."),
-    Entry("throughput/rollout_tokens_per_second", "tokens/s", R.MEAN, "Action tokens sampled, by rollout time."),
+    Entry("throughput/rollout_tokens_per_second", "tokens/s", R.MEAN, "Action tokens sampled, by sampling time."),
     Entry(
         "throughput/tokens_per_second_per_device",
         "tokens/s",
@@ -186,7 +164,7 @@ _ENTRIES = (
         "Weights that ranks sent: in shards to each engine, whole tensors once for all of them.",
     ),
     Entry("throughput/saved", "MB", R.SUM, "Files of ranks of the checkpoint finished since the record before."),
-    Entry("time/rollout", "s", R.ONE, "Sampling and rewards."),
+    Entry("time/rollout", "s", R.ONE, "Sampling and rewards; waiting for them where the trainer works beside them."),
     Entry("time/score", "s", R.ONE, 'Loading the batch and scoring it; loading alone with scoring = "rollout".'),
     Entry("time/update", "s", R.ONE, "Weights, forward, backward, optimizer."),
     Entry("time/push", "s", R.ONE, "Weights to the engines, and the probe."),
@@ -215,6 +193,12 @@ _ENTRIES = (
         "idle/engines", "fraction", R.FRACTION, "Of an engine's time in the step, evaluation included: it did nothing."
     ),
     Entry("idle/trainers", "fraction", R.FRACTION, "The same of a trainer rank."),
+    Entry(
+        "engine/sampling_seconds",
+        "s",
+        R.ONE,
+        "From a batch's first request to its last result; in `stream` since the batch before.",
+    ),
     Entry("engine/requests", "requests", R.MEAN, "Running at once in an engine, over its iterations."),
     Entry("engine/kv_use", "fraction", R.MEAN, "KV cache in use in an engine, over its iterations."),
     Entry("engine/kv_use_max", "fraction", R.MAX, "The most, of any engine."),
@@ -261,59 +245,15 @@ _ENTRIES = (
 )
 
 
-def _with_interval(name: str, meaning: str) -> tuple[Entry, ...]:
-    ends = (("low", "lower"), ("high", "upper"))
-    intervals = (Entry(f"{name}/ci_{e}", "fraction", R.ONE, f"Its confidence interval, {end} end.") for e, end in ends)
-    return (Entry(name, "fraction", R.MEAN, meaning), *intervals)
-
-
-# Names with parts that a run fills in: {source}, {benchmark} and {name} are labels, {k} is a positive number.
-_FAMILIES = (
-    Entry("source/{source}/reward", "reward", R.MEAN, "Sampled trajectories of one source of the prompts."),
-    Entry("source/{source}/correct", "fraction", R.MEAN, "Those whose answer is correct."),
-    *_with_interval(
-        "eval/{benchmark}/avg@{k}", "Accuracy of k samples a prompt: correct by graded, averaged over prompts."
-    ),
-    *_with_interval(
-        "eval/{benchmark}/pass@{k}",
-        "Prompts with a correct one among k samples: the unbiased estimate, averaged over prompts with k graded ones.",
-    ),
-    *_with_interval("eval/{benchmark}/greedy", "Prompts that greedy decoding gets right, of the graded."),
-    Entry("eval/{benchmark}/length_mean", "tokens", R.MEAN, "Action tokens a sample."),
-    Entry("eval/{benchmark}/truncated", "fraction", R.MEAN, "Samples ended by the token or turn budget."),
-    Entry("eval/{benchmark}/greedy_length_mean", "tokens", R.MEAN, "Action tokens a greedy response."),
-    Entry("eval/{benchmark}/greedy_truncated", "fraction", R.MEAN, "Greedy responses ended by the budget."),
-    Entry(
-        "eval/{benchmark}/distinct_correct",
-        "responses/prompt",
-        R.MEAN,
-        "Different token sequences among a prompt's correct samples.",
-    ),
-    Entry("eval/{benchmark}/reflections", "words/response", R.MEAN, "Reflection words in samples."),
-    Entry(
-        "eval/{benchmark}/ungraded",
-        "trajectories",
-        R.SUM,
-        "Samples and greedy responses without a grade (failed ones among them); they are in no accuracy.",
-    ),
-    Entry("eval/{benchmark}/failed", "trajectories", R.SUM, "Those that the engine or environment failed."),
-    Entry("eval/{benchmark}/{source}/avg@{k}", "fraction", R.MEAN, "avg@k of one source of several."),
-    Entry("eval/{benchmark}/{source}/pass@{k}", "fraction", R.MEAN, "pass@k of one source of several."),
-    Entry("eval/{benchmark}/{source}/greedy", "fraction", R.MEAN, "Greedy accuracy of one source of several."),
-    Entry("user/mean/{name}", "as reported", R.MEAN, "What code from outside this package reports as a mean."),
-    Entry("user/sum/{name}", "as reported", R.SUM, "What code from outside this package reports as a sum."),
-    Entry("user/max/{name}", "as reported", R.MAX, "The largest of what code from outside this package reports."),
-)
-
 # What a step took, and not what it found: equal runs differ in these alone.
 COSTS = ("time/", "memory/", "throughput/", "idle/", "engine/", "rates/")
 
 CATALOGUE: Mapping[str, Entry] = {entry.name: entry for entry in _ENTRIES}
-FAMILIES: Mapping[str, Entry] = {entry.name: entry for entry in _FAMILIES}
+FAMILIES: Mapping[str, Entry] = {entry.name: entry for entry in FAMILY_ENTRIES}
 
 _SYNONYMS = {"accuracy": "reward/correct eval/avg", "kl": "update/kl"}  # what others call it
 _LABEL, _COUNT = r"[A-Za-z0-9._-]+", r"[1-9][0-9]*"
-_PARTS = {"{source}": _LABEL, "{benchmark}": _LABEL, "{name}": _LABEL, "{k}": _COUNT}
+_PARTS = {"{age}": r"[0-9]+", "{source}": _LABEL, "{benchmark}": _LABEL, "{name}": _LABEL, "{k}": _COUNT}
 
 
 def _matcher(pattern: str) -> re.Pattern[str]:
@@ -321,7 +261,7 @@ def _matcher(pattern: str) -> re.Pattern[str]:
     return re.compile("".join(_PARTS[p] if p.startswith("{") else re.escape(p) for p in pieces))
 
 
-_MATCHERS = tuple((_matcher(e.name), e) for e in _FAMILIES)
+_MATCHERS = tuple((_matcher(e.name), e) for e in FAMILY_ENTRIES)
 
 
 def entry(name: str) -> Entry:

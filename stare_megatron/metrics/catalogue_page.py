@@ -23,8 +23,9 @@ def markdown() -> str:
     lines += [
         "",
         "Families: names with parts that a run fills in. `{source}`: label of a source of the prompts; `{benchmark}`: "
-        "name of a benchmark; `{k}`: a number of samples; `{name}`: a name of "
-        "your own, see [adding a metric](adding_a_metric.md). What begins with `eval/` is logged when an evaluation "
+        "name of a benchmark; `{k}`: a number of samples; `{age}`: updates since the policy that drew a token, 0 for "
+        "the one about to be updated, logged where batches are [sampled ahead](sampling.md); `{name}`: a name of your "
+        "own, see [adding a metric](adding_a_metric.md). What begins with `eval/` is logged when an evaluation "
         "was due, in `eval.jsonl`: see [evaluation](evaluation.md).",
         "",
         "| name | unit | reduction | meaning |",

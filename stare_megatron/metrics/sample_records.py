@@ -70,6 +70,7 @@ def _line(step: int, picked: Picked, record: TokenRecord | None, decode: Decode)
         made: dict[str, Any] = {"kind": span.kind.value, "token_ids": ids, "pieces": pieces(ids, decode)}
         if span.kind is SpanKind.ACTION:
             made["rollout_logprobs"] = _numbers(span.logprobs)
+            made["policy_versions"] = [list(run) for run in span.versions]
             if record is not None:
                 made |= {
                     "logprobs": _numbers(record.logprob[here]),

@@ -65,8 +65,10 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Of a step without saving."""
-        return sum(self.phase(phase) for phase in Phase)
+        """Of a step without saving. Who samples while the trainer works takes the longer of the two."""
+        rollout, learning = self.phase(Phase.ROLLOUT), self.phase(Phase.SCORE) + self.phase(Phase.UPDATE)
+        both = max(rollout, learning) if self.config.sampling.ahead else rollout + learning
+        return both + self.phase(Phase.PUSH)
 
     def phase(self, phase: Phase) -> float:
         """Seconds, with what is moved in it."""

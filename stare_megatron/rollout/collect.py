@@ -13,8 +13,10 @@ these are does not depend on which group ends first.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import itertools
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from stare_megatron.config import Config
@@ -43,11 +45,12 @@ class GroupDispatcher(Protocol[Ref_co]):
 @dataclass(frozen=True)
 class Collected(Generic[Ref]):
     """The groups of one update batch, in the order of their requests. `sampled`: all groups sampled for it, dropped
-    ones included; `measured` of them and of the batch."""
+    ones included; `measured` of them and of the batch; `seconds`: from the first request to the last result."""
 
     groups: tuple[tuple[Ref, GroupSummary], ...]
     sampled: tuple[GroupSummary, ...]
     measured: tuple[Measured, ...]
+    seconds: float = field(compare=False)
 
     @property
     def tokens_sampled(self) -> int:
@@ -72,31 +75,50 @@ class Collector(Generic[Ref]):
 
     def collect(self, step: int) -> Collected[Ref]:
         """Sample the update batch of a step."""
+        began = time.monotonic()
         useful: list[tuple[int, Ref, GroupSummary]] = []
         others: list[tuple[int, Ref, GroupSummary]] = []
         drawn = self._wanted
-        self._dispatcher.submit(self._request(step, order) for order in range(drawn))
+        self._dispatcher.submit(self.request(step, order) for order in range(drawn))
         for request, ref, summary in self._dispatcher.results():
-            if not (self._dynamic and summary.zero_variance):
+            if self.useful(summary):
                 useful.append((request.order, ref, summary))
                 continue
             others.append((request.order, ref, summary))
             if len(others) <= self._refills:
-                self._dispatcher.submit([self._request(step, drawn)])
+                self._dispatcher.submit([self.request(step, drawn)])
                 drawn += 1
         others.sort(key=_order)
         sampled = [summary for _, _, summary in sorted(useful + others, key=_order)]
         fill = self._wanted - len(useful)
         kept = sorted(useful + others[:fill], key=_order)
+        groups = [(ref, summary) for _, ref, summary in kept]
+        return self.collected(step, groups, sampled, len(others) - fill, time.monotonic() - began)
+
+    def useful(self, summary: GroupSummary) -> bool:
+        """Whether a group is learned from, or dropped for another."""
+        return not (self._dynamic and summary.zero_variance)
+
+    def collected(
+        self,
+        step: int,
+        groups: Sequence[tuple[Ref, GroupSummary]],
+        sampled: Sequence[GroupSummary],
+        dropped: int,
+        seconds: float,
+    ) -> Collected[Ref]:
+        """The update batch of a step, of `groups` and all that were `sampled` for it, each in the order of their
+        requests; `dropped`: of the latter, so many were dropped and are not in the batch."""
         measured = (
             *(part for s in sampled for part in measure(s, self._labels[s.source])),
-            Measured("groups/dropped", len(others) - fill),
-            *(part for _, _, s in kept for part in _measure_kept(s, step)),
+            Measured("groups/dropped", dropped),
+            *(part for _, s in groups for part in _measure_kept(s, step)),
+            Measured("sync/staleness_p95", age_quantile([s for _, s in groups], step, 0.95)),
         )
-        return Collected(tuple((ref, summary) for _, ref, summary in kept), tuple(sampled), measured)
+        return Collected(tuple(groups), tuple(sampled), measured, seconds)
 
-    def _request(self, step: int, order: int) -> GroupRequest:
-        """The next prompt's, the `order`-th of the step."""
+    def request(self, step: int, order: int) -> GroupRequest:
+        """The next prompt's, the `order`-th of those drawn with the policy that the step changes."""
         (prompt,) = self._stream.take(1)
         sampling = dataclasses.replace(self._sampling, seed=derive_seed(self._seed, step, order))
         return GroupRequest(order, prompt, self._group_size, sampling)
@@ -140,8 +162,23 @@ def measure(group: GroupSummary, label: str) -> list[Measured]:
 
 def _measure_kept(group: GroupSummary, step: int) -> list[Measured]:
     """Of a group of the update batch of a step."""
+    runs = group.version_runs()
+    ages = [(step - version, tokens) for of_sample in runs for version, tokens in of_sample]
+    spans = [len(of_sample) for of_sample in runs]
     return [
         *(Measured("reward/kept_mean", reward) for reward in group.rewards),
         Measured("groups/zero_variance_kept", int(group.zero_variance)),
         Measured("sync/staleness", max(step - version for version in group.weight_versions)),
+        Measured("sync/staleness_mean", sum(age * n for age, n in ages), sum(n for _, n in ages)),
+        mean("sync/version_spans", spans),
+        Measured("sync/version_spans_max", max(spans)),
     ]
+
+
+def age_quantile(groups: Iterable[GroupSummary], step: int, share: float) -> float:
+    """The smallest age that at least this share of the groups' action tokens do not exceed, versions."""
+    runs = [run for group in groups for of_sample in group.version_runs() for run in of_sample]
+    wanted = share * sum(tokens for _, tokens in runs)
+    ages = sorted((step - version, tokens) for version, tokens in runs)
+    passed = itertools.accumulate(tokens for _, tokens in ages)
+    return next((age for (age, _), n in zip(ages, passed, strict=True) if n >= wanted), 0)

@@ -76,7 +76,8 @@ class _Stream:
 
     def sampled(self, completion: Completion) -> None:
         """A turn's request began with the stream so far, so its experts are those of all of it."""
-        self.append(Span(SpanKind.ACTION, completion.token_ids, completion.logprobs))
+        runs = completion.versions or ((completion.weight_version, len(completion.token_ids)),)
+        self.append(Span(SpanKind.ACTION, completion.token_ids, completion.logprobs, runs))
         self.routed_experts = completion.routed_experts
 
 
@@ -103,7 +104,7 @@ async def run_episode(
         end = End(Status.FAILED, f"{type(e).__name__}: {e}")
     finally:
         await env.close()
-    versions = versions or [sampler.version]
+    versions = [version for span in stream.spans for version, _ in span.versions] or versions or [sampler.version]
     return Trajectory(
         prompt.id,
         sample,

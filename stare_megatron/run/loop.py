@@ -13,11 +13,14 @@
                | ---- probe: both give a prompt the same log-probs --------> |
              record the step; evaluate, save and export when due
 
-Each arrow waits for the one before: nobody samples while the ranks train. How each part works is behind `Run`.
+Each arrow waits for the one before. In `sync` mode nobody samples while the ranks train; in `one_step` the groups that
+come in `rollout` were sampled during the step before, and the engines sample the next ones from then on until the push
+(`sampling.py`); in `stream` they always do, also across pushes. How each part works is behind `Run`.
 """
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -60,7 +63,11 @@ def train(run: Run[Ref]) -> int:
     """Train until `run.steps` are done or the user asks for an end; returns the number of steps done."""
     run.residency.to_checkpoint()
     step = run.saving.restore()
-    with run.saving, run.residency:  # whatever ends the loop: the step learned last is saved, or why it is not is said
+    with (
+        run.saving,
+        run.residency,
+        contextlib.closing(run.sampler),
+    ):  # whatever ends the loop: the step learned last is saved, or why it is not is said
         _push(run, step)
         _evaluate_when_due(run, step)
         run.recorder.close(step)
@@ -78,6 +85,9 @@ def train(run: Run[Ref]) -> int:
                 done = run.trainers.update(control, keep_tokens=run.recorder.shows_tokens(step))
             run.recorder.remember(control, done)
             run.saving.learned(step)
+            if run.sampler.busy:
+                with run.recorder.phase("rollout"):
+                    run.sampler.settle()
             probe = _push(run, step)
             run.saving.poll()
             run.recorder.record(step, batch, control, done, probe)
@@ -114,4 +124,5 @@ def _evaluate_when_due(run: Run[Ref], step: int) -> None:
     # What a stop leaves out is due when the run goes on.
     if run.evaluations.due(step) and not run.stop.asked:
         with run.recorder.phase("eval"):
+            run.sampler.drain()
             run.evaluations.evaluate(step)

@@ -31,7 +31,8 @@ class Rates:
     def of_phases(
         self, sampled: Sequence[GroupSummary], kept: Sequence[GroupSummary], seconds: Mapping[str, float]
     ) -> tuple[Measured, ...]:
-        """Of a step that sampled and kept these groups, and took so long for its phases."""
+        """Of a step that sampled and kept these groups, and took so long for its phases; `rollout`: for sampling, also
+        beside other phases."""
         forward = sum(self.cost(n) for group in kept for n in _trained(group))
         work = {
             "rollout": (sum(_sampling(group, self.cost) for group in sampled), self.workers),

@@ -16,6 +16,7 @@ from stare_megatron.metrics.sample_records import write_sample_records
 from stare_megatron.metrics.samples import FOLDER, Decode, choose, excerpt, pick, write_samples
 from stare_megatron.metrics.sinks import Sinks
 from stare_megatron.rollout.collect import Collected
+from stare_megatron.run.gain_watch import GainWatch
 from stare_megatron.run.rates import Rates
 from stare_megatron.run.sampling import Sampler
 from stare_megatron.run.step_metrics import Progress, StepCosts, late_metrics, observed, step_metrics
@@ -100,6 +101,7 @@ class Recorder(Generic[Ref]):
         self._open: Collected[Ref] | None = None  # the batch of the step that is recorded and not closed
         self.remembered = Remembered(0, UNOBSERVED, GateDuty(0, 0))
         self._before = UNOBSERVED
+        self._gain = GainWatch(config, self.note)
 
     def status(self, text: str) -> None:
         """Tell the user what is going on."""
@@ -127,6 +129,7 @@ class Recorder(Generic[Ref]):
         trained, duty = past.trained_tokens + done.scores.num_action_tokens, past.duty.after(control)
         self._before = past.before
         self.remembered = Remembered(trained, observed(done.scores, done.updates), duty)
+        self._gain.saw(control)
 
     def record(self, step: int, batch: Collected[Ref], control: Control, done: StepStats, probe: float) -> None:
         """Log the step just remembered and write its samples. What it takes from here on is added by `close`."""
@@ -140,7 +143,9 @@ class Recorder(Generic[Ref]):
             driver_peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             host=host_memory(),
             loads=taken.loads,
-            rates=self._rates.of_phases(batch.sampled, [s for _, s in batch.groups], self._clock.seconds),
+            rates=self._rates.of_phases(
+                batch.sampled, [s for _, s in batch.groups], self._clock.seconds | {"rollout": batch.seconds}
+            ),
         )
         progress = Progress(self._sampler.state().epoch, known.trained_tokens, self._before, known.duty)
         values = step_metrics(step, batch, done.scores, control, done.updates, probe, costs, progress)

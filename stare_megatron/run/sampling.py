@@ -1,21 +1,66 @@
-"""Where update batches come from."""
+"""Where update batches come from: sampled while the trainer waits, or while it learns from the batch before.
+
+synchronous   engines  [ batch 1, v0 ]          [ batch 2, v1 ]          [ batch 3, v2 ]
+              ranks                   [ learn 1 ]              [ learn 2 ]
+one step      engines  [ batch 1, v0 ][ batch 2, v0 ][ batch 3, v1 ][ batch 4, v2 ]
+              ranks                   [ learn 1 ]    [ learn 2 ]    [ learn 3 ]
+stream        engines  [ groups, v0               ][ v1      ][ v2      ][ v3        (`stream.py`)
+              ranks                   [ learn 1 ]  [ learn 2 ][ learn 3 ]
+"""
 
 from __future__ import annotations
 
+import concurrent.futures
+import functools
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+from stare_megatron.checkpoint import Ahead, Outstanding
 from stare_megatron.data.prompts import PromptStream, StreamState
-from stare_megatron.rollout.collect import Collected, Collector
+from stare_megatron.rollout.collect import Collected, Collector, GroupDispatcher
+from stare_megatron.types import Group
 
 Ref = TypeVar("Ref")
+Ref_co = TypeVar("Ref_co", covariant=True)
 Batch_co = TypeVar("Batch_co", covariant=True)
+
+Kept = Callable[[], Ahead | Outstanding | None]
+"""What was sampled or ordered ahead of the batches handed out when this was made, as far as it is of use now; None:
+nothing is.
+
+Raises:
+    RunError: its groups are lost.
+"""
 
 
 class Sampler(Protocol[Batch_co]):
     """Samples the update batches of a run."""
 
     def next_batch(self, version: int) -> Batch_co:
-        """Groups with rewards, sampled by the policy of `version`, which the engines hold.
+        """Groups with rewards, for the update of the policy of `version`, which the engines hold.
+
+        Raises:
+            RunError: an engine failed.
+        """
+        ...
+
+    @property
+    def busy(self) -> bool:
+        """Whether `settle` has something to wait for, or an error to raise."""
+        ...
+
+    def settle(self) -> None:
+        """Before the engines' weights change: returns when everything is sampled that is to be sampled by these.
+
+        Raises:
+            RunError: an engine failed.
+        """
+        ...
+
+    def drain(self) -> None:
+        """Before engines serve others: returns when nothing is being sampled. The next batch goes on.
 
         Raises:
             RunError: an engine failed.
@@ -23,7 +68,24 @@ class Sampler(Protocol[Batch_co]):
         ...
 
     def state(self) -> StreamState:
-        """Where the prompts stand, for a checkpoint."""
+        """Where the prompts stand, for a checkpoint, after the batches handed out: what was drawn ahead of them is
+        drawn again by who goes on from here without `ahead`."""
+        ...
+
+    def ahead(self) -> Kept:
+        """What a checkpoint keeps beside `state`, to be asked for when it is written."""
+        ...
+
+    def close(self) -> None:
+        """Give up what is being sampled."""
+        ...
+
+
+class Engines(GroupDispatcher[Ref_co], Protocol[Ref_co]):
+    """Where a sampler's thread has requests served."""
+
+    def give_up(self) -> None:
+        """Make `results` end soon, with a RunError."""
         ...
 
 
@@ -37,5 +99,118 @@ class SynchronousSampler(Generic[Ref]):
     def next_batch(self, version: int) -> Collected[Ref]:
         return self._collector.collect(version)
 
+    @property
+    def busy(self) -> bool:
+        return False
+
+    def settle(self) -> None: ...
+
+    def drain(self) -> None: ...
+
     def state(self) -> StreamState:
         return self._stream.state()
+
+    def ahead(self) -> Kept:
+        return _nothing
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Drawn(Generic[Ref]):
+    """A batch, and where the prompts stand after it."""
+
+    batch: Collected[Ref]
+    after: StreamState
+
+
+@dataclass(frozen=True)
+class Store(Generic[Ref]):
+    """Groups by the references that stand for them, and back. `fetch` raises RunError where one is lost."""
+
+    fetch: Callable[[Sequence[Ref]], Sequence[Group]]
+    put: Callable[[Group], Ref]
+
+
+class OneStepSampler(Generic[Ref]):
+    """The next batch is sampled while the trainer learns from the one before, whole and by one policy: the one that
+    the trainer is changing. Only the first batch of a run is of the newest policy.
+
+    What it samples depends on stream, seed and step, as the synchronous one's does. Its last batch is that of
+    `steps`. `give_up`: makes sampling end soon, with an error.
+    """
+
+    def __init__(
+        self,
+        collector: Collector[Ref],
+        stream: PromptStream,
+        store: Store[Ref],
+        steps: int,
+        give_up: Callable[[], None],
+    ) -> None:
+        self._collector = collector
+        self._stream = stream
+        self._store = store
+        self._steps = steps
+        self._give_up = give_up
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "sampling")  # refills are ordered while the ranks work
+        self._ahead: Future[Drawn[Ref]] | None = None
+        self._state = stream.state()
+
+    def restore(self, batch: Ahead) -> None:
+        """The first batch is this one, which the checkpoint keeps that the run goes on from."""
+        refs = [self._store.put(group) for group in batch.groups]
+        groups = tuple(zip(refs, batch.summaries, strict=True))
+        self._stream.restore(batch.after)
+        self._ahead = Future()
+        self._ahead.set_result(Drawn(Collected(groups, batch.sampled, batch.measured, batch.seconds), batch.after))
+
+    def next_batch(self, version: int) -> Collected[Ref]:
+        """As `Sampler`; the batch after it is begun."""
+        drawn = self._ahead.result() if self._ahead else self._draw(version)
+        self._state = drawn.after
+        more = version + 1 < self._steps
+        self._ahead = self._thread.submit(self._draw, version + 1) if more else None
+        return drawn.batch
+
+    @property
+    def busy(self) -> bool:
+        return self._ahead is not None and not (self._ahead.done() and self._ahead.exception() is None)
+
+    def settle(self) -> None:
+        if self._ahead:
+            self._ahead.result()
+
+    def drain(self) -> None:
+        self.settle()
+
+    def state(self) -> StreamState:
+        return self._state
+
+    def ahead(self) -> Kept:
+        return functools.partial(self._kept, self._ahead) if self._ahead else _nothing
+
+    def close(self) -> None:
+        if self._ahead and not self._ahead.done():
+            self._give_up()
+        self._thread.shutdown()
+
+    def _draw(self, version: int) -> Drawn[Ref]:
+        return Drawn(self._collector.collect(version), self._stream.state())
+
+    def _kept(self, ahead: Future[Drawn[Ref]]) -> Ahead | None:
+        if not ahead.done() or ahead.exception():
+            return None
+        drawn = ahead.result()
+        refs, summaries = zip(*drawn.batch.groups, strict=True)
+        return Ahead(
+            groups=tuple(self._store.fetch(refs)),
+            summaries=summaries,
+            sampled=drawn.batch.sampled,
+            measured=drawn.batch.measured,
+            seconds=drawn.batch.seconds,
+            after=drawn.after,
+        )
+
+
+def _nothing() -> None: ...

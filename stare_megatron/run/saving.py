@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from stare_megatron.errors import RunError
 from stare_megatron.metrics import eval_records, jsonl, wandb_id
 from stare_megatron.run.folder import RunFolder
 from stare_megatron.run.recorder import Recorder, Remembered
-from stare_megatron.run.sampling import Sampler
+from stare_megatron.run.sampling import Kept, Sampler
 
 if TYPE_CHECKING:
     from stare_megatron.run.weights import Weights
@@ -45,7 +46,7 @@ class Saving:
         self._controller = controller
         self._recorder = recorder
         self._resume_from = resume_from
-        self._learned: checkpoint.LoopState | None = None
+        self._learned: tuple[checkpoint.LoopState, Kept] | None = None
 
     def __enter__(self) -> None: ...
 
@@ -54,10 +55,14 @@ class Saving:
     ) -> None:
         if self._learned is None or error is None:
             return
+        state, kept = self._learned
         if isinstance(error, KeyboardInterrupt):
-            self._saver.give_up(self._learned.step, "the run was stopped at once")
-        else:
-            self._saver.rescue(self._learned)
+            self._saver.give_up(state.step, "the run was stopped at once")
+            return
+        ahead = None
+        with contextlib.suppress(RunError):  # lost groups are sampled again
+            ahead = kept()
+        self._saver.rescue(state, ahead)
 
     def restore(self) -> int:
         """Load the checkpoint to go on from, if any; the prompts were put in place before. Returns the steps done.
@@ -94,7 +99,7 @@ class Saving:
 
     def save(self, step: int, *, last: bool) -> None:
         """Save `step`. `last`: wait until it is on disk."""
-        self._saver.save(self._state(step))
+        self._saver.save(self._state(step), self._sampler.ahead()())
         if last:
             self._saver.wait()
 
@@ -105,7 +110,7 @@ class Saving:
 
     def learned(self, step: int) -> None:
         """The ranks hold `step` now; prompts that are taken later are taken again by who goes on from it."""
-        self._learned = self._state(step)
+        self._learned = self._state(step), self._sampler.ahead()
 
     def export_due(self, step: int) -> bool:
         keep = self._config.checkpoint

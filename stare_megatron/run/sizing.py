@@ -44,9 +44,10 @@ class Load:
 
 
 def rollout_load(config: Config) -> Load:
-    """Of a training step."""
-    r = config.rollout
-    return Load(r.prompts_per_step * r.group_size, r.group_size)
+    """Of a training step, and of the batches that are outstanding beside it."""
+    r, s = config.rollout, config.sampling
+    batches = s.max_staleness + 1 if s.mode == "stream" else 1
+    return Load(batches * r.prompts_per_step * r.group_size, r.group_size)
 
 
 def eval_load(benchmarks: Sequence[Benchmark]) -> Load:

@@ -65,7 +65,8 @@ def step_metrics(
     driver = (
         Measured("data/epoch", progress.epoch),
         Measured("throughput/trained_tokens_total", progress.trained_tokens),
-        Measured("throughput/rollout_tokens_per_second", batch.tokens_sampled, costs.seconds["rollout"]),
+        Measured("throughput/rollout_tokens_per_second", batch.tokens_sampled, batch.seconds),
+        Measured("engine/sampling_seconds", batch.seconds),
         Measured("sync/probe", probe),
         Measured("sync/weight_version", version),
         Measured("dynamics/predicted_change_before", progress.before.predicted),

@@ -28,28 +28,32 @@ from stare_megatron.metrics.plot import plot
 from stare_megatron.metrics.sinks import Sinks, open_sinks
 from stare_megatron.metrics.summary import how_to_go_on, next_steps, opening, opening_notes, render, summarize
 from stare_megatron.models.families import read_hf_config
-from stare_megatron.rollout.collect import Collector
+from stare_megatron.rollout.collect import Collected, Collector
 from stare_megatron.rollout.groups import check_env, check_prompts
+from stare_megatron.rollout.window import Window
 from stare_megatron.run import folder as run_folder
 from stare_megatron.run import forecast, loop, preflight, sizing
 from stare_megatron.run.evaluation import Evaluations, Evaluator
 from stare_megatron.run.rates import rates_of
 from stare_megatron.run.recorder import Recorder
 from stare_megatron.run.residency import Residency
-from stare_megatron.run.sampling import SynchronousSampler
+from stare_megatron.run.sampling import OneStepSampler, Sampler, Store, SynchronousSampler
 from stare_megatron.run.saving import Saving, metric_by_step
 from stare_megatron.run.session import Session, open_session
 from stare_megatron.run.stop import StopSignal
+from stare_megatron.run.stream import StreamSampler
 from stare_megatron.run.weights import Weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_PROBE_PREFIX = 512  # tokens: several blocks of every engine's prefix cache
+
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run needs and has been found right. `resume_from`: the checkpoint to go on from, of step `restored`, and
-    the wandb run to go on with."""
+    """What a run needs and has been found right. `resume_from`: the checkpoint to go on from, of step `restored`, with
+    the batch sampled `ahead` of it, and the wandb run to go on with."""
 
     config: Config
     settings: checkpoint.Settings
@@ -58,6 +62,7 @@ class Prepared:
     benchmarks: Sequence[Benchmark]
     resume_from: Path | None
     restored: int
+    ahead: checkpoint.Ahead | checkpoint.Outstanding | None
     wandb_run: str
     sandbox: str
     notes: tuple[str, ...]
@@ -142,11 +147,12 @@ def prepare(config: Config, console: Console) -> Prepared:
     stream = PromptStream(prompts, seed=config.run.seed, shuffle=config.data.shuffle)
     if config.sync.probe_every:
         stream.probe()  # refuses a data set without a prompt to probe with
-    restored, wandb_run = 0, ""
+    restored, ahead, wandb_run = 0, None, ""
     if resume_from is not None:
         state = checkpoint.read(resume_from)
         stream.restore(state.stream)
         restored = state.step
+        ahead = checkpoint.read_ahead(resume_from)
         if resume_from.resolve().is_relative_to(config.folder.resolve()):
             wandb_run = state.wandb_run
     return Prepared(
@@ -157,6 +163,7 @@ def prepare(config: Config, console: Console) -> Prepared:
         benchmarks=benchmarks,
         resume_from=resume_from,
         restored=restored,
+        ahead=ahead,
         wandb_run=wandb_run,
         sandbox=sandbox,
         notes=tuple(notes),
@@ -212,9 +219,10 @@ def _assemble(
         values=functools.partial(metric_by_step, folder.path, config.checkpoint.best_metric),
         warn=sinks.note,
     )
-    sampler = SynchronousSampler(Collector(config, engines, stream), stream)
+    sampler = _sampler(prepared, session)
     controller = EntropyController(config.algorithm, ALGORITHMS[config.algorithm.method])
-    weights = Weights(config.sync, config.model.dtype, trainers, engines, functools.cache(stream.probe))
+    under_way = min(config.window - 1, _PROBE_PREFIX) if config.sampling.mode == "stream" else 0
+    weights = Weights(config.sync, config.model.dtype, trainers, engines, functools.cache(stream.probe), under_way)
     rates = rates_of(config, read_hf_config(config.model.path).sequence_cost, forecast.peak_flops(config))
     recorder = Recorder(config, session, sampler, sinks, runtime.fetch, decode, rates)
     return loop.Run(
@@ -236,3 +244,26 @@ def _assemble(
         saving=Saving(config, saver, weights, sampler, controller, recorder, prepared.resume_from),
         stop=stop,
     )
+
+
+def _sampler(prepared: Prepared, session: Session) -> Sampler[Collected[runtime.Ref]]:
+    config, stream, engines = prepared.config, prepared.stream, session.engines
+    collector = Collector(config, engines, stream)
+    if config.sampling.mode == "sync":
+        return SynchronousSampler(collector, stream)
+    if config.sampling.mode == "stream":
+        sampler = StreamSampler(collector, stream, _window(config), engines)
+        if isinstance(prepared.ahead, checkpoint.Outstanding):
+            sampler.restore(prepared.ahead)
+        return sampler
+    sampler = OneStepSampler(collector, stream, Store(runtime.fetch, runtime.put), config.run.steps, engines.give_up)
+    if isinstance(prepared.ahead, checkpoint.Ahead):
+        sampler.restore(prepared.ahead)
+    return sampler
+
+
+def _window(config: Config) -> Window:
+    size, s = config.rollout.prompts_per_step, config.sampling
+    refills = config.rollout.max_refills * size if config.rollout.dynamic_sampling else 0
+    width = max(1, int(s.window * (s.max_staleness + 1) * size))
+    return Window(size, s.max_staleness, width, refills, config.run.steps)

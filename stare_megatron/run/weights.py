@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from stare_megatron.config import SyncConfig
 from stare_megatron.sync.check import (
     BOUNDS,
@@ -14,11 +16,11 @@ from stare_megatron.sync.check import (
     expected,
     first_difference,
     require_agreement,
+    require_own_cache,
     require_same,
 )
 
 if TYPE_CHECKING:
-    import numpy as np
     import numpy.typing as npt
 
     from stare_megatron.cluster.engines import EngineGroup
@@ -30,7 +32,8 @@ class Weights:
 
     `dtype`: `model.dtype`; `probe_tokens`: makes the prompt that both are compared on, int32 [n]. `baseline`: the mean
     |log-prob difference| of a pair that was known to have the same weights, nats, kept with the run; 0 before there is
-    one, and where `sync.probe_threshold` or float32 needs none.
+    one, and where `sync.probe_threshold` or float32 needs none. `under_way`: weights change under requests, which may
+    leave what the old ones computed in the prefix caches; so many tokens are drawn after, to find it; 0: never.
     """
 
     def __init__(
@@ -40,12 +43,14 @@ class Weights:
         trainers: TrainerGroup,
         engines: EngineGroup,
         probe_tokens: Callable[[], npt.NDArray[np.int32]],
+        under_way: int = 0,
     ) -> None:
         self._config = config
         self.trainers = trainers
         self._engines = engines
         self._probe_tokens = probe_tokens
         self._dtype = dtype
+        self._under_way = under_way
         self._calibrated = dtype != PRECISE and not config.probe_threshold
         self._sent: dict[str, str] = {}
         self._compared = False
@@ -91,6 +96,10 @@ class Weights:
         threshold = self._config.probe_threshold or BOUNDS[self._dtype]
         for i, agreement in enumerate(found):
             require_agreement(f"engine {i}", version, agreement, threshold, lambda i=i: self._difference(i))
+        if self._under_way:
+            gaps = self._engines.cache_gaps(np.resize(tokens, self._under_way))
+            for i, gap in enumerate(gaps):
+                require_own_cache(f"engine {i}", version, gap, threshold)
         worst = max(agreement.mean for agreement in found)
         if self._calibrated and (not self.baseline or worst > expected(self._dtype, self.baseline)):
             if self.baseline:

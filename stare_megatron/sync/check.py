@@ -179,6 +179,20 @@ def require_agreement(
     )
 
 
+def require_own_cache(engine: str, version: int, gap: float, threshold: float) -> None:
+    """Stop the run if a token drawn after a prefix has another log-prob than the same token of a prompt. `gap`: as of
+    `inference.engine.Engine.cache_gap`, nats; of a single token, so that ten times the `threshold` of a mean is let by.
+
+    Raises:
+        RunError: with the gap.
+    """
+    if not gap <= 10 * threshold:
+        raise RunError(
+            f"{engine} draws after prefixes that other weights than those of version {version} computed: a log-prob is "
+            f"off by {gap:.3g} nats; set inference.vllm.enable_prefix_caching = false, and report it"
+        )
+
+
 def require_same(engine: str, version: int, name: str | None) -> None:
     """Stop the run if the engine has other weights than the trainer. `name`: of the first parameter that differs.
 

@@ -24,6 +24,7 @@ from stare_megatron.host import device, manifest
 from stare_megatron.models.boxes import Box
 from stare_megatron.models.layout import padded_vocab
 from stare_megatron.trainer import checkpoint, parallel
+from stare_megatron.trainer.ages import ages, measure
 from stare_megatron.trainer.bridge import export, holdings, metadata
 from stare_megatron.trainer.export import export_hf
 from stare_megatron.trainer.head import Head
@@ -161,6 +162,7 @@ class TrainerRank:
                     batch.action_T.device
                 )
             self._loaded.append(rank_batch(batch, share, self._layout, algorithm, experts_TLK))
+        self._ages = ages(self._loaded, self._step, self._config.sampling.oldest)
 
     def score(self) -> EntropyReading:
         """The mean entropy of the loaded batch under the present weights, equal on every rank: measured by a forward
@@ -221,7 +223,9 @@ class TrainerRank:
             seen = self._forward_backward(data, scored, weights, control)
             updates.append(self._optimizer_step(data, seen, exact_T))
             passes.append(seen)
-        return known.summary, updates, passes
+        selected = [seen.applied.selected_T for seen in passes]
+        by_age = measure(self._runner, known.data, known.scored, selected, self._ages)
+        return ScoreSummary((*known.summary.measured, *by_age), known.summary.num_action_tokens), updates, passes
 
     def token_records(self, first_tokens: Collection[int]) -> dict[int, TokenRecord]:
         """Of the batch just updated on: what this rank knows of the tokens of the sequences that begin at these global
@@ -239,18 +243,16 @@ class TrainerRank:
         config = self._config.algorithm
         if config.stare.scope == "microbatch" and config.method == "stare":
             return [None] * len(data)
-        return weigh(self._runner, data, tokens, control, self._algorithm, config)
+        return weigh(self._runner, data, tokens, control, self._algorithm, config, self._ages)
 
     def _forward_backward(
         self, data: RankBatch, scored: Scored | None, weights: Weights | None, control: Control
     ) -> ForwardBackwardResult:
-
         zero_grad(self._chunks, self._optimizer)
         config, temperature = self._config.algorithm, self._config.rollout.temperature
         return forward_backward(self._runner, data, scored, weights, control, self._algorithm, config, temperature)
 
     def _optimizer_step(self, data: RankBatch, seen: ForwardBackwardResult, exact_T: torch.Tensor) -> UpdateStats:
-
         number, loss = self._optimizer_steps + 1, seen["update/loss"]
         expected = entropy_dynamics(self._runner, data, seen.scored, seen.applied, exact_T)
         if not math.isfinite(loss):

@@ -65,7 +65,7 @@ def token_batch(
 
     An empty share gives a batch without sequences.
     """
-    columns: dict[str, list[np.ndarray]] = {k: [] for k in ("token", "action", "logprob", "advantage", "id")}
+    columns: dict[str, list[np.ndarray]] = {k: [] for k in ("token", "action", "logprob", "version", "advantage", "id")}
     lengths: list[int] = []
     first_ids: list[int] = []
     for assignment in share.assignments:
@@ -81,6 +81,7 @@ def token_batch(
             columns["token"].append(trajectory.token_ids())
             columns["action"].append(action)
             columns["logprob"].append(trajectory.rollout_logprobs())
+            columns["version"].append(trajectory.versions())
             columns["advantage"].append(np.where(action, np.float32(advantages[sample]), np.float32(0)))
             columns["id"].append(np.arange(first, first + len(action)))
             lengths.append(len(action))
@@ -96,6 +97,7 @@ def token_batch(
         token_ids_T=column("token", torch.int64),
         action_T=column("action", torch.bool),
         rollout_logprob_T=column("logprob", torch.float32),
+        version_T=column("version", torch.int64),
         advantage_T=column("advantage", torch.float32),
         global_id_T=column("id", torch.int64),
         sequence_T=torch.arange(len(lengths)).repeat_interleave(length_N).to(device),

@@ -21,6 +21,7 @@ from stare_megatron.algo.selection import NEGATIVE, POSITIVE
 from stare_megatron.algo.stare import Candidates, ScoredCandidates, Weights
 from stare_megatron.algo.surrogate import kl_estimate
 from stare_megatron.config import AlgorithmConfig
+from stare_megatron.trainer.ages import Ages, weigh_by_age
 from stare_megatron.trainer.model_runner import RankBatch, Runner
 from stare_megatron.trainer.scoring import Scored, ScoredBatch, candidates
 from stare_megatron.trainer.sequence import MicroBatch
@@ -44,15 +45,21 @@ def weigh(
     control: Control,
     algorithm: Algorithm,
     config: AlgorithmConfig,
+    ages: Ages,
 ) -> list[Weights]:
     """Token weights of all optimizer steps, selected ONCE over the whole update batch of all data- and
     context-parallel ranks, from what was known before the update. A collective of the last pipeline stage.
 
-    `tokens`: of all steps, end to end. (The reference re-selects for every mini-batch under the weights of that
-    moment.)
+    `tokens`: of all steps, end to end. STARE selects within the tokens of each of the `ages`. (The reference re-selects
+    for every mini-batch under the weights of that moment.)
     """
     sizes = [d.batch.token_ids_T.shape[0] for d in data]
-    whole = algorithm.weigh(tokens, control, config, runner.comm)
+
+    def chosen(part: Candidates) -> Weights:
+        return algorithm.weigh(part, control, config, runner.comm)
+
+    by_age = ages.oldest > 0 and config.method == "stare"
+    whole = weigh_by_age(tokens, ages, chosen) if by_age else chosen(tokens)
     return [
         Weights(weight_T, subset_T, selection)
         for weight_T, subset_T, selection in zip(

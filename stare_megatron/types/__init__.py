@@ -42,6 +42,7 @@ from stare_megatron.types.trajectory import (
     Status,
     Trajectory,
     Turn,
+    VersionRuns,
 )
 
 __all__ = [
@@ -78,4 +79,5 @@ __all__ = [
     "Turn",
     "UpdateShare",
     "UpdateStats",
+    "VersionRuns",
 ]

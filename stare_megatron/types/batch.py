@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stare_megatron.types.measured import Measured
-from stare_megatron.types.trajectory import EpisodeCounts, Prompt, Sampling, Status, Trajectory
+from stare_megatron.types.trajectory import EpisodeCounts, Prompt, Sampling, Status, Trajectory, VersionRuns
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +74,7 @@ class Group:
             distinct_correct=len({t.token_ids().tobytes() for t, s in pairs if s.correct}),
             episodes=tuple(t.counts() for t in self.trajectories),
             measured=tuple(part for s in self.scores for part in s.measured),
+            versions=tuple(t.version_runs() for t in self.trajectories),
         )
 
 
@@ -82,7 +83,8 @@ class GroupSummary:
     """What the driver may know of a group: numbers, no tokens. Tuples are indexed by sample.
 
     `reflections`: reflection words in each response; `distinct_correct`: distinct token streams among the correct;
-    `episodes`: turns and tool calls; empty: not counted. `measured`: what else the reward reported.
+    `episodes`: turns and tool calls; empty: not counted. `measured`: what else the reward reported. `weight_versions`:
+    the oldest policy that drew a token; `versions`: those of all action tokens; empty: the oldest.
 
     Example:
         GroupSummary("sum-00017", "order_free_sum", (1.0, 0.0), (True, False), (22, 20), (16, 14), (...), (3, 3),
@@ -102,6 +104,13 @@ class GroupSummary:
     distinct_correct: int
     episodes: tuple[EpisodeCounts, ...] = ()
     measured: tuple[Measured, ...] = ()
+    versions: tuple[VersionRuns, ...] = ()
+
+    def version_runs(self) -> tuple[VersionRuns, ...]:
+        """Which policies drew the action tokens of each sample."""
+        return self.versions or tuple(
+            ((version, tokens),) for version, tokens in zip(self.weight_versions, self.num_action_tokens, strict=True)
+        )
 
     @property
     def zero_variance(self) -> bool:
@@ -184,7 +193,8 @@ class TokenBatch:
     """The sequences one data-parallel rank trains on in an update, flat and unpadded.
 
     `token_ids_T` int64; `action_T` bool: the policy wrote this token, so it carries loss, surprisal and entropy;
-    `rollout_logprob_T` float32, 0 where `action_T` is False; `advantage_T` float32, 0 where `action_T` is False;
+    `rollout_logprob_T` float32, 0 where `action_T` is False; `version_T` int64: the policy version that drew the token,
+    -1 where `action_T` is False; `advantage_T` float32, 0 where `action_T` is False;
     `global_id_T` int64: the token's index in the update batch; `sequence_T` int64: index into `_N`;
     `cu_seqlens_N1` int32 [N + 1]: sequence n is tokens cu[n]:cu[n + 1]; `global_sequence_N` int64.
     `num_action_tokens` and `num_sequences` count the whole update batch over all ranks (the global denominators).
@@ -196,6 +206,7 @@ class TokenBatch:
     token_ids_T: torch.Tensor
     action_T: torch.Tensor
     rollout_logprob_T: torch.Tensor
+    version_T: torch.Tensor
     advantage_T: torch.Tensor
     global_id_T: torch.Tensor
     sequence_T: torch.Tensor
@@ -206,7 +217,7 @@ class TokenBatch:
 
     def __post_init__(self) -> None:
         tokens = self.token_ids_T.shape[0]
-        for name in ("action_T", "rollout_logprob_T", "advantage_T", "global_id_T", "sequence_T"):
+        for name in ("action_T", "rollout_logprob_T", "version_T", "advantage_T", "global_id_T", "sequence_T"):
             if self.__dict__[name].shape != (tokens,):
                 raise ValueError(f"TokenBatch.{name}: shape {tuple(self.__dict__[name].shape)}, want ({tokens},)")
         if int(self.cu_seqlens_N1[-1]) != tokens:

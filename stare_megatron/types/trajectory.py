@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+VersionRuns: TypeAlias = "tuple[tuple[int, int], ...]"
+"""Which policy versions drew the tokens of a stretch, in order: (version, how many tokens)."""
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
 
@@ -84,7 +86,8 @@ class Completion:
     """What an engine sampled for one request: `token_ids` int32 [n], `logprobs` float32 [n] (raw, natural log).
 
     `status` is COMPLETED (end-of-sequence or stop string), TRUNCATED (token budget) or FAILED; `weight_version` is the
-    policy version of the first token. `routed_experts`: as of a `Trajectory`, from the request's first token on.
+    policy version of the first token, and `versions` those of all; empty: the same. `routed_experts`: as of a
+    `Trajectory`, from the request's first token on.
     """
 
     token_ids: npt.NDArray[np.int32]
@@ -92,6 +95,7 @@ class Completion:
     status: Status
     weight_version: int
     routed_experts: npt.NDArray[np.unsignedinteger[Any]] | None = None
+    versions: VersionRuns = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,15 +103,16 @@ class Span:
     """A run of tokens of one kind, exactly as the engine saw them.
 
     `token_ids` int32 [n]. `logprobs` float32 [n], natural log, under the sampling policy at temperature 1 before
-    top-p (vLLM's raw log-probs); empty unless `kind` is ACTION.
+    top-p (vLLM's raw log-probs), and `versions` of an ACTION's tokens; both empty unless `kind` is ACTION.
 
     Example:
-        Span(SpanKind.ACTION, np.array([7, 9, 2], np.int32), np.array([-0.1, -1.2, -0.01], np.float32))
+        Span(SpanKind.ACTION, np.array([7, 9, 2], np.int32), np.array([-0.1, -1.2, -0.01], np.float32), ((3, 3),))
     """
 
     kind: SpanKind
     token_ids: npt.NDArray[np.int32]
     logprobs: npt.NDArray[np.float32]
+    versions: VersionRuns = ()
 
     def __post_init__(self) -> None:
         if self.token_ids.dtype != np.int32 or self.token_ids.ndim != 1:
@@ -119,6 +124,8 @@ class Span:
             raise ValueError(
                 f"{self.kind.value} span of {len(self.token_ids)} tokens has {len(self.logprobs)} logprobs"
             )
+        if self.versions and sum(tokens for _, tokens in self.versions) != want:
+            raise ValueError(f"{self.kind.value} span of {len(self.token_ids)} tokens has versions {self.versions}")
 
 
 @dataclass(frozen=True)
@@ -177,7 +184,7 @@ class EpisodeCounts:
 class Trajectory:
     """One sampled token stream: a prompt span, then action and observation spans in the order they happened.
 
-    `weight_versions`: the oldest and the newest policy version that a turn of it began with. `seed`: the sampling seed.
+    `weight_versions`: the oldest and the newest policy version that drew a token of it. `seed`: the sampling seed.
     `turns`: what an environment with tools made of the action spans, in their order; a last span that a budget or a
     failure ended was not shown to it and has none. Empty in other environments. `routed_experts`: the experts that the
     engine sent the first m tokens to, unsigned integers [m, layers, top_k]; at least all but the last action token and
@@ -223,6 +230,18 @@ class Trajectory:
     def token_ids(self) -> npt.NDArray[np.int32]:
         """All tokens, int32 [num_tokens]."""
         return np.concatenate([s.token_ids for s in self.spans])
+
+    def version_runs(self) -> VersionRuns:
+        """Of its action tokens; where a span does not tell, the oldest version."""
+        actions = [s for s in self.spans if s.kind is SpanKind.ACTION]
+        return tuple(run for s in actions for run in s.versions or ((self.weight_versions[0], len(s.token_ids)),))
+
+    def versions(self) -> npt.NDArray[np.int64]:
+        """The policy version that drew each action token, -1 elsewhere; int64 [num_tokens]."""
+        drawn = np.full(self.num_tokens, -1, np.int64)
+        runs = self.version_runs()
+        drawn[self.action_mask()] = np.repeat([v for v, _ in runs], [n for _, n in runs]) if runs else []
+        return drawn
 
     def action_mask(self) -> npt.NDArray[np.bool_]:
         """True where the policy wrote the token, bool [num_tokens]."""

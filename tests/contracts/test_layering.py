@@ -115,6 +115,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "numpy": {
         "types",
         "data",
+        "checkpoint",
         "metrics",
         "tasks",
         "rewards",

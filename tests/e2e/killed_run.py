@@ -59,14 +59,14 @@ def arm(phase: str, step: int) -> None:
     die = kill
     if phase in ENGINES:
         phase, die = "rollout", ENGINES[phase]
-    enter, begun = Recorder.phase, [0]
+    enter, updates = Recorder.phase, [0]
 
     @contextlib.contextmanager
     def enter_and_die(run: Recorder[Any], name: str) -> Iterator[None]:
-        # The first push comes before the first step.
-        begun[0] += name == phase
-        if name == phase and begun[0] == step + 1 + (phase == "push"):
+        # Whoever samples ahead waits for it twice a step: the first time counts.
+        if name == phase and updates[0] == step + (phase == "push"):
             threading.Timer(_DELAY_S, die).start()
+        updates[0] += name == "update"
         with enter(run, name):
             yield
 

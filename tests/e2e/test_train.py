@@ -242,10 +242,10 @@ def test_interrupt_saves_and_resume_goes_on(material: Path, trained: Path, tmp_p
         assert row["stare/gate"] == (row["policy/entropy_estimate"] < row["policy/target_entropy"])
 
 
-def killed_and_resumed(material: Path, trained: Path, runs: Path, phase: str, step: int, steps: int) -> None:
-    """A run of `steps` steps, killed by SIGKILL in a phase, goes on as the uninterrupted one, bit for bit; with
-    `engine` only the engine is killed, and the run stops."""
-    settings: dict[str, object] = {"run.steps": STEPS, "run.resume": "auto", "checkpoint.every": 2} | EVERY_SAMPLE
+def killed(
+    material: Path, runs: Path, phase: str, step: int, settings: dict[str, object]
+) -> tuple[str, int, list[psutil.Process]]:
+    """A run that `killed_run.py` ends: what it said, its exit code, and all processes that it had."""
     script = str(ROOT / "tests/e2e/killed_run.py")
     # The whole group: a run started in a shell, and its job killed.
     process = subprocess.Popen(
@@ -262,8 +262,17 @@ def killed_and_resumed(material: Path, trained: Path, runs: Path, phase: str, st
         with contextlib.suppress(psutil.NoSuchProcess):
             children |= {p.pid: p for p in psutil.Process(process.pid).children(recursive=True)}
         time.sleep(0.2)
-    said = process.communicate()[0]
-    assert process.returncode == (1 if phase == "engine" else -signal.SIGKILL), said[-3000:]
+    return process.communicate()[0], process.returncode, list(children.values())
+
+
+def killed_and_resumed(
+    material: Path, trained: Path, runs: Path, phase: str, step: int, steps: int, **others: object
+) -> None:
+    """A run of `steps` steps, killed by SIGKILL in a phase, goes on as the uninterrupted one, bit for bit; with
+    `engine` only the engine is killed, and the run stops. `others`: settings of both."""
+    settings = {"run.steps": STEPS, "run.resume": "auto", "checkpoint.every": 2} | EVERY_SAMPLE | others
+    said, code, children = killed(material, runs, phase, step, settings)
+    assert code == (1 if phase == "engine" else -signal.SIGKILL), said[-3000:]
     run = runs / "e2e"
     newest = (run / "checkpoints/latest").read_text().strip()
     if phase == "engine":
@@ -281,7 +290,7 @@ def killed_and_resumed(material: Path, trained: Path, runs: Path, phase: str, st
     )
     assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
     assert f"restoring {run / 'checkpoints' / newest}" in again.stdout
-    _, alive = psutil.wait_procs(list(children.values()), timeout=20)
+    _, alive = psutil.wait_procs(children, timeout=20)
     assert not alive, [p.name() for p in alive]
 
     mine, theirs = ([learned(row) for row in jsonl.read(f / "metrics.jsonl")[:steps]] for f in (run, trained))

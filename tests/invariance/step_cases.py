@@ -203,13 +203,16 @@ def keep_gradients(trainer: TrainerRank) -> list[dict[str, Any]]:
 
 def selected_ids(trainer: TrainerRank, config: Config, control: Control) -> list[int]:
     """Global ids of the tokens of L+ and L- on this rank (last stage), by the same call `update` makes."""
+    from stare_megatron.trainer.ages import ages
     from stare_megatron.trainer.step import weigh
 
     if not trainer._runner.is_last_stage:
         return []
     data, known = trainer._loaded, trainer._known
     assert known is not None
-    weights = weigh(trainer._runner, data, known.tokens(), control, trainer._algorithm, config.algorithm)
+    weights = weigh(
+        trainer._runner, data, known.tokens(), control, trainer._algorithm, config.algorithm, ages(data, 0, 0)
+    )
     return [
         int(i) for d, w in zip(data, weights, strict=True) for i in d.batch.global_id_T[w.selection.selected_T].tolist()
     ]

@@ -54,3 +54,22 @@ def test_a_string_is_a_list_of_one(tmp_path):
     assert read.data.train == [Path("b.jsonl").absolute()]
     assert [b.name for b in read.eval.benchmarks] == ["c"]
     assert read.run.resume_allow == ["data"]
+
+
+@pytest.mark.parametrize(
+    ("others", "answer"),
+    [
+        ((), 'set inference.placement = "separate", or sampling.mode = "sync"'),
+        (("inference.placement=separate",), 'set algorithm.correction.mode = "truncate" or "mask"'),
+        (
+            ("inference.placement=separate", "algorithm.correction.mode=mask", "trainer.scoring=rollout"),
+            'set trainer.scoring = "trainer"',
+        ),
+    ],
+)
+def test_sampling_ahead_is_refused_without_what_it_needs(tmp_path, others, answer):
+    with pytest.raises(UserError) as refused:
+        load(tmp_path, "sampling.mode=one_step", *others)
+    assert answer in str(refused.value)
+    assert load(tmp_path, *others).sampling.mode == "sync"
+    load(tmp_path, "sampling.mode=one_step", "inference.placement=separate", "algorithm.correction.mode=mask")

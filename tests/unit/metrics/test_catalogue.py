@@ -73,7 +73,7 @@ def test_names_that_no_family_has(name):
 
 
 def test_no_name_is_of_two_families():
-    parts = {"benchmark": "greedy", "source": "greedy", "name": "greedy", "k": 4}
+    parts = {"benchmark": "greedy", "source": "greedy", "name": "greedy", "k": 4, "age": 0}
     names = [family.format(**parts) for family in catalogue.FAMILIES]
     assert len(set(names)) == len(names)
     assert [catalogue.entry(name).name for name in names] == list(catalogue.FAMILIES)

@@ -36,7 +36,7 @@ ENGINES = {"engines": 8, "tensor_parallel": 4}
 
 def plan_of(name: str = "qwen3-32b", *, gpu: str = "h100", nodes: int = 0, **tables: Any) -> Plan:
     base = {"rollout": ROLLOUT, "trainer": TRAINER, "inference": ENGINES}
-    config = config_of(name, **{k: base[k] | tables.get(k, {}) for k in base})
+    config = config_of(name, **tables | {k: base[k] | tables.get(k, {}) for k in base})
     return make(config, shape_of(name), given_for(config, gpu, nodes=nodes))
 
 
@@ -113,6 +113,14 @@ def test_separate_engines_have_their_own_table() -> None:
     assert {(u.role, u.phase) for u in plan.uses} >= {("engine", Phase.ROLLOUT), ("rank", Phase.UPDATE)}
     assert plan.gpus == 64
     assert not plan.violations
+
+
+def test_who_samples_while_the_ranks_work_takes_the_longer_of_the_two() -> None:
+    separate, corrected = {"placement": "separate"}, {"correction": {"mode": "truncate"}}
+    plain = plan_of(inference=separate)
+    ahead = plan_of(inference=separate, algorithm=corrected, sampling={"mode": "one_step"})
+    shorter = min(plain.rollout.seconds, plain.score.seconds + plain.update.seconds)
+    assert ahead.seconds == pytest.approx(plain.seconds - shorter)
 
 
 def test_proposals_fit_and_are_ranked() -> None:

@@ -25,6 +25,14 @@ class Everything:
         self.said.append(f"sample {version}")
         return f"batch {version}"
 
+    def drain(self):
+        self.said.append("drain")
+
+    busy = True
+
+    def settle(self):
+        self.said.append("settle")
+
     def state(self): ...
 
     # trainer
@@ -89,8 +97,8 @@ class Everything:
         self.said.append(f"record {step} {batch} {control} {probe:.0e}")
         self.asked = self.asked or step == self._stop_at
 
-    def close(self, step):
-        self.said.append(f"close {step}")
+    def close(self, step=None):
+        self.said.append("give up" if step is None else f"close {step}")
 
     # saving
     def restore(self):
@@ -163,6 +171,7 @@ STEP_1 = [
     "load batch 0",
     "update H=0.3",
     "learned 1",
+    "settle",
     "devices: both",
     "push 1",
     "score probe 1",
@@ -179,13 +188,14 @@ PUSH_0 = ["devices: both", "push 0", "score probe 0", "devices: engines", "probe
 def test_the_order_of_a_run():
     parts = Everything(evaluate=(0, 2), save=(2,), export=(2,))
     assert run(parts) == 2
-    before = ["devices: checkpoint", *PUSH_0, "evaluate 0", "close 0"]
+    before = ["devices: checkpoint", *PUSH_0, "drain", "evaluate 0", "close 0"]
     step_2 = [
         "sample 1",
         "devices: trainer",
         "load batch 1",
         "update H=0.3 keep",
         "learned 2",
+        "settle",
         "devices: both",
         "push 2",
         "score probe 2",
@@ -193,12 +203,14 @@ def test_the_order_of_a_run():
         "probe 2",
         "poll",
         "record 2 batch 1 H=0.3 2e-06",
+        "drain",
         "evaluate 2",
         "devices: checkpoint",
         "save 2 last",
         "devices: checkpoint",
         "export 2",
         "close 2",
+        "give up",
     ]
     assert parts.said == [*before, *STEP_1, "close 1", *step_2]
 
@@ -206,7 +218,7 @@ def test_the_order_of_a_run():
 def test_a_wish_to_stop_is_granted_after_the_step_which_is_saved_and_not_evaluated():
     parts = Everything(stop_at=1, evaluate=(0, 1))
     assert run(parts, steps=5) == 1
-    assert parts.said[-len(STEP_1) - 3 :] == [*STEP_1, "devices: checkpoint", "save 1 last", "close 1"]
+    assert parts.said[-len(STEP_1) - 4 :] == [*STEP_1, "devices: checkpoint", "save 1 last", "close 1", "give up"]
 
 
 def test_engines_that_slept_for_a_save_get_their_weights_again_if_anybody_samples():
@@ -215,7 +227,7 @@ def test_engines_that_slept_for_a_save_get_their_weights_again_if_anybody_sample
     hand_over = ["devices: both", "push 1", "score probe 1", "devices: engines"]
     after_1 = ["devices: checkpoint", "save 1", *hand_over, "close 1", "sample 1"]
     assert parts.said[len(PUSH_0) + 2 + len(STEP_1) :][: len(after_1)] == after_1
-    assert parts.said[-3:] == ["devices: checkpoint", "save 2 last", "close 2"]
+    assert parts.said[-4:] == ["devices: checkpoint", "save 2 last", "close 2", "give up"]
 
 
 def test_a_restored_run_goes_on_where_it_was():

@@ -81,8 +81,19 @@ class Sampler:
 
     def serve(self) -> None: ...
 
+    def drain(self) -> None: ...
+
+    busy = True
+
+    def settle(self) -> None: ...
+
     def state(self) -> StreamState:
         return StreamState(0, self.cursor, 1, "x")
+
+    def ahead(self) -> Any:
+        return lambda: None
+
+    def close(self) -> None: ...
 
 
 class Controller:
@@ -184,6 +195,8 @@ def fail(monkeypatch: Any, parts: SimpleNamespace, call: str, error: BaseExcepti
 CALLS = [
     "sampler.next_batch",
     "sampler.serve",
+    "sampler.settle",
+    "sampler.drain",
     "residency.to_trainer",
     "trainers.load",
     "trainers.score",
@@ -281,10 +294,10 @@ def test_a_full_disk_costs_the_step_and_not_the_message(tmp_path, monkeypatch):
     begin = store.begin
     full = OSError(28, "No space left on device")
 
-    def begins(root: Path, state: checkpoint.LoopState, settings: Settings) -> Path:
+    def begins(root: Path, state: checkpoint.LoopState, settings: Settings, ahead: None) -> Path:
         if state.step > 2:
             raise full
-        return begin(root, state, settings)
+        return begin(root, state, settings, ahead)
 
     monkeypatch.setattr(store, "begin", begins)
     with pytest.raises(RunError, match=r"cannot save step 3: .*No space left"):

@@ -116,6 +116,7 @@ def made(tmp_path, monkeypatch, request):
     lookout = SimpleNamespace(step=0, during=lambda phase: contextlib.nullcontext(watched.append(phase)))
     groups = [group("a"), group("b")]
     batch = SimpleNamespace(
+        seconds=1.0,
         groups=tuple((g, g.summary()) for g in groups),
         tokens_sampled=600,
         sampled=[g.summary() for g in groups] * 2 + [groups[0].summary()],

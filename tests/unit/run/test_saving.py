@@ -21,8 +21,9 @@ class Saver:
         self.said = []
         self.pending = False
 
-    def save(self, state):
+    def save(self, state, ahead):
         self.said.append(("save", state))
+        self.ahead = ahead
 
     def wait(self):
         self.said.append(("wait", None))
@@ -72,6 +73,7 @@ def parts(tmp_path):
             exported=exported,
         )
         made.sampler.state = lambda: StreamState(0, made.sampler.cursor, 1, "x")
+        made.sampler.ahead = lambda: lambda: f"sampled after {made.sampler.cursor}"
         made.saving = Saving(
             config,
             made.saver,
@@ -99,6 +101,7 @@ def test_a_save_holds_what_the_loop_knows(parts):
     assert what == "save"
     assert (state.step, state.trained_tokens, state.stream.cursor, state.duty) == (7, 70, 5, GateDuty(7, 3))
     assert state.probe_baseline == 0.02
+    assert made.saver.ahead == "sampled after 5"
     assert (state.controller, state.before) == (ControllerState(1.1, 0.9), Observed(0.4, -0.1))
     made.saving.save(8, last=True)  # nothing follows that it could be written beside
     assert [what for what, _ in made.saver.said] == ["save", "save", "wait"]

@@ -178,3 +178,14 @@ def test_experts_are_split_over_their_own_ranks(parameters):
     replicated = 48 * (128 * 2048 + 2 * 2048 + 2 * 128) + 2048  # routers and norms
     split = 6 * ((dense - replicated) / 4 + replicated + of_experts / 32)
     assert sizing.rank_bytes(tensor, moe) == pytest.approx(split + 12 * parameters["n"] / 32, **padded)
+
+
+def test_a_stream_asks_engines_for_all_batches_that_are_outstanding():
+    correction = {"correction": {"mode": "mask"}}
+    plain = make(inference={"placement": "separate"})
+    stream = make(
+        inference={"placement": "separate"},
+        algorithm=correction,
+        sampling={"mode": "stream", "max_staleness": 3},
+    )
+    assert sizing.rollout_load(stream).sequences == 4 * sizing.rollout_load(plain).sequences

@@ -13,14 +13,13 @@ from stare_megatron.host.memory import HostMemory, host_memory
 from stare_megatron.metrics import catalogue
 from stare_megatron.metrics import reduce as reduction
 from stare_megatron.metrics.catalogue import Reduction, by_name
-from stare_megatron.rollout.collect import Collected, _measure_kept, measure
+from stare_megatron.rollout.collect import Collected, _measure_kept, age_quantile, measure
 from stare_megatron.run import step_metrics as module
 from stare_megatron.run.step_metrics import Progress, StepCosts, late_metrics, observed, step_metrics
 from stare_megatron.types import (
     QUADRANTS,
     UNOBSERVED,
     Control,
-    EpisodeCounts,
     GateDuty,
     GroupSummary,
     Measured,
@@ -30,6 +29,7 @@ from stare_megatron.types import (
     UpdateStats,
 )
 from stare_megatron.types.report import EngineLoad
+from tests.unit.run.random_groups import random_group
 
 VERSION = 9
 BY_UPDATE = {  # name: whether it has a weight
@@ -63,6 +63,13 @@ SINGLE = (
 )
 
 # Idle seconds, of seconds.
+SAMPLING_S = 1.75
+AGES = (
+    Measured("age/1/tokens", 90),
+    Measured("age/1/entropy", 30.0, 90),
+    Measured("age/1/mismatch", 1.5, 90),
+    Measured("age/1/selected", 8, 64),
+)
 IDLE = {"engines": [(1.0, 4.5), (3.0, 4.25)], "trainers": [(2.0, 4.5), (0.5, 4.0), (2.5, 4.25)]}
 RATES = {
     f"rates/{phase}_{unit}": (3.0 + i, 16.0 / (i + 1) + j)
@@ -102,43 +109,13 @@ class Step:
         parts = [part for group, label in self.groups for part in measure(group, label)]
         parts += [Measured("groups/dropped", 2)]
         parts += [part for group in self.kept for part in _measure_kept(group, VERSION - 1)]
-        batch = Collected((), tuple(group for group, _ in self.groups), tuple(parts))
+        parts.append(Measured("sync/staleness_p95", age_quantile(self.kept, VERSION - 1, 0.95)))
+        batch = Collected((), tuple(group for group, _ in self.groups), tuple(parts), SAMPLING_S)
         stats = (batch, self.scores, self.control, self.updates, 1e-6, self.costs, self.progress)
         idle = [Measured(f"idle/{kind}", *part) for kind, parts in IDLE.items() for part in parts]
         others = [*idle, Measured("throughput/tokens_per_second_per_device", 90.0, 12.0)]
         late = late_metrics({"save": 1.5, "eval": 2.5}, 4.0, batch.tokens_sampled, others)
         return by_name((*step_metrics(VERSION, *stats), *late))
-
-
-def random_group(rng: random.Random, i: int) -> GroupSummary:
-    n = 4 + i % 3
-    right = [True] * n if i in (0, 4) else [False] * n if i in (1, 3) else [rng.random() < 0.5 for _ in range(n)]
-    statuses = [Status.TRUNCATED, Status.INEXACT, Status.FAILED, Status.OVERLONG, Status.COMPLETED]
-    return GroupSummary(
-        prompt_id=str(i),
-        source="s",
-        rewards=tuple([0.1] * n if i == 2 else [rng.random() for _ in range(n)]),
-        correct=tuple(right),
-        num_tokens=(9,) * n,
-        num_action_tokens=tuple(rng.randrange(1, 99 - 9 * i) for _ in range(n)),
-        statuses=tuple(rng.choice(statuses) for _ in range(n)) if i != 2 else (Status.COMPLETED,) * n,
-        weight_versions=tuple(rng.randrange(i, i + 3) for _ in range(n)),
-        graded=tuple(rng.random() < 0.7 for _ in range(n)),
-        reflections=tuple(rng.randrange(4) for _ in range(n)),
-        distinct_correct=1,
-        episodes=tuple(
-            EpisodeCounts(
-                rng.randrange(1, 5),
-                rng.randrange(3, 9),
-                rng.randrange(3),
-                rng.random() / (i + 1),
-                rng.randrange(50),
-                rng.random() < 0.5,
-            )
-            for _ in range(n)
-        ),
-        measured=tuple(Measured(f"user/{kind}/x", rng.random()) for kind in ("mean", "sum", "max") for _ in range(n)),
-    )
 
 
 def random_step(seed: int) -> Step:
@@ -163,7 +140,7 @@ def random_step(seed: int) -> Step:
     seconds = {name: rng.random() for name in ("rollout", "score", "update", "push")}
     return Step(
         groups=[(random_group(rng, i), "ab"[i % 2]) for i in range(7)],
-        scores=ScoreSummary((*scored, *single), 210),
+        scores=ScoreSummary((*scored, *single, *AGES), 210),
         updates=updates,
         totals=totals,
         control=Control(True, 1.25, 0.75, 0.5, 0.625, 0.01, 0.0625),
@@ -219,6 +196,18 @@ def sampled(step: Step) -> dict[str, float]:
         "tools/seconds": mean(episodes("tool_seconds")),
         "tools/seconds_max": max(episodes("tool_seconds")),
         "sync/staleness": VERSION - 1 - min(v for group in step.kept for v in group.weight_versions),
+    }
+    samples = [runs for group in step.kept for runs in group.versions]
+    ages = sorted(VERSION - 1 - v for runs in samples for v, tokens in runs for _ in range(tokens))
+    found |= {
+        "age/1/tokens": 90,
+        "age/1/entropy": 30.0 / 90,
+        "age/1/mismatch": 1.5 / 90,
+        "age/1/selected": 0.125,
+        "sync/staleness_mean": mean(ages),
+        "sync/staleness_p95": ages[math.ceil(0.95 * len(ages)) - 1],
+        "sync/version_spans": mean(len(runs) for runs in samples),
+        "sync/version_spans_max": max(len(runs) for runs in samples),
     }
     found |= {f"tools/{name}": mean(episodes(name)) for name in ("turns", "calls", "observation_tokens", "void")}
     for label in "ab":
@@ -282,7 +271,8 @@ def expected(step: Step) -> dict[str, float]:
             "sync/probe": 1e-6,
             "sync/weight_version": VERSION,
             "throughput/tokens_per_second": tokens / 4.0,
-            "throughput/rollout_tokens_per_second": tokens / step.costs.seconds["rollout"],
+            "throughput/rollout_tokens_per_second": tokens / SAMPLING_S,
+            "engine/sampling_seconds": SAMPLING_S,
             "throughput/trained_tokens_total": 12345,
             "time/step": 4.0,
             "time/save": 1.5,
@@ -339,7 +329,7 @@ def parts() -> list[Measured]:
 @pytest.mark.parametrize("family", [*STEP, *FAMILIES])
 def test_another_reduction_would_give_another_number(family, parts, monkeypatch):
     """So a wrong line of the catalogue fails the test above, or stops the run."""
-    name = family.format(source="a", name="x")
+    name = family.format(source="a", name="x", age=1)
     true, want = catalogue.entry(name), expected(random_step(1))[name]
     own = [part for part in parts if part.name == name]
     agreeing = set()

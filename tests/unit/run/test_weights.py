@@ -54,6 +54,23 @@ def test_the_threshold_that_is_set_decides():
         probed(weights((0.0, 1e-4), probe_threshold=1e-5), 1)
 
 
+def test_prefixes_of_older_weights_are_found_where_weights_change_under_requests():
+    asked = []
+
+    def found(tokens: np.ndarray) -> list[float]:
+        asked.append(tokens)
+        return [1e-5, 0.03]
+
+    made = weights()
+    made._engines.cache_gaps = found  # type: ignore[attr-defined]
+    probed(made, 1)
+    assert not asked  # nobody's cache is older than the weights
+    made._under_way = 40
+    with pytest.raises(RunError, match=r"engine 1 draws after prefixes that other weights than those of version 2"):
+        probed(made, 2)
+    assert asked[0].tolist() == np.resize(TOKENS, 40).tolist()
+
+
 def test_a_late_engine_joins_and_alone_gets_the_weights():
     calls = []
     trainers = SimpleNamespace(

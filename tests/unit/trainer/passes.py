@@ -43,6 +43,7 @@ def run_pass(
         token_ids_T=own,
         action_T=actions_T,
         rollout_logprob_T=mine["old"],
+        version_T=torch.zeros_like(own),
         advantage_T=mine["advantage"],
         global_id_T=own,
         sequence_T=own // 5,
