@@ -14,7 +14,7 @@ from typing import Any
 from stare_megatron import __version__, paths
 from stare_megatron.convert import arguments
 from stare_megatron.data.prepare import arguments as prepare_data
-from stare_megatron.errors import RunError, UserError
+from stare_megatron.errors import LOST, LostError, RunError, UserError
 from stare_megatron.launch import arguments as launch_arguments
 from stare_megatron.plan.arguments import ABOUT, EXAMPLES, add_plan
 
@@ -345,6 +345,8 @@ def main(argv: list[str] | None = None) -> int:
         return args.handler(args, rest)
     except UserError as e:
         return _stopped(e, str(e), 2)
+    except LostError as e:
+        return _stopped(e, f"the run stopped: {e}", LOST)
     except RunError as e:
         return _stopped(e, f"the run stopped: {e}", 1)
     except KeyboardInterrupt as e:

@@ -6,6 +6,8 @@
   line that names the culprit and the cure, exit code 2.
 * `RunError`: the run cannot go on (non-finite loss, an engine that disagrees with the trainer, a dead actor). The run
   stops with one line that names the culprit, and where its logs are and how to resume it below; exit code 1.
+* `LostError`, a `RunError`: a process is gone, or silent, for a reason outside of it. What it did is done again by
+  others where that is possible; else the run stops with exit code 75, so that a scheduler starts it again.
 * Anything else is a bug, and shows its traceback.
 """
 
@@ -20,6 +22,8 @@ ORDINARY = (
     *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError, RuntimeError),
     *(SyntaxError, TypeError, ValueError),
 )
+LOST = 75
+"""Exit code after a `LostError`: sysexits.h calls it EX_TEMPFAIL, a failure to be tried again."""
 _NEAR = 0.6  # of difflib's ratio; below it two words have little in common
 _NO_SYNONYMS: Mapping[str, str] = MappingProxyType({})
 
@@ -39,6 +43,18 @@ class HangError(RunError):
     def __init__(self, message: str, culprits: tuple[str, ...]) -> None:
         super().__init__(message)
         self.culprits = culprits
+
+
+class LostError(RunError):
+    """A process is gone or does not answer; the same work may succeed elsewhere, or later."""
+
+
+class EngineLostError(LostError):
+    """An engine is."""
+
+
+class RanksLostError(LostError):
+    """A trainer rank is, so that the others, which wait for it, are of no use either."""
 
 
 def nearest(word: str, candidates: Iterable[str], synonyms: Mapping[str, str] = _NO_SYNONYMS) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import collections
+import asyncio
 import contextlib
 import functools
 import gc
 import inspect
-import threading
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
+import time
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,16 +16,21 @@ import ray
 
 from stare_megatron.cluster import runtime
 from stare_megatron.cluster.activity import ActivityLog
+from stare_megatron.cluster.dispatch import Dispatch
 from stare_megatron.cluster.doing import Answers, ray_actor
+from stare_megatron.cluster.families import Family, family
+from stare_megatron.cluster.fleet import UP, State
+from stare_megatron.cluster.keeper import Keeper
 from stare_megatron.cluster.lookout import Lookout
 from stare_megatron.cluster.placement import Slot
 from stare_megatron.cluster.sandboxes import make_client
 from stare_megatron.config import Config
 from stare_megatron.data.tokenizer import first_line
-from stare_megatron.errors import RunError
+from stare_megatron.errors import EngineLostError, RunError
+from stare_megatron.host import device
 from stare_megatron.sandbox.client import SandboxClient
-from stare_megatron.types import Group, GroupRequest, GroupSummary
-from stare_megatron.types.report import EngineReport
+from stare_megatron.types import Group, GroupRequest, GroupSummary, Measured
+from stare_megatron.types.report import EngineReport, RunEvent
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,12 +60,15 @@ class EngineActor(Answers):
         self._sandboxes = sandboxes
         self._opened = contextlib.AsyncExitStack()
         self._failure = ""
+        self._calls = 0
+        self._answer: asyncio.Future[None] | None = None
         self._activity = ActivityLog()
 
     async def hello(self) -> runtime.Station:
         return runtime.station()
 
-    async def start(self) -> None:
+    async def start(self) -> Family:
+        """Returns the processes of the engine."""
         from stare_megatron.inference.engine import Engine
 
         config = self._config
@@ -82,6 +90,7 @@ class EngineActor(Answers):
         # What a start makes lives as long as the process. Going through it, the collector stopped every fifth rollout.
         gc.collect()
         gc.freeze()
+        return family()
 
     @ray.method(num_returns=2)
     async def run_group(self, request: GroupRequest) -> tuple[Group, GroupSummary]:
@@ -93,8 +102,15 @@ class EngineActor(Answers):
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._activity.during(method))
             stack.push(functools.partial(self._keep_failure, method))
+            self._calls += 1
+            stack.callback(self._call_ended)
+            if method == "init_weight_transfer_engine":  # it joins, maybe again: what was before does not count
+                self._failure = ""
             found = getattr(self._engine, method)(*args)
             return await found if inspect.isawaitable(found) else found
+
+    def _call_ended(self) -> None:
+        self._calls -= 1
 
     def _keep_failure(self, method: str, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is not None:
@@ -103,6 +119,28 @@ class EngineActor(Answers):
     async def failure(self) -> str:
         """The last error of `call`, "" if there was none: a trainer rank that it was raised to may be blocked."""
         return self._failure
+
+    async def calls(self) -> int:
+        """How many of `call` are under way."""
+        return self._calls
+
+    async def pulse(self) -> str:
+        """Returns when the engine's core has answered; it need not while a call keeps it busy, such as a push of
+        weights. "", or what is wrong with the engine's processes.
+
+        Raises:
+            EngineLostError: the core died.
+        """
+        if stopped := self._engine.stopped():
+            return stopped
+        self._answer = self._answer or asyncio.ensure_future(self._engine.answer())
+        while not self._answer.done():
+            await asyncio.wait([self._answer], timeout=_GLANCE_S)
+            if self._calls and not self._answer.done():
+                return self._engine.stopped()
+        answer, self._answer = self._answer, None
+        await answer
+        return ""
 
     async def report(self) -> EngineReport:
         return EngineReport(self._activity.take(), self._engine.peak_memory_bytes(), self._engine.load())
@@ -115,8 +153,11 @@ class EngineActor(Answers):
 class EngineGroup:
     """All engines, and the dispatcher that the rollout collects groups through: `submit`, `results`.
 
-    Requests are served in their order by whichever engine has the fewest unfinished sequences. All samples of a group
-    share an engine, hence the prefix cache of their prompt. `sandboxes`: actors that run code.
+    All samples of a group share an engine, hence the prefix cache of their prompt. `sandboxes`: actors that run code;
+    `tell`: is told of every change of an engine's state; `pushes`: weights come from a trainer.
+
+    An engine that is lost costs nothing but time: groups that it had are sampled again, with their seeds, by others,
+    and it is started again (`fleet`).
     """
 
     def __init__(
@@ -128,110 +169,188 @@ class EngineGroup:
         sandboxes: Sequence[Any],
         logs: Path,
         lookout: Lookout,
+        *,
+        tell: Callable[[RunEvent], None] = lambda _: None,
+        pushes: bool = True,
     ) -> None:
+        def make(i: int) -> Any:
+            slot = slots[i]
+            options = EngineActor.options(**slot.options, runtime_env={"env_vars": slot.environment})
+            return options.remote(config, i, transport, make_runner, sandboxes, logs)
+
         names = [f"engine {i}" for i in range(len(slots))]
         cluster = config.cluster.address != "local"
-        self._crew = runtime.Crew(names, lookout.say, named_hosts=cluster, lookout=lookout)
-        self.actors: list[Any] = [
-            EngineActor.options(**slot.options, runtime_env={"env_vars": slot.environment}).remote(
-                config, i, transport, make_runner, sandboxes, logs
-            )
-            for i, slot in enumerate(slots)
-        ]
-        lookout.add("engines", self._crew, self.actors)
-        self._timeout = config.cluster.start_timeout
-        self._hello = [actor.hello.remote() for actor in self.actors]
-        self._starting = [actor.start.remote() for actor in self.actors]
-        self._waiting: collections.deque[GroupRequest] = collections.deque()
-        self._flying: dict[ray.ObjectRef, tuple[GroupRequest, ray.ObjectRef, int]] = {}
-        self._load = [0] * len(self.actors)
-        self._given_up = threading.Event()
-        self._lock = threading.Lock()
-        self._in_flight = max(_SEQUENCES_IN_FLIGHT, 2 * config.inference.vllm.get("max_num_seqs", 0))
+        self._crew = runtime.Crew(names, lookout.say, named_hosts=cluster, lost=EngineLostError, lookout=lookout)
+        self._keeper = Keeper(config, self._crew, make, tell, pushes=pushes)
+        lookout.add("engines", self._crew, self._keeper.actors)
+        self._shares_gpus = device.engine_sleeps() and config.inference.placement == "colocated"
+        self.renew: Callable[[Sequence[int]], None] = lambda _: None
+        """Gives engines that have come back the weights that the others have, if the ranks are free and have them."""
+        self.beside: Callable[[], None] = lambda: None
+        """Called every second while groups are sampled: looks after who is idle meanwhile, and may raise."""
+        self.asleep = False
+        in_flight = max(_SEQUENCES_IN_FLIGHT, 2 * config.inference.vllm.get("max_num_seqs", 0))
+        self._dispatch = Dispatch(self._keeper, self._crew, in_flight)
+
+    @property
+    def actors(self) -> list[Any]:
+        """Those of now; one that was started again has another."""
+        return self._keeper.actors
 
     def ready(self) -> None:
-        """Wait until every engine can sample."""
-        self._crew.meet(self._hello, self._timeout)
-        self._crew.wait(self._starting, "start", self._timeout)
+        """Wait until every engine can be called."""
+        self._keeper.ready()
 
-    def check(self) -> None:
-        """Raises: RunError: an engine died, or one of its calls failed; names it."""
-        asked = [actor.failure.remote() for actor in self.actors]
-        done, _ = ray.wait(asked, num_returns=len(asked), timeout=_CHECK_S)
-        for i, ref in enumerate(asked):
-            if ref in done and (failure := runtime.get(ref, self._crew.names[i])):
-                raise RunError(f"{self._crew.names[i]}: {failure}")
+    def tick(self) -> None:
+        """Look after the engines; for who waits for something else."""
+        self._keeper.tick()
+
+    def check(self, engines: Collection[int]) -> None:
+        """For who waits for these engines to do something together.
+
+        Raises:
+            EngineLostError: one is gone. RunError: one of its calls failed. Both name it.
+        """
+        self._keeper.tick()
+        for i in engines:
+            if self._keeper.fleet.state(i) not in UP:
+                raise EngineLostError(f"{self._crew.names[i]}: {self._keeper.fleet.reason(i)}")
+        asked = {self.actors[i].failure.remote(): i for i in engines}
+        done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_CHECK_S)
+        for ref in done:
+            if failure := runtime.get(ref, self._crew.names[asked[ref]], EngineLostError):
+                raise RunError(f"{self._crew.names[asked[ref]]}: {failure}")
+
+    def awaiting_weights(self) -> list[int]:
+        """Engines that a push goes to; waits until there is one.
+
+        Raises:
+            EngineLostError: fewer engines than the run wants are left.
+        """
+        while True:
+            self._keeper.tick()
+            self._keeper.require()
+            if found := self._keeper.fleet.those(State.HEALTHY, State.STALE):
+                return found
+            time.sleep(_GLANCE_S)
+
+    def pushed(self, engines: Sequence[int], version: int) -> None:
+        """These, and nobody else, got the weights of `version`."""
+        self._keeper.pushed(engines, version)
+
+    def any_lost(self, engines: Collection[int]) -> bool:
+        """Whether one of these is gone: after something that they did together has failed. Waits for the answer of
+        each."""
+        self._keeper.ask_anew(sorted(engines))
+        while True:
+            waited = [i for i in engines if self._keeper.fleet.state(i) in UP and not self._keeper.has_answered(i)]
+            if not waited:
+                return any(self._keeper.fleet.state(i) not in UP for i in engines)
+            time.sleep(_GLANCE_S)
+            self._keeper.tick()
 
     def submit(self, requests: Iterable[GroupRequest]) -> None:
-        """Sample these too, after those that wait already. Any thread may ask for it while another takes results."""
-        with self._lock:
-            self._waiting.extend(requests)
-            self._send()
+        """Sample these too, after those that wait already."""
+        self._dispatch.submit(requests)
 
     def results(self) -> Iterator[tuple[GroupRequest, ray.ObjectRef, GroupSummary]]:
-        """Every submitted request in the order of completion, also what is submitted meanwhile."""
-        while flying := {ref: engine for ref, (_, _, engine) in self._flying.copy().items()}:
-            done = self._crew.first(flying, "sample", self._given_up)
-            with self._lock:
-                request, group, engine = self._flying.pop(done)
-                self._load[engine] -= request.group_size
-                self._send()
-            yield request, group, runtime.get(done, self._crew.names[engine])
+        """Every submitted request in the order of completion, also what is submitted meanwhile.
+
+        Raises:
+            EngineLostError: fewer engines than the run wants are left.
+        """
+        return self._dispatch.results(self.renew, self.beside)
 
     def give_up(self) -> None:
-        """End `results` within a second, with a RunError; from another thread. Nothing can be sampled after it."""
-        self._given_up.set()
+        """End `results` within a second, with a RunError; from another thread."""
+        self._dispatch.give_up()
 
-    def _send(self) -> None:
-        """Requests go out as far as there is room."""
-        load = self._load
-        while self._waiting and (not min(load) or min(load) + self._waiting[0].group_size <= self._in_flight):
-            engine = load.index(min(load))
-            request = self._waiting.popleft()
-            group, summary = self.actors[engine].run_group.remote(request)
-            self._flying[summary] = (request, group, engine)
-            load[engine] += request.group_size
-
-    def logprobs(self, token_ids: npt.NDArray[np.int32]) -> list[npt.NDArray[np.float32]]:
+    def logprobs(self, token_ids: npt.NDArray[np.int32]) -> dict[int, npt.NDArray[np.float32]]:
         """Each engine's log-probs of a probe prompt."""
-        return self._all("logprobs", token_ids.tolist())
+        return self._each("logprobs", token_ids.tolist())
 
-    def cache_gaps(self, token_ids: npt.NDArray[np.int32]) -> list[float]:
+    def cache_gaps(self, token_ids: npt.NDArray[np.int32]) -> dict[int, float]:
         """Each engine's, see `Engine.cache_gap`."""
-        return self._all("cache_gap", token_ids.tolist())
+        return self._each("cache_gap", token_ids.tolist())
 
-    def checksums(self, names: Collection[str] = ()) -> list[dict[str, str]]:
+    def checksums(self, names: Collection[str] = ()) -> dict[int, dict[str, str]]:
         """Each engine's, of the parameters of these names or of all."""
-        return self._all("checksums", list(names))
+        return self._each("checksums", list(names))
 
     def reset_prefix_cache(self) -> None:
         """Empty every engine's prefix cache."""
-        self._all("reset_prefix_cache")
+        self._each("reset_prefix_cache")
 
     def sleep(self, timeout: float = 0.0) -> None:
         """Raises: RunError: an engine failed, or did not answer within `timeout` seconds (0: no limit)."""
-        self._all("sleep", timeout=timeout)
+        if self._shares_gpus:
+            self._keeper.may_start = False
+            while self._keeper.fleet.those(State.RESTARTING):  # it takes memory until it can sleep
+                time.sleep(_GLANCE_S)
+                self._keeper.tick()
+        self.asleep = True
+        self._each("sleep", timeout=timeout, of=UP)
 
     def wake(self, part: Literal["weights", "kv_cache"]) -> None:
-        self._all("wake", part)
+        self._each("wake", part, of=UP)
+        if part == "kv_cache":
+            self.asleep, self._keeper.may_start = False, True
 
-    def report(self) -> list[EngineReport]:
+    def settle(self) -> None:
+        """Ranks were lost: give up what is being sampled, and engines that do not come back from what they did with
+        them."""
+        self._dispatch.forget()
+        began = time.monotonic()
+        for i in self._keeper.fleet.those(*UP):
+            actor, calls = self.actors[i], 1
+            while calls and self.actors[i] is actor and self._keeper.fleet.state(i) in UP:
+                self._keeper.tick()
+                ref = actor.calls.remote()
+                if ray.wait([ref], timeout=_CHECK_S)[0]:
+                    with contextlib.suppress(EngineLostError):
+                        calls = runtime.get(ref, self._crew.names[i], EngineLostError)
+                if calls and time.monotonic() - began > _SETTLE_S:
+                    why = EngineLostError("it does not come back from a push that the trainer's ranks have left")
+                    self._keeper.lost(i, actor, why)
+
+    def report(self) -> dict[int, EngineReport]:
         """What each engine did since it was last asked, and what that took."""
-        return self._crew.wait([actor.report.remote() for actor in self.actors], "report")
+        refs = {self.actors[i].report.remote(): i for i in self._keeper.fleet.those(*UP)}
+        return self._gather(refs, "report", 0.0)
+
+    def measured(self) -> tuple[Measured, ...]:
+        """How the engines fared since this was last asked."""
+        restarts, self._keeper.restarts = self._keeper.restarts, 0
+        return (
+            Measured("fleet/healthy", len(self._keeper.fleet.those(State.HEALTHY))),
+            Measured("fleet/restarts", restarts),
+            Measured("fleet/groups_again", self._dispatch.take_again()),
+        )
 
     def close(self) -> None:
         """Stop every engine; one that does not answer within 20 s is killed."""
-        refs = [actor.close.remote() for actor in self.actors]
-        ray.wait(refs, num_returns=len(refs), timeout=20.0)
-        for actor in self.actors:
-            ray.kill(actor)
+        self._keeper.close()
 
-    def _all(self, method: str, *args: Any, timeout: float = 0.0) -> list[Any]:
-        refs = [actor.call.remote(method, *args) for actor in self.actors]
-        return self._crew.wait(refs, method, timeout)
+    def _each(
+        self, method: str, *args: Any, timeout: float = 0.0, of: Collection[State] = (State.HEALTHY,)
+    ) -> dict[int, Any]:
+        """What the engines in some states return, by their numbers; one that is lost meanwhile is left out."""
+        refs = {self.actors[i].call.remote(method, *args): i for i in self._keeper.fleet.those(*of)}
+        return self._gather(refs, method, timeout)
+
+    def _gather(self, refs: Mapping[ray.ObjectRef, int], what: str, timeout: float) -> dict[int, Any]:
+        actors, found = list(self.actors), {}
+        for ref, name in self._crew.each(refs, what, timeout, self.tick):
+            try:
+                found[refs[ref]] = runtime.get(ref, name, EngineLostError)
+            except EngineLostError as e:
+                self._keeper.lost(refs[ref], actors[refs[ref]], e)
+        return dict(sorted(found.items()))
 
 
 # More than an engine's scheduler runs at once (on CPUs vLLM's max_num_seqs is 256 where nobody sets it), so that it
 # never starves, and few enough that a late engine can still be given less.
 _SEQUENCES_IN_FLIGHT = 512
 _CHECK_S = 5.0
+_GLANCE_S = 1.0
+_SETTLE_S = 30.0  # for calls of engines to notice that the ranks are gone

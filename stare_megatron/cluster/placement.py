@@ -16,9 +16,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from stare_megatron.cluster.bundles import own_engines, reserved, sandbox
 from stare_megatron.cluster.nodes import nodes
 from stare_megatron.config import Config
-from stare_megatron.errors import UserError
+from stare_megatron.errors import RanksLostError, UserError
 from stare_megatron.host import device
 
+_ROOM_S = 60
 _FREE_S = 10.0  # what an ended run leaves is free within seconds
 
 
@@ -43,6 +44,20 @@ class Placement:
 
     def release(self) -> None:
         remove_placement_group(self.group)
+
+    def require(self) -> None:
+        """Before something is started again in a slot: a node that is lost takes its slots along, until Ray finds
+        others for them.
+
+        Raises:
+            RanksLostError: it does not within a minute.
+        """
+        if not self.group.wait(_ROOM_S):
+            free = "; ".join(f"{n.name}: {n.free_gpus or n.free_cpus:g} free" for n in nodes())
+            raise RanksLostError(
+                f"a node is lost, and the cluster has no room for what the run had there ({free}); start the run again "
+                "when there is"
+            )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import signal
 import socket
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,10 +24,11 @@ import ray.exceptions
 from ray._private import worker as ray_worker
 from ray._private.services import find_bootstrap_address
 
+from stare_megatron.cluster.families import Family, family
 from stare_megatron.cluster.silence import NO_WATCH, Watch
 from stare_megatron.config import ClusterConfig
 from stare_megatron.data.tokenizer import first_line
-from stare_megatron.errors import RunError, UserError
+from stare_megatron.errors import LostError, RunError, UserError
 from stare_megatron.host import packages, stacks
 from stare_megatron.host.ports import connect_error, host_port, interface_of
 
@@ -36,8 +36,8 @@ Ref = ray.ObjectRef
 _ENDS = (signal.SIGTERM, signal.SIGHUP)
 
 _POLL_S = 5.0
+_TICK_S = 1.0
 _SAY_S = 60.0
-_GIVE_UP_S = 1.0
 _ERROR_LINE = re.compile(r"\s*[A-Za-z_][\w.]*(Error|Exception|Interrupt): ")
 
 
@@ -54,6 +54,7 @@ def cluster(config: ClusterConfig, actors: int) -> Iterator[None]:
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     # Workers of no environment, one a CPU, that actors with one of their own do not use.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of calls to who is lost, which nobody waits for
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if config.address == "auto":
         _check_named_address()
@@ -148,17 +149,32 @@ def _refusal(error: BaseException, said: str) -> str:
 
 
 class Crew:
-    """Actors of one kind as the user knows them: their names, and who is told what is waited for. `lookout`: is told
-    for how long. `stations`: None of those that are not met yet."""
+    """Actors of one kind as the user knows them: their names and nodes, and who is told what is waited for. `lost`:
+    what is raised when one is gone. `watch`: called every few seconds while one is waited for; `lookout`: is told for
+    how long. `stations`: None of those that are not met yet."""
 
     def __init__(
-        self, names: Sequence[str], say: Callable[[str], None], *, named_hosts: bool, lookout: Watch = NO_WATCH
+        self,
+        names: Sequence[str],
+        say: Callable[[str], None],
+        *,
+        named_hosts: bool,
+        lost: type[LostError] = LostError,
+        lookout: Watch = NO_WATCH,
     ) -> None:
+        self._plain = tuple(names)
         self.names = list(names)
         self.stations: list[Station | None] = [None] * len(names)
+        self.lost = lost
+        self.watch: Callable[[], object] = lambda: None
         self._say = say
         self._named_hosts = named_hosts
         self._lookout = lookout
+
+    @property
+    def nodes(self) -> list[str]:
+        """Host and address of each, "" where it is not known."""
+        return [f"{there.host} ({there.address})" if there else "" for there in self.stations]
 
     def meet(self, hello: Sequence[ray.ObjectRef], timeout: float) -> None:
         """Take every actor's `Station`; on a cluster names are followed by hosts from then on.
@@ -168,19 +184,27 @@ class Crew:
         """
         mine = station()
         for i, there in enumerate(self.wait(hello, "start", timeout)):
-            self.stations[i] = there
-            if self._named_hosts:
-                self.names[i] += f" on {there.host} ({there.address})"
-            if other := packages.differences(there.versions, mine.versions, ranks=True):
-                raise UserError(
-                    f"{self.names[i]}: {'; '.join(other)}: every node must have the driver's packages; make the "
-                    "environments equal, and start Ray again from them"
-                )
-            if there.missing:
-                raise UserError(
-                    f"{self.names[i]}: no {there.missing[0]}, which the driver's machine has and vLLM is slow without; "
-                    "every node must have the environment and the system's libraries in the same place"
-                )
+            self.admit(i, there, mine)
+
+    def admit(self, index: int, there: Station, mine: Station) -> None:
+        """Take one actor's `Station`. `mine`: the driver's.
+
+        Raises:
+            UserError: as `meet`.
+        """
+        self.stations[index] = there
+        if self._named_hosts:
+            self.names[index] = f"{self._plain[index]} on {self.nodes[index]}"
+        if other := packages.differences(there.versions, mine.versions, ranks=True):
+            raise UserError(
+                f"{self.names[index]}: {'; '.join(other)}: every node must have the driver's packages; make the "
+                "environments equal, and start Ray again from them"
+            )
+        if there.missing:
+            raise UserError(
+                f"{self.names[index]}: no {there.missing[0]}, which the driver's machine has and vLLM is slow without; "
+                "every node must have the environment and the system's libraries in the same place"
+            )
 
     def wait(
         self,
@@ -201,45 +225,56 @@ class Crew:
             UserError, RunError: raised by the actor; passed on, with its name.
             RunError: the actor died, or did not answer in time; the message names it.
         """
-        name_of = dict(zip(refs, self.names, strict=True))
+        refs = list(refs)
+        numbers = {ref: i for i, ref in enumerate(refs)}
+        done = self.each(dict(zip(refs, range(len(self.names)), strict=True)), what, timeout, watch)
+        results = {numbers[ref]: get(ref, name, self.lost) for ref, name in done}
+        return [results[i] for i in range(len(refs))]
+
+    def each(
+        self,
+        refs: Mapping[ray.ObjectRef, int],
+        what: str,
+        timeout: float = 0.0,
+        watch: Callable[[], None] | None = None,
+    ) -> Iterator[tuple[ray.ObjectRef, str]]:
+        """References, each with the index of its actor, as they are done, with the actor's name. As `wait`."""
         pending = list(refs)
-        results: dict[ray.ObjectRef, Any] = {}
         began = told = time.monotonic()
         while pending:
             left = began + (timeout or math.inf) - time.monotonic()
             done, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, min(left, _POLL_S)))
             now = time.monotonic()
             if done:
-                results[done[0]] = get(done[0], name_of[done[0]])
+                yield done[0], self.names[refs[done[0]]]
                 self._lookout.answered(what, now - began)
-                began = told = now
+                began = told = time.monotonic()
                 continue
-            late = [name_of[r] for r in pending]
+            late = [self.names[refs[r]] for r in pending]
             if timeout and now - began >= timeout:
                 raise self._lookout.timed_out(late, what, timeout)
+            self.watch()
             if watch is not None:
                 watch()
             self._lookout.look(late, what, now - began)
             if now - told >= _SAY_S:
                 told = now
                 self._say(f"waiting {now - began:.0f} s for {', '.join(late)} ({what})")
-        return [results[r] for r in refs]
 
-    def first(self, flying: Mapping[ray.ObjectRef, int], what: str, given_up: threading.Event) -> ray.ObjectRef:
-        """The next finished one of references, each with the index of its actor. `what` as for `wait`.
-
-        Raises:
-            RunError: `given_up` was set meanwhile.
-        """
+    def first(
+        self, flying: Mapping[ray.ObjectRef, int], what: str, changed: Callable[[], bool] = lambda: False
+    ) -> ray.ObjectRef | None:
+        """The next finished one of references, each with the index of its actor; None when `changed`, asked every
+        second, says so. `what` as for `wait`."""
         began = told = time.monotonic()
         while True:
-            done, _ = ray.wait(list(flying), num_returns=1, timeout=_GIVE_UP_S)
+            done, _ = ray.wait(list(flying), num_returns=1, timeout=min(_TICK_S, _SAY_S))
             now = time.monotonic()
             if done:
                 self._lookout.answered(what, now - began)
                 return done[0]
-            if given_up.is_set():
-                raise RunError(f"given up ({what})")
+            if changed():
+                return None
             late = [self.names[i] for i in sorted(set(flying.values()))]
             self._lookout.look(late, what, now - began)
             if now - told >= _SAY_S:
@@ -264,6 +299,7 @@ class Station:
     process: int
     versions: dict[str, str]
     missing: tuple[str, ...]
+    family: Family
 
 
 def station() -> Station:
@@ -272,11 +308,11 @@ def station() -> Station:
     preloads = os.environ.get("LD_PRELOAD", "").split(":")
     missing = tuple(path for path in preloads if path.startswith("/") and not Path(path).exists())
     node = ray.get_runtime_context().get_node_id()
-    return Station(socket.gethostname(), node_address(), node, os.getpid(), versions, missing)
+    return Station(socket.gethostname(), node_address(), node, os.getpid(), versions, missing, family())
 
 
-def get(ref: ray.ObjectRef, name: str) -> Any:
-    """The value of one finished reference, with Ray's wrapping taken off errors."""
+def get(ref: ray.ObjectRef, name: str, lost: type[LostError] = LostError) -> Any:
+    """The value of one finished reference, with Ray's wrapping taken off errors. `lost`: raised when its actor is."""
     try:
         return ray.get(ref)
     except ray.exceptions.RayTaskError as e:
@@ -284,14 +320,14 @@ def get(ref: ray.ObjectRef, name: str) -> Any:
             raise type(e.cause)(f"{name}: {e.cause}") from e
         raise
     except ray.exceptions.ActorUnavailableError as e:
-        raise RunError(
+        raise lost(
             f"{name}: its node does not answer ({cause(e)}); the process may still run: see whether the network "
             "between the nodes failed"
         ) from e
     except ray.exceptions.RayActorError as e:
-        raise RunError(f"{name}: its process died: {cause(e)}") from e
+        raise lost(f"{name}: its process died: {cause(e)}") from e
     except ray.exceptions.OutOfMemoryError as e:
-        raise RunError(
+        raise lost(
             f"{name}: Ray ended its process: {first_line(e)}; run less beside it, or spread the run over more nodes"
         ) from e
 

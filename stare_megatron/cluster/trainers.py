@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import ray
+import ray.exceptions
 
 from stare_megatron.cluster import runtime
 from stare_megatron.cluster.activity import ActivityLog
@@ -16,10 +18,12 @@ from stare_megatron.cluster.doing import Answers, ray_actor
 from stare_megatron.cluster.lookout import RANKS, Lookout
 from stare_megatron.cluster.placement import Slot
 from stare_megatron.cluster.rank_costs import RankCosts
+from stare_megatron.cluster.roll_call import RollCall
+from stare_megatron.cluster.update_batch import UpdateBatch, with_groups
 from stare_megatron.cluster.weights import Address, ShardedRank, ray_fan_out
 from stare_megatron.config import Config
 from stare_megatron.data.packing import plan_updates
-from stare_megatron.errors import RunError
+from stare_megatron.errors import RanksLostError, RunError
 from stare_megatron.host.manifest import FileEntry
 from stare_megatron.host.ports import free_port
 from stare_megatron.sync.check import added
@@ -27,7 +31,6 @@ from stare_megatron.types import (
     Control,
     EntropyReading,
     Group,
-    GroupSummary,
     Measured,
     SequenceCost,
     StepStats,
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
 
 Sums = Literal["none", "share", "all"]
 _ANSWER_SECONDS = 60.0  # a rank that others have left alone in a collective answers much later, or never
+_RETURN_SECONDS = 60.0  # for all ranks to end what an engine's failure has ended
 
 
 @ray_actor
@@ -159,13 +163,6 @@ class TrainerActor(Answers):
         return RankReport(self._activity.take(), self._costs.peak(), self._costs.take())
 
 
-class UpdateBatch(Protocol):
-    """The groups to train on: references, and what the driver knows of each."""
-
-    @property
-    def groups(self) -> Sequence[tuple[Any, GroupSummary]]: ...
-
-
 class TrainerGroup:
     """All trainer ranks. Every method runs on all of them and returns what rank 0 says."""
 
@@ -173,7 +170,7 @@ class TrainerGroup:
         self._config, self._cost = config, cost
         names = [f"trainer rank {rank}" for rank in range(len(slots))]
         cluster = config.cluster.address != "local"
-        self._crew = runtime.Crew(names, lookout.say, named_hosts=cluster, lookout=lookout)
+        self._crew = runtime.Crew(names, lookout.say, named_hosts=cluster, lost=RanksLostError, lookout=lookout)
         self._actors: list[Any] = [
             TrainerActor.options(**slot.options, runtime_env={"env_vars": slot.environment}).remote(
                 config, rank, slot.local_rank, logs
@@ -183,17 +180,22 @@ class TrainerGroup:
         lookout.add(RANKS, self._crew, self._actors)
         self._timeout = config.cluster.start_timeout
         self._hello = [actor.hello.remote() for actor in self._actors]
+        self._roll = RollCall(self._actors, self._crew, config.inference.answer_timeout)
+        self._turn = threading.RLock()
+        self._moved_on = True
         address, port = runtime.wait([self._actors[0].endpoint.remote()], names[:1], self._timeout)[0]
         self._starting = [actor.start.remote(address, port) for actor in self._actors]
 
     def ready(self) -> None:
         """Wait until every rank holds its part of the model."""
         self._crew.meet(self._hello, self._timeout)
-        self._positions: list[Position] = self._crew.wait(self._starting, "start", self._timeout)
+        self._positions: list[Position] = self._wait(self._starting, "start", self._timeout)
 
     def connect(self, engines: EngineGroup, transport: str) -> list[str]:
         """Join ranks and engines for pushes. Returns lines to tell of it."""
         self._engines, self._transport = engines, transport
+        self._crew.watch = engines.tick
+        self._joined: dict[int, Any] = {}
         self._address: Address = "", 0
         if transport == "sharded":
             opening = [self._actors[0].open_weights.remote()]
@@ -201,16 +203,34 @@ class TrainerGroup:
         return self.join(range(len(engines.actors)))
 
     def join(self, engines: Sequence[int]) -> list[str]:
-        """Let engines join: all of them or, where pushes are sharded, one that comes late, or again.
+        """Let engines join: where pushes are sharded those that have not yet; else these and nobody else form a group
+        with the ranks, unless it is the one that there is. An engine that was started again has not joined.
 
         Raises:
-            RunError: one did not join, or cannot.
+            RunError: one did not join; names it.
         """
-        if self._transport != "sharded" and len(engines) < len(self._engines.actors):
-            raise RunError(f"engine {engines[0]} cannot join alone where whole tensors are sent (sync.method)")
-        chosen = {f"engine {i}": self._engines.actors[i] for i in engines}
-        refs = [actor.connect.remote(chosen, self._transport, self._address) for actor in self._actors]
-        return self._crew.wait(refs, "connect", self._timeout, self._engines.check)[0]
+        actors = {i: self._engines.actors[i] for i in engines}
+        chosen = {i: actor for i, actor in actors.items() if self._joined.get(i) is not actor}
+        if self._transport != "sharded" and (chosen or self._joined.keys() != actors.keys()):
+            chosen, self._joined = actors, {}
+        if not chosen:
+            return []
+        named = {f"engine {i}": actor for i, actor in chosen.items()}
+        refs = [actor.connect.remote(named, self._transport, self._address) for actor in self._actors]
+        said = self._together(refs, "connect", self._timeout, engines)
+        self._joined |= chosen
+        return said[0]
+
+    @contextlib.contextmanager
+    def free(self) -> Iterator[bool]:
+        """Whether the ranks have nothing to do, and still the weights that were pushed last; they are the caller's
+        within. Another thread than the one that trains may ask."""
+        mine = self._turn.acquire(blocking=False)
+        try:
+            yield mine and not self._moved_on
+        finally:
+            if mine:
+                self._turn.release()
 
     def load(self, batch: UpdateBatch) -> None:
         """Give each rank its share of the update batch; tokens travel from the engines' nodes, not through here."""
@@ -223,17 +243,18 @@ class TrainerGroup:
             for assignment in share.assignments
             for sample, first in zip(assignment.samples, assignment.first_token, strict=True)
         }
-        refs = []
-        for actor, position in zip(self._actors, self._positions, strict=True):
-            shares = [_with_groups(groups, plan[position.data_parallel_rank]) for plan in plans]
-            refs.append(actor.load.remote(shares))
-        self._crew.wait(refs, "load")
+        shares = [
+            [with_groups(groups, plan[position.data_parallel_rank]) for plan in plans] for position in self._positions
+        ]
+        with self._turn:
+            self._wait([a.load.remote(mine) for a, mine in zip(self._actors, shares, strict=True)], "load")
 
     def score(self) -> EntropyReading:
         return self._rank("score")[0]
 
     def update(self, control: Control, *, keep_tokens: bool) -> StepStats:
         """`keep_tokens`: `token_records` will be asked for."""
+        self._moved_on = True
         return self._rank("update", control, keep_tokens=keep_tokens)[0]
 
     def token_records(self, wanted: Collection[tuple[int, int]]) -> dict[tuple[int, int], TokenRecord]:
@@ -243,18 +264,70 @@ class TrainerGroup:
         by_rank = self._rank("token_records", frozenset(first.values()))
         return {key: join([found[token] for found in by_rank if token in found]) for key, token in first.items()}
 
-    def push(self, version: int, sums: Sums = "none", engines: Collection[int] | None = None) -> dict[str, str]:
-        """Send the weights to the engines that have joined, or, where pushes are sharded, to some of them. Returns
-        checksums of `sums` of the parameters, by Hugging Face name, or by its boxes: none, some (see
-        `sync.check.share`), all.
+    def push(self, version: int, engines: Sequence[int], sums: Sums = "none") -> dict[str, str]:
+        """Send the weights to these engines; those that have to join before that do so. Returns checksums of `sums` of
+        the parameters, by Hugging Face name, or by its boxes: none, some (see `sync.check.share`), all.
+
+        After an error the ranks can push again, and all of these engines must join again, which they then do.
 
         Raises:
-            RunError: a rank or an engine failed, or an answer took longer than `sync.push_timeout`; names who.
+            RanksLostError: a rank is gone, or did not come back when an engine failed. RunError: an engine failed, or
+                an answer took longer than `sync.push_timeout`. All name who.
         """
-        chosen = None if engines is None else [f"engine {i}" for i in engines]
-        refs = [actor.push.remote(version, sums, chosen) for actor in self._actors]
+        with self._turn:
+            sent = self._push(version, engines, sums)
+            self._moved_on = False
+            return sent
+
+    def _push(self, version: int, engines: Sequence[int], sums: Sums) -> dict[str, str]:
+        self.join(engines)
+        joined, self._joined = self._joined, {i: a for i, a in self._joined.items() if i not in engines}
+        names = [f"engine {i}" for i in engines]
+        refs = [actor.push.remote(version, sums, names) for actor in self._actors]
+        sent = self._together(refs, "push", self._config.sync.push_timeout, engines)
+        self._joined = joined
+        return added(sent)
+
+    def _together(
+        self, refs: Sequence[ray.ObjectRef], what: str, timeout: float, engines: Collection[int]
+    ) -> list[Any]:
+        """What the ranks answer to something they do together with engines; as `push`."""
         # An engine's error reaches rank 0, which NCCL may keep blocked in a broadcast that nobody receives.
-        return added(self._crew.wait(refs, "push", self._config.sync.push_timeout, self._engines.check))
+        try:
+            return self._wait(refs, what, timeout, lambda: self._engines.check(engines))
+        except RanksLostError:
+            raise
+        except (RunError, ray.exceptions.RayTaskError) as e:
+            late = ray.wait(list(refs), num_returns=len(refs), timeout=_RETURN_SECONDS)[1]
+            if late:
+                names = ", ".join(self._crew.names[refs.index(ref)] for ref in late)
+                raise RanksLostError(f"{names}: no return from a {what} within {_RETURN_SECONDS:.0f} s of {e}") from e
+            raise
+
+    def check(self) -> None:
+        """For who waits while the ranks have nothing to do. Raises: RanksLostError: one is gone, or silent too long."""
+        self._roll.check()
+
+    def _wait(
+        self,
+        refs: Sequence[ray.ObjectRef],
+        what: str,
+        timeout: float = 0.0,
+        watch: Callable[[], None] | None = None,
+    ) -> list[Any]:
+        """As `Crew.wait`. When a rank is gone it is named, and not one that suffers from it."""
+
+        def look() -> None:
+            self._roll.look()
+            if watch is not None:
+                watch()
+
+        with self._roll.suspended():
+            try:
+                return self._crew.wait(refs, what, timeout, look)
+            except ray.exceptions.RayTaskError:
+                self._roll.name_the_dead()
+                raise
 
     def score_tokens(self, token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         return self._rank("score_tokens", token_ids)[0]
@@ -268,8 +341,9 @@ class TrainerGroup:
         Raises:
             RunError: a rank is gone, or does not answer within a minute.
         """
-        refs = [actor.call.remote("held_step") for actor in self._actors]
-        held = set(self._crew.wait(refs, "held_step", _ANSWER_SECONDS))
+        with self._turn:
+            refs = [actor.call.remote("held_step") for actor in self._actors]
+            held = set(self._wait(refs, "held_step", _ANSWER_SECONDS))
         return held.pop() if len(held) == 1 else None
 
     def begin_save(self, folder: Path, step: int) -> None:
@@ -315,19 +389,10 @@ class TrainerGroup:
 
     def _all(self, method: str, *args: Any, **named: Any) -> list[Any]:
         """What every actor's own `method` returns."""
-        refs = [getattr(actor, method).remote(*args, **named) for actor in self._actors]
-        return self._crew.wait(refs, args[0] if method == "call" else method)
+        with self._turn:
+            refs = [getattr(actor, method).remote(*args, **named) for actor in self._actors]
+            return self._wait(refs, args[0] if method == "call" else method)
 
     def _rank(self, method: str, *args: Any, **named: Any) -> list[Any]:
         """What every `TrainerRank`'s `method` returns."""
         return self._all("call", method, *args, **named)
-
-
-def _with_groups(
-    groups: Sequence[tuple[ray.ObjectRef, GroupSummary]], share: UpdateShare
-) -> tuple[list[ray.ObjectRef], UpdateShare]:
-    """References of the groups a share names, and the share renumbered to that list."""
-    needed = sorted({a.group for a in share.assignments})
-    index = {group: i for i, group in enumerate(needed)}
-    renumbered = tuple(dataclasses.replace(a, group=index[a.group]) for a in share.assignments)
-    return [groups[g][0] for g in needed], dataclasses.replace(share, assignments=renumbered)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stare_megatron.cluster import runtime
-from stare_megatron.errors import RunError
+from stare_megatron.errors import EngineLostError, RunError
 from stare_megatron.sync.fanout import EngineFanOut
 
 if TYPE_CHECKING:
@@ -24,9 +24,11 @@ def ray_fan_out(engines: Mapping[str, Any], workers: int) -> EngineFanOut:
         workers: vLLM workers of each engine.
     """
 
+    crew = runtime.Crew(list(engines), lambda _: None, named_hosts=False, lost=EngineLostError)
+
     def call(method: str, arguments: Sequence[tuple[Any, ...]]) -> None:
         refs = [engine.call.remote(method, *args) for engine, args in zip(engines.values(), arguments, strict=True)]
-        runtime.wait(refs, list(engines))
+        crew.wait(refs, method)
 
     return EngineFanOut([workers] * len(engines), call)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stare_megatron.config.base import PassThrough, Section
 
@@ -23,4 +23,37 @@ class InferenceConfig(Section):
         description="Mixtures of experts: engines return the experts of every token, and scoring and update route by "
         "them; see docs/routing_replay.md.",
     )
+    restarts: int = Field(
+        default=3,
+        ge=0,
+        description="Times that an engine which is lost is started again, without an hour of health between; 0: never.",
+    )
+    restart_backoff: float = Field(
+        default=5.0,
+        ge=0,
+        description="Seconds before the second restart, twice as long before each later one; the first comes at once.",
+    )
+    min_engines: int = Field(
+        default=0,
+        ge=0,
+        description="Engines, those that are being started again included, below which the run ends, saved; 0: half of "
+        "them, rounded up.",
+    )
+    answer_timeout: float = Field(
+        default=60.0,
+        gt=0,
+        description="Seconds of silence after which an engine, or an idle trainer rank, counts as lost; after a sixth "
+        "of it an engine gets no new groups.",
+    )
     vllm: PassThrough = Field(default_factory=dict, description="Further vLLM EngineArgs, by their upstream names.")
+
+    @model_validator(mode="after")
+    def _has_as_many(self) -> InferenceConfig:
+        if self.min_engines > self.engines:
+            raise ValueError(f"min_engines = {self.min_engines} of engines = {self.engines}; lower it")
+        return self
+
+    @property
+    def fewest_engines(self) -> int:
+        """`min_engines`, settled."""
+        return self.min_engines or (self.engines + 1) // 2

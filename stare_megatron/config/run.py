@@ -22,6 +22,12 @@ class RunConfig(Section):
     dir: Free[Path] = Field(default=Path("runs"), validate_default=True, description="Folder that holds run folders.")
     steps: Free[int] = Field(ge=1, description="Optimizer steps to train for.")
     seed: int = Field(default=0, ge=0, lt=2**31, description="Seed of everything random in the run.")
+    restarts: Free[int] = Field(
+        default=2,
+        ge=0,
+        description="Times that the trainer's ranks are started again from the last checkpoint, without ending the "
+        "run, when one of them is lost; 0: never.",
+    )
     min_free_mb: Free[int] = Field(
         default=0,
         ge=0,

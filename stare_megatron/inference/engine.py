@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from stare_megatron.config import InferenceConfig
 from stare_megatron.config.upstream import check_engine_args
-from stare_megatron.errors import RunError
+from stare_megatron.errors import EngineLostError, RunError
 from stare_megatron.host import device
 from stare_megatron.inference.load import LoadMeter
 from stare_megatron.inference.processes import ChildProcesses
@@ -111,7 +111,7 @@ class Engine:
 
         Raises:
             ValueError: the prompt fills the window.
-            RunError: the engine died.
+            EngineLostError: the engine died.
         """
         from vllm.logprobs import FlatLogprobs
         from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -183,9 +183,11 @@ class Engine:
         return abs(drawn[last].logprob - float((await self.logprobs(token_ids))[-1]))
 
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Join the trainer; returns when the transport's rendezvous is complete."""
+        """Join the trainer, maybe again; returns when the transport's rendezvous is complete. An update that was begun
+        and not finished is given up."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
+        await self._call(self._running().collective_rpc("stare_give_up_update"))
         await self._call(self._running().init_weight_transfer_engine(WeightTransferInitRequest(init_info)))
 
     async def start_weight_update(self) -> None:
@@ -199,6 +201,10 @@ class Engine:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         await self._call(self._running().update_weights(WeightTransferUpdateRequest(update_info)))
+
+    async def give_up_weight_update(self) -> None:
+        """An update that was begun will not go on: leave the trainer, so that it does not wait."""
+        await self._call(self._running().collective_rpc("stare_give_up_update", args=(True,)))
 
     async def finish_weight_update(self, version: int) -> None:
         """Put the weights to use as `version` and drop what older ones computed.
@@ -238,11 +244,23 @@ class Engine:
     async def wake(self, part: Literal["weights", "kv_cache"]) -> None:
         """Take memory back for one part; with the KV cache sampling goes on."""
         llm = self._running()
-        if device.engine_sleeps():
+        if device.engine_sleeps() and self._asleep:
             await self._call(llm.wake_up(tags=[part]))
         elif part == "kv_cache":
             await self._call(llm.resume_generation())
         self._asleep = self._asleep and part != "kv_cache"
+
+    async def answer(self) -> None:
+        """Returns when vLLM's core has answered, which it does between two iterations of its scheduler.
+
+        Raises:
+            EngineLostError: the engine died.
+        """
+        await self._call(self._running().answer())
+
+    def stopped(self) -> str:
+        """Names a process of the engine that is stopped (SIGSTOP); "" if none is."""
+        return self._children.stopped()
 
     def load(self) -> EngineLoad:
         """How full it was since this was last asked."""
@@ -281,11 +299,16 @@ class Engine:
         return await self._call(last())
 
     async def _call(self, call: Coroutine[Any, Any, T]) -> T:
-        """Await a call to vLLM; the engine's death becomes a RunError that names it."""
+        """Await a call to vLLM.
+
+        Raises:
+            EngineLostError: the engine died.
+        """
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
             return await call
         except EngineDeadError as e:
-            why = "it was closed" if self._llm is None else "its vLLM process died; the cause is in its output above"
-            raise RunError(f"{self.name}: {why}") from e
+            if self._llm is None:
+                raise RunError(f"{self.name}: it was closed") from e
+            raise EngineLostError(f"{self.name}: its vLLM process died; the cause is in its output above") from e

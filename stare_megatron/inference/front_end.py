@@ -155,6 +155,10 @@ class FrontEnd:
     async def update_weight_version(self, new_version: str) -> None:
         await self._call(lambda: self._core.set_weight_version(new_version))
 
+    async def answer(self) -> None:
+        """Returns when the core answers, between two steps."""
+        await self._call(lambda: self._utility("is_sleeping"))
+
     def shutdown(self) -> None:
         """End the core. A step or a call that goes on gets a few seconds to end. Harmless when repeated."""
         if self._closed:

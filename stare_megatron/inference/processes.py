@@ -26,6 +26,16 @@ class ChildProcesses:
         started = [p for p in _descendants() if p not in (self._before or set())]
         return sum(status_bytes(p.pid, "VmHWM")[0] for p in [psutil.Process(), *started])
 
+    def stopped(self) -> str:
+        """Names one of them that a signal or a debugger has stopped; "" if none is."""
+        for process in _descendants():
+            try:
+                if process.status() == psutil.STATUS_STOPPED and process not in (self._before or set()):
+                    return f"its process {process.pid} is stopped"
+            except psutil.NoSuchProcess:
+                continue
+        return ""
+
     def end(self) -> None:
         """Terminate what is still there, kill what does not listen; returns when all are gone. Who is deaf to SIGTERM
         (`cluster.runtime`) has children that are."""

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from stare_megatron.errors import UserError
 from stare_megatron.launch.job import Job, Nodes, folders
+from stare_megatron.run.folder import CHECKPOINTS
 
 SCRIPT = "job.sbatch"
 IMAGE_PYTHON = "/opt/venv/bin/python"  # of tools/docker
@@ -24,6 +25,8 @@ _BEGIN = """set -euo pipefail
 folder={folder}
 state=$folder/logs/$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}   # of this start: a log a node, Ray's own logs
 mkdir -p "$state"
+saved() {{ cat {checkpoints}/latest 2>/dev/null || true; }}
+before=$(saved)
 mapfile -t hosts < <(scontrol show hostnames "${{SLURM_JOB_NODELIST_HET_GROUP_0:-$SLURM_JOB_NODELIST}}")
 # Ray takes no one in who does not know it.
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
@@ -37,8 +40,9 @@ done
 
 code=1
 if [[ -f $state/code ]]; then code=$(<"$state/code"); fi
-# 130: it was told to stop, and has saved.
-if [[ $code == 130 && $(scontrol show job "$SLURM_JOB_ID") == *JobState=RUNNING* ]]; then
+# 130: it was told to stop, and has saved. 75: it has lost a process; worth another start if this one came further.
+if [[ $code == 130 || ($code == 75 && $(saved) != "$before") ]]; then again=yes; fi
+if [[ -n ${again:-} && $(scontrol show job "$SLURM_JOB_ID") == *JobState=RUNNING* ]]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"
@@ -74,7 +78,7 @@ def render(job: Job, options: Options) -> str:
     for number, nodes in enumerate(job.groups):
         lines += ["#SBATCH hetjob"] if number else []
         lines += [f"#SBATCH {option}" for option in _options(job, nodes, options, first=not number)]
-    lines += [_BEGIN.format(folder=_plain(job.folder))]
+    lines += [_BEGIN.format(folder=_plain(job.folder), checkpoints=_plain(job.config.folder / CHECKPOINTS))]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in job.environment.items()]
     lines += ["steps=()"]
     for number, nodes in enumerate(job.groups):

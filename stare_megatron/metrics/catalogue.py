@@ -189,9 +189,7 @@ _ENTRIES = (
         R.MEAN,
         "`throughput/saved` of all ranks, by the seconds from a save's begin to its last file; NaN without one.",
     ),
-    Entry(
-        "idle/engines", "fraction", R.FRACTION, "Of an engine's time in the step, evaluation included: it did nothing."
-    ),
+    Entry("idle/engines", "fraction", R.FRACTION, "Of an engine's time in the step, evaluations too: it did nothing."),
     Entry("idle/trainers", "fraction", R.FRACTION, "The same of a trainer rank."),
     Entry(
         "engine/sampling_seconds",
@@ -203,6 +201,9 @@ _ENTRIES = (
     Entry("engine/kv_use", "fraction", R.MEAN, "KV cache in use in an engine, over its iterations."),
     Entry("engine/kv_use_max", "fraction", R.MAX, "The most, of any engine."),
     Entry("engine/preemptions", "requests", R.SUM, "Put back for want of KV cache, to be computed again."),
+    Entry("fleet/healthy", "engines", R.ONE, "That could sample when the step was recorded."),
+    Entry("fleet/restarts", "count", R.ONE, "Engines started again since the step before."),
+    Entry("fleet/groups_again", "groups", R.ONE, "Sampled again, since the engine that had them was lost."),
     Entry(
         "time/offload",
         "s",
@@ -246,7 +247,7 @@ _ENTRIES = (
 
 
 # What a step took, and not what it found: equal runs differ in these alone.
-COSTS = ("time/", "memory/", "throughput/", "idle/", "engine/", "rates/")
+COSTS = ("time/", "memory/", "throughput/", "idle/", "engine/", "fleet/", "rates/")
 
 CATALOGUE: Mapping[str, Entry] = {entry.name: entry for entry in _ENTRIES}
 FAMILIES: Mapping[str, Entry] = {entry.name: entry for entry in FAMILY_ENTRIES}

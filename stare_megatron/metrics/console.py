@@ -96,6 +96,10 @@ class ConsoleSink:
         """Replace values of the newest step."""
         self._rows[-1] |= by_name(metrics)
 
+    def rewind(self, step: int) -> None:
+        """Forget what was logged after `step`."""
+        self._rows, self._step = self._rows[:step], step
+
     def evaluated(self, step: int, lines: Sequence[str]) -> None:
         """Show an evaluation of the policy of `step`; a live display keeps the newest."""
         self._evaluation = [f"step {step}: {line}" for line in lines]

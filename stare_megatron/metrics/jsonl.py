@@ -28,6 +28,7 @@ class JsonlSink:
     """
 
     def __init__(self, path: Path, restored_step: int) -> None:
+        self._path = path
         if path.exists():
             cut(path, restored_step)
         # The buffer holds a whole line, which is then written at once.
@@ -51,6 +52,13 @@ class JsonlSink:
         self._file.seek(self._newest)
         self._file.write(f"{text:<{max(pad - 1, 0)}}\n".encode())
         self._file.flush()  # a full disk is an error here, and not a line cut off
+
+    def rewind(self, step: int) -> None:
+        """Forget what was logged after `step`: those steps come again."""
+        self._file.close()
+        cut(self._path, step)
+        self._file = self._path.open("r+b", buffering=1 << 20)
+        self._newest = self._file.seek(0, os.SEEK_END)
 
     def close(self) -> None:
         self._file.close()

@@ -25,6 +25,10 @@ class Sink(Protocol):
         """
         ...
 
+    def rewind(self, step: int) -> None:
+        """The steps after `step` are done again, and logged again."""
+        ...
+
     def close(self) -> None:
         """Flush and release. Called once."""
         ...
@@ -67,6 +71,13 @@ class Sinks:
         """An evaluation, on record elsewhere: to the plotting sinks, and `lines` to the display."""
         self._plot(step, metrics)
         self._console.evaluated(step, lines)
+
+    def rewind(self, step: int) -> None:
+        """The steps after `step` are done again: the record and the display forget them."""
+        self._record.rewind(step)
+        for sink in tuple(self._plotted):
+            self._without(sink, functools.partial(sink.rewind, step))
+        self._console.rewind(step)
 
     def close(self) -> None:
         with contextlib.ExitStack() as stack:

@@ -22,8 +22,11 @@ class TensorBoardSink:
     def __init__(self, folder: Path, restored_step: int) -> None:
         self._writer = EventFileWriter(str(folder))
         if restored_step:
-            start = SessionLog(status=SessionLog.START)
-            self._writer.add_event(Event(wall_time=time.time(), step=restored_step + 1, session_log=start))
+            self.rewind(restored_step)
+
+    def rewind(self, step: int) -> None:
+        start = SessionLog(status=SessionLog.START)
+        self._writer.add_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
 
     def log(self, step: int, metrics: Sequence[Metric]) -> None:
         values = [Summary.Value(tag=m.name, simple_value=m.value) for m in metrics]

@@ -64,6 +64,9 @@ class WandbSink:
         with _service():
             self._run.log({"step": step, **by_name(metrics)})
 
+    def rewind(self, step: int) -> None:
+        """Nothing to do: values are plotted over their step."""
+
     def close(self) -> None:
         with _service():
             self._run.finish()

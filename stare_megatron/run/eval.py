@@ -19,7 +19,7 @@ from stare_megatron.config import Config
 from stare_megatron.data.benchmarks import Benchmark, load_benchmarks
 from stare_megatron.data.tokenizer import decoder, load_tokenizer
 from stare_megatron.errors import RunError, UserError
-from stare_megatron.metrics import eval_records, eval_results
+from stare_megatron.metrics import eval_records, eval_results, events
 from stare_megatron.rollout.groups import check_env, check_prompts
 from stare_megatron.run import folder as run_folder
 from stare_megatron.run import preflight, sizing
@@ -27,6 +27,8 @@ from stare_megatron.run.evaluation import Evaluation, Evaluator, fingerprint
 from stare_megatron.run.residency import Residency
 from stare_megatron.run.session import open_session
 from stare_megatron.run.train import today
+from stare_megatron.run.weights import push_to_all, renew
+from stare_megatron.types.report import RunEvent
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def evaluate(config: Config, *, model: Path | None, out: Path | None) -> Path:
         shutil.rmtree(partial)
         raise
     except RunError as e:
-        raise RunError(f"{e} (logs: {partial / 'logs'})") from e
+        raise type(e)(f"{e} (logs: {partial / 'logs'})") from e
     _write(config, policy, benchmarks, done, partial)
     os.rename(partial, folder)
     for line in (*eval_results.text(done.results), f"results: {folder}"):
@@ -134,7 +136,8 @@ def _engines(
     config: Config, policy: Policy, logs: Path, status: Callable[[str], None], load: sizing.Load
 ) -> Iterator[EngineGroup]:
     """Engines that hold the policy, for as long as they are needed."""
-    with open_session(config, logs, status, load, trainers=policy.checkpoint is not None) as session:
+    tell = functools.partial(_tell, status)
+    with open_session(config, logs, status, load, trainers=policy.checkpoint is not None, tell=tell) as session:
         if policy.checkpoint is not None:
             status(f"loading {policy.checkpoint}")
             engines, trainers = session.engines, session.trainers
@@ -143,10 +146,16 @@ def _engines(
             residency.to_checkpoint()
             step = trainers.restore(policy.checkpoint / "trainer")
             with residency.to_engines():
-                trainers.push(step)
+                push_to_all(trainers, engines, step)
+            engines.renew = functools.partial(renew, trainers, engines, step)
         status("evaluating")
         with session.lookout.watching(), session.lookout.during("eval"):
             yield session.engines
+
+
+def _tell(status: Callable[[str], None], event: RunEvent) -> None:
+    if event.news:
+        status(events.text(event))
 
 
 def _write(config: Config, policy: Policy, benchmarks: tuple[Benchmark, ...], done: Evaluation, folder: Path) -> None:

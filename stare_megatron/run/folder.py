@@ -2,7 +2,7 @@
 
 config.toml        the resolved configuration of the newest start (config.1.toml, ... of earlier ones)
 run.json           what ran: one record a start (versions, commit, hardware, seed, command line)
-metrics.jsonl      curves.png  tensorboard/  wandb/  samples/  trace.jsonl
+metrics.jsonl      curves.png  tensorboard/  wandb/  samples/  trace.jsonl  events.jsonl
 checkpoints/       to resume from      hf/  the final policy, a Hugging Face checkpoint      logs/  of all processes
 exports/           the policy of earlier steps, as hf/          forensics/  what hung, if something did
 """

@@ -146,6 +146,7 @@ class Recorder(Generic[Ref]):
             rates=self._rates.of_phases(
                 batch.sampled, [s for _, s in batch.groups], self._clock.seconds | {"rollout": batch.seconds}
             ),
+            fleet=self._session.engines.measured(),
         )
         progress = Progress(self._sampler.state().epoch, known.trained_tokens, self._before, known.duty)
         values = step_metrics(step, batch, done.scores, control, done.updates, probe, costs, progress)

@@ -29,18 +29,24 @@ _RESCUE_SECONDS = 60.0  # for engines to sleep when the run has ended: one of th
 class Residency:
     """Hands the devices back and forth. `shared`: engines and trainer have the same ones; else nobody ever waits.
 
-    `offload`: `trainer.offload`. A context around the loop: when an error ends it, engines sleep before the ranks save
-    what they hold.
+    `offload`: `trainer.offload`; `asleep`: the engines sleep already. A context around the loop: when an error ends it,
+    engines sleep before the ranks save what they hold.
     """
 
     def __init__(
-        self, engines: EngineGroup, trainers: TrainerGroup, *, shared: bool, offload: Collection[StateClass]
+        self,
+        engines: EngineGroup,
+        trainers: TrainerGroup,
+        *,
+        shared: bool,
+        offload: Collection[StateClass],
+        asleep: bool = False,
     ) -> None:
         self._engines = engines
         self._trainers = trainers
         self._shared = shared
         self._offload = frozenset(offload)
-        self._asleep = False
+        self._asleep = asleep
 
     def __enter__(self) -> None: ...
 

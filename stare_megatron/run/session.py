@@ -18,16 +18,27 @@ from stare_megatron.host import device
 from stare_megatron.models.families import read_hf_config
 from stare_megatron.rollout.groups import make_runner
 from stare_megatron.run import sizing
+from stare_megatron.types.report import RunEvent
+
+
+def _nobody(event: RunEvent) -> None: ...
 
 
 class Session:
     """Engines that can sample and, unless it was opened without, trainer ranks that are connected to them; `lookout`
-    knows them all."""
+    knows them all. `make_trainers`: starts ranks and waits until they are connected."""
 
-    def __init__(self, engines: EngineGroup, trainers: TrainerGroup | None, lookout: Lookout) -> None:
+    def __init__(
+        self,
+        engines: EngineGroup,
+        trainers: TrainerGroup | None,
+        lookout: Lookout,
+        make_trainers: Callable[[], TrainerGroup],
+    ) -> None:
         self.engines = engines
         self.lookout = lookout
         self._trainers = trainers
+        self._make_trainers = make_trainers
 
     @property
     def trainers(self) -> TrainerGroup:
@@ -38,15 +49,32 @@ class Session:
             raise RuntimeError("this session has no trainer ranks")
         return self._trainers
 
+    def restart_trainers(self) -> None:
+        """Ranks were lost: end all of them, and start others in their place, with the weights of the beginning. Engines
+        stay; what they were sampling is given up.
+
+        Raises:
+            LostError, RunError: some did not start.
+        """
+        self.trainers.close()
+        self.engines.settle()
+        self._trainers = self._make_trainers()
+
 
 @contextlib.contextmanager
 def open_session(
-    config: Config, logs: Path, status: Callable[[str], None], load: sizing.Load, *, trainers: bool = True
+    config: Config,
+    logs: Path,
+    status: Callable[[str], None],
+    load: sizing.Load,
+    *,
+    trainers: bool = True,
+    tell: Callable[[RunEvent], None] = _nobody,
 ) -> Iterator[Session]:
     """Start everything, at once where it does not depend on each other, and end it on leaving.
 
     `logs`: folder for the logs of all processes, in the folder that gets `forensics/`; `status`: is told what is waited
-    for; `load`: what the engines will be asked for.
+    for; `load`: what the engines will be asked for; `tell`: is told of every process that is lost or comes back.
 
     Raises:
         UserError: the cluster, the model or the layout does not allow it. RunError: something did not start.
@@ -83,11 +111,26 @@ def open_session(
             stack.callback(group.close)
             return group
 
+        def connect(group: TrainerGroup) -> TrainerGroup:
+            engines.beside = group.check
+            for line in group.connect(engines, transport):
+                status(line)
+            return group
+
+        def again() -> TrainerGroup:
+            places.require()
+            status("starting the trainer ranks again")
+            group = start_ranks()
+            group.ready()
+            return connect(group)
+
         group = None
         if in_turn:
             group = start_ranks()
             group.ready()
-        engines = EngineGroup(config, places.engines, transport, runner, sandboxes.actors, logs, lookout)
+        engines = EngineGroup(
+            config, places.engines, transport, runner, sandboxes.actors, logs, lookout, tell=tell, pushes=trainers
+        )
         stack.callback(engines.close)
         if trainers and not in_turn:
             group = start_ranks()
@@ -95,7 +138,4 @@ def open_session(
         if group is not None and not in_turn:
             group.ready()
         engines.ready()
-        if group is not None:
-            for line in group.connect(engines, transport):
-                status(line)
-        yield Session(engines, group, lookout)
+        yield Session(engines, group and connect(group), lookout, again)

@@ -20,7 +20,7 @@ _MB = 2**20
 class StepCosts:
     """What a step took. `seconds`: by phase; `elapsed`: of the run, seconds; peaks in bytes, of each trainer rank, of
     each engine and of the driver; `trainer_memory`: `TrainerGroup.memory`, and what its ranks report;
-    `loads`: of each engine while it sampled the step; `rates`: of its phases."""
+    `loads`: of each engine while it sampled the step; `rates`: of its phases; `fleet`: how the engines fared."""
 
     seconds: Mapping[str, float]
     elapsed: float
@@ -31,6 +31,7 @@ class StepCosts:
     host: HostMemory
     loads: Sequence[EngineLoad]
     rates: Sequence[Measured]
+    fleet: Sequence[Measured]
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ def _costs(costs: StepCosts) -> tuple[Measured, ...]:
         Measured("memory/host_available", costs.host.available / _MB),
         *(part for load in costs.loads for part in _load(load)),
         *costs.rates,
+        *costs.fleet,
     )
 
 

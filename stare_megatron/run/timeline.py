@@ -44,12 +44,12 @@ class Timeline:
     def gather(self) -> Gathered:
         """Ask every process what it did since it was last asked."""
         engines, ranks = self._session.engines.report(), self._session.trainers.report()
-        for kind, reports in (("engine", engines), ("trainer rank", ranks)):
-            for i, report in enumerate(reports):
+        for kind, reports in (("engine", engines), ("trainer rank", dict(enumerate(ranks)))):
+            for i, report in reports.items():
                 self._tracks.setdefault(f"{kind} {i}", []).extend(report.activities)
         return Gathered(
-            loads=[report.load for report in engines],
-            engine_peaks=[report.peak_bytes for report in engines],
+            loads=[report.load for report in engines.values()],
+            engine_peaks=[report.peak_bytes for report in engines.values()],
             trainer_peaks=[report.peak_bytes for report in ranks],
             measured=[part for report in ranks for part in report.measured],
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import functools
 from collections.abc import Sequence
@@ -20,10 +21,11 @@ from stare_megatron.cluster import runtime
 from stare_megatron.config import Config
 from stare_megatron.data.benchmarks import Benchmark, load_benchmarks
 from stare_megatron.data.chat import writes_date
-from stare_megatron.data.prompts import PromptStream, load_prompts
+from stare_megatron.data.prompts import PromptStream, StreamState, load_prompts
 from stare_megatron.data.tokenizer import decoder, load_tokenizer
-from stare_megatron.errors import UserError
+from stare_megatron.errors import HangError, RanksLostError, RunError, UserError
 from stare_megatron.metrics import catalogue, wandb_id
+from stare_megatron.metrics.events import Events
 from stare_megatron.metrics.plot import plot
 from stare_megatron.metrics.sinks import Sinks, open_sinks
 from stare_megatron.metrics.summary import how_to_go_on, next_steps, opening, opening_notes, render, summarize
@@ -43,6 +45,7 @@ from stare_megatron.run.session import Session, open_session
 from stare_megatron.run.stop import StopSignal
 from stare_megatron.run.stream import StreamSampler
 from stare_megatron.run.weights import Weights
+from stare_megatron.types.report import RunEvent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -196,11 +199,50 @@ def _run(prepared: Prepared, folder: run_folder.RunFolder, sinks: Sinks) -> int:
     config = prepared.config
     stop = StopSignal(sinks.note)
     load = sizing.rollout_load(config)
-    with open_session(config, folder.logs, sinks.status, load) as session, stop.installed():
-        session.lookout.step = prepared.restored
-        run = _assemble(prepared, folder, sinks, stop, session)
-        with session.lookout.watching():
-            return loop.train(run)
+    tell = Events(folder.path, sinks.note)
+    start = prepared.stream.state()
+    with open_session(config, folder.logs, sinks.status, load, tell=tell) as session, stop.installed():
+        restarts = 0
+        while True:
+            try:
+                session.lookout.step = prepared.restored
+                run = _assemble(prepared, folder, sinks, stop, session)
+                with session.lookout.watching():
+                    return loop.train(run)
+            except (RanksLostError, HangError) as e:
+                tell(RunEvent("trainer ranks", "", "HEALTHY", "DEAD", str(e)))
+                if stop.asked or restarts == config.run.restarts or _is_unexplained(e):
+                    raise
+            restarts += 1
+            again = f"start {restarts} of {config.run.restarts} (run.restarts)"
+            tell(RunEvent("trainer ranks", "", "DEAD", "RESTARTING", again))
+            session.restart_trainers()
+            prepared = _from_the_last(prepared, folder, start)
+            sinks.rewind(prepared.restored)
+            tell(RunEvent("trainer ranks", "", "RESTARTING", "HEALTHY", f"going on from step {prepared.restored}"))
+
+
+def _from_the_last(prepared: Prepared, folder: run_folder.RunFolder, start: StreamState) -> Prepared:
+    """As `prepared`, to go on from the newest checkpoint of this run or, where there is none, from where this start
+    did; `start`: its place in the prompts.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
+    newest = checkpoint.find(folder.checkpoints, "auto")
+    if newest is None:
+        prepared.stream.restore(start)
+        return prepared
+    checkpoint.verify(newest, contents=False)
+    state = checkpoint.read(newest)
+    prepared.stream.restore(state.stream)
+    ahead = checkpoint.read_ahead(newest)
+    return dataclasses.replace(prepared, resume_from=newest, restored=state.step, ahead=ahead)
+
+
+def _is_unexplained(error: RunError) -> bool:
+    """A hang for which no process was found to be at fault would come again."""
+    return isinstance(error, HangError) and not error.culprits
 
 
 def _assemble(
@@ -235,6 +277,7 @@ def _assemble(
             trainers,
             shared=config.inference.placement == "colocated",
             offload=config.trainer.offload,
+            asleep=engines.asleep,
         ),
         weights=weights,
         recorder=recorder,

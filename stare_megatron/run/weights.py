@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from stare_megatron.config import SyncConfig
+from stare_megatron.errors import RanksLostError, RunError
 from stare_megatron.sync.check import (
     BOUNDS,
     PRECISE,
@@ -54,24 +55,21 @@ class Weights:
         self._calibrated = dtype != PRECISE and not config.probe_threshold
         self._sent: dict[str, str] = {}
         self._compared = False
+        self._version = 0
         self.baseline = 0.0
+        engines.renew = self.renew
 
     def push(self, version: int) -> None:
-        """Stream the weights of `version` into every engine."""
+        """Stream the weights of `version` into every engine that there is."""
         sums: Sums = "none"
         if self._calibrated and self._due(version):
             sums = "share" if self._compared else "all"
-        self._sent = self.trainers.push(version, sums)
+        self._sent = push_to_all(self.trainers, self._engines, version, sums)
+        self._version = version
 
-    def admit(self, engine: int, version: int) -> None:
-        """Let an engine that comes late, or again, join, and give it alone the weights of `version`: those that the
-        ranks have. The other engines go on sampling.
-
-        Raises:
-            RunError: it does not come, or pushes are not sharded.
-        """
-        self.trainers.join([engine])
-        self.trainers.push(version, engines=[engine])
+    def renew(self, engines: Sequence[int]) -> None:
+        """As `renew`, with the weights that were pushed last."""
+        renew(self.trainers, self._engines, self._version, engines)
 
     def score_probe(self, version: int) -> npt.NDArray[np.float32] | None:
         """The trainer's log-probs of the probe prompt, for `probe`, while it has its parameters at hand; None when
@@ -92,15 +90,17 @@ class Weights:
             self._require_same(version, self._sent, self._sent)
             self._compared = True
         tokens = self._probe_tokens()
-        found = [compare(theirs, ours) for theirs in self._engines.logprobs(tokens)]
+        found = {i: compare(theirs, ours) for i, theirs in self._engines.logprobs(tokens).items()}
         threshold = self._config.probe_threshold or BOUNDS[self._dtype]
-        for i, agreement in enumerate(found):
+        for i, agreement in found.items():
             require_agreement(f"engine {i}", version, agreement, threshold, lambda i=i: self._difference(i))
         if self._under_way:
             gaps = self._engines.cache_gaps(np.resize(tokens, self._under_way))
-            for i, gap in enumerate(gaps):
+            for i, gap in gaps.items():
                 require_own_cache(f"engine {i}", version, gap, threshold)
-        worst = max(agreement.mean for agreement in found)
+        if not found:  # all of them were lost since the push
+            return math.nan
+        worst = max(agreement.mean for agreement in found.values())
         if self._calibrated and (not self.baseline or worst > expected(self._dtype, self.baseline)):
             if self.baseline:
                 self._require_same(version, self.trainers.checksums())
@@ -113,8 +113,51 @@ class Weights:
 
     def _require_same(self, version: int, ours: Mapping[str, str], names: Collection[str] = ()) -> None:
         """Raises: RunError: an engine's checksums, of `names` or all, differ from the trainer's."""
-        for i, theirs in enumerate(self._engines.checksums(names)):
+        for i, theirs in self._engines.checksums(names).items():
             require_same(f"engine {i}", version, first_difference(ours, theirs))
 
     def _difference(self, engine: int) -> str | None:
-        return first_difference(self.trainers.checksums(), self._engines.checksums()[engine])
+        ours = self.trainers.checksums()
+        return first_difference(ours, self._engines.checksums().get(engine, ours))
+
+
+def push_to_all(trainers: TrainerGroup, engines: EngineGroup, version: int, sums: Sums = "none") -> dict[str, str]:
+    """Stream the weights of `version` into every engine that there is; what `TrainerGroup.push` returns. When an engine
+    is lost meanwhile it is done again with the others.
+
+    Raises:
+        EngineLostError: fewer engines than the run wants are left. RunError: as `TrainerGroup.push`, and no engine is
+            lost.
+    """
+    while True:
+        sent = _push(trainers, engines, version, engines.awaiting_weights(), sums)
+        if sent is not None:
+            return sent
+
+
+def renew(trainers: TrainerGroup, engines: EngineGroup, version: int, chosen: Sequence[int]) -> None:
+    """Give engines that were started again, and those alone, the weights of `version`, which the others have; these go
+    on sampling. Nothing is done while the ranks are busy, or when they have newer weights: the next push is for all.
+
+    Raises:
+        RunError: a rank failed; an engine did, and is still there.
+    """
+    with trainers.free() as free:
+        if free:
+            _push(trainers, engines, version, chosen, "none")
+
+
+def _push(
+    trainers: TrainerGroup, engines: EngineGroup, version: int, chosen: Sequence[int], sums: Sums
+) -> dict[str, str] | None:
+    """What `TrainerGroup.push` returns; None when one of the engines was lost."""
+    try:
+        sent = trainers.push(version, chosen, sums)
+    except RanksLostError:
+        raise
+    except RunError:
+        if engines.any_lost(chosen):
+            return None
+        raise
+    engines.pushed(chosen, version)
+    return sent

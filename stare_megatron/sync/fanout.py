@@ -28,7 +28,7 @@ def rank_offsets(init_info: dict[str, Any], workers: Sequence[int]) -> list[dict
 
 
 class EngineFanOut:
-    """vLLM's VLLMWeightSyncClient (four methods) over several engines, whatever carries the calls.
+    """vLLM's VLLMWeightSyncClient over several engines, whatever carries the calls.
 
     Args:
         workers: workers (TP x PP) of each engine.
@@ -47,6 +47,10 @@ class EngineFanOut:
 
     def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
         self._call("update_weights", [(update_info,) for _ in self.workers])
+
+    def give_up_weight_update(self) -> None:
+        """After an error; vLLM's client has no such method."""
+        self._call("give_up_weight_update", [() for _ in self.workers])
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         if weight_version is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,6 +11,17 @@ import torch
 from stare_megatron.models.boxes import Box
 from stare_megatron.sync.bake import Need, Needs
 from stare_megatron.sync.cpu_engine import drop_packed, repack_experts, repack_tied_heads
+
+
+def abandon(modules: Iterable[torch.nn.Module]) -> None:
+    """Give up reloads of these modules that vLLM has begun and not ended: each gets back what it computed with."""
+    from vllm.model_executor.model_loader.reload.layerwise import _place_kernel_tensors, get_layerwise_info
+
+    for module in modules:
+        info = get_layerwise_info(module)
+        if info.kernel_tensors is not None:
+            _place_kernel_tensors(module, info)
+        info.reset()
 
 
 class Loader:
@@ -75,14 +87,7 @@ class Loader:
 
     def abandon(self) -> None:
         """Give the push up: modules that are half loaded get back what they had; others may have new weights."""
-        from vllm.model_executor.model_loader.reload.layerwise import _place_kernel_tensors, get_layerwise_info
-
-        for path in [*self._open, *self._needs.modules]:
-            module = self._modules[path]
-            info = get_layerwise_info(module)
-            if info.kernel_tensors is not None:
-                _place_kernel_tensors(module, info)
-            info.reset()
+        abandon([self._modules[path] for path in (*self._open, *self._needs.modules)])
         self._open.clear()
 
     def finish(self) -> None:

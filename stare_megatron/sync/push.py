@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from stare_megatron.host.ports import free_port
@@ -11,6 +13,7 @@ from stare_megatron.sync.gloo_sender import GlooSender
 from stare_megatron.sync.source import WeightStream, weight_source
 
 if TYPE_CHECKING:
+    import torch
     from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeightTransferEngine
 
 
@@ -55,14 +58,16 @@ class WeightPusher:
     def __init__(self, transport: str, rank: int, stream: WeightStream, client: EngineFanOut, host: str) -> None:
         self._transport = transport
         self._rank = rank
-        self._stream = stream
+        self._stream = WeightStream(stream.specs, self._begin_pass)
+        self._tensors = stream.tensors
+        self._pass: Iterator[tuple[str, torch.Tensor]] | None = None
         self._client = Client(client, plain_handles=transport == "cuda_ipc")
         self._host = host
         self._world_size = 1 + sum(client.workers)
         self._engine: TrainerWeightTransferEngine | GlooSender | None = None
 
     def connect(self) -> None:
-        """Rendezvous with all engine workers; once, before the first push."""
+        """Rendezvous with all engine workers, before the first push."""
         if self._only_iterates():
             return
         if self._transport == "gloo":
@@ -76,7 +81,11 @@ class WeightPusher:
 
     def push(self, version: int) -> int:
         """Send all parameters; when it returns on rank 0 every engine samples with `version`. Returns the bytes that
-        this rank sent, to all at once."""
+        this rank sent, to all at once.
+
+        After an error the engines must join again. All ranks have ended the push then, unless NCCL, which tells nobody
+        that an engine is gone, keeps this one waiting, or the others with cuda_ipc.
+        """
         if self._only_iterates():
             for _ in self._stream.tensors():
                 pass
@@ -84,8 +93,22 @@ class WeightPusher:
         if self._engine is None:
             raise RuntimeError("connect() comes before push()")
         self._client.version = version
-        self._engine.send_weights()
+        self._pass = None
+        with contextlib.ExitStack() as after_an_error:
+            if self._transport in ("gloo", "nccl"):
+                after_an_error.callback(self._finish_pass)
+            self._engine.send_weights()
+            after_an_error.pop_all()
         return sum(map(spec_bytes, self._stream.specs)) if self._rank == 0 else 0
+
+    def _begin_pass(self) -> Iterator[tuple[str, torch.Tensor]]:
+        self._pass = self._tensors()
+        return self._pass
+
+    def _finish_pass(self) -> None:
+        """When engines have failed: the other ranks, which only take part in the pass, wait in its collectives."""
+        for _ in self._begin_pass() if self._pass is None else self._pass:
+            pass
 
     def _only_iterates(self) -> bool:
         """A rank other than 0 of a broadcasting backend only takes part in the passes over the stream, so it can do

@@ -159,6 +159,12 @@ class ShardedPusher:
             engine.link.close()  # its workers must not wait for us
             self._engines.pop(engine.link.name, None)
         self._outbox.forget()  # after NCCL, which may read its buffers, has been told to stop
+        if self._rank == 0 and engines:
+            # Other ranks wait for workers that live and were never told to receive.
+            pool = ThreadPoolExecutor(len(engines))
+            for engine in engines:
+                pool.submit(engine.client.give_up_weight_update)
+            pool.shutdown(wait=False)
         for future in wait(received, _CAUSE_S, FIRST_EXCEPTION).done:
             future.result()
 

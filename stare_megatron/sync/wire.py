@@ -16,7 +16,10 @@ BUFFER_BYTES = 64 << 20
 """Buffer size; a larger parameter gets a buffer of its own size."""
 
 TIMEOUT = timedelta(minutes=10)
-"""How long a side waits for the other in the rendezvous and in a broadcast."""
+"""How long a side waits for the other at the store and in a broadcast."""
+
+JOIN_TIMEOUT = timedelta(minutes=2)
+"""How long parties wait for one that dies while a group is formed. Nobody computes meanwhile."""
 
 
 class GlooGroup:
@@ -24,7 +27,9 @@ class GlooGroup:
 
     def __init__(self, store: TCPStore, rank: int, world_size: int) -> None:
         self._store = store
-        self._group: ProcessGroup | None = ProcessGroupGloo(PrefixStore("weights", store), rank, world_size, TIMEOUT)  # type: ignore[assignment]
+        self._group: ProcessGroup | None = ProcessGroupGloo(
+            PrefixStore("weights", store), rank, world_size, JOIN_TIMEOUT
+        )  # type: ignore[assignment]
 
     @classmethod
     def join(cls, host: str, port: int, rank: int, world_size: int) -> GlooGroup:
@@ -36,6 +41,7 @@ class GlooGroup:
             raise RuntimeError("the weight transport was closed after an error")
         options = BroadcastOptions()
         options.rootRank = 0
+        options.timeout = TIMEOUT
         work = self._group.broadcast([buffer], options)
         while not work.is_completed():
             failed()

@@ -23,6 +23,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from stare_megatron.sync.check import merge_shards, shard_sum
+from stare_megatron.sync.load import abandon
 from stare_megatron.sync.loaded import used_weight
 from stare_megatron.sync.sharded_engine import ShardedWeightTransferEngine
 
@@ -48,6 +49,15 @@ class ChecksumExtension:
 
     model_runner: Any
     weight_transfer_engine: Any = None
+    _weight_update_active: bool
+
+    def stare_give_up_update(self, leave: bool = False) -> None:
+        """Give up an update of weights that was begun and not finished, if there is one. Until the next is finished the
+        model may have some weights of each. `leave`: close the connections with the trainer, too."""
+        if leave and isinstance(self.weight_transfer_engine, ShardedWeightTransferEngine):
+            self.weight_transfer_engine.shutdown()
+        abandon(self.model_runner.get_model().modules())
+        self._weight_update_active = False
 
     def stare_checksums(self, names: list[str]) -> dict[str, str]:
         """Parameter name -> checksum of the whole parameter; all workers make the call and return the same. `names`:

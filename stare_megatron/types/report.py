@@ -55,3 +55,16 @@ class RankReport(Report):
 @dataclass(frozen=True)
 class EngineReport(Report):
     load: EngineLoad
+
+
+@dataclass(frozen=True)
+class RunEvent:
+    """What happened to a process of a run. `who`: `engine 1`, `trainer ranks`; `node`: host and address, as far as
+    known; `old` and `new`: its states; `news`: worth a line on the screen."""
+
+    who: str
+    node: str
+    old: str
+    new: str
+    reason: str
+    news: bool = True

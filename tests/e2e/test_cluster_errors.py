@@ -11,19 +11,24 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 
-from stare_megatron.cluster import runtime
-from stare_megatron.cluster.engines import EngineActor, EngineGroup
+from stare_megatron.cluster import families, runtime
+from stare_megatron.cluster import trainers as trainers_of_a_run
+from stare_megatron.cluster.engines import EngineGroup
+from stare_megatron.cluster.placement import Slot
+from stare_megatron.cluster.roll_call import RollCall
 from stare_megatron.cluster.trainers import TrainerGroup
 from stare_megatron.config import ClusterConfig, Config
-from stare_megatron.errors import RunError, UserError
+from stare_megatron.errors import RanksLostError, RunError, UserError
 from stare_megatron.host.ports import free_port
 from tests.configs import configuration
 
@@ -44,8 +49,11 @@ class Rank:
         if package:
             __import__(package)
 
-    def push(self, version: int, sums: str = "none", engines: list[str] | None = None) -> None:
+    def push(self, version: int, sums: str = "none", engines: Sequence[str] = ()) -> None:
         time.sleep(3600)
+
+    def end(self) -> None:
+        os._exit(1)
 
     def hello(self) -> runtime.Station:
         return runtime.station()
@@ -57,42 +65,48 @@ def crew(*names: str, named_hosts: bool = False) -> runtime.Crew:
 
 def make_pair(config: Config, logs: Path) -> tuple[TrainerGroup, EngineGroup, Any]:
     """Two ranks that are blocked, connected to an engine whose vLLM was never started."""
-    engines = EngineGroup.__new__(EngineGroup)
-    engines._crew = crew("engine 0")
-    engines.actors = [EngineActor.options(num_cpus=0).remote(config, 0, "gloo", None, [], logs)]  # pyright: ignore
+    slots = [Slot({"num_cpus": 0}, {}, 0)]
+    engines = EngineGroup(config, slots, "gloo", None, [], logs, SAID.append)  # pyright: ignore
     trainers = TrainerGroup.__new__(TrainerGroup)
-    trainers._config, trainers._engines = config, engines
+    trainers._config, trainers._engines, trainers._transport = config, engines, "gloo"
     trainers._crew = crew("trainer rank 0", "trainer rank 1")
     trainers._actors = [Rank.remote(), Rank.remote()]
+    trainers._roll = RollCall(trainers._actors, trainers._crew, 60.0)
+    trainers._turn, trainers._moved_on = threading.RLock(), True
+    trainers._joined = {0: engines.actors[0]}
     return trainers, engines, engines.actors[0]
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "_POLL_S", 0.2)
+    monkeypatch.setattr(trainers_of_a_run, "_RETURN_SECONDS", 2.0)
 
 
 def test_a_push_ends_when_an_engine_fails_in_it(cluster, quick, tmp_path):
     trainers, engines, engine = make_pair(configuration(), tmp_path)
-    engines.check()
+    engines._keeper.tick = lambda: False  # it has not started, and could not answer
     engine.call.remote("update_weights", {})  # rank 0 hears of it, and cannot say so
-    with pytest.raises(RunError, match=r"engine 0: update_weights: .*no attribute '_engine'"):
-        trainers.push(1)
+    with pytest.raises(
+        RanksLostError,
+        match=r"trainer rank 0, trainer rank 1: no return from a push within 2 s of engine 0: update_weights: \w",
+    ):
+        trainers.push(1, [0])
 
 
 def test_a_push_ends_when_an_engine_dies_in_it(cluster, quick, tmp_path):
     trainers, engines, engine = make_pair(configuration(), tmp_path)
-    engines.check()
+    ray.get(engine.hello.remote())
     ray.kill(engine)
-    with pytest.raises(RunError, match="engine 0: its process died"):
-        trainers.push(1)
+    with pytest.raises(RanksLostError, match="no return from a push within 2 s of engine 0: its process died"):
+        trainers.push(1, [0])
+    assert engines.any_lost([0])
 
 
 def test_a_push_that_takes_too_long_names_who_is_late(cluster, quick, tmp_path):
-    trainers, engines, _ = make_pair(configuration(sync={"push_timeout": 1.0}), tmp_path)
-    engines.check()
+    trainers, _, _ = make_pair(configuration(sync={"push_timeout": 1.0}), tmp_path)
     with pytest.raises(RunError, match=r"trainer rank 0, trainer rank 1: no answer within 1 s \(push\)"):
-        trainers.push(1)
+        trainers.push(1, [0])
 
 
 def test_a_wait_says_for_whom_and_for_what(cluster, quick, monkeypatch):
@@ -120,6 +134,61 @@ def test_a_hanging_engine_is_named_while_groups_are_sampled(cluster, monkeypatch
 def _raise(said: str) -> None:
     assert re.fullmatch(r"waiting [01] s for engine 0 \(sample\)", said)
     raise InterruptedError
+
+
+def keep_checking(roll: RollCall) -> None:
+    for _ in range(300):
+        roll.check()
+        time.sleep(0.1)
+
+
+def test_a_lost_rank_is_named_and_not_who_suffers_from_it(cluster, quick):
+    ranks = [Rank.remote(), Rank.remote()]
+    both = runtime.Crew(["rank 0", "rank 1"], SAID.append, named_hosts=False, lost=RanksLostError)
+    roll = RollCall(ranks, both, 60.0)
+    ray.get([rank.hello.remote() for rank in ranks])
+    roll.check()
+    with roll.suspended():  # busy
+        ranks[1].end.remote()
+        with pytest.raises(RanksLostError, match="rank 1: its process died"):
+            roll.name_the_dead()
+        roll.check()
+    with pytest.raises(RanksLostError, match="rank 1: its process died"):
+        keep_checking(roll)
+
+
+def test_an_idle_rank_that_is_silent_is_named(cluster):
+    rank = Rank.remote()
+    ray.get(rank.hello.remote())
+    rank.push.remote(1)
+    roll = RollCall([rank], runtime.Crew(["rank 0"], SAID.append, named_hosts=False, lost=RanksLostError), 1.0)
+    with pytest.raises(RanksLostError, match=r"rank 0: no answer for [12] s \(inference\.answer_timeout\)"):
+        keep_checking(roll)
+
+
+def test_processes_are_killed_with_those_they_started_stopped_or_not(cluster):
+    parent = subprocess.Popen(["sh", "-c", "sleep 1000 & echo $!; wait"], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = psutil.Process(int(parent.stdout.readline()))
+    node = ray.get_runtime_context().get_node_id()
+    times = (psutil.Process(parent.pid).create_time(), child.create_time())
+    child.suspend()
+    assert (
+        ray.get(families.stopped(families.Family(node, ((parent.pid, times[0]), (child.pid, times[1]))))) == child.pid
+    )
+    assert not ray.get(families.stopped(families.Family(node, ((parent.pid, times[0]), (child.pid, times[1] - 100)))))
+    parent.kill()
+    parent.wait()
+    other = subprocess.Popen(["sleep", "1000"])  # a process id that somebody else has by now
+    family = families.Family(node, ((parent.pid, times[0]), (child.pid, times[1]), (other.pid, times[1] - 100)))
+    ray.get(families.end(family))
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(child.pid) and child.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not psutil.pid_exists(child.pid) or child.status() == psutil.STATUS_ZOMBIE
+    assert other.poll() is None
+    other.kill()
+    other.wait()
 
 
 def test_a_package_missing_on_a_node_is_named(cluster):
@@ -176,7 +245,7 @@ def head(**environment: str) -> Iterator[str]:
 
 JOIN = """
 import sys
-from stare_megatron.cluster import runtime
+from stare_megatron.cluster import families, runtime
 from stare_megatron.config import ClusterConfig
 from stare_megatron.errors import UserError
 try:

@@ -181,6 +181,8 @@ def test_a_run_that_hangs_ends_and_says_who_is_at_fault(material, tmp_path, case
         "rollout.max_refills": 0,
         "watchdog.first": 25,
         "watchdog.floor": 25,
+        "run.restarts": 0,
+        "inference.answer_timeout": 600,
         "checkpoint.every": 0,
         "logging.wandb": "disabled",
     } | settings

@@ -79,13 +79,15 @@ def test_engines_and_ranks_take_turns_and_learn_the_same(material: Path, tmp_pat
 @pytest.mark.timeout(1200)
 def test_a_run_whose_engine_dies_saves_what_is_away_and_is_evaluated(material: Path, tmp_path: Path) -> None:
     """The engine is killed while it samples, when nothing of a rank is on its device."""
-    keys = settings(material, tmp_path, "died", **{"trainer.offload": EVERYTHING, "checkpoint.every": 0})
+    keys = settings(
+        material, tmp_path, "died", **{"trainer.offload": EVERYTHING, "checkpoint.every": 0, "inference.restarts": 0}
+    )
     script = str(ROOT / "tests/e2e/killed_run.py")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, script, "engine", "2", "train", COMMAND[4], "--quiet", *keys]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=570, env=environment)
     said = done.stdout + done.stderr
-    assert done.returncode == 1, said[-3000:]
+    assert done.returncode == 75, said[-3000:]
     assert "step 2 is saved" in said
     saved = tmp_path / "died/checkpoints/step_000002"
     evaluate = [*COMMAND[:3], "eval", COMMAND[4], "--model", str(saved), "--out", str(tmp_path / "eval"), *keys]

@@ -57,12 +57,14 @@ LINEAR = {"target_schedule": "linear", "target_entropy_end": 0.9}
 COSINE = {"trainer.optimizer.schedule": "cosine"}
 # Where the effect of a key is seen: in what is made of the configuration, or in a test of its own.
 TOOLS, POOL = "tests/unit/envs/test_tool_use.py::", "tests/sandbox/test_sandbox_pool.py::"
+FLEET = "tests/unit/cluster/test_fleet.py::"
 STORE, SINKS = "tests/unit/checkpoint/test_checkpoint_store.py::", "tests/unit/metrics/test_sinks.py::"
 EFFECTS: dict[str, Seen | Refused | str] = {
     "run.name": Seen(probes.saved, "other"),
     "run.dir": Seen(probes.saved, "elsewhere"),
     "run.steps": Seen(probes.saved, 3),
     "run.seed": Seen(probes.engine, 7),
+    "run.restarts": "tests/unit/run/test_recovery.py::test_restarts_are_limited",
     "run.min_free_mb": "tests/unit/run/test_run_folder.py::test_full_disk_is_found_first",
     "run.resume": "tests/unit/run/test_run_folder.py::test_a_run_with_steps_is_refused_with_the_cure",
     "run.resume_allow": STORE + "test_other_settings_are_refused_by_name_and_may_be_meant",
@@ -208,6 +210,10 @@ EFFECTS: dict[str, Seen | Refused | str] = {
     "inference.placement": "tests/unit/run/test_preflight.py::test_colocated_engines_fit_the_trainers_gpus",
     "inference.max_model_len": Seen(probes.engine, 50),
     "inference.routing_replay": Seen(probes.engine, True),
+    "inference.restarts": FLEET + "test_restarts_wait_longer_each_time_and_end",
+    "inference.restart_backoff": FLEET + "test_restarts_wait_longer_each_time_and_end",
+    "inference.min_engines": FLEET + "test_the_fewest_engines",
+    "inference.answer_timeout": FLEET + "test_silence",
     "inference.vllm": Seen(probes.engine, {"max_num_seqs": 5}),
     "sync.method": "tests/unit/host/test_device.py::test_how_weights_travel",
     "sync.probe_every": "tests/unit/run/test_weights.py::test_probed_every_nth_version",

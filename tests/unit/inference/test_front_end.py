@@ -205,3 +205,18 @@ def test_the_end_of_a_core_s_process_ends_all_waiting(monkeypatch: pytest.Monkey
         for one in waiting:
             with pytest.raises(EngineDeadError):
                 one.result(10)
+
+
+def test_it_answers_while_it_samples_and_says_when_it_is_gone() -> None:
+    async def case(front: FrontEnd, core: Core) -> None:
+        long = asyncio.ensure_future(output(front, 1000, "a"))
+        await asyncio.sleep(0)
+        await front.answer()
+        assert not long.done()
+        core.fails = True
+        with pytest.raises(EngineDeadError):
+            await long
+        with pytest.raises(EngineDeadError):
+            await front.answer()
+
+    assert "is_sleeping" in run(case).asked

@@ -27,6 +27,7 @@ SRUN = """#!/usr/bin/env bash
 for word; do case $word in --state=*) state=${word#--state=};; esac; done
 printf '%s\\n' "$*" >> "$SAID"
 if [[ $CODE == 130 ]]; then until [[ -f $state/stop ]]; do sleep 0.05; done; fi
+if [[ -n ${SAVES:-} ]]; then mkdir -p "$SAVES"; echo step_000004 > "$SAVES/latest"; fi
 [[ $CODE == none ]] || echo "$CODE" > "$state/code"
 exit 1
 """
@@ -119,6 +120,19 @@ def test_a_job_that_is_told_to_stop_is_queued_again(tmp_path: Path, state: str, 
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 130
     assert (tmp_path / "said").read_text().splitlines()[1:] == (["7"] if again else [])
+
+
+@pytest.mark.parametrize("further", [True, False])
+def test_a_job_that_lost_a_process_is_queued_again_if_it_came_further(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, further: bool
+) -> None:
+    job = job_of(tmp_path, "slurm")
+    saves = job.config.folder / "checkpoints"
+    saves.mkdir(parents=True)
+    (saves / "latest").write_text("step_000002\n")
+    monkeypatch.setenv("SAVES", str(saves) if further else "")
+    assert start(tmp_path, render(job, Options()), "75").wait(timeout=30) == 75
+    assert (tmp_path / "said").read_text().splitlines()[1:] == (["7"] if further else [])
 
 
 @pytest.mark.parametrize("words", [[], MARKED])

@@ -252,3 +252,33 @@ def test_sparkline_scales_averages_and_marks_non_finite():
 
 def test_clock():
     assert (clock(0.2), clock(75), clock(3671)) == ("0:00", "1:15", "1:01:11")
+
+
+def test_steps_that_are_done_again_stand_once(tmp_path):
+    """Ranks were lost after step 5 and go on from step 2."""
+    screen = Console(file=io.StringIO(), width=120)
+    sinks = open_sinks(config(wandb="disabled"), tmp_path, 0, True, screen)
+    for step in (1, 2, 3, 4, 5):
+        sinks.log(step, metrics({"reward/mean": step / 10}), metrics({"time/save": 0.0}))
+    sinks.rewind(2)
+    for step in (3, 4):
+        sinks.log(step, metrics({"reward/mean": step}), metrics({"time/save": 0.0}))
+        sinks.complete(step, metrics({"time/save": 7.0}))
+    sinks.close()
+    rows = jsonl.read(tmp_path / jsonl.FILE)
+    assert [(row["step"], row["reward/mean"], row["time/save"]) for row in rows] == [
+        (1, 0.1, 0.0),
+        (2, 0.2, 0.0),
+        (3, 3.0, 7.0),
+        (4, 4.0, 7.0),
+    ]
+    assert [row["reward/mean"] for row in sinks._console._rows] == [0.1, 0.2, 3.0, 4.0]
+
+
+def test_nothing_is_left_of_a_run_that_begins_again(tmp_path):
+    write_steps(tmp_path / jsonl.FILE, 1, 2)
+    sink = JsonlSink(tmp_path / jsonl.FILE, 2)
+    sink.rewind(0)
+    sink.log(1, metrics({"reward/mean": 0.9}))
+    sink.close()
+    assert [row["reward/mean"] for row in jsonl.read(tmp_path / jsonl.FILE)] == [0.9]

@@ -106,7 +106,9 @@ def made(tmp_path, monkeypatch, request):
         return {}
 
     did: dict[str, tuple[Activity, ...]] = {}  # since the last report
-    engines = SimpleNamespace(report=lambda: [EngineReport(did.pop("engine", ()), 1 << 20, EngineLoad())])
+    engines = SimpleNamespace(
+        report=lambda: {0: EngineReport(did.pop("engine", ()), 1 << 20, EngineLoad())}, measured=lambda: ()
+    )
     trainers = SimpleNamespace(
         report=lambda: [RankReport(did.pop("trainer", ()), 1 << 20, PUSHED)],
         memory=lambda: [Measured("time/offload", 2.0)],

@@ -29,6 +29,8 @@ def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
                 ready=lambda *_: said.append(f"{name} ready"),
                 close=lambda: said.append(f"{name} close"),
                 connect=lambda *_: said.append("connect") or [],
+                check=lambda: said.append("check"),
+                settle=lambda: said.append(f"{name} settle"),
                 actors=[],
                 crew=SimpleNamespace(names=[]),
             )
@@ -39,7 +41,9 @@ def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         monkeypatch.setattr(session, kind, part(name))
     monkeypatch.setattr(session.doctor, "short", lambda *_: None)
     monkeypatch.setattr(session.runtime, "cluster", lambda *_: contextlib.nullcontext())
-    places = SimpleNamespace(trainers=(), engines=(), gpu_bytes=0, release=lambda: None)
+    places = SimpleNamespace(
+        trainers=(), engines=(), gpu_bytes=0, release=lambda: None, require=lambda: said.append("room")
+    )
     monkeypatch.setattr(session.placement, "plan", lambda *_, **__: places)
     monkeypatch.setattr(session, "read_hf_config", lambda _: SimpleNamespace(sequence_cost=None))
     monkeypatch.setattr(run_folder, "parameter_count", lambda _: 0)
@@ -75,3 +79,29 @@ def test_the_arenas_are_told(monkeypatch, order):
     with session.open_session(config, Path("logs"), said.append, sizing.Load(8, 8), trainers=False):
         pass
     assert not any("offload" in text for text in said)
+
+
+def test_ranks_that_were_lost_are_started_again_and_engines_stay(monkeypatch, order):
+    monkeypatch.setattr(device, "current", lambda: device.Device.CPU)
+    with session.open_session(configuration(), Path("logs"), lambda _: None, sizing.Load(8, 8)) as opened:
+        first, engines = opened.trainers, opened.engines
+        order.clear()
+        opened.restart_trainers()
+        assert order == ["ranks close", "engines settle", "room", "ranks start", "ranks ready", "connect"]
+        assert opened.trainers is not first
+        assert opened.engines is engines
+        order.clear()
+        engines.beside()  # who is looked after while groups are sampled: the ranks of now
+    assert order == ["check", "ranks close", "ranks close", "engines close", "sandboxes close"]
+
+
+def test_a_session_without_ranks_has_none(monkeypatch, order):
+    monkeypatch.setattr(device, "current", lambda: device.Device.CPU)
+    with (
+        session.open_session(
+            configuration(), Path("logs"), lambda _: None, sizing.Load(8, 8), trainers=False
+        ) as opened,
+        pytest.raises(RuntimeError, match="has no trainer ranks"),
+    ):
+        opened.restart_trainers()
+    assert not any(said.startswith("ranks") for said in order)

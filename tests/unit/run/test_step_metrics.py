@@ -76,7 +76,7 @@ RATES = {
     for i, phase in enumerate(("rollout", "score", "update"))
     for j, unit in enumerate(("tflops", "mfu"))
 }
-
+FLEET = {"fleet/healthy": 3, "fleet/restarts": 2, "fleet/groups_again": 5}
 OF_RANKS = (
     "time/offload",
     "time/onload",
@@ -154,6 +154,7 @@ def random_step(seed: int) -> Step:
             HostMemory(8, 9),
             [EngineLoad(10, 30, 2.5, 0.5, 3), EngineLoad(40, 60, 9.0, 0.75, 1), EngineLoad(5, 50, 1.0, 0.25, 2)],
             [Measured(name, *part) for name, part in RATES.items()],
+            [Measured(name, value) for name, value in FLEET.items()],
         ),
         progress=Progress(2, 12345, Observed(0.5, -0.25), GateDuty(8, 3)),
     )
@@ -252,7 +253,7 @@ def expected(step: Step) -> dict[str, float]:
     found = {name: step.scores.part(name).total / 210 for name in SCORED}
     found |= {name: step.scores.part(name).total for name in SINGLE}
     found |= {f"time/{phase}": seconds for phase, seconds in step.costs.seconds.items()}
-    found |= {name: total / weight for name, (total, weight) in RATES.items()}
+    found |= {name: total / weight for name, (total, weight) in RATES.items()} | FLEET
     return (
         sampled(step)
         | updated(step)

@@ -70,7 +70,13 @@ class Pair:
             score_tokens=lambda tokens: logprobs(self.ours),
             checksums=lambda: self._note("trainer") or self._sums(self.ours.state_dict()),
         )
-        engines = SimpleNamespace(logprobs=lambda tokens: [logprobs(self.theirs)], checksums=self._engine_sums)
+        engines = SimpleNamespace(
+            logprobs=lambda tokens: {0: logprobs(self.theirs)},
+            checksums=self._engine_sums,
+            awaiting_weights=lambda: [0],
+            pushed=lambda *_: None,
+            any_lost=lambda _: False,
+        )
         self.weights = Weights(SyncConfig(**sync), dtype, trainers, engines, lambda: TOKENS)
         self.weights.baseline = baseline
 
@@ -84,7 +90,7 @@ class Pair:
         self.weights.push(version)
         return self.weights.probe(version, self.weights.score_probe(version))
 
-    def _push(self, version: int, sums: str) -> dict[str, str]:
+    def _push(self, version: int, engines: list[int], sums: str) -> dict[str, str]:
         self.passes.append(sums)
         sent = {name: tensor.clone() for name, tensor in self.ours.state_dict().items()}
         self.has = self.arrives(sent, copy.deepcopy(self.theirs.state_dict()))
@@ -92,9 +98,9 @@ class Pair:
         self.sent = sent
         return {} if sums == "none" else self._sums(sent)
 
-    def _engine_sums(self, names: Any = ()) -> list[dict[str, str]]:
+    def _engine_sums(self, names: Any = ()) -> dict[int, dict[str, str]]:
         found = self._sums(self.has if self.reports else self.sent)
-        return [{name: value for name, value in found.items() if not names or name in names}]
+        return {0: {name: value for name, value in found.items() if not names or name in names}}
 
     def _sums(self, state: State) -> dict[str, str]:
         return {name: check.checksum(tensor) for name, tensor in state.items()}

@@ -1,0 +1,44 @@
+"""`events.jsonl`: what happened to a run's processes, one JSON object a line; and the same in words.
+
+{"time": "2026-11-28T01:02:03.4+00:00", "who": "engine 1", "node": "node-b (10.0.0.2)", "old": "HEALTHY",
+ "new": "DEAD", "reason": "its process died: ..."}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from stare_megatron.types.report import RunEvent
+
+FILE = "events.jsonl"
+
+
+class Events:
+    """Writes events to the run's folder and, those that are news, to the screen.
+
+    Args:
+        folder: the run's. note: shows the user a line.
+    """
+
+    def __init__(self, folder: Path, note: Callable[[str], None]) -> None:
+        self._path = folder / FILE
+        self._note = note
+
+    def __call__(self, event: RunEvent) -> None:
+        row = dataclasses.asdict(event)
+        del row["news"]
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        with self._path.open("a") as file:
+            file.write(json.dumps({"time": now} | row) + "\n")
+        if event.news:
+            self._note(text(event))
+
+
+def text(event: RunEvent) -> str:
+    """An event as one line."""
+    where = f" on {event.node}" if event.node else ""
+    return f"{event.who}{where}: {event.old} -> {event.new}: {event.reason}"
