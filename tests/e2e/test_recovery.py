@@ -120,10 +120,13 @@ def clean(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
 
 
 def test_a_run_outlives_an_engine_and_a_rank(material: Path, tmp_path: Path) -> None:
-    """vLLM's process of the only engine is killed while it samples, then a rank in an update: groups are sampled again
-    by the engine that comes back, the ranks go on from the last checkpoint."""
+    """The only engine is killed while it samples, then a rank in an update: groups are sampled again by the engine that
+    comes back, the ranks go on from the last checkpoint."""
     done = run(
-        material, tmp_path, "core_0:KILL:rollout:1,trainer_1:KILL:update:3", **{"inference.engines": 1, "run.steps": 4}
+        material,
+        tmp_path,
+        "engine_0:KILL:rollout:1,trainer_1:KILL:update:3",
+        **{"inference.engines": 1, "run.steps": 4},
     )
     require_whole(done)
     assert done.events("engine 0") == ["HEALTHY", "DEAD", "RESTARTING", "STALE", "HEALTHY"]
