@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from stare_megatron.algo import controller, stare
 from stare_megatron.algo.advantages import Outcome, group_relative
 from stare_megatron.algo.comm import Comm
@@ -27,9 +25,9 @@ def equal_weights(tokens: Candidates, control: Control, config: AlgorithmConfig,
     return stare.weigh_equally(tokens, comm)
 
 
-def nothing_foreseen(tokens: Candidates, config: AlgorithmConfig, comm: Comm) -> torch.Tensor | None:
-    """The controller decides by the entropy alone."""
-    return None
+def by_entropy_alone(config: AlgorithmConfig) -> bool:
+    """The controller reads nothing else."""
+    return False
 
 
 @dataclass(frozen=True)
@@ -41,8 +39,8 @@ class Algorithm:
     `advantage(trajectories of a whole group, config)` -> one advantage a trajectory.
     `controller(config, state, entropy reading)` -> new state and this step's `Control`; `controller.initial` makes the
     first state.
-    `foresee(tokens of the scope, config, comm)` -> chosen tokens, bool, whose part of the expected change of entropy
-    the controller reads before it decides (its reading is then a `ForcedReading`), or None; a collective.
+    `foresees(config)` -> whether it also reads what the tokens, and those that `weigh` chooses, are expected to do to
+    the entropy: its reading is then a `ForcedReading`.
     `weigh(tokens of the scope, control, config, comm)` -> token weights and chosen tokens; a collective.
     `entropy_gradient`: `LossInputs.entropy_T` is differentiable.
     """
@@ -53,7 +51,7 @@ class Algorithm:
         controller.observe_without_gate
     )
     weigh: Callable[[Candidates, Control, AlgorithmConfig, Comm], Weights] = equal_weights
-    foresee: Callable[[Candidates, AlgorithmConfig, Comm], torch.Tensor | None] = nothing_foreseen
+    foresees: Callable[[AlgorithmConfig], bool] = by_entropy_alone
     entropy_gradient: bool = False
 
 

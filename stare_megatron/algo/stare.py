@@ -85,7 +85,7 @@ def criticality(tokens: Candidates, selector: Selector) -> torch.Tensor:
     return -scored.sensitivity_T
 
 
-def choose(tokens: Candidates, config: StareConfig, comm: Comm) -> tuple[torch.Tensor, Selection]:
+def _choose(tokens: Candidates, config: StareConfig, comm: Comm) -> tuple[torch.Tensor, Selection]:
     """Subset codes and the chosen tokens, L+ and L-. Of a weight that sets itself, only those with S < 0 among the most
     critical: in T+ those whose weight raises the entropy, in T- those whose damping spares it. A collective."""
     subset_T = subset_codes(tokens.advantage_T, tokens.action_T)
@@ -100,7 +100,7 @@ def choose(tokens: Candidates, config: StareConfig, comm: Comm) -> tuple[torch.T
 
 def weigh(tokens: Candidates, control: Control, config: StareConfig, comm: Comm) -> Weights:
     """Token weights of variant O1 or C2. L+ and L- are found, and can be reported, with the gate closed too."""
-    subset_T, chosen = choose(tokens, config, comm)
+    subset_T, chosen = _choose(tokens, config, comm)
     weight_T = torch.ones_like(tokens.advantage_T)
     if control.gate_on:
         weight_T = torch.where(chosen.selected_T & (subset_T == POSITIVE), control.weight_pos, weight_T)

@@ -182,7 +182,7 @@ class TrainerRank:
             scored = [score(self._runner, data, temperature) for data in self._loaded]
         summary = summarize(self._runner, self._loaded, scored, found_by="scoring pass")
         self._known = ScoredBatch(self._loaded, scored, summary)
-        return entropy_reading(self._runner, self._known, self._algorithm, self._config.algorithm)
+        return entropy_reading(self._runner, self._known, self._algorithm, self._config.algorithm, self._ages)
 
     def update(self, control: Control, *, keep_tokens: bool = False) -> StepStats:
         """Weigh the tokens of the scored batch and take its optimizer steps; the batch is dropped.

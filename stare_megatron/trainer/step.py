@@ -69,15 +69,15 @@ def weigh(
 
 
 def entropy_reading(
-    runner: Runner, known: ScoredBatch, algorithm: Algorithm, config: AlgorithmConfig
+    runner: Runner, known: ScoredBatch, algorithm: Algorithm, config: AlgorithmConfig, ages: Ages
 ) -> EntropyReading:
     """What the controller of the method reads of a scored batch; equal on every rank. A collective."""
     count, entropy = known.summary.num_action_tokens, known.summary["policy/entropy"]
-    tokens = known.tokens()
-    chosen_T = algorithm.foresee(tokens, config, runner.comm)
-    if chosen_T is None:
+    if not algorithm.foresees(config):
         return EntropyReading(count, entropy)
-    totals = runner.from_last_stage(dynamics.measure_forces(tokens, chosen_T, runner.comm))
+    tokens, undecided = known.tokens(), Control(False, 1.0, 1.0, entropy, entropy)  # the choice does not depend on it
+    chosen = [w.selection.selected_T for w in weigh(runner, known.data, tokens, undecided, algorithm, config, ages)]
+    totals = runner.from_last_stage(dynamics.measure_forces(tokens, torch.cat(chosen), runner.comm))
     return ForcedReading(count, entropy, dynamics.forces(totals.tolist()))
 
 

@@ -3,6 +3,7 @@
 Two optimizer steps a batch, so that at the second one ratios differ from 1 and clips, penalties and sequence means act.
 """
 
+import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "high_entropy_tokens": {},
     "w_reinforce": {},
     "grpo": {"correction": ROLLOUT_MISMATCH},
+    "stare": {"stare": {"weight": "auto", "variant": "C2", "fraction": 0.3}},
 }
 
 
@@ -69,9 +71,20 @@ def test_layout_does_not_change_a_step(outcomes, layout, method):
 
 @pytest.fixture(scope="module")
 def pipelined(checkpoint) -> list[dict[str, Any]]:
-    """Clip-Cov by rank, on two pipeline stages: the first does not see the loss."""
+    """By rank, on two pipeline stages: the first does not see the loss."""
     layout = {"world_size": 2, "pipeline_parallel": 2}
-    return launch("step_cases:many", 2, {"checkpoint": checkpoint, "cases": cases(("clip_cov",), **layout)})
+    return launch("step_cases:many", 2, {"checkpoint": checkpoint, "cases": cases(("clip_cov", "stare"), **layout)})
+
+
+def test_a_weight_that_sets_itself_reads_the_same_at_any_layout(outcomes, pipelined):
+    """What the tokens, and L+ and L- of them, are expected to do, known before the update, on every rank."""
+    wanted = [reading.forces for reading in outcomes["one"]["stare"]["readings"]]
+    assert all(forces.chosen_pos > 0 > forces.chosen_neg for forces in wanted)
+    others = [outcomes[layout]["stare"] for layout in ("CP2", "DP2")] + [rank["stare"] for rank in pipelined]
+    for seen in others:
+        for reading, want in zip(seen["readings"], wanted, strict=True):
+            got = dataclasses.astuple(reading.forces)
+            assert got == pytest.approx(dataclasses.astuple(want), abs=1e-6)
 
 
 @pytest.mark.parametrize(("method", "name"), [("clip_cov", "loss/detached"), ("kl_cov", "loss/penalty")])

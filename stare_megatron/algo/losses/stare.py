@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
-
 from stare_megatron.algo import controller, stare
 from stare_megatron.algo.algorithm import Algorithm
 from stare_megatron.algo.comm import Comm
@@ -27,10 +25,8 @@ def _weigh(tokens: stare.Candidates, control: Control, config: AlgorithmConfig, 
     return stare.weigh(tokens, control, config.stare, comm)
 
 
-def _foresee(tokens: stare.Candidates, config: AlgorithmConfig, comm: Comm) -> torch.Tensor | None:
-    if config.stare.weight == "fixed":
-        return None
-    return stare.choose(tokens, config.stare, comm)[1].selected_T
+def _foresees(config: AlgorithmConfig) -> bool:
+    return config.stare.weight == "auto"
 
 
-ALGORITHM = Algorithm(stare_loss, controller=controller.observe, weigh=_weigh, foresee=_foresee)
+ALGORITHM = Algorithm(stare_loss, controller=controller.observe, weigh=_weigh, foresees=_foresees)
