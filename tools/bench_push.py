@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,10 @@ from stare_megatron.sync.push import WeightPusher
 from stare_megatron.sync.sharded import ShardedPusher
 from stare_megatron.sync.source import ParamSpec, WeightStream
 from stare_megatron.sync.wire import host_store
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools.gpu_check_parts.push_receivers import vllm_worker
 
 DTYPE = torch.bfloat16
 PUSHES = 5  # of each kind, by turns; the first is left out
@@ -104,28 +109,10 @@ def serve(pipe: Connection, folder: str) -> None:
 
 
 def _engines(folder: str) -> dict[str, Any]:
-    from vllm.config import WeightTransferConfig, set_current_vllm_config
+    from vllm.config import WeightTransferConfig
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.v1.worker.cpu_worker import CPUWorker
 
-    from stare_megatron.host.ports import free_port
-    from stare_megatron.sync.plugin import register
-
-    register()
-    config = EngineArgs(
-        model=folder,
-        load_format="dummy",
-        dtype="bfloat16",
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-        max_model_len=64,
-        kv_cache_memory_bytes=1 << 20,
-    ).create_engine_config()
-    with set_current_vllm_config(config):
-        worker = CPUWorker(config, 0, 0, f"tcp://127.0.0.1:{free_port()}", is_driver_worker=True)
-        worker.init_device()
-        worker.load_model()
+    worker, config = vllm_worker(folder, on_gpu=False)
     model = worker.model_runner.get_model()
     make = WeightTransferEngineFactory.create_engine
     kinds = ("gloo", "sharded")

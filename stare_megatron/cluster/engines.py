@@ -80,8 +80,8 @@ class EngineActor(Answers):
             config.window,
             config.run.seed,
             self._transport,
+            keeps_kv=config.sampling.kv == "keep",
         )
-        self._engine.keeps_kv = config.sampling.kv == "keep"
         await self._engine.start()
         box = None
         if config.uses_sandbox:

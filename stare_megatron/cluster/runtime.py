@@ -256,10 +256,7 @@ class Crew:
             self.watch()
             if watch is not None:
                 watch()
-            self._lookout.look(late, what, now - began)
-            if now - told >= _SAY_S:
-                told = now
-                self._say(f"waiting {now - began:.0f} s for {', '.join(late)} ({what})")
+            told = self._still_waits(late, what, began, told)
 
     def first(
         self, flying: Mapping[ray.ObjectRef, int], what: str, changed: Callable[[], bool] = lambda: False
@@ -276,10 +273,16 @@ class Crew:
             if changed():
                 return None
             late = [self.names[i] for i in sorted(set(flying.values()))]
-            self._lookout.look(late, what, now - began)
-            if now - told >= _SAY_S:
-                told = now
-                self._say(f"waiting {now - began:.0f} s for {', '.join(late)} ({what})")
+            told = self._still_waits(late, what, began, told)
+
+    def _still_waits(self, late: Sequence[str], what: str, began: float, told: float) -> float:
+        """Look whether it is too long, and say for whom it is once a minute; when that was said last."""
+        now = time.monotonic()
+        self._lookout.look(late, what, now - began)
+        if now - told < _SAY_S:
+            return told
+        self._say(f"waiting {now - began:.0f} s for {', '.join(late)} ({what})")
+        return now
 
 
 def wait(refs: Sequence[ray.ObjectRef], names: Sequence[str], timeout: float = 0.0) -> list[Any]:

@@ -37,3 +37,8 @@ class RolloutConfig(Section):
         default="train",
         description="Trajectories that the token, turn or call budget ended: learned from, or left out of the loss.",
     )
+
+    @property
+    def refills(self) -> int:
+        """Most prompts that are sampled in the place of dropped ones for an update batch."""
+        return self.max_refills * self.prompts_per_step if self.dynamic_sampling else 0

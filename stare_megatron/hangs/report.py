@@ -18,7 +18,7 @@ from pathlib import Path
 
 from stare_megatron.hangs.verdict import Verdict
 from stare_megatron.hangs.witness import Witness
-from stare_megatron.host.evidence import Flight, GroupMembers, MachineState, Operation, ProcessState, ThreadStack
+from stare_megatron.host.evidence import Flight, MachineState, ProcessState, ThreadStack
 
 FOLDER = "forensics"
 
@@ -74,24 +74,6 @@ def stacks_text(threads: Sequence[ThreadStack]) -> str:
 
 def flight_json(flight: Flight) -> str:
     return json.dumps(dataclasses.asdict(flight), indent=1)
-
-
-def read_flight_json(text: str) -> Flight:
-    """What `flight_json` wrote, without the stacks of the operations."""
-    data = json.loads(text)
-    groups = [GroupMembers(g["name"], g["description"], tuple(g["ranks"])) for g in data["groups"]]
-    operations = [
-        Operation(
-            group=o["group"],
-            number=o["number"],
-            kind=o["kind"],
-            sizes=tuple(tuple(size) for size in o["sizes"]),
-            finished=o["finished"],
-            peer=o["peer"],
-        )
-        for o in data["operations"]
-    ]
-    return Flight(data["rank"], tuple(groups), tuple(operations))
 
 
 def _processes(witness: Witness) -> str:

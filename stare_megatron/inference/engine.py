@@ -50,13 +50,19 @@ class Engine:
         window: longest sequence, prompt and response, tokens.
         seed: vLLM's own seed; each request brings another.
         transport: name of the weight-transfer backend, `device.weight_transport()`.
-
-    Attributes:
         keeps_kv: requests in flight keep the KV cache that older weights made when weights change.
     """
 
     def __init__(
-        self, name: str, model: Path, dtype: str, config: InferenceConfig, window: int, seed: int, transport: str
+        self,
+        name: str,
+        model: Path,
+        dtype: str,
+        config: InferenceConfig,
+        window: int,
+        seed: int,
+        transport: str,
+        keeps_kv: bool = False,
     ) -> None:
         check_engine_args(config.vllm, () if device.current() is device.Device.CUDA else ("gpu",))
         self.name = name
@@ -77,7 +83,7 @@ class Engine:
             **({"enable_return_routed_experts": True} if config.routing_replay else {}),
             **config.vllm,
         }
-        self.keeps_kv = False
+        self.keeps_kv = keeps_kv
         self._routed = config.routing_replay
         self._llm: FrontEnd | None = None
         self._meter = LoadMeter()

@@ -95,10 +95,6 @@ class FrontEnd:
             if request.done.cancelled() and not self._dead:
                 self._submit(lambda: self._abort([request_id]))
 
-    async def abort(self, request_ids: Sequence[str]) -> None:
-        """End requests; each gives what it has."""
-        await self._call(lambda: self._abort(request_ids))
-
     async def pause_generation(self, *, mode: str = "keep", clear_cache: bool = False) -> None:
         """Stop after the current step. Requests in flight wait, and so do new ones."""
 

@@ -9,7 +9,6 @@ save only while they live.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import shutil
 import signal
@@ -22,8 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-import psutil
-
+from stare_megatron.host import processes
 from stare_megatron.host.ports import connect_error
 from stare_megatron.launch import logs
 
@@ -187,11 +185,7 @@ def _start_ray(part: Part) -> subprocess.Popen[bytes]:
 
 def _kill(ray: subprocess.Popen[bytes]) -> None:
     """Ray's processes, which hear nothing else."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for process in psutil.Process(ray.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-    ray.kill()
+    processes.end(processes.under([ray.pid]), 0.0)
     ray.wait()
 
 

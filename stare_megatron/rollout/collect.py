@@ -71,7 +71,7 @@ class Collector(Generic[Ref]):
         self._sampling = Sampling(r.max_response_tokens, r.temperature, r.top_p, tuple(r.stop), seed=0)
         self._wanted = r.prompts_per_step
         self._dynamic = r.dynamic_sampling
-        self._refills = r.max_refills * r.prompts_per_step if r.dynamic_sampling else 0
+        self._refills = r.refills
 
     def collect(self, step: int) -> Collected[Ref]:
         """Sample the update batch of a step."""

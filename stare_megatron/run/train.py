@@ -150,27 +150,31 @@ def prepare(config: Config, console: Console) -> Prepared:
     stream = PromptStream(prompts, seed=config.run.seed, shuffle=config.data.shuffle)
     if config.sync.probe_every:
         stream.probe()  # refuses a data set without a prompt to probe with
-    restored, ahead, wandb_run = 0, None, ""
-    if resume_from is not None:
-        state = checkpoint.read(resume_from)
-        stream.restore(state.stream)
-        restored = state.step
-        ahead = checkpoint.read_ahead(resume_from)
-        if resume_from.resolve().is_relative_to(config.folder.resolve()):
-            wandb_run = state.wandb_run
-    return Prepared(
+    prepared = Prepared(
         config=config,
         settings=settings.of(config),
         tokenizer=tokenizer,
         stream=stream,
         benchmarks=benchmarks,
-        resume_from=resume_from,
-        restored=restored,
-        ahead=ahead,
-        wandb_run=wandb_run,
+        resume_from=None,
+        restored=0,
+        ahead=None,
+        wandb_run="",
         sandbox=sandbox,
         notes=tuple(notes),
     )
+    if resume_from is None:
+        return prepared
+    state = checkpoint.read(resume_from)
+    own = resume_from.resolve().is_relative_to(config.folder.resolve())
+    return dataclasses.replace(_at(prepared, resume_from, state), wandb_run=state.wandb_run if own else "")
+
+
+def _at(prepared: Prepared, found: Path, state: checkpoint.LoopState) -> Prepared:
+    """`prepared` to go on from a checkpoint with this state, its prompts included."""
+    prepared.stream.restore(state.stream)
+    ahead = checkpoint.read_ahead(found)
+    return dataclasses.replace(prepared, resume_from=found, restored=state.step, ahead=ahead)
 
 
 def today(config: Config, tokenizer: PreTrainedTokenizerBase) -> Config:
@@ -234,10 +238,7 @@ def _from_the_last(prepared: Prepared, folder: run_folder.RunFolder, start: Stre
         prepared.stream.restore(start)
         return prepared
     checkpoint.verify(newest, contents=False)
-    state = checkpoint.read(newest)
-    prepared.stream.restore(state.stream)
-    ahead = checkpoint.read_ahead(newest)
-    return dataclasses.replace(prepared, resume_from=newest, restored=state.step, ahead=ahead)
+    return _at(prepared, newest, checkpoint.read(newest))
 
 
 def _is_unexplained(error: RunError) -> bool:
@@ -307,6 +308,5 @@ def _sampler(prepared: Prepared, session: Session) -> Sampler[Collected[runtime.
 
 def _window(config: Config) -> Window:
     size, s = config.rollout.prompts_per_step, config.sampling
-    refills = config.rollout.max_refills * size if config.rollout.dynamic_sampling else 0
     width = max(1, int(s.window * (s.max_staleness + 1) * size))
-    return Window(size, s.max_staleness, width, refills, config.run.steps)
+    return Window(size, s.max_staleness, width, config.rollout.refills, config.run.steps)

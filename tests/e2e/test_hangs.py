@@ -26,12 +26,12 @@ from stare_megatron.cluster.lookout import Lookout
 from stare_megatron.config import ClusterConfig
 from stare_megatron.config.watchdog import WatchdogConfig
 from stare_megatron.errors import HangError
-from stare_megatron.hangs.report import read_flight_json
 from stare_megatron.host.device import trainer_environment
 from stare_megatron.host.ports import free_port
 from stare_megatron.tasks.make import make
 from stare_megatron.tasks.tiny_model import default_settings
 from tests.contracts.source import ROOT
+from tests.flights import read_flight_json
 
 
 @ray_actor

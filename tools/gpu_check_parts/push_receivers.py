@@ -122,36 +122,42 @@ class Plain:
     def wake(self) -> None: ...
 
 
+def vllm_worker(model: str, on_gpu: bool, **settings: Any) -> tuple[Any, Any]:
+    """vLLM's worker, with random weights, and its VllmConfig. `settings`: further EngineArgs."""
+    from vllm.config import set_current_vllm_config
+    from vllm.engine.arg_utils import EngineArgs
+
+    from stare_megatron.sync.plugin import register
+
+    register()
+    where: dict[str, Any] = {"enable_sleep_mode": True, "gpu_memory_utilization": 0.3} if on_gpu else {}
+    config = EngineArgs(
+        model=model,
+        load_format="dummy",
+        dtype="bfloat16",
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        max_model_len=64,
+        kv_cache_memory_bytes=1 << 20,
+        **settings,
+        **where,
+    ).create_engine_config()
+    if on_gpu:
+        from vllm.v1.worker.gpu_worker import Worker
+    else:
+        from vllm.v1.worker.cpu_worker import CPUWorker as Worker
+    with set_current_vllm_config(config):
+        worker: Any = Worker(config, 0, 0, f"tcp://127.0.0.1:{free_port()}", is_driver_worker=True)
+        worker.init_device()
+        worker.load_model()
+    return worker, config
+
+
 class Vllm:
     """vLLM's worker with a model of its own, whose weights are random until a push."""
 
     def __init__(self, model: str, on_gpu: bool) -> None:
-        from vllm.config import set_current_vllm_config
-        from vllm.engine.arg_utils import EngineArgs
-
-        from stare_megatron.sync.plugin import register
-
-        register()
-        where: dict[str, Any] = {"enable_sleep_mode": True, "gpu_memory_utilization": 0.3} if on_gpu else {}
-        config = EngineArgs(
-            model=model,
-            load_format="dummy",
-            dtype="bfloat16",
-            skip_tokenizer_init=True,
-            enforce_eager=True,
-            max_model_len=64,
-            kv_cache_memory_bytes=1 << 20,
-            weight_transfer_config={"backend": "sharded"},  # pyright: ignore[reportArgumentType]
-            **where,
-        ).create_engine_config()
-        if on_gpu:
-            from vllm.v1.worker.gpu_worker import Worker
-        else:
-            from vllm.v1.worker.cpu_worker import CPUWorker as Worker
-        with set_current_vllm_config(config):
-            self._worker: Any = Worker(config, 0, 0, f"tcp://127.0.0.1:{free_port()}", is_driver_worker=True)
-            self._worker.init_device()
-            self._worker.load_model()
+        self._worker, _ = vllm_worker(model, on_gpu, weight_transfer_config={"backend": "sharded"})
         self._on_gpu, self._asleep = on_gpu, False
         self.init_weight_transfer_engine = self._worker.init_weight_transfer_engine
         self.start_weight_update = self._worker.start_weight_update

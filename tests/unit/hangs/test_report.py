@@ -17,6 +17,7 @@ from stare_megatron.host.evidence import (
     ProcessTree,
     ThreadStack,
 )
+from tests.flights import read_flight_json
 
 FLIGHT = Flight(
     1,
@@ -65,7 +66,7 @@ def test_everything_is_written_under_the_names_that_users_know(tmp_path: Path):
     assert texts["stacks/engine_0.12.txt"].endswith("\n\nThread 0x1 (most recent call first):")
     assert texts["logs/engine_0.txt"] == "last line"
     assert texts["machines.txt"] == "b: memory 1.0 of 2.0 GiB used\n"
-    assert report.read_flight_json(texts["flight/trainer_rank_1.json"]) == FLIGHT
+    assert read_flight_json(texts["flight/trainer_rank_1.json"]) == FLIGHT
     assert len(texts) == 8
 
 

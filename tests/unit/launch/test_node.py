@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from stare_megatron.launch import node
@@ -92,7 +93,7 @@ def test_ray_s_processes_are_deaf_and_end_with_the_node(part: Part, monkeypatch:
     ray = node._start_ray(part)
     while not (part.state / "up").exists():
         time.sleep(0.02)
-    [child] = node.psutil.Process(ray.pid).children()
+    [child] = psutil.Process(ray.pid).children()
     for pid in (ray.pid, child.pid):
         os.kill(pid, signal.SIGTERM)
     time.sleep(0.3)
