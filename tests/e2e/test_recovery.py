@@ -126,7 +126,7 @@ def test_a_run_outlives_an_engine_and_a_rank(material: Path, tmp_path: Path) -> 
         material,
         tmp_path,
         "engine_0:KILL:rollout:1,trainer_1:KILL:update:3",
-        **{"inference.engines": 1, "run.steps": 4},
+        **{"inference.engines": 1, "run.steps": 4, "rollout.prompts_per_step": 16},  # some may be done before the kill
     )
     require_whole(done)
     assert done.events("engine 0") == ["HEALTHY", "DEAD", "RESTARTING", "STALE", "HEALTHY"]
