@@ -67,8 +67,15 @@ def joined(here: Rank, trainer: TrainerConfig, port: int) -> Iterator[None]:
     parallel.shutdown()  # not after an error: others may still wait in a collective
 
 
-def launch(target: str, ranks: int, arguments: dict[str, Any] | None = None, timeout: float = 180.0) -> list[Any]:
-    """Return values of `target` by rank.
+def launch(
+    target: str,
+    ranks: int,
+    arguments: dict[str, Any] | None = None,
+    timeout: float = 180.0,
+    *,
+    bare: bool = False,
+) -> list[Any]:
+    """Return values of `target` by rank. `bare`: in processes that have imported nothing before its module.
 
     Raises:
         AssertionError: a rank failed, or `timeout` seconds passed.
@@ -77,7 +84,7 @@ def launch(target: str, ranks: int, arguments: dict[str, Any] | None = None, tim
         folder = Path(name)
         (folder / "arguments").write_bytes(pickle.dumps((target, arguments or {})))
         port = free_port()
-        processes = [_start(folder, rank, ranks, port) for rank in range(ranks)]
+        processes = [_start(folder, rank, ranks, port, bare) for rank in range(ranks)]
         try:
             fault = _wait(processes, time.monotonic() + timeout)
             if fault:
@@ -102,7 +109,7 @@ class _Process(Protocol):
     def wait(self) -> int: ...
 
 
-def _start(folder: Path, rank: int, ranks: int, port: int) -> _Process:
+def _start(folder: Path, rank: int, ranks: int, port: int, bare: bool) -> _Process:
     own = {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -120,7 +127,7 @@ def _start(folder: Path, rank: int, ranks: int, port: int) -> _Process:
     # Two parents, so that ranks hash strings differently, as processes of their own do.
     parent = _parents.setdefault(rank % 2, _Parent(environment))
     (folder / f"log{rank}").touch()
-    if parent.environment == environment and not device.gpu_names():
+    if not bare and parent.environment == environment and not device.gpu_names():
         return parent.fork(folder, own)
     with (folder / f"log{rank}").open("wb") as log:
         return subprocess.Popen(

@@ -9,7 +9,12 @@ from typing import Any
 from unittest import mock
 
 from launch import Rank
-from step_cases import Ports
+
+from stare_megatron.host import device
+
+# What Megatron-Core finds when it is imported is settled for the process.
+with mock.patch.object(device, "has_transformer_engine", return_value=True):
+    from step_cases import Ports
 
 
 @contextlib.contextmanager
@@ -17,7 +22,6 @@ def layers(engine: bool) -> Iterator[None]:
     """Build with Transformer Engine's modules, as on an H100, or with the local ones."""
     import torch
 
-    from stare_megatron.host import device
     from stare_megatron.trainer import spec
 
     spec.providers.cache_clear()
@@ -36,11 +40,7 @@ def run(here: Rank, *, cases: dict[str, dict[str, Any]]) -> dict[str, dict[str, 
     import dataclasses
 
     from stare_megatron.config import TrainerConfig
-    from stare_megatron.host import device
-
-    # What Megatron-Core finds when it is imported is settled for the process.
-    with mock.patch.object(device, "has_transformer_engine", return_value=True):
-        from stare_megatron.trainer import parallel
+    from stare_megatron.trainer import parallel
 
     ports, found = Ports(here), {}
     for name, case in cases.items():

@@ -73,7 +73,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str, str]
             for number, layout, family in CASES
             if number == ranks
         }
-        results = launch("tests.te.te_worker:run", ranks, {"cases": cases}, timeout=900)
+        results = launch("tests.te.te_worker:run", ranks, {"cases": cases}, timeout=900, bare=True)
         for name in cases:
             layout, _, family = name.partition("/")
             seen[ranks, layout, family] = [result[name] for result in results]
