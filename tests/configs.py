@@ -32,8 +32,8 @@ def configuration(**changes: Mapping[str, Any]) -> Config:
     return parse(tables(**changes), "test")
 
 
-def small_model(folder: Path, experts: int = 0, **fields: Any) -> Path:
-    """A checkpoint folder of four layers that preflight takes; every weight is 0."""
+def small_model(folder: Path, experts: int = 0, *, weights: bool = True, **fields: Any) -> Path:
+    """A checkpoint folder of four layers that preflight takes; every weight is 0. Without `weights` it has none."""
     folder.mkdir()
     shape: dict[str, Any] = {
         "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 128, "intermediate_size": 256,
@@ -47,6 +47,8 @@ def small_model(folder: Path, experts: int = 0, **fields: Any) -> Path:
         }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(shape | fields))
     (folder / "tokenizer.json").write_text("{}")
+    if not weights:
+        return folder
     names = hf_names(read_hf_config(folder))
     save_file({name: np.zeros(want, np.float16) for name, want in names.items()}, folder / "model.safetensors")
     return folder

@@ -10,6 +10,8 @@ from stare_megatron.errors import UserError
 
 Bundle = dict[str, float]
 
+_SHARE = 1e-3  # of a node's resource, which only marks it
+
 
 def own_engines(config: Config, *, trainers: bool = True) -> int:
     """Engines with GPUs of their own."""
@@ -27,10 +29,17 @@ def reserved(config: Config, *, gpus: bool, trainers: bool = True) -> list[Bundl
 
 
 def sandbox(config: Config) -> list[Bundle]:
-    """Of the actors that run code."""
+    """One for each actor that runs code; an empty one reserves nothing."""
     s = config.sandbox
-    used = config.uses_sandbox and not s.url
-    return [{"CPU": s.actor_cpus}] * s.actors if used else []
+    if not config.uses_sandbox or s.url:
+        return []
+    asked = {"CPU": s.actor_cpus} | ({s.node_resource: _SHARE} if s.node_resource else {})
+    return [{kind: n for kind, n in asked.items() if n}] * s.actors
+
+
+def sandbox_cpus(config: Config) -> int:
+    """Of all these actors, rounded up."""
+    return math.ceil(sum(bundle.get("CPU", 0.0) for bundle in sandbox(config)))
 
 
 def nodes_needed(bundles: Sequence[Mapping[str, float]], node: Mapping[str, float]) -> int:

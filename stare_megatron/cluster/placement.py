@@ -1,11 +1,11 @@
-"""Where actors run: one placement group a run. On GPUs one bundle a trainer's GPU, sorted by node so that neighbouring
-ranks share one, and one for each engine with GPUs of its own; on CPUs one logical CPU an actor."""
+"""Where actors run: a placement group for a run's ranks and engines, and one for the actors that run code, spread over
+the nodes. On GPUs one bundle a trainer's GPU, sorted by node so that neighbouring ranks share one, and one for each
+engine with GPUs of its own; on CPUs one logical CPU an actor."""
 
 from __future__ import annotations
 
 import collections
 import contextlib
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from stare_megatron.cluster.bundles import own_engines, reserved, sandbox
+from stare_megatron.cluster.bundles import Bundle, own_engines, reserved, sandbox, sandbox_cpus
 from stare_megatron.cluster.nodes import nodes
 from stare_megatron.config import Config
 from stare_megatron.errors import RanksLostError, UserError
@@ -34,16 +34,19 @@ class Slot:
 
 @dataclass(frozen=True)
 class Placement:
-    """A slot for each trainer rank and each engine. `group` is freed by `release`; `gpu_bytes`: memory of the smallest
-    GPU, 0 on CPUs or where it is not known."""
+    """A slot for each trainer rank and each engine; Ray options for each actor that runs code. What `groups` hold (the
+    first is that of ranks and engines) is freed by `release`; `gpu_bytes`: memory of the smallest GPU, 0 on CPUs or
+    where it is not known."""
 
     trainers: tuple[Slot, ...]
     engines: tuple[Slot, ...]
-    group: PlacementGroup
+    sandboxes: tuple[dict[str, Any], ...]
+    groups: tuple[PlacementGroup, ...]
     gpu_bytes: int
 
     def release(self) -> None:
-        remove_placement_group(self.group)
+        for group in self.groups:
+            remove_placement_group(group)
 
     def require(self) -> None:
         """Before something is started again in a slot: a node that is lost takes its slots along, until Ray finds
@@ -52,7 +55,7 @@ class Placement:
         Raises:
             RanksLostError: it does not within a minute.
         """
-        if not self.group.wait(_ROOM_S):
+        if not self.groups[0].wait(_ROOM_S):
             free = "; ".join(f"{n.name}: {n.free_gpus or n.free_cpus:g} free" for n in nodes())
             raise RanksLostError(
                 f"a node is lost, and the cluster has no room for what the run had there ({free}); start the run again "
@@ -82,40 +85,53 @@ def _where() -> tuple[str, str, int]:
 
 def actors(config: Config, trainers: int) -> int:
     """Logical CPUs of a local Ray for `trainers` ranks, the engines, the sandbox, and one to spare."""
-    sandboxes = math.ceil(sum(bundle["CPU"] for bundle in sandbox(config)))
-    return trainers + config.inference.engines + sandboxes + 1
+    return trainers + config.inference.engines + sandbox_cpus(config) + 1
 
 
 def plan(config: Config, *, trainers: bool = True) -> Placement:
-    """Reserve devices for a run, or without `trainers` for its engines alone (which are then `separate`): all at once
-    or none, so that two runs never hold what the other waits for.
+    """Reserve devices for a run, or without `trainers` for its engines alone (which are then `separate`), and what runs
+    its code: all or nothing, so that two runs never hold for long what the other waits for.
 
     Raises:
         UserError: the cluster has too few, or too few free; or ranks that split layers would cross a node.
     """
-    ranks, i = config.trainer.world_size if trainers else 0, config.inference
-    if device.current() is device.Device.CPU:
-        # Ranks and engines alike over the nodes.
-        group = _reserve(reserved(config, gpus=False, trainers=trainers), "SPREAD")
-        slots = [
-            Slot({"num_cpus": 1, "scheduling_strategy": PlacementGroupSchedulingStrategy(group, k)}, environment, local)
-            for k, (environment, local) in enumerate(
-                [(device.trainer_environment(), rank) for rank in range(ranks)]
-                + [(device.engine_environment(), 0)] * i.engines
-            )
-        ]
-        return Placement(tuple(slots[:ranks]), tuple(slots[ranks:]), group, 0)
-    own = own_engines(config, trainers=trainers)
-    group = _reserve(reserved(config, gpus=True, trainers=trainers), "PACK")
+    ranks = config.trainer.world_size if trainers else 0
+    gpus = device.current() is device.Device.CUDA
     with contextlib.ExitStack() as stack:
+        # On CPUs ranks and engines alike over the nodes.
+        group = _reserve(
+            reserved(config, gpus=gpus, trainers=trainers),
+            "PACK" if gpus else "SPREAD",
+            "trainer.world_size, inference.engines x inference.tensor_parallel",
+        )
         stack.callback(remove_placement_group, group)
-        places = _on_gpus(config, group, ranks, own)
-        stack.pop_all()  # nothing was found wrong: it stays
-    return places
+        slots, gpu_bytes = (
+            _on_gpus(config, group, ranks, own_engines(config, trainers=trainers))
+            if gpus
+            else (_on_cpus(config, group, ranks), 0)
+        )
+        groups, boxes = [group], sandbox(config)
+        if any(boxes):
+            groups.append(_reserve(boxes, "SPREAD", "sandbox.actors x sandbox.actor_cpus, sandbox.node_resource"))
+            stack.callback(remove_placement_group, groups[-1])
+        stack.pop_all()  # nothing was found wrong: they stay
+    options = tuple(_box(bundle, groups[-1], k) for k, bundle in enumerate(boxes))
+    return Placement(slots[:ranks], slots[ranks:], options, tuple(groups), gpu_bytes)
 
 
-def _on_gpus(config: Config, group: PlacementGroup, ranks: int, own: int) -> Placement:
-    """`own`: engines with GPUs of their own, whose bundles follow those of the ranks."""
+def _on_cpus(config: Config, group: PlacementGroup, ranks: int) -> tuple[Slot, ...]:
+    """Those of ranks, then those of engines."""
+    trainers = [(device.trainer_environment(), rank) for rank in range(ranks)]
+    engines = [(device.engine_environment(), 0)] * config.inference.engines
+    return tuple(
+        Slot({"num_cpus": 1, "scheduling_strategy": _strategy(group, k)}, environment, local)
+        for k, (environment, local) in enumerate(trainers + engines)
+    )
+
+
+def _on_gpus(config: Config, group: PlacementGroup, ranks: int, own: int) -> tuple[tuple[Slot, ...], int]:
+    """Those of ranks, then those of engines; memory of the smallest GPU. `own`: engines with GPUs of their own, whose
+    bundles follow those of the ranks."""
     i = config.inference
     bundles = _sorted_bundles(group, ranks)
     _check_one_node(bundles, config.trainer.tensor_parallel, "trainer.tensor_parallel", "ranks that split layers")
@@ -137,7 +153,16 @@ def _on_gpus(config: Config, group: PlacementGroup, ranks: int, own: int) -> Pla
         used = bundles[: i.engines * i.tensor_parallel]
         _check_one_node(used, i.tensor_parallel, "inference.tensor_parallel", "the GPUs of a colocated engine")
         engines = [_colocated(group, used[k : k + i.tensor_parallel]) for k in range(0, len(used), i.tensor_parallel)]
-    return Placement(tuple(trainers), tuple(engines), group, min((b.bytes for b in bundles), default=0))
+    return (*trainers, *engines), min((b.bytes for b in bundles), default=0)
+
+
+def _box(bundle: Bundle, group: PlacementGroup, index: int) -> dict[str, Any]:
+    """Options of an actor that runs code; one for which nothing is reserved runs on any node."""
+    return {
+        "num_cpus": bundle.get("CPU", 0.0),
+        "resources": {kind: n for kind, n in bundle.items() if kind != "CPU"},
+        "scheduling_strategy": _strategy(group, index) if bundle else "SPREAD",
+    }
 
 
 def _check_one_node(bundles: list[_Bundle], size: int, key: str, what: str) -> None:
@@ -167,23 +192,33 @@ def _colocated(group: PlacementGroup, mine: list[_Bundle]) -> Slot:
     return Slot(options, environment, 0)
 
 
-def _reserve(bundles: list[dict[str, float]], strategy: str) -> PlacementGroup:
-    """Raises: UserError: there are too few, or not free within ten seconds; nothing is held then."""
+def _reserve(bundles: list[Bundle], strategy: str, keys: str) -> PlacementGroup:
+    """`keys`: of the settings that ask for them.
+
+    Raises:
+        UserError: there are too few, or not free within ten seconds; nothing is held then.
+    """
     need = sum((collections.Counter(b) for b in bundles), collections.Counter[str]())
     group = placement_group(bundles, strategy=strategy)
     have = ray.cluster_resources()
+    for kind in need.keys() - have.keys() - {"CPU", "GPU"}:
+        remove_placement_group(group)
+        raise UserError(
+            f"sandbox.node_resource = {kind!r}: no node has it; start Ray on those that may run code with "
+            f"--resources='{{\"{kind}\": 1}}', or leave it empty"
+        )
     enough = all(have.get(kind, 0) >= n for kind, n in need.items())
     if enough and group.wait(_FREE_S):
         return group
     remove_placement_group(group)
     kind = "GPUs" if "GPU" in need else "CPUs"
     counts = [(n.name, n.gpus, n.free_gpus) if kind == "GPUs" else (n.name, n.cpus, n.free_cpus) for n in nodes()]
-    wanted = ", ".join(f"{n:g} {name}s" for name, n in sorted(need.items(), reverse=True))
+    wanted = ", ".join(f"{need[name]:g} {name}s" for name in ("GPU", "CPU") if name in need)
     in_all, free = sum(n for _, n, _ in counts), sum(n for *_, n in counts)
     where = "; ".join(f"{name}: {total:g}, {free:g} free" for name, total, free in counts)
     raise UserError(
-        f"the run needs {wanted} (trainer.world_size, inference.engines x inference.tensor_parallel); the cluster has "
-        f"{in_all:g} {kind}, {free:g} free ({where}); end what holds them, lower the numbers, or add nodes"
+        f"the run needs {wanted} ({keys}); the cluster has {in_all:g} {kind}, {free:g} free ({where}); end what holds "
+        "them, lower the numbers, or add nodes"
     )
 
 

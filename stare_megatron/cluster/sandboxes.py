@@ -8,7 +8,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 _MARGIN_SECONDS = 10.0  # for the way there and back, and the actor's own work
 _START_SECONDS = 120.0  # of a replaced actor, its workers' imports included
 _AHEAD = 2  # calls under way for each worker: one that runs, one that comes next
-_SHARE = 1e-3  # of a node's resource, which only marks it
 
 
 class _Lost(Exception):
@@ -39,20 +38,20 @@ class _Lost(Exception):
 class Sandboxes:
     """The driver's handle: starts the actors, waits for them, ends them. `actors` go to the engines, for `make_client`.
 
-    There are none where no code is run (not `wanted`), and with `sandbox.url`, where engines speak to the server.
+    `places`: Ray options of each. There are none where no code is run, and with `sandbox.url`, where engines speak to
+    the server.
     """
 
-    def __init__(self, config: SandboxConfig, logs: Path, *, wanted: bool = True) -> None:
+    def __init__(self, config: SandboxConfig, logs: Path, places: Sequence[Mapping[str, Any]]) -> None:
         options: dict[str, Any] = {
-            "num_cpus": config.actor_cpus,
-            "resources": {config.node_resource: _SHARE} if config.node_resource else None,
-            "scheduling_strategy": "SPREAD",
             "max_restarts": -1,
             "max_task_retries": 0,  # a call that brought an actor down must not bring the next one down
             "max_concurrency": 10000,  # waiting is bounded by the box and the actor
         }
-        count = config.actors if wanted and not config.url else 0
-        self.actors: list[Any] = [SandboxActor.options(**options).remote(config, i, logs) for i in range(count)]
+        self.actors: list[Any] = [
+            SandboxActor.options(**options, **place).remote(config, i, logs) for i, place in enumerate(places)
+        ]
+        count = len(places)
         self.crew = runtime.Crew([f"sandbox {i}" for i in range(count)], lambda _: None, named_hosts=False)
         self._starting = [actor.start.remote() for actor in self.actors]
 

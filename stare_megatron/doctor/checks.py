@@ -16,6 +16,7 @@ SHORT: tuple[Check, ...] = (
     network.silent,
     network.versions,
     machine.driver_device,
+    machine.host_memory,
     network.shared_folder,
     network.shared_writable,
     network.paths_missing,

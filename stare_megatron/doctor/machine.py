@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from stare_megatron.cluster import placement
+from stare_megatron.cluster.bundles import sandbox_cpus
 from stare_megatron.config import Config
 from stare_megatron.doctor.facts import ClusterFacts, Finding, NodeFacts
 from stare_megatron.host import device
 from stare_megatron.host.packages import MISSING
+from stare_megatron.models.families import read_hf_config
+from stare_megatron.plan.parameters import arena_bytes, fullest
 
 _GIB = 2**30
 _IN_USE_BYTES = 2 * _GIB  # more than a display or a monitor holds
@@ -183,10 +185,28 @@ def enough(facts: ClusterFacts, config: Config | None) -> Iterator[Finding]:
         yield Finding("the cluster", what, cure if have < need else f"end what holds them, {cure}")
 
 
+def host_memory(facts: ClusterFacts, config: Config | None) -> Iterator[Finding]:
+    """What ranks keep in it: on GPUs what `trainer.offload` moves, on CPUs all. Where the model is not here, it is a
+    finding of `network`."""
+    if config is None or not (config.model.path / "config.json").is_file():
+        return
+    t, on_gpus = config.trainer, facts.device == "cuda"
+    shape = read_hf_config(config.model.path)
+    each = arena_bytes(shape, t, config.model.dtype)
+    each += 0 if on_gpus else fullest(shape, t, config.model.dtype).total
+    for node in facts.nodes:
+        ranks = min(t.world_size, int(node.ray.gpus) if on_gpus else -(-t.world_size // len(facts.nodes)))
+        if ranks * each > node.memory_bytes:
+            what = f"{ranks} of the {t.world_size} ranks keep {ranks * each / _GIB:.0f} GiB in host memory"
+            cure = f"take a class out of trainer.offload = {t.offload}" if on_gpus else "use a smaller model"
+            cure += ", raise trainer.world_size, or use nodes with more memory"
+            yield Finding(node.name, f"{what}, it has {node.memory_bytes / _GIB:.0f}", cure)
+
+
 def _needs(config: Config, device: str) -> dict[str, float]:
     """As `cluster/placement.py` reserves them."""
     ranks, i = config.trainer.world_size, config.inference
-    sandboxes = placement.actors(config, 0) - i.engines - 1
+    sandboxes = sandbox_cpus(config)
     if device == "cpu":
         return {"CPUs": ranks + i.engines + sandboxes}
     own = i.engines if i.placement == "separate" else 0

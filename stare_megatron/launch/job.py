@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stare_megatron import config as configuration
-from stare_megatron.cluster.bundles import nodes_needed, reserved, sandbox
+from stare_megatron.cluster.bundles import nodes_needed, reserved, sandbox, sandbox_cpus
 from stare_megatron.config import Config
 from stare_megatron.errors import UserError
 from stare_megatron.run.folder import to_toml
@@ -101,9 +101,9 @@ def _nodes(config: Config, args: argparse.Namespace) -> tuple[Nodes, Nodes | Non
     if count == 1 and gpus:
         gpus = int(sum(bundle.get("GPU", 0.0) for bundle in asked))
     if not cpus and gpus < args.gpus_per_node:  # of a node that others may share
-        cpus = _CPUS_OF_A_GPU * gpus + math.ceil(sum(bundle["CPU"] for bundle in sandbox(config) if not own))
+        cpus = _CPUS_OF_A_GPU * gpus + (0 if own else sandbox_cpus(config))
     if not cpus and not args.gpus_per_node:
-        cpus = math.ceil(sum(bundle["CPU"] for bundle in asked) / count) + 1
+        cpus = math.ceil(sum(bundle.get("CPU", 0.0) for bundle in asked) / count) + 1
     resource = config.sandbox.node_resource if sandbox(config) else ""
     main = Nodes(count, gpus, cpus, "" if own else resource)
     if not own:

@@ -8,7 +8,7 @@ from stare_megatron.config import Config
 from stare_megatron.models.layout import element_bytes
 from stare_megatron.models.shape import ModelShape
 from stare_megatron.models.weights import parameters
-from stare_megatron.plan.parameters import fullest
+from stare_megatron.plan.parameters import arena_bytes, fullest
 from stare_megatron.plan.timing import Machine
 
 
@@ -51,8 +51,7 @@ def host_memory(config: Config, shape: ModelShape, machine: Machine) -> HostMemo
     """A checkpoint is written from a copy where training goes on meanwhile, or where the state leaves the GPU."""
     t = config.trainer
     ranks = min(t.world_size, machine.gpu.per_node)
-    held = fullest(shape, t, config.model.dtype)
-    arena = held.parameters * ("parameters" in t.offload) + held.optimizer * ("optimizer" in t.offload)
+    arena = arena_bytes(shape, t, config.model.dtype)
     copied = config.checkpoint.asynchronous or arena > 0
     byte = element_bytes(config.model.dtype)
     share = parameters(shape) * (byte + (8.0 if byte == 4 else 12.0)) / t.world_size

@@ -215,6 +215,12 @@ def fullest(shape: ModelShape, trainer: TrainerConfig, dtype: str) -> StateBytes
     return max(stages, key=lambda state: state.total)
 
 
+def arena_bytes(shape: ModelShape, trainer: TrainerConfig, dtype: str) -> int:
+    """What such a rank keeps in host memory for `trainer.offload`; gradients are given up, not copied."""
+    held = fullest(shape, trainer, dtype)
+    return held.parameters * ("parameters" in trainer.offload) + held.optimizer * ("optimizer" in trainer.offload)
+
+
 @functools.lru_cache(maxsize=4096)
 def largest(shape: ModelShape, layout: Layout, stage: int) -> Held:
     """The most that any rank of a stage holds. An owner's piece counts whole, padding included."""

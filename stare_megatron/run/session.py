@@ -100,7 +100,7 @@ def open_session(
         if trainers and config.trainer.offload:
             kept = sizing.arena_bytes(config, shape) / 2**30
             status(f"trainer.offload: {kept:.2f} GiB of host memory for each of {ranks} trainer ranks")
-        sandboxes = Sandboxes(config.sandbox, logs, wanted=config.uses_sandbox)
+        sandboxes = Sandboxes(config.sandbox, logs, places.sandboxes)
         stack.callback(sandboxes.close)
         lookout.add("sandboxes", sandboxes.crew, sandboxes.actors)
         status("starting engines and trainer ranks" if trainers else "starting engines")

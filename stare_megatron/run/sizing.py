@@ -16,7 +16,7 @@ from stare_megatron.config.trainer import StateClass
 from stare_megatron.errors import UserError
 from stare_megatron.models.layout import push_buffers
 from stare_megatron.models.shape import ModelShape
-from stare_megatron.plan.parameters import fullest
+from stare_megatron.plan import parameters
 from stare_megatron.run import folder as run_folder
 
 if TYPE_CHECKING:
@@ -109,13 +109,12 @@ def resident_bytes(config: Config, shape: ModelShape) -> int:
 
 def arena_bytes(config: Config, shape: ModelShape) -> int:
     """What a rank keeps in host memory for `trainer.offload`."""
-    moved = set(config.trainer.offload) - {"gradients"}  # given up, not copied
-    return sum(size for name, size in class_bytes(config, shape).items() if name in moved)
+    return parameters.arena_bytes(shape, config.trainer, config.model.dtype)
 
 
 def class_bytes(config: Config, shape: ModelShape) -> dict[StateClass, int]:
     """State by class of a rank of the pipeline stage that has the most of it."""
-    most = fullest(shape, config.trainer, config.model.dtype)
+    most = parameters.fullest(shape, config.trainer, config.model.dtype)
     return {"parameters": most.parameters, "gradients": most.gradients, "optimizer": most.optimizer}
 
 

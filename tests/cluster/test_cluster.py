@@ -24,6 +24,14 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900), pytest.mark.skipif(
 STEPS = 2
 SPLIT = {"trainer.tensor_parallel": 2, "trainer.pipeline_parallel": 2, "trainer.world_size": 4, "inference.engines": 2}
 SMALL = {"trainer.tensor_parallel": 1, "trainer.world_size": 2, "inference.engines": 2}
+TOOLS = SMALL | {
+    "run.steps": 3,
+    "eval.benchmarks": "[]",
+    "sandbox.actors": 2,
+    "sandbox.actor_cpus": 0.5,
+    "sandbox.node_resource": "code",
+    "sandbox.require": "limits",
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +53,7 @@ def pair(shared: Path) -> Iterator[list[Machine]]:
         yield made
 
 
-def command(shared: Path, runs: Path, **keys: Any) -> list[str | Path]:
+def command(shared: Path, runs: Path, example: str = "demo_cpu", /, **keys: Any) -> list[str | Path]:
     settings = {
         "run.dir": runs,
         "run.name": "demo",
@@ -58,7 +66,7 @@ def command(shared: Path, runs: Path, **keys: Any) -> list[str | Path]:
         "cluster.address": "auto",
         "checkpoint.every": 2,
     } | keys
-    run = [sys.executable, "-m", "stare_megatron", "train", ROOT / "examples/demo_cpu/run.toml", "--quiet"]
+    run = [sys.executable, "-m", "stare_megatron", "train", ROOT / "examples" / example / "run.toml", "--quiet"]
     return [*run, *(f"{key}={value}" for key, value in settings.items())]
 
 
@@ -124,6 +132,32 @@ def test_a_folder_that_is_not_shared(shared: Path, pair: list[Machine]) -> None:
     assert code == 2, said[-3000:]
     assert "10.77.0.2" in said
     assert str(runs) in said
+
+
+@pytest.mark.slow
+def test_code_runs_on_a_machine_of_its_own(shared: Path) -> None:
+    """The two actors that run code take room on the third machine, the only one with the resource that they ask for."""
+    (shared / "three").mkdir()
+    make(default_settings("tool_arithmetic", layers=2, seed=3), shared / "tools", 256, 8)
+    run = shared / "three-runs"
+    where = {"model.path": shared / "tools/model", "data.train": json.dumps([str(shared / "tools/train.jsonl")])}
+    with machines(3, shared / "three") as made:
+        for machine in made[:2]:
+            machine.ray(2)
+        without = command(shared, run, "tool_use_cpu", **TOOLS, **where)
+        code, said = made[0].run(without, timeout=120)
+        assert code == 2, said[-3000:]
+        assert "sandbox.node_resource = 'code': no node has it; start Ray on those that may run code with" in said
+        made[2].ray(2, '--resources={"code": 1}')
+        process = made[0].start(without)
+        wait_for_step(run / "demo", 1)
+        there = [machine.run(["pgrep", "-fc", "ray::SandboxActor"])[1].strip() for machine in made]
+        said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said[-3000:]
+    assert there == ["0", "0", "2"]
+    last = jsonl.read(run / "demo/metrics.jsonl")[-1]
+    assert last["tool/calls"] > 0
+    assert last["response/ungraded"] == 0
 
 
 @pytest.mark.slow

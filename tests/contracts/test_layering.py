@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "sync": CONTRACTS | {"models"},
     "hangs": CONTRACTS,
     "cluster": CONTRACTS | {"trainer", "inference", "sync", "sandbox", "data", "hangs"},
-    "doctor": CONTRACTS | {"cluster"},
+    "doctor": CONTRACTS | {"cluster", "models", "plan"},
     "plan": CONTRACTS | {"models", "metrics"},
     "launch": CONTRACTS | {"models", "cluster", "run"},
     "convert": CONTRACTS | {"models", "data"},

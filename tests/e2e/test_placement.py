@@ -57,7 +57,7 @@ places = placement.plan(config)
 shared = places.engines[0].environment["CUDA_VISIBLE_DEVICES"], places.gpu_bytes
 places.release()
 places = placement.plan(configuration(trainer={"world_size": 1}, inference={"engines": 1, "placement": "separate"}))
-out = [*shared, bundles(places.group)]
+out = [*shared, bundles(places.groups[0])]
 """
     name, memory, bundles = run(tmp_path, code, CUDA_VISIBLE_DEVICES="GPU-aa,GPU-bb")
     assert name in ("GPU-aa", "GPU-bb")

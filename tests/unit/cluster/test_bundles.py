@@ -47,7 +47,13 @@ def test_an_engine_larger_than_a_node_is_refused() -> None:
 
 def test_a_sandbox_of_its_own_takes_cpus_where_code_is_run() -> None:
     table = {"actors": 3, "actor_cpus": 4}
+    marked = table | {"node_resource": "code"}
     tool = {"name": "tool_use", "parser": "retool"}
     assert sandbox(configuration(sandbox=table, env=tool)) == [{"CPU": 4.0}] * 3
+    assert (
+        sandbox(configuration(sandbox=marked, env=tool, cluster={"address": "auto"}))
+        == [{"CPU": 4.0, "code": 1e-3}] * 3
+    )
+    assert sandbox(configuration(sandbox=table | {"actor_cpus": 0}, env=tool)) == [{}] * 3
     assert sandbox(configuration(sandbox=table)) == []
     assert sandbox(configuration(sandbox=table | {"url": "http://there"}, env=tool)) == []

@@ -43,7 +43,9 @@ def cluster():
 @pytest.fixture(scope="module")
 def pool(cluster, tmp_path_factory):
     """One for all tests: each leaves it whole."""
-    sandboxes = Sandboxes(CONFIG, tmp_path_factory.mktemp("pool") / "logs")
+    sandboxes = Sandboxes(
+        CONFIG, tmp_path_factory.mktemp("pool") / "logs", [{"num_cpus": CONFIG.actor_cpus}] * CONFIG.actors
+    )
     try:
         places = sandboxes.ready(120.0)
         assert {place.level for place in places} <= {"limits", "filter", "landlock", "namespaces"}

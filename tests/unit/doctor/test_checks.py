@@ -15,7 +15,7 @@ from stare_megatron.doctor import checks, command, network, survey
 from stare_megatron.doctor.facts import ClusterFacts, Gpu, Resources
 from stare_megatron.errors import UserError
 from stare_megatron.host.packages import MISSING
-from tests.configs import configuration
+from tests.configs import configuration, small_model
 from tests.unit.doctor.clusters import GIB, H100, MODEL, gpu_node, node, on_cpu, on_gpus, one_machine, two_gpu_nodes
 
 Change = Callable[[ClusterFacts], ClusterFacts]
@@ -211,8 +211,22 @@ def test_tensor_parallel_groups_must_fit_within_nodes():
     expect(facts, config, "tensor_parallel", "trainer.tensor_parallel = 4", "divides the GPUs of a node")
 
 
+def test_what_ranks_keep_in_host_memory_must_fit_their_node(tmp_path):
+    """A billion parameters: optimizer state over two owners on eight GPUs, and all of the state on one CPU."""
+    model = small_model(tmp_path / "m", hidden_size=4096, intermediate_size=16384, weights=False)
+    large = {"model": {"path": str(model)}, "inference": {"engines": 1}}
+    moved = configuration(**large, trainer={"world_size": 8, "tensor_parallel": 4, "offload": ["optimizer"]})
+    nodes = tuple(gpu_node(i, memory_bytes=8 * GIB) for i in (1, 2))
+    small = dataclasses.replace(two_gpu_nodes(), nodes=nodes)
+    expect(small, moved, "host_memory", "8 of the 8 ranks keep", "trainer.offload = ['optimizer']")
+    assert checks.find(small, configuration(**large, trainer={"world_size": 8, "tensor_parallel": 4})) == []
+    assert checks.find(two_gpu_nodes(), moved) == []
+    alone = dataclasses.replace(one_machine(), nodes=(node(1, memory_bytes=8 * GIB),))
+    expect(alone, configuration(**large), "host_memory", "1 of the 1 ranks keep", "nodes with more memory")
+
+
 def test_every_check_has_a_fault():
-    injected = {row[0] for row in (*GPU_FAULTS, *CPU_FAULTS)} | {"tensor_parallel"}
+    injected = {row[0] for row in (*GPU_FAULTS, *CPU_FAULTS)} | {"tensor_parallel", "host_memory"}
     assert injected == {check.__name__ for check in (*checks.FAULTS, *checks.WARNINGS)}
     assert len(injected) >= 30
 

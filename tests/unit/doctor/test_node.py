@@ -18,7 +18,7 @@ from stare_megatron.doctor.facts import Ask, ClusterFacts, NodeFacts, Resources
 from stare_megatron.errors import UserError
 from stare_megatron.host.packages import MISSING
 from stare_megatron.host.ports import connect_error
-from tests.configs import configuration
+from tests.configs import configuration, small_model
 
 SMI = """#!/bin/sh
 case "$*" in
@@ -31,9 +31,7 @@ esac
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"vocab_size": 8}))
+    folder = small_model(tmp_path / "model", weights=False)
     (folder / "model.safetensors").write_bytes(b"x" * 100)
     return folder
 
