@@ -156,7 +156,7 @@ def test_code_runs_on_a_machine_of_its_own(shared: Path) -> None:
     assert process.returncode == 0, said[-3000:]
     assert there == ["0", "0", "2"]
     last = jsonl.read(run / "demo/metrics.jsonl")[-1]
-    assert last["tool/calls"] > 0
+    assert last["tools/calls"] > 0
     assert last["response/ungraded"] == 0
 
 

@@ -121,6 +121,34 @@ out.append(told(2))
     assert fits == ""
 
 
+def test_what_runs_code_has_room_of_its_own_on_nodes_that_may(tmp_path):
+    """Beside the run's, or nothing is held; without a wish for CPUs or a resource it may be anywhere."""
+    code = """
+ray.init(address="local", num_cpus=4, resources={"code": 1}, **quiet)
+def told(**table):
+    config = configuration(
+        trainer={"world_size": 1}, inference={"engines": 1}, sandbox={"actors": 2, **table},
+        env={"name": "tool_use", "parser": "retool"}, cluster={"address": "auto"},
+    )
+    try:
+        places = placement.plan(config)
+    except UserError as e:
+        held = [g for g in ray.util.placement_group_table().values() if g["state"] != "REMOVED"]
+        return [str(e), len(held)]
+    found = [bundles(group) for group in places.groups]
+    options = [{**o, "scheduling_strategy": str(o["scheduling_strategy"])} for o in places.sandboxes]
+    places.release()
+    return [found, options[1]["num_cpus"], options[1]["scheduling_strategy"] == "SPREAD"]
+out = [told(node_resource="code"), told(actor_cpus=0), told(node_resource="gone"), told(actor_cpus=2)]
+"""
+    marked, anywhere, gone, small = run(tmp_path, code, STARE_DEVICE="cpu")
+    assert marked == [[[{"CPU": 1.0}] * 2, [{"CPU": 1.0, "code": 0.001}] * 2], 1.0, False]
+    assert anywhere == [[[{"CPU": 1.0}] * 2], 0.0, True]
+    assert "sandbox.node_resource = 'gone': no node has it" in gone[0]
+    assert "the run needs 4 CPUs (sandbox.actors x sandbox.actor_cpus" in small[0]
+    assert gone[1] == small[1] == 0
+
+
 def test_an_engine_of_two_workers_starts_them_itself_in_a_placement_group(tmp_path):
     """vLLM would choose Ray, whose workers ask the group for GPUs that the trainer's ranks hold."""
     from tests.e2e.tiny_qwen2 import make_model, save

@@ -1,0 +1,367 @@
+"""Write the tables of docs/results.md from the records of the runs: `python tools/make_results.py`.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; what is in between is made here, from metrics and
+evaluations under `examples/*/results*`.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from stare_megatron.compare.load import Run, load
+from stare_megatron.compare.stats import TOLERANCE, band
+from stare_megatron.metrics import eval_records, jsonl
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "results.md"
+_BLOCK = re.compile(r"<!-- table: (\w+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
+LAST = 10  # steps that end values are means of
+READ: set[Path] = set()  # folders of runs that tables were made from
+
+Seeds = Sequence[Run]
+Cell = Callable[[Seeds], str]
+
+
+@dataclass(frozen=True)
+class Column:
+    """`cell`: the text for the runs of a row, one a seed."""
+
+    head: str
+    cell: Cell
+
+
+@cache
+def runs(folder: str, *names: str) -> tuple[Run, ...]:
+    """`folder`: under examples/; a name without a seed stands for its seeds 1, 2, 3, as many as there are."""
+    where = ROOT / "examples" / folder
+    found = [p for n in names for p in ([where / n] if "-seed" in n else sorted(where.glob(f"{n}-seed*")))]
+    READ.update(found)
+    return tuple(load(path, 0.0) for path in found)
+
+
+def entropy(run: Run) -> np.ndarray:
+    return run.series["policy/entropy"]
+
+
+def target(run: Run, otherwise: float) -> np.ndarray:
+    """Of each step; `otherwise`: where the method has none."""
+    goals = run.series.get("policy/target_entropy")
+    return goals if goals is not None and np.isfinite(goals).all() else np.full(len(run.steps), otherwise)
+
+
+def newest(run: Run, metric: str) -> tuple[int, float]:
+    """Step and value."""
+    values = run.series[metric]
+    at = int(np.flatnonzero(np.isfinite(values))[-1])
+    return int(run.steps[at]), float(values[at])
+
+
+def at(run: Run, metric: str, step: int) -> float:
+    return float(run.series[metric][run.steps == step][0])
+
+
+def spread(digits: int, value: Callable[[Run], float], *, with_spread: bool = True) -> Cell:
+    """Mean over the seeds, and their standard deviation where there are several."""
+
+    def cell(seeds: Seeds) -> str:
+        found = [value(run) for run in seeds]
+        if not all(np.isfinite(found)):
+            return "-"
+        text = f"{statistics.fmean(found):.{digits}f}"
+        several = with_spread and len(found) > 1
+        return f"{text} ± {statistics.stdev(found):.{digits}f}" if several else text
+
+    return cell
+
+
+def each(digits: int, value: Callable[[Run], float]) -> Cell:
+    return lambda seeds: ", ".join(f"{value(run):.{digits}f}" for run in seeds)
+
+
+def signed(digits: int, value: Callable[[Run], float]) -> Cell:
+    return lambda seeds: f"{statistics.fmean(value(run) for run in seeds):+.{digits}f}"
+
+
+def evaluated(metric: str) -> Callable[[Run], float]:
+    return lambda run: newest(run, f"eval/test/{metric}")[1]
+
+
+def ends_at(run: Run) -> float:
+    return float(entropy(run)[-LAST:].mean())
+
+
+def gate(run: Run) -> float:
+    open_ = run.series.get("stare/gate")
+    return float("nan") if open_ is None or run.settings["algorithm.method"] != "stare" else float(open_.mean())
+
+
+def kept(goal: float, field: str) -> Callable[[Run], float]:
+    """A field of `compare.stats.Band`."""
+
+    def value(run: Run) -> float:
+        found = band(entropy(run).tolist(), target(run, goal).tolist(), run.steps.tolist())
+        return float(vars(found)[field])
+
+    return value
+
+
+def under_the_band(goal: float) -> Callable[[Run], float]:
+    """How far the entropy fell under its lower edge, after it was first inside. Nats."""
+
+    def value(run: Run) -> float:
+        goals = target(run, goal)
+        inside = np.flatnonzero(abs(entropy(run) - goals) <= TOLERANCE * goals)
+        after = slice(int(inside[0]) + 1, None)
+        return max(0.0, float(((1 - TOLERANCE) * goals[after] - entropy(run)[after]).max()))
+
+    return value
+
+
+def held(goal: float, measure: Callable[[np.ndarray], float]) -> Callable[[Run], float]:
+    """Of H - H_tgt from the first step at which the entropy is not above the target."""
+
+    def value(run: Run) -> float:
+        off = entropy(run) - goal
+        return measure(off[int(np.argmax(off <= 0)) :])
+
+    return value
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+
+
+def by_variant(folder: str, variants: dict[str, str], columns: Sequence[Column]) -> str:
+    head = ["variant", *(c.head for c in columns)]
+    rows = ((title, runs(folder, *name.split())) for name, title in variants.items())
+    return markdown(head, ([title, *(c.cell(seeds) for c in columns)] for title, seeds in rows))
+
+
+BAND = "entropy_band/results"
+STARE = {
+    "stare_o1": "STARE-O1",
+    "stare_c2": "STARE-C2",
+    "stare_sens": "STARE-O1 by sensitivity",
+    "stare_p": "the same, proportional",
+    "stare_pi": "the same, proportional-integral",
+}
+ADAPTIVE = {"adaptive_entropy": "adaptive entropy bonus"}
+RIVALS = ADAPTIVE | {"entropy_bonus": "fixed entropy bonus", "clip_cov": "Clip-Cov"}
+SETTINGS = {
+    "grpo_ds": "GRPO-ds",
+    "stare_o1": "STARE-O1 (paper's rule), P 3 %, W 8",
+    "stare_c2": "STARE-C2 (paper's rule), P 3 %, W 8, M 0.5",
+    "stare_sens": "STARE-O1 by exact sensitivity, P 10 %, W 8",
+    "stare_p": "the same, proportional controller, W at most 16",
+    "stare_pi": "the same, proportional-integral (kp 15, ki 0.5, W at most 9)",
+    "adaptive_entropy": "adaptive entropy bonus, step 0.01, at most 0.3",
+    "entropy_bonus": "fixed entropy bonus 0.03",
+    "clip_cov": "Clip-Cov, 3 %",
+}
+
+
+def entropy_band() -> str:
+    return by_variant(
+        BAND,
+        SETTINGS,
+        [
+            Column("entropy, first step", spread(3, lambda run: float(entropy(run)[0]), with_spread=False)),
+            Column(f"last {LAST} steps", spread(3, ends_at)),
+            Column("in band", spread(2, kept(0.2, "share_in_band"))),
+            Column("below, nats", spread(3, under_the_band(0.2), with_spread=False)),
+            Column("rms error, nats", spread(3, kept(0.2, "rms_error"), with_spread=False)),
+            Column("gate open", spread(2, gate, with_spread=False)),
+        ],
+    )
+
+
+def entropy_band_held() -> str:
+    return by_variant(
+        BAND,
+        STARE | ADAPTIVE,
+        [
+            Column(
+                "rms error, nats", spread(4, held(0.2, lambda off: float(np.sqrt((off**2).mean()))), with_spread=False)
+            ),
+            Column("mean error", signed(4, held(0.2, lambda off: float(off.mean())))),
+            Column(
+                "within ±15 %", spread(2, held(0.2, lambda off: float((abs(off) <= 0.03).mean())), with_spread=False)
+            ),
+            Column("farthest below", spread(3, held(0.2, lambda off: max(0.0, float(-off.min()))), with_spread=False)),
+            Column("farthest above", spread(3, held(0.2, lambda off: max(0.0, float(off.max()))), with_spread=False)),
+        ],
+    )
+
+
+def entropy_band_accuracy() -> str:
+    return by_variant(
+        BAND,
+        {"grpo_ds": "GRPO-ds"} | STARE | RIVALS,
+        [
+            Column("avg@32", spread(2, evaluated("avg@32"))),
+            Column("greedy", spread(2, evaluated("greedy"), with_spread=False)),
+            Column("pass@4", spread(2, evaluated("pass@4"), with_spread=False)),
+            Column("pass@32", spread(2, evaluated("pass@32"), with_spread=False)),
+            Column("distinct right answers of 32", spread(1, evaluated("distinct_correct"), with_spread=False)),
+        ],
+    )
+
+
+def longer() -> str:
+    def accuracy(seeds: Seeds) -> str:
+        (run,) = seeds
+        step, value = newest(run, "eval/test/avg@32")
+        return f"{value:.3f}" if step == run.steps[-1] else f"{value:.3f} (step {step})"
+
+    own = spread(2, kept(0.2, "share_in_band"))
+    titles = {f"grpo_ds-seed{s}": f"GRPO-ds, {s}" for s in (1, 2, 3)}
+    titles |= {f"stare_o1_annealed-seed{s}": f"STARE-O1, H_tgt from 0.2 to 0.05, {s}" for s in (1, 2, 3)}
+    titles |= {"stare_o1-seed1": "STARE-O1, H_tgt 0.2, 1", "stare_o1_low-seed1": "STARE-O1, H_tgt 0.1, 1"}
+    titles |= {"adaptive_entropy-seed1": "adaptive entropy bonus, H_tgt 0.2, 1"}
+    columns = [
+        Column("steps", lambda seeds: f"{seeds[0].steps[-1]}"),
+        Column(f"entropy, last {LAST} steps", spread(3, ends_at)),
+        Column("in its band", lambda seeds: "-" if "grpo" in seeds[0].name else own(seeds)),
+        Column("avg@32", accuracy),
+        Column("greedy", spread(2, evaluated("greedy"))),
+        Column("distinct right answers of 32", spread(1, evaluated("distinct_correct"))),
+    ]
+    return by_variant("entropy_band/results_long", titles, columns).replace("| variant |", "| variant, seed |", 1)
+
+
+def disturbance() -> str:
+    titles = {
+        "grpo_ds": "GRPO-ds",
+        "stare_o1": "STARE-O1",
+        "stare_p": "STARE-O1 by sensitivity, proportional",
+    } | ADAPTIVE
+    return by_variant(
+        "entropy_band/results_disturbance",
+        titles,
+        [
+            Column("in band, all steps after the first in it", spread(2, kept(0.2, "share_in_band"))),
+            Column(f"entropy, last {LAST} steps", spread(3, ends_at)),
+            Column("avg@32", spread(2, evaluated("avg@32"))),
+        ],
+    )
+
+
+def number_walk() -> str:
+    def with_interval(run: Run, metric: str, step: int) -> str:
+        low, high = (at(run, f"eval/test/{metric}/ci_{end}", step) for end in ("low", "high"))
+        return f"{at(run, f'eval/test/{metric}', step):.3f} ({low:.2f} to {high:.2f})"
+
+    rows = []
+    for seed in (1, 2):
+        for step in (160, 240):
+            for name, title in (("grpo_ds", "GRPO-ds"), ("stare_o1", "STARE-O1")):
+                (run,) = runs("entropy_band/results_walk", f"{name}-seed{seed}")
+                open_ = int((run.series["stare/gate"][run.steps <= step] > 0).sum())
+                end = step == run.steps[-1]
+                rows.append(
+                    [
+                        f"{title}, {seed}",
+                        f"{step}",
+                        f"{ends_at(run):.3f}" if end else "",
+                        "-" if name == "grpo_ds" else f"{open_}",
+                        with_interval(run, "avg@32", step),
+                        f"{at(run, 'eval/test/pass@8', step):.3f}",
+                        with_interval(run, "pass@32", step),
+                        f"{at(run, 'eval/test/distinct_correct', step):.2f}",
+                    ]
+                )
+    head = ["variant, seed", "step", f"entropy, last {LAST} steps", "steps with the gate open", "avg@32", "pass@8"]
+    return markdown([*head, "pass@32", "distinct right answers of 32"], rows)
+
+
+def before(run: Run) -> dict[str, float]:
+    """The evaluation of the policy before the first step."""
+    return jsonl.read(run.folder / eval_records.TABLE)[0]
+
+
+def worst_mismatch(run: Run) -> float:
+    return float(np.nanmax(run.series["mismatch/max"]))
+
+
+def tool_use() -> str:
+    accuracy = [("avg@8", 2), ("greedy", 2), ("distinct_correct", 1)]
+    warm = runs("tool_use_cpu/results", "grpo_ds")
+    first = [spread(digits, lambda run, m=metric: before(run)[f"eval/test/{m}"])(warm) for metric, digits in accuracy]
+    rows = [["warm start", first[0], "", *first[1:], spread(3, lambda run: float(entropy(run)[0]))(warm), "", ""]]
+    for name, title in (("grpo_ds", "GRPO-ds"), ("stare_o1", "STARE-O1, P 5 %, W 8, H_tgt 0.2")):
+        seeds = runs("tool_use_cpu/results", name)
+        avg, *others = [spread(digits, evaluated(metric))(seeds) for metric, digits in accuracy]
+        rows.append(
+            [
+                title,
+                avg,
+                each(2, evaluated("avg@8"))(seeds),
+                *others,
+                spread(3, ends_at)(seeds),
+                each(2, kept(0.2, "share_in_band"))(seeds),
+                f"{max(map(worst_mismatch, seeds)):.1e}",
+            ]
+        )
+    head = ["", "avg@8, held out", "each seed", "greedy", "distinct right answers of 8"]
+    return markdown([*head, f"entropy, last {LAST} steps", "in band, each seed", "largest mismatch, nats"], rows)
+
+
+def pretrained() -> str:
+    rows = []
+    for task, source, title in (("digits", "eval", "one digit"), ("chain_sum", "chain_sum-test", "chain_sum")):
+        for name, method in (("grpo_ds", "GRPO-ds"), ("stare_o1", "STARE-O1")):
+            (run,) = runs("smollm2_arithmetic/results", f"{task}_{name}-seed1")
+            was, known = before(run), f"eval/{source}/"
+            step, avg = newest(run, f"{known}avg@4")
+            low, high = (at(run, f"{known}avg@4/ci_{end}", step) for end in ("low", "high"))
+            pairs = (
+                f"{was[known + metric]:.{digits}f}, {at(run, known + metric, step):.{digits}f}"
+                for metric, digits in (("pass@4", 3), ("greedy", 3), ("distinct_correct", 2))
+            )
+            rows.append(
+                [
+                    f"{title}, {method}",
+                    f"{step}",
+                    f"{was[known + 'avg@4']:.3f}, {avg:.3f} ({low:.2f} to {high:.2f})",
+                    *pairs,
+                    f"{entropy(run)[0]:.3f}, {entropy(run)[-3:].mean():.3f}",
+                    "-" if name == "grpo_ds" else f"{int((run.series['stare/gate'] > 0).sum())}",
+                    f"{worst_mismatch(run):.1e}",
+                    f"{statistics.median(run.series['time/step'].tolist()):.0f}",
+                ]
+            )
+    head = ["task, method", "steps", "avg@4, before and after", "pass@4", "greedy", "distinct right answers of 4"]
+    more = ["entropy, first and last three steps", "steps with the gate open", "largest mismatch, nats", "s per step"]
+    return markdown([*head, *more], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    f.__name__: f
+    for f in (
+        entropy_band,
+        entropy_band_held,
+        entropy_band_accuracy,
+        longer,
+        disturbance,
+        number_walk,
+        tool_use,
+        pretrained,
+    )
+}
+
+
+def page(text: str) -> str:
+    """`text` with every table made again."""
+    return _BLOCK.sub(lambda m: f"<!-- table: {m[1]} -->\n{TABLES[m[1]]()}<!-- end -->\n", text)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text()))
