@@ -77,7 +77,7 @@ class Rank:
     def whole(self) -> Iterator[tuple[str, torch.Tensor]]:
         for entry, tensors in self.parts:
             for expert, tensor in enumerate(tensors):
-                yield from zip(entry.names(expert), merge(entry.tensor.layout, [tensor], self.shape), strict=True)
+                yield from zip(entry.names(expert), merge(entry.tensor, [tensor], self.shape), strict=True)
 
 
 def _made(entry: ParameterEntry, shape: ModelShape, where: str) -> torch.Tensor:

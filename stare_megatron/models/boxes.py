@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from stare_megatron.models.entries import ParameterEntry, segments
+from stare_megatron.models.entries import ParameterEntry, parts, segments
 from stare_megatron.models.shape import ModelShape, Split
 
 
@@ -91,9 +91,10 @@ def held(entry: ParameterEntry, shape: ModelShape, expert: int, rank: int, size:
                 low, high = shared
                 yield _rows(names[s.part], wants[s.part], s.hf + low, s.hf + high, s.mcore + low - rank * own)
     else:
-        for part, want in enumerate(wants):
-            own = want[0] // size
-            yield _rows(names[part], want, rank * own, (rank + 1) * own, part * own)
+        for i, part in enumerate(parts(entry.tensor, shape)):
+            own = part.rows // size
+            first = part.first + rank * own
+            yield _rows(names[part.tensor], wants[part.tensor], first, first + own, i * own)
 
 
 def _rows(name: str, want: tuple[int, ...], first: int, last: int, row: int) -> Held:

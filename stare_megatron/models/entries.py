@@ -42,7 +42,7 @@ class ParameterEntry:
 
     def wants(self, shape: ModelShape) -> list[tuple[int, ...]]:
         """Full shapes of its Hugging Face tensors (of one expert)."""
-        return full_shapes(self.tensor.layout, shape, self.tensor.local)
+        return full_shapes(self.tensor, shape)
 
 
 def entries(shape: ModelShape) -> list[ParameterEntry]:
@@ -71,17 +71,39 @@ def hf_names(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     return dict(hf_tensors(shape))
 
 
-def full_shapes(layout: Split, shape: ModelShape, last: str) -> list[tuple[int, ...]]:
-    """Full shapes of the Hugging Face tensors of one parameter (of one expert); `last`: its Megatron-Core name."""
+@dataclass(frozen=True)
+class Part:
+    """What a parameter is stacked of: `rows` rows of its Hugging Face tensor number `tensor`, from row `first` on."""
+
+    tensor: int
+    first: int
+    rows: int
+
+
+def parts(tensor: Tensor, shape: ModelShape) -> list[Part]:
+    """In Megatron-Core's order; one for each Hugging Face tensor, where Hugging Face does not stack them, too."""
+    rows = [want[0] for want in _part_shapes(tensor, shape)]
+    if len(tensor.names) == len(rows):
+        return [Part(i, 0, n) for i, n in enumerate(rows)]
+    return [Part(0, sum(rows[:i]), n) for i, n in enumerate(rows)]
+
+
+def full_shapes(tensor: Tensor, shape: ModelShape) -> list[tuple[int, ...]]:
+    """Full shapes of the Hugging Face tensors of one parameter (of one expert)."""
+    each = _part_shapes(tensor, shape)
+    return each if len(tensor.names) == len(each) else [(sum(want[0] for want in each), *each[0][1:])]
+
+
+def _part_shapes(tensor: Tensor, shape: ModelShape) -> list[tuple[int, ...]]:
+    layout, last = tensor.layout, tensor.local
     hidden, q, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_groups * shape.head_dim
     if layout is Split.VOCAB:
         return [(shape.vocab, hidden)]
     if layout is Split.QKV:
         return [(n, hidden) if last.endswith("weight") else (n,) for n in (q, kv, kv)]
-    if layout is Split.GATED:
-        return [(shape.ffn, hidden)] * 2
-    if layout is Split.ROW:
-        return [(hidden, q if "linear_proj" in last else shape.ffn)]
+    if layout in (Split.GATED, Split.ROW):
+        ffn = shape.experts.shared_ffn if shape.experts and "shared_experts" in last else shape.ffn
+        return [(ffn, hidden)] * 2 if layout is Split.GATED else [(hidden, q if "linear_proj" in last else ffn)]
     if layout in (Split.EXPERT_GATED, Split.EXPERT_ROW):
         assert shape.experts is not None
         ffn = shape.experts.ffn
@@ -89,6 +111,8 @@ def full_shapes(layout: Split, shape: ModelShape, last: str) -> list[tuple[int, 
     if "router" in last:
         assert shape.experts is not None
         return [(shape.experts.number, hidden)]
+    if "gate_weight" in last:
+        return [(1, hidden)]
     return [(shape.head_dim,) if "q_layernorm" in last or "k_layernorm" in last else (hidden,)]
 
 
@@ -111,15 +135,16 @@ class Segment:
 
 def segments(entry: ParameterEntry, shape: ModelShape) -> Iterator[Segment]:
     """How the rows of the whole (unsplit, unpadded) tensors correspond, in the order of Megatron-Core's."""
+    stacked = parts(entry.tensor, shape)
     if entry.tensor.layout is Split.QKV:
         size, queries = shape.head_dim, shape.heads // shape.kv_groups * shape.head_dim
         for group in range(shape.kv_groups):
             start = group * (queries + 2 * size)
-            yield Segment(0, group * queries, start, queries)
-            yield Segment(1, group * size, start + queries, size)
-            yield Segment(2, group * size, start + queries + size, size)
+            for part, rows in zip(stacked, (queries, size, size), strict=True):
+                yield Segment(part.tensor, part.first + group * rows, start, rows)
+                start += rows
         return
     start = 0
-    for part, want in enumerate(entry.wants(shape)):
-        yield Segment(part, 0, start, want[0])
-        start += want[0]
+    for part in stacked:
+        yield Segment(part.tensor, part.first, start, part.rows)
+        start += part.rows

@@ -7,12 +7,16 @@ from pathlib import Path
 
 from stare_megatron.errors import UserError, suggest
 from stare_megatron.host.files import read_object
-from stare_megatron.models import llama, qwen2, qwen3, qwen3_moe
+from stare_megatron.models import llama, mistral, mixtral, phi3, qwen2, qwen2_moe, qwen3, qwen3_moe
 from stare_megatron.models.shape import Family, Fields, ModelShape
 
 FAMILIES: dict[str, Family] = {
     "llama": llama.FAMILY,
+    "mistral": mistral.FAMILY,
+    "mixtral": mixtral.FAMILY,
+    "phi3": phi3.FAMILY,
     "qwen2": qwen2.FAMILY,
+    "qwen2_moe": qwen2_moe.FAMILY,
     "qwen3": qwen3.FAMILY,
     "qwen3_moe": qwen3_moe.FAMILY,
 }

@@ -35,6 +35,15 @@ def check_layout(config: TrainerConfig, gpus: bool | None) -> None:
         raise UserError("trainer.expert_parallel > 1 with tensor_parallel > 1 needs trainer.sequence_parallel = true")
 
 
+def check_experts(config: TrainerConfig, shape: ModelShape) -> None:
+    """Raises: UserError: experts in a layout that upstream does not train (moe_layer.py, `MoELayer.forward`)."""
+    if shape.experts and config.tensor_parallel > 1 and not config.sequence_parallel:
+        raise UserError(
+            f"trainer.tensor_parallel = {config.tensor_parallel} and a model with experts need "
+            "trainer.sequence_parallel = true"
+        )
+
+
 def recompute_modules(config: TrainerConfig, shape: ModelShape) -> list[str]:
     """The parts of a layer that `trainer.recompute = "selective"` computes again, by Megatron-Core's names.
 

@@ -17,12 +17,19 @@ from stare_megatron.types import SequenceCost
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts in every layer. `normalize`: the weights of the chosen `top_k` are scaled to sum to 1."""
+    """A mixture of experts in every layer. `normalize`: the weights of the chosen `top_k` are scaled to sum to 1;
+    `shared_ffn`: of the expert that every token meets, multiplied by the sigmoid of a gate; 0: there is none."""
 
     number: int
     top_k: int
     ffn: int
     normalize: bool
+    shared_ffn: int = 0
+
+    @property
+    def active_ffn(self) -> int:
+        """Width of all experts that a token meets."""
+        return self.ffn * self.top_k + self.shared_ffn
 
 
 class Split(enum.Enum):
@@ -41,7 +48,8 @@ class Split(enum.Enum):
 class Tensor:
     """One Megatron-Core parameter and the Hugging Face tensors it is made of.
 
-    `names`: Hugging Face names, `{e}` where the expert's number goes. `local`: Megatron-Core's name under the local
+    `names`: Hugging Face names, `{e}` where the expert's number goes; one of QKV or GATED where Hugging Face stacks
+    them, too: all queries over all keys over all values, gate over up. `local`: Megatron-Core's name under the local
     layer spec; `fused`: its name where Transformer Engine fuses the norm into the linear or groups the experts;
     `saved`: its name in a distributed checkpoint (the same under both specs), None where that is `fused` or `local`.
     """
@@ -79,14 +87,18 @@ class ModelShape:
     experts: Experts | None
 
     @property
+    def active_ffn(self) -> int:
+        """Width of the MLP that a token meets, or of all its experts."""
+        return self.experts.active_ffn if self.experts else self.ffn
+
+    @property
     def sequence_cost(self) -> SequenceCost:
         """Of a forward pass: two operations for each weight that a token meets, and causal attention's two products,
         of which half is masked. A training pass takes three or four times that, of both parts."""
         heads = self.heads * self.head_dim
+        mlp = 3 * self.hidden * self.active_ffn
         if self.experts:
-            mlp = 3 * self.hidden * self.experts.ffn * self.experts.top_k + self.hidden * self.experts.number
-        else:
-            mlp = 3 * self.hidden * self.ffn
+            mlp += self.hidden * (self.experts.number + (self.experts.shared_ffn > 0))
         attention = 2 * self.hidden * (heads + self.kv_groups * self.head_dim)
         weights = self.layers * (attention + mlp) + self.hidden * self.vocab
         return SequenceCost(linear=2.0 * weights, quadratic=2.0 * self.layers * heads)
@@ -99,7 +111,10 @@ class ModelShape:
         Raises:
             UserError: a size that does not divide.
         """
-        for what, size in (("attention heads", self.heads), ("key-value heads", self.kv_groups), ("MLP", self.ffn)):
+        sizes = [("attention heads", self.heads), ("key-value heads", self.kv_groups), ("MLP", self.ffn)]
+        if self.experts and self.experts.shared_ffn:
+            sizes.append(("shared expert", self.experts.shared_ffn))
+        for what, size in sizes:
             if size % tensor_parallel:
                 raise UserError(
                     f"trainer.tensor_parallel = {tensor_parallel} does not divide the model's {size} ({what}); "
@@ -176,6 +191,12 @@ class Fields:
             raise UserError(f"{self.path}: {name} = {value} should be a finite number")
         return value
 
+    def optional(self, name: str, kind: type, default: Any) -> Any:
+        """As `take`, where null is a value of its own: None."""
+        if name in self._left and self._left[name] is None:
+            return self._left.pop(name)
+        return self.take(name, kind, default)
+
     def size(self, name: str, default: Any = _REQUIRED) -> int:
         """The value of a field that counts something: from 1 on."""
         value = self.take(name, int, default)
@@ -190,7 +211,7 @@ class Fields:
             known = " or ".join(repr(a) for a in allowed)
             raise UserError(f"{self.path}: {name} = {value!r} is not supported (only {known})")
 
-    def rope(self) -> tuple[float, RopeScaling | None]:
+    def rope(self, theta_default: float = 10000.0) -> tuple[float, RopeScaling | None]:
         """Base and scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`."""
         table, old = self.take("rope_parameters", dict, {}), self.take("rope_scaling", dict, {})
         if table and old and table != old:
@@ -208,7 +229,7 @@ class Fields:
         for fields in (inner, self):
             fields.only("partial_rotary_factor", 1.0)
         inner.finish("rope ")
-        return theta or 10000.0, scaling
+        return theta or theta_default, scaling
 
     def _rope_scaling(self, kind: str) -> RopeScaling | None:
         match kind:
@@ -314,11 +335,13 @@ def read_dense(
     qk_norm: bool,
     kv_groups: int | None = None,
     head_dim: int | None = None,
+    norm_eps: float = 1e-6,
+    rope_theta: float = 10000.0,
 ) -> ModelShape:
     """The fields all supported families share.
 
     `kv_groups`, `head_dim`: the family's defaults of `num_key_value_heads` (None: as many as heads) and `head_dim`
-    (None: hidden size / heads) where config.json leaves them out.
+    (None: hidden size / heads) where config.json leaves them out; `norm_eps`, `rope_theta`: of these.
     """
     heads, hidden, layers = f.size("num_attention_heads"), f.size("hidden_size"), f.size("num_hidden_layers")
     if layers > _MOST_LAYERS:
@@ -328,7 +351,7 @@ def read_dense(
     f.only("mlp_bias", False)
     f.only("rope_interleaved", False)
     f.only("layer_types", ["full_attention"] * layers)
-    theta, scaling = f.rope()
+    theta, scaling = f.rope(rope_theta)
     shape = ModelShape(
         family=family,
         layers=layers,
@@ -341,7 +364,7 @@ def read_dense(
         tied=f.take("tie_word_embeddings", bool, False),
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
-        norm_eps=f.take("rms_norm_eps", float, 1e-6),
+        norm_eps=f.take("rms_norm_eps", float, norm_eps),
         max_positions=_max_positions(f.size("max_position_embeddings"), scaling),
         rope_theta=theta,
         rope_scaling=scaling,

@@ -12,7 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from stare_megatron.errors import UserError
-from stare_megatron.models.shape import ModelShape, Split
+from stare_megatron.models.entries import full_shapes, parts
+from stare_megatron.models.shape import ModelShape, Split, Tensor
 from stare_megatron.models.weights import Stored, check_dtype, read_headers
 
 # By what safetensors calls them.
@@ -88,15 +89,16 @@ def _part(size: int, rank: int, of: int) -> slice:
 
 def read_shard(
     file: Checkpoint,
-    layout: Split,
+    tensor: Tensor,
     names: Sequence[str],
-    wants: Sequence[Sequence[int]],
     shape: ModelShape,
     rank: int,
     size: int,
     rows: int,
 ) -> torch.Tensor:
-    """This rank's Megatron-Core tensor, read from its slices only. `rows`: its rows, padding included (VOCAB)."""
+    """This rank's Megatron-Core tensor, read from its slices only. `names`: of the Hugging Face tensors; `rows`: of the
+    rank's, padding included (VOCAB)."""
+    layout, wants = tensor.layout, full_shapes(tensor, shape)
     if layout is Split.REPLICATED:
         return file.read(names[0], wants[0])
     if layout in (Split.ROW, Split.EXPERT_ROW):
@@ -105,14 +107,22 @@ def read_shard(
         first, last = min(rank * rows, shape.vocab), min((rank + 1) * rows, shape.vocab)
         real = file.read(names[0], wants[0], slice(first, last))
         return torch.cat([real, real.new_zeros(rows - len(real), shape.hidden)])
-    parts = [file.read(n, w, _part(w[0], rank, size)) for n, w in zip(names, wants, strict=True)]
+    pieces = []
+    for part in parts(tensor, shape):
+        first = part.first + part.rows // size * rank
+        pieces.append(file.read(names[part.tensor], wants[part.tensor], slice(first, first + part.rows // size)))
     if layout is Split.QKV:
-        return torch.cat([p.unflatten(0, (shape.kv_groups // size, -1)) for p in parts], dim=1).flatten(0, 1)
-    return torch.cat(parts)
+        return torch.cat([p.unflatten(0, (shape.kv_groups // size, -1)) for p in pieces], dim=1).flatten(0, 1)
+    return torch.cat(pieces)
 
 
-def merge(layout: Split, shards: Sequence[torch.Tensor], shape: ModelShape) -> list[torch.Tensor]:
+def merge(tensor: Tensor, shards: Sequence[torch.Tensor], shape: ModelShape) -> list[torch.Tensor]:
     """The full Hugging Face tensors from every rank's shard: the inverse of `read_shard`."""
+    whole = _parts_of(tensor.layout, shards, shape)
+    return whole if len(whole) == len(tensor.names) else [torch.cat(whole)]
+
+
+def _parts_of(layout: Split, shards: Sequence[torch.Tensor], shape: ModelShape) -> list[torch.Tensor]:
     if layout is Split.REPLICATED:
         return [shards[0]]
     if layout in (Split.ROW, Split.EXPERT_ROW):

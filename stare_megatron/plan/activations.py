@@ -117,7 +117,12 @@ def _mlp(shape: ModelShape, layout: Layout, s: Sizes, layers: Layers) -> float:
     routed = e.top_k / split * layout.expert_tensor  # rows of this rank's experts for each token
     rows = s.byte * (shape.hidden + widths * e.ffn / layout.expert_tensor) + 4
     router = (5 * e.number + 20 * e.top_k) / split
-    return routed * rows + router
+    return routed * rows + router + (_shared_expert(e.shared_ffn / layout.tensor, s, layers) if e.shared_ffn else 0.0)
+
+
+def _shared_expert(ffn: float, s: Sizes, layers: Layers) -> float:
+    """As a dense MLP; and its output, which its gate's value, a number a token, multiplies."""
+    return s.byte * ((3 if layers is Layers.ENGINE else 5) * ffn + s.stream + 2)
 
 
 @dataclass(frozen=True)

@@ -104,10 +104,7 @@ def engine_room(config: Config, shape: ModelShape, gpu: Gpu, lengths: Lengths, s
     byte = element_bytes(config.model.dtype)
     sequences, tokens = int(table.get("max_num_seqs", 128)), int(table.get("max_num_batched_tokens", 8192))
     weights = parameters(shape) * byte / i.tensor_parallel
-    width = (
-        4 * shape.hidden
-        + 4 * (shape.experts.ffn * shape.experts.top_k if shape.experts else shape.ffn) / i.tensor_parallel
-    )
+    width = 4 * shape.hidden + 4 * shape.active_ffn / i.tensor_parallel
     # Of a batch of tokens, and the sampler's float32 logits with a copy.
     work = byte * tokens * width + 8.0 * sequences * shape.vocab
     work += _ENGINE_WORK + (_ENGINE_LINKS if i.tensor_parallel > 1 else 0.0)

@@ -20,9 +20,11 @@ from stare_megatron.models.shape import ModelShape, Split
 
 # Elements: where a parameter may begin in a buffer, and of what a bucket's size is a multiple beside DP.
 _PARAMETER_ALIGNMENT, _BUCKET_ALIGNMENT = 64, 128
-# The order in which Megatron-Core's local layer registers its parts; Transformer Engine's differs in the norms' places,
+# The order in which Megatron-Core's local layer registers its parts, the shared expert's after those here and the other
+# experts; Transformer Engine's differs in the norms' places,
 # which moves what a rank owns by at most an alignment.
 _ORDER = ("input_layernorm", "linear_proj", "linear_qkv", "q_layernorm", "k_layernorm", "pre_mlp", "router")
+_AFTER = ("shared_experts.gate_weight", "shared_experts.linear_fc1", "shared_experts.linear_fc2")
 
 
 @dataclass(frozen=True)
@@ -135,20 +137,33 @@ class StateBytes:
         return self.parameters + self.gradients + self.optimizer
 
 
+@dataclass(frozen=True)
+class LayerCounts:
+    """Elements of a layer's parameters on one rank, in the order of registration: dense ones, its experts', and those
+    of the expert that is shared, which are dense ones, too."""
+
+    dense: tuple[int, ...]
+    experts: tuple[int, ...]
+    shared: tuple[int, ...]
+
+
 @functools.lru_cache(maxsize=4096)
-def layer_counts(shape: ModelShape, layout: Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Elements of a layer's parameters on one rank, in the order of registration: dense ones, and its experts'."""
+def layer_counts(shape: ModelShape, layout: Layout) -> LayerCounts:
+    """Of any layer."""
     dense: list[tuple[int, int]] = []
+    shared: list[tuple[int, int]] = []
     experts: list[int] = []
     for tensor in FAMILIES[shape.family].layer(shape):
-        whole = sum(math.prod(want) for want in full_shapes(tensor.layout, shape, tensor.local))
+        whole = sum(math.prod(want) for want in full_shapes(tensor, shape))
         if tensor.layout in (Split.EXPERT_GATED, Split.EXPERT_ROW):
             experts.append(whole // layout.expert_tensor)
             continue
-        place = next((i for i, part in enumerate(_ORDER) if part in tensor.local), len(_ORDER))
-        dense.append((place, whole // (1 if tensor.layout is Split.REPLICATED else layout.tensor)))
+        order, found = (_AFTER, shared) if "shared_experts" in tensor.local else (_ORDER, dense)
+        place = next((i for i, part in enumerate(order) if part in tensor.local), len(order))
+        found.append((place, whole // (1 if tensor.layout is Split.REPLICATED else layout.tensor)))
     local = shape.experts.number // layout.expert if shape.experts else 0
-    return tuple(n for _, n in sorted(dense, key=lambda pair: pair[0])), tuple(experts) * local
+    ordered = [tuple(n for _, n in sorted(found, key=lambda pair: pair[0])) for found in (dense, shared)]
+    return LayerCounts(ordered[0], tuple(experts) * local, ordered[1])
 
 
 def _bucket(counts: Sequence[int], replicas: int, sharded: bool) -> Bucket:
@@ -164,7 +179,7 @@ def _bucket(counts: Sequence[int], replicas: int, sharded: bool) -> Bucket:
 
 def buckets(shape: ModelShape, layout: Layout, stage: int) -> list[Bucket]:
     """Of all chunks of a rank in pipeline stage `stage` (from 0)."""
-    dense, experts = layer_counts(shape, layout)
+    counts = layer_counts(shape, layout)
     # Without expert parallelism Megatron-Core counts experts among the dense parameters.
     apart = layout.expert > 1
     layers = shape.layers // (layout.pipeline * layout.virtual)
@@ -176,14 +191,15 @@ def buckets(shape: ModelShape, layout: Layout, stage: int) -> list[Bucket]:
         vocabulary = rows * shape.hidden
         # A tied embedding and its copy on the last stage have a bucket of their own under the distributed optimizer.
         shared = shape.tied and first != last
-        body = [*(dense if apart else dense + experts)] * layers + [shape.hidden] * last
+        each = counts.dense + (() if apart else counts.experts) + counts.shared
+        body = [*each] * layers + [shape.hidden] * last
         separate = shared and layout.sharded
         before = [vocabulary] * (first and not separate)
         after = [vocabulary] * (last and (not shape.tied or shared) and not separate)
         parts = [[vocabulary]] * separate + [[*before, *body, *after]]
         found += [_bucket(part, layout.replicas, layout.sharded) for part in parts if part]
-        if apart and experts:
-            found.append(_bucket(experts * layers, layout.expert_replicas, layout.sharded))
+        if apart and counts.experts:
+            found.append(_bucket(counts.experts * layers, layout.expert_replicas, layout.sharded))
     return found
 
 
@@ -203,7 +219,7 @@ def _expert_buckets(shape: ModelShape, layout: Layout, found: Sequence[Bucket]) 
     """Which of a rank's buckets hold its experts: the last one of each chunk."""
     if layout.expert == 1 or shape.experts is None:
         return set()
-    each, tied = layer_counts(shape, layout)[1], shape.layers // (layout.pipeline * layout.virtual)
+    each, tied = layer_counts(shape, layout).experts, shape.layers // (layout.pipeline * layout.virtual)
     count = sum(each) * tied
     return {i for i, b in enumerate(found) if b.parameters == count and b.replicas == layout.expert_replicas}
 

@@ -198,9 +198,7 @@ class Ranks:
         return back * self._stage_layers() + self._head(local, backward=True) + Parts(memory=summed)
 
     def _mlp_share(self) -> float:
-        work = work_of(self.shape)
-        ffn = self.shape.experts.ffn * self.shape.experts.top_k if self.shape.experts else self.shape.ffn
-        return 6.0 * self.shape.hidden * ffn / work.layer
+        return 6.0 * self.shape.hidden * self.shape.active_ffn / work_of(self.shape).layer
 
     def score(self) -> PassTime:
         """The scoring pass; nothing where there is none."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from stare_megatron.config import Config
 from stare_megatron.errors import UserError
-from stare_megatron.models.layout import check_layout
+from stare_megatron.models.layout import check_experts, check_layout
 from stare_megatron.models.shape import ModelShape
 from stare_megatron.plan.hardware import Gpu
 from stare_megatron.plan.memory import EngineRoom, Phase, Use
@@ -29,6 +29,7 @@ def of_layout(config: Config, shape: ModelShape, gpu: Gpu, nodes: int) -> list[s
         split(pipeline_parallel=t.pipeline_parallel, virtual_pipeline=t.virtual_pipeline),
         split(expert_parallel=t.expert_parallel),
         lambda: check_layout(t, True),
+        lambda: check_experts(t, shape),
         lambda: check_engine_layout(config, shape),
         lambda: check_window(config, shape),
     )

@@ -253,6 +253,7 @@ def check_layout(config: Config, shape: ModelShape) -> None:
             f'model.dtype = "float16" is for dense models, and {config.model.path} has experts: upstream scales the '
             'loss by one factor and the gradients of experts by another; set "bfloat16"'
         )
+    layout.check_experts(t, shape)
     layout.recompute_modules(t, shape)
     shape.check_layout(
         tensor_parallel=t.tensor_parallel,
@@ -285,7 +286,7 @@ def check_window(config: Config, shape: ModelShape) -> None:
             f"data.max_prompt_tokens {config.data.max_prompt_tokens} + rollout.max_response_tokens "
             f"{config.rollout.max_response_tokens} (inference.max_model_len {config.inference.max_model_len}) give a "
             f"window of {config.window} tokens; {config.model.path / 'config.json'} says max_position_embeddings = "
-            f"{shape.max_positions}: lower one of them"
+            f"{shape.max_positions} (or a window on attention of so many): lower one of them"
         )
 
 

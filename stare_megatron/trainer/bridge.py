@@ -110,17 +110,8 @@ def load_weights(chunks: Sequence[torch.nn.Module], path: Path) -> None:
             parameter = local.find(entry, here)
             if parameter is None:
                 continue
-            wants = entry.wants(shape)
-            value = read_shard(
-                file,
-                entry.tensor.layout,
-                entry.names(expert),
-                wants,
-                shape,
-                group.rank(),
-                group.size(),
-                parameter.shape[0],
-            )
+            rows = parameter.shape[0]
+            value = read_shard(file, entry.tensor, entry.names(expert), shape, group.rank(), group.size(), rows)
             parameter.copy_(value)
             left.discard(local.key_of(parameter))
     if left:
@@ -191,7 +182,7 @@ def _gather(local: _Local, entry: ParameterEntry, shape: ModelShape, dtype: torc
         stacks = [torch.stack(shards)]
     else:
         stacks = _all_gather(torch.stack(shards), group)
-    whole = [merge(entry.tensor.layout, [s[e] for s in stacks], shape) for e in range(len(shards))]
+    whole = [merge(entry.tensor, [s[e] for s in stacks], shape) for e in range(len(shards))]
     tensors = [torch.stack(column).contiguous() for column in zip(*whole, strict=True)]
     if entry.of_experts and ep_group().size() > 1:
         tensors = [torch.cat(_all_gather(t, ep_group())) for t in tensors]

@@ -104,6 +104,11 @@ def policy_config(shape: ModelShape, dtype: torch.dtype, trainer: TrainerConfig)
             "moe_router_load_balancing_type": "none",
             "moe_router_dtype": "fp32",
         }
+        if shape.experts.shared_ffn:
+            settings |= {
+                "moe_shared_expert_intermediate_size": shape.experts.shared_ffn,
+                "moe_shared_expert_gate": True,
+            }
     if isinstance(shape.rope_scaling, rotary.Yarn):
         # All dimensions of queries and keys are rotated, so the scale of both is one of their products.
         settings["softmax_scale"] = shape.rope_scaling.attention**2 / shape.head_dim**0.5

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 VOCAB = 112
 EOS = 2
@@ -45,17 +45,22 @@ def make_model(tied: bool, seed: int) -> Qwen2ForCausalLM:
 def save(model: Qwen2ForCausalLM, folder: Path) -> Path:
     """As a checkpoint folder with a tokenizer of the words w3 ... w111."""
     model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Of the words w3 ... w111."""
     words = ["<unk>", "<bos>", "<eos>", *(f"w{i}" for i in range(3, VOCAB))]
     tokenizer = Tokenizer(WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
     ).save_pretrained(folder)
-    return folder
 
 
 @torch.no_grad()
-def reference_logprobs(model: Qwen2ForCausalLM, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+def reference_logprobs(model: PreTrainedModel, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
     """transformers' log-prob of each token given those before it, float32 [n - 1]."""
     ids = torch.tensor([list(token_ids)])
     logprobs = model(ids).logits[0, :-1].float().log_softmax(-1)

@@ -37,6 +37,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "norm_topk_prob": True,
         },
     ),
+    "mistral": ("MistralConfig", {"head_dim": 32, "sliding_window": None}),
+    "phi3": ("Phi3Config", {"hidden_size": 128, "eos_token_id": 2, "pad_token_id": None}),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        {
+            "hidden_size": 128,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "shared_expert_intermediate_size": 64,
+        },
+    ),
+    "mixtral": ("MixtralConfig", {"head_dim": 32, "num_local_experts": 4}),
 }
 # Tied where the family above is not, and the other way round; the two architectures of DeepSeek-R1-Distill.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -44,10 +57,19 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "r1_llama": ("LlamaConfig", {"head_dim": 32, "rope_parameters": _LLAMA3}),
     "qwen3_tied": ("Qwen3Config", {"head_dim": 32, "tie_word_embeddings": True}),
     "qwen3_moe_tied": ("Qwen3MoeConfig", FAMILIES["qwen3_moe"][1] | {"tie_word_embeddings": True}),
+    "mistral_tied": ("MistralConfig", {"head_dim": 32, "sliding_window": 100, "tie_word_embeddings": True}),
+    "phi3_tied": ("Phi3Config", FAMILIES["phi3"][1] | {"tie_word_embeddings": True}),
+    "qwen2_moe_tied": (
+        "Qwen2MoeConfig",
+        FAMILIES["qwen2_moe"][1] | {"tie_word_embeddings": True, "norm_topk_prob": True, "qkv_bias": False},
+    ),
+    "mixtral_tied": ("MixtralConfig", FAMILIES["mixtral"][1] | {"tie_word_embeddings": True}),
 }
-# Stretched contexts beside Llama 3's. Their weights have the names of the family's.
+EXPERTS = tuple(name for name, (kind, _) in (FAMILIES | VARIANTS).items() if "Moe" in kind or kind == "MixtralConfig")
+# Stretched contexts beside Llama 3's, and one with a window on attention. Their weights have the names of the family's.
 STRETCHED: dict[str, tuple[str, dict[str, Any]]] = {
     "linear": ("LlamaConfig", {"head_dim": 32, "rope_parameters": {"rope_type": "linear", "factor": 3.0}}),
+    "window": ("MistralConfig", {"head_dim": 32, "sliding_window": 33}),
     "yarn": (
         "Qwen2Config",
         {
@@ -63,14 +85,14 @@ STRETCHED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make(name: str, folder: Path) -> Path:
-    """Write the checkpoint `name` under `folder`; weights large enough that every part matters."""
+def make(name: str, folder: Path, seed: int = 0) -> Path:
+    """Write the checkpoint `name` under `folder`, random by `seed`; weights large enough that every part matters."""
     import torch
     import transformers
 
     kind, fields = (FAMILIES | VARIANTS | STRETCHED)[name]
     config = getattr(transformers, kind)(**(_COMMON | fields))
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():

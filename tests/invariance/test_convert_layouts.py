@@ -26,13 +26,15 @@ ETP1 = {"megatron": {"expert_tensor_parallel_size": 1}}
 QUIET = Console(quiet=True)
 
 ALL = [*checkpoints.FAMILIES, *checkpoints.VARIANTS]
-MOE = ["qwen3_moe", "qwen3_moe_tied"]
+MOE = checkpoints.EXPERTS
 ONE_RANK = [("llama", {}), ("qwen3_moe", {})]
 TWO_RANKS = [
     *((name, TP2) for name in checkpoints.FAMILIES),
     *((name, VPP2) for name in checkpoints.VARIANTS),
     ("qwen3_moe", EP2),
     ("qwen3_moe_tied", EP2 | TP2 | SP | ETP1),
+    ("mixtral", EP2 | TP2 | SP | ETP1),
+    ("qwen2_moe", EP2 | TP2 | SP | ETP1),
 ]
 SLOW_TWO_RANKS = [(name, layout) for name in ALL for layout in (TP2, PP2, VPP2)] + [(name, EP2) for name in MOE]
 SLOW_FOUR_RANKS = [(name, TP2 | VPP2) for name in ALL] + [(name, PP2 | EP2) for name in MOE]

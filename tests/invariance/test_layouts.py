@@ -37,6 +37,11 @@ TWO_RANKS: list[tuple[str, dict[str, Any]]] = [
     ("qwen3_moe", CP2),
     ("qwen3_moe", EP2),
     ("qwen3_moe", EP2 | TP2 | SP | ETP1),
+    ("mistral", TP2 | SP),
+    ("mixtral", EP2 | TP2 | SP | ETP1),
+    ("phi3", TP2),
+    ("qwen2_moe", TP2 | SP),
+    ("qwen2_moe", EP2 | TP2 | SP | ETP1),
 ]
 FOUR_RANKS: list[tuple[str, dict[str, Any]]] = [("qwen2", TP2 | PP2), ("qwen2", {})]
 SLOW_TWO_RANKS: list[tuple[str, dict[str, Any]]] = [
@@ -54,6 +59,17 @@ SLOW_TWO_RANKS: list[tuple[str, dict[str, Any]]] = [
     ("qwen3", TP2 | {"recompute": "selective", "recompute_modules": ["mlp", "core_attn"]}),
     ("qwen3_moe", EP2 | {"recompute": "selective"}),
     ("qwen3", PP2 | {"recompute": "full"}),
+    ("mistral", VPP2),
+    ("mistral", CP2),
+    ("mixtral", EP2),
+    ("mixtral", CP2),
+    ("mixtral", VPP2),
+    ("phi3", VPP2),
+    ("phi3", CP2),
+    ("qwen2_moe", EP2),
+    ("qwen2_moe", CP2),
+    ("qwen2_moe", VPP2),
+    ("qwen2_moe", EP2 | {"recompute": "selective"}),
 ]
 SLOW_FOUR_RANKS: list[tuple[str, dict[str, Any]]] = [
     ("llama3", TP2 | VPP2 | SP),
@@ -64,6 +80,11 @@ SLOW_FOUR_RANKS: list[tuple[str, dict[str, Any]]] = [
     ("qwen3_moe", PP2 | EP2),
     ("qwen3_moe", EP2),
     ("qwen3_moe", TP2 | SP | EP2 | ETP1),
+    ("mixtral", PP2 | EP2),
+    ("mistral", TP2 | PP2),
+    ("phi3", TP2 | VPP2 | SP),
+    ("qwen2_moe", PP2 | EP2),
+    ("qwen2_moe", TP2 | SP | EP2 | ETP1),
     ("llama", {"context_parallel": 4}),
 ]
 

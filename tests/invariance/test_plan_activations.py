@@ -14,7 +14,7 @@ from stare_megatron.models.families import read_hf_config
 from stare_megatron.plan.activations import Layers, Sizes, kept
 from stare_megatron.plan.parameters import Layout
 
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
+FAMILIES = tuple(checkpoints.FAMILIES)
 LENGTHS = {"alike": (64, 64, 64, 64), "mixed": (64, 100, 40, 62)}
 
 

@@ -29,13 +29,28 @@ QUICK: dict[int, list[tuple[str, str, dict[str, Any]]]] = {
         ("qwen2", "bfloat16", {"pipeline_parallel": 2}),
         ("qwen3", "float32", {"pipeline_parallel": 2, "virtual_pipeline": 2}),
         ("qwen3_moe", "bfloat16", {"expert_parallel": 2}),
+        ("mistral", "bfloat16", {"tensor_parallel": 2}),
+        ("mixtral", "bfloat16", {"expert_parallel": 2}),
+        ("phi3", "bfloat16", {"pipeline_parallel": 2}),
+        ("qwen2_moe", "bfloat16", {"expert_parallel": 2}),
+        ("qwen2_moe", "bfloat16", {"tensor_parallel": 2}),
         ("qwen3_moe_tied", "bfloat16", {"pipeline_parallel": 2, "distributed_optimizer": False}),
     ],
 }
 WIDE: dict[int, list[tuple[str, str, dict[str, Any]]]] = {
     2: [
         (name, dtype, trainer)
-        for name in ("llama3", "qwen3", "qwen3_tied", "qwen3_moe")
+        for name in (
+            "llama3",
+            "qwen3",
+            "qwen3_tied",
+            "qwen3_moe",
+            "mistral",
+            "mixtral",
+            "phi3",
+            "qwen2_moe",
+            "qwen2_moe_tied",
+        )
         for dtype in ("bfloat16", "float32")
         for trainer in (
             {"context_parallel": 2},
@@ -58,7 +73,7 @@ WIDE: dict[int, list[tuple[str, str, dict[str, Any]]]] = {
         ),
         *(
             (name, "bfloat16", trainer)
-            for name in ("qwen3_moe", "qwen3_moe_tied")
+            for name in ("qwen3_moe", "qwen3_moe_tied", "mixtral", "qwen2_moe")
             for trainer in (
                 {"expert_parallel": 4},
                 {"expert_parallel": 2},

@@ -16,8 +16,8 @@ from launch import launch
 if importlib.util.find_spec("transformer_engine") is None:
     pytest.skip("needs the environment of `make test-te`", allow_module_level=True)
 
-DENSE = ["llama", "llama3", "qwen2", "qwen3", "r1_qwen", "qwen3_tied", "yarn"]
-EXPERTS = ["qwen3_moe", "qwen3_moe_tied"]
+EXPERTS = list(checkpoints.EXPERTS)
+DENSE = [*(n for n in checkpoints.FAMILIES if n not in EXPERTS), "r1_qwen", "qwen3_tied", "yarn"]
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     1: {"one rank": {}},
     2: {

@@ -50,7 +50,7 @@ def test_boxes_of_all_ranks_are_what_the_export_merges(family: str, size: int, t
     for entry in entries(shape):
         shards = [shard(entry, shape, rank, size) for rank in range(size)]
         for expert in range(entry.experts(shape)):
-            whole = dict(zip(entry.names(expert), merge(entry.tensor.layout, shards, shape), strict=True))
+            whole = dict(zip(entry.names(expert), merge(entry.tensor, shards, shape), strict=True))
             seen = {name: torch.zeros(full[name], dtype=torch.int64) for name in whole}
             for rank, own in enumerate(shards):
                 for part in held(entry, shape, expert, rank, size, own.shape[0]):

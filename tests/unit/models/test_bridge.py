@@ -18,9 +18,9 @@ from stare_megatron.errors import UserError
 from stare_megatron.host import device
 from stare_megatron.models.entries import full_shapes
 from stare_megatron.models.families import FAMILIES, read_hf_config
-from stare_megatron.models.layout import check_layout, recompute_modules
+from stare_megatron.models.layout import check_experts, check_layout, recompute_modules
 from stare_megatron.models.rotary import Linear, Llama3, Yarn
-from stare_megatron.models.shape import Experts, ModelShape, Split
+from stare_megatron.models.shape import Experts, ModelShape, Split, Tensor
 from stare_megatron.models.shards import Checkpoint, merge, read_shard
 
 LLAMA: dict[str, Any] = {
@@ -37,6 +37,7 @@ LLAMA: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
     "hidden_act": "silu",
 }
+PHI3 = LLAMA | {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3"}
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 MOE = LLAMA | {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -46,6 +47,7 @@ MOE = LLAMA | {
     "moe_intermediate_size": 48,
     "norm_topk_prob": True,
 }
+EMBEDDING = Tensor(Split.VOCAB, ("e",), "embedding.word_embeddings.weight")
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -251,17 +253,17 @@ def test_layouts_that_do_not_divide(tmp_path: Path, layout: dict[str, int], says
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("fields", [LLAMA, QWEN2, MOE], ids=lambda f: f["model_type"])
+@pytest.mark.parametrize("fields", [LLAMA, QWEN2, MOE, PHI3], ids=lambda f: f["model_type"])
 def test_shards_join_to_what_they_were_cut_from(tmp_path: Path, fields: dict[str, Any], size: int) -> None:
     shape = read(tmp_path, fields)
     rows = 128 // size
     for tensor in FAMILIES[shape.family].layer(shape):
-        wants = full_shapes(tensor.layout, shape, tensor.local)
+        wants = full_shapes(tensor, shape)
         whole = {n: torch.randn(w) for n, w in zip(tensor.names, wants, strict=True)}
         save_file(whole, tmp_path / "model.safetensors")
         file = Checkpoint(tmp_path)
-        shards = [read_shard(file, tensor.layout, tensor.names, wants, shape, r, size, rows) for r in range(size)]
-        for name, joined in zip(tensor.names, merge(tensor.layout, shards, shape), strict=True):
+        shards = [read_shard(file, tensor, tensor.names, shape, r, size, rows) for r in range(size)]
+        for name, joined in zip(tensor.names, merge(tensor, shards, shape), strict=True):
             assert torch.equal(joined, whole[name]), name
 
 
@@ -272,9 +274,9 @@ def test_vocabulary_is_padded_with_zeros_and_unpadded(tmp_path: Path, size: int)
     whole = torch.randn(113, 64)
     save_file({"e": whole}, tmp_path / "model.safetensors")
     file, rows = Checkpoint(tmp_path), 128 // size
-    shards = [read_shard(file, Split.VOCAB, ["e"], [(113, 64)], shape, r, size, rows) for r in range(size)]
+    shards = [read_shard(file, EMBEDDING, ["e"], shape, r, size, rows) for r in range(size)]
     assert all(s.shape == (rows, 64) for s in shards)
-    assert torch.equal(merge(Split.VOCAB, shards, shape)[0], whole)
+    assert torch.equal(merge(EMBEDDING, shards, shape)[0], whole)
     assert not torch.cat(shards)[113:].any()
 
 
@@ -282,7 +284,7 @@ def test_ranks_of_padding_only(tmp_path: Path) -> None:
     """A vocabulary so small that a rank has no real row."""
     shape = read(tmp_path, LLAMA | {"vocab_size": 20})
     save_file({"e": torch.ones(20, 64)}, tmp_path / "model.safetensors")
-    shard = read_shard(Checkpoint(tmp_path), Split.VOCAB, ["e"], [(20, 64)], shape, 3, 4, 32)
+    shard = read_shard(Checkpoint(tmp_path), EMBEDDING, ["e"], shape, 3, 4, 32)
     assert shard.shape == (32, 64)
     assert not shard.any()
 
@@ -293,8 +295,8 @@ def test_query_heads_sit_with_their_group(tmp_path: Path) -> None:
     q = torch.arange(8).repeat_interleave(32)[:, None].expand(-1, 64).float()
     k, v = (base + torch.arange(4).repeat_interleave(32)[:, None].expand(-1, 64).float() for base in (100, 200))
     save_file({n: t.contiguous() for n, t in (("q", q), ("k", k), ("v", v))}, tmp_path / "model.safetensors")
-    wants = [(256, 64), (128, 64), (128, 64)]
-    shard = read_shard(Checkpoint(tmp_path), Split.QKV, "qkv", wants, shape, 1, 2, 0)
+    tensor = Tensor(Split.QKV, ("q", "k", "v"), "self_attention.linear_qkv.weight")
+    shard = read_shard(Checkpoint(tmp_path), tensor, tensor.names, shape, 1, 2, 0)
     assert shard[::32, 0].tolist() == [4, 5, 102, 202, 6, 7, 103, 203]
 
 
@@ -329,6 +331,14 @@ def test_impossible_layouts(monkeypatch: pytest.MonkeyPatch, layout: dict[str, A
     monkeypatch.setattr(device, "current", lambda: device.Device.CPU)
     with pytest.raises(UserError, match=says):
         check_layout(TrainerConfig(**layout), gpus=False)
+
+
+def test_experts_split_by_tensors_want_sequence_parallelism(tmp_path: Path) -> None:
+    dense, moe = read(tmp_path, LLAMA), read(tmp_path, MOE)
+    check_experts(TrainerConfig(world_size=2, tensor_parallel=2), dense)
+    check_experts(TrainerConfig(world_size=2, tensor_parallel=2, sequence_parallel=True), moe)
+    with pytest.raises(UserError, match=r"and a model with experts need trainer\.sequence_parallel = true"):
+        check_experts(TrainerConfig(world_size=2, tensor_parallel=2), moe)
 
 
 def test_recomputed_modules_are_the_models_and_never_attention_alone_by_default(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_a_file_and_a_line_are_a_family(tmp_path: Path) -> None:
     models = tmp_path / "stare_megatron/models"
     (models / "mine.py").write_text(file)
     registry = (models / "families.py").read_text()
-    registry = registry.replace("import llama, qwen2", "import llama, mine, qwen2")
+    registry = registry.replace("import llama, ", "import llama, mine, ")
     (models / "families.py").write_text(registry.replace('    "qwen3":', f'{line}    "qwen3":'))
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     command = [sys.executable, "-c", f"CONFIG = {CONFIG!r}\n{CODE}", str(tmp_path)]
