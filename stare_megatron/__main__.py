@@ -37,6 +37,21 @@ def _train(args: argparse.Namespace, rest: list[str]) -> int:
     return train(resolved, quiet=args.quiet, command=command)
 
 
+def _sft(args: argparse.Namespace, rest: list[str]) -> int:
+    from stare_megatron import config
+
+    overrides = [*args.overrides, *rest]
+    resolved = config.load_sft(args.config, overrides)
+    if args.print_config:
+        from stare_megatron.run.folder import to_toml
+
+        print(to_toml(resolved), end="")
+        return 0
+    from stare_megatron.sft.start import sft
+
+    return sft(resolved, quiet=args.quiet, command=["stare-megatron", "sft", str(args.config), *overrides])
+
+
 def _eval(args: argparse.Namespace, rest: list[str]) -> int:
     from stare_megatron import config
 
@@ -241,11 +256,10 @@ def _add_runs(commands: Any) -> None:
         "train run.toml run.name=wider rollout.group_size=16",
         "train run.toml run.resume=auto",
     )
-    add = _command(commands, "train", _train, "train a policy", *examples).add_argument
-    add("config", type=paths.argument, help="TOML file; `stare-megatron config` explains its keys")
-    add("overrides", nargs="*", metavar="key.sub=value", help="override a key of the file")
-    add("--print-config", action="store_true", help="print the resolved configuration, every key in use, and exit")
-    add("--quiet", action="store_true", help="one line per step instead of the live display")
+    _add_run(_command(commands, "train", _train, "train a policy", *examples))
+    about = "teach a model conversations, before `train`: supervised, on the trainer's ranks alone"
+    examples = ("sft sft.toml", "sft sft.toml sft.epochs=2 trainer.optimizer.lr=1e-5", "sft sft.toml run.resume=auto")
+    _add_run(_command(commands, "sft", _sft, about, *examples))
 
     about = "evaluate a policy on the held-out prompts of eval.benchmarks: avg@k and pass@k"
     examples = ("eval run.toml --model runs/demo", "eval run.toml eval.benchmarks=aime24.jsonl eval.samples=32")
@@ -279,6 +293,14 @@ def _add_runs(commands: Any) -> None:
 
     add = _command(commands, "plot", _plot, "draw a run's curves from its metrics", "plot runs/demo").add_argument
     add("run", type=paths.argument, help="run folder")
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("config", type=paths.argument, help="TOML file; `stare-megatron config` explains its keys")
+    add("overrides", nargs="*", metavar="key.sub=value", help="override a key of the file")
+    add("--print-config", action="store_true", help="print the resolved configuration, every key in use, and exit")
+    add("--quiet", action="store_true", help="one line per step instead of the live display")
 
 
 def _add_study(commands: Any) -> None:
@@ -339,7 +361,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     # argparse takes a list of positionals in one piece only; overrides after an option are what is left over.
     args, rest = parser.parse_known_args(argv)
-    if rest and (args.handler not in (_train, _eval, _plan, _launch) or any(item.startswith("-") for item in rest)):
+    if rest and (
+        args.handler not in (_train, _sft, _eval, _plan, _launch) or any(item.startswith("-") for item in rest)
+    ):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return args.handler(args, rest)

@@ -11,15 +11,16 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from stare_megatron.config import Config, all_keys, flatten
+from stare_megatron.config import Config, SftConfig, all_keys, flatten
 from stare_megatron.config.loader import walk
 from stare_megatron.data.tokenizer import FILES
 from stare_megatron.errors import UserError
 from stare_megatron.host import manifest
 from stare_megatron.host.files import write_atomic
 
+Root = TypeVar("Root", Config, SftConfig)
 FILE = "settings.json"
 _MODEL = "config.json"
 _SHOWN = 8
@@ -34,12 +35,12 @@ class Settings:
     files: dict[str, str]
     code: dict[str, str] = dataclasses.field(default_factory=dict)
 
-    def of(self, config: Config) -> Settings:
+    def of(self, config: Config | SftConfig) -> Settings:
         """The same files, read once, with what has been settled in the configuration since."""
         return dataclasses.replace(self, config=config.model_dump(mode="json"))
 
 
-def settings_of(config: Config) -> Settings:
+def settings_of(config: Config | SftConfig) -> Settings:
     """Those of a run about to start.
 
     Raises:
@@ -75,7 +76,7 @@ def read(folder: Path) -> Settings:
         raise UserError(f"{file}: not the settings of a checkpoint: {type(e).__name__}: {e}") from e
 
 
-def with_date(config: Config, folder: Path | None) -> Config:
+def with_date(config: Root, folder: Path | None) -> Root:
     """`config` with the date that the prompts of a checkpoint were written with, unless it names one itself.
 
     Raises:
@@ -92,13 +93,20 @@ def check_settings(folder: Path, now: Settings, allow: Sequence[str]) -> None:
     Raises:
         UserError: names what differs; an unknown name in `allow`; a missing or damaged file.
     """
-    known = all_keys() | all_keys(now.config)
+    root = _root(now.config)
+    known = all_keys(root=root) | all_keys(now.config, root)
     tables = {".".join(key.split(".")[:n]) for key in known for n in range(1, key.count(".") + 1)}
     for name in allow:
         # Free tables, such as [trainer.megatron], have keys that are not ours.
         if name not in known and name not in tables and not _covered(name, list(known)):
             raise UserError(f"run.resume_allow: {name!r} is no key and no table of the configuration")
     then = read(folder)
+    if _root(then.config) is not root:
+        made, wanted = ("sft", "train") if root is Config else ("train", "sft")
+        raise UserError(
+            f"{folder}: a checkpoint of `{made}`, which `{wanted}` cannot resume; begin with its weights instead: set "
+            f"model.path to an export (hf/), or model.weights = {str(folder / 'trainer')!r}"
+        )
     changed = [n for n in sorted(then.files.keys() | now.files.keys()) if then.files.get(n) != now.files.get(n)]
     path = now.config["model"]["path"]
     if changed and not _covered("model.path", allow):
@@ -141,7 +149,8 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Differe
     A key that only one of them has counts with its default in the other: it came with a later version, or belongs to
     another method.
     """
-    keys = {key.name: key for key in [*walk(), *walk(now)]}
+    root = _root(now)
+    keys = {key.name: key for key in [*walk(root=root), *walk(now, root)]}
     fixed = {key.name.partition(".")[0] for key in keys.values() if not key.free}
     free = [key.name for key in keys.values() if key.free]
     free += {name.partition(".")[0] for name in free} - fixed  # also keys of such a table that are gone
@@ -160,6 +169,11 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Differe
             follows = (chooser.partition(".")[0] + ".", "data.extra_keys")
             found = [d for d in found if d.key == chooser or not d.key.startswith(follows)]
     return found
+
+
+def _root(config: Mapping[str, Any]) -> type[Config] | type[SftConfig]:
+    """What a resolved configuration is one of."""
+    return SftConfig if "sft" in config else Config
 
 
 def _covered(key: str, names: Sequence[str]) -> bool:

@@ -9,6 +9,7 @@ from stare_megatron.host import device
 from stare_megatron.types import Measured
 
 PHASES = ("score", "update", "push")
+_SAME = {"fit": "update"}  # of supervised training
 _MB, _GB = 2**20, 1e9
 
 
@@ -27,6 +28,7 @@ class RankCosts:
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Within, this process does what `PHASES` names; anything else goes by."""
+        name = _SAME.get(name, name)
         if name not in PHASES:
             yield
             return

@@ -75,9 +75,9 @@ class TrainerActor(Answers):
         return runtime.node_address(), self._config.cluster.port or free_port()
 
     def start(self, master_addr: str, master_port: int) -> Position:
-        from stare_megatron.trainer.rank import TrainerRank
+        from stare_megatron.trainer.supervised import SupervisedRank
 
-        self._trainer = TrainerRank(
+        self._trainer = SupervisedRank(
             self._config,
             rank=self._rank,
             world_size=self._config.trainer.world_size,

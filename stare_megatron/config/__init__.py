@@ -9,7 +9,7 @@ from stare_megatron.config.data import DataConfig
 from stare_megatron.config.env import EnvConfig
 from stare_megatron.config.eval import BenchmarkConfig, EvalConfig
 from stare_megatron.config.inference import InferenceConfig
-from stare_megatron.config.loader import all_keys, cluster_alone, load, parse
+from stare_megatron.config.loader import all_keys, cluster_alone, load, load_sft, parse, parse_sft
 from stare_megatron.config.logging import LoggingConfig
 from stare_megatron.config.methods import CorrectionConfig, Selector, StareConfig
 from stare_megatron.config.model import ModelConfig
@@ -17,6 +17,7 @@ from stare_megatron.config.reward import RewardConfig
 from stare_megatron.config.rollout import RolloutConfig
 from stare_megatron.config.run import RunConfig
 from stare_megatron.config.sandbox import SandboxConfig
+from stare_megatron.config.sft import SftConfig, SftDataConfig
 from stare_megatron.config.sync import SyncConfig
 from stare_megatron.config.trainer import OptimizerConfig, TrainerConfig
 
@@ -41,6 +42,8 @@ __all__ = [
     "SandboxConfig",
     "Section",
     "Selector",
+    "SftConfig",
+    "SftDataConfig",
     "StareConfig",
     "SyncConfig",
     "TrainerConfig",
@@ -48,6 +51,8 @@ __all__ = [
     "cluster_alone",
     "flatten",
     "load",
+    "load_sft",
     "parse",
+    "parse_sft",
     "section_of",
 ]

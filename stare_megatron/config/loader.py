@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import Field, ValidationError
 from pydantic.fields import FieldInfo
@@ -19,7 +19,10 @@ from stare_megatron.config.config import Config
 from stare_megatron.config.include import COMMAND_LINE, Source
 from stare_megatron.config.methods import METHODS
 from stare_megatron.config.registry import Choice, OpenTable
+from stare_megatron.config.sft import SftConfig
 from stare_megatron.errors import UserError, nearest, suggest
+
+Root = TypeVar("Root", Config, SftConfig)
 
 # What others call a key, by its last part.
 _SYNONYMS = {
@@ -64,10 +67,19 @@ def load(path: Path, overrides: list[str]) -> Config:
     Raises:
         UserError: unreadable file, malformed TOML, unknown key, wrong value.
     """
+    return _read(path, overrides, Config)
+
+
+def load_sft(path: Path, overrides: list[str]) -> SftConfig:
+    """As `load`, for supervised training."""
+    return _read(path, overrides, SftConfig)
+
+
+def _read(path: Path, overrides: list[str], root: type[Root]) -> Root:
     source = include.read(path)
     for item in overrides:
         _override(source, item)
-    return _parsed(source)
+    return _parsed(source, root)
 
 
 class _Alone(Section):
@@ -92,17 +104,22 @@ def cluster_alone(overrides: list[str]) -> ClusterConfig:
 
 def parse(tree: dict[str, Any], origin: str) -> Config:
     """Validate a nested mapping; `origin` names it in errors."""
-    return _parsed(Source(origin, tree))
+    return _parsed(Source(origin, tree), Config)
 
 
-def _parsed(source: Source) -> Config:
+def parse_sft(tree: dict[str, Any], origin: str) -> SftConfig:
+    """As `parse`, for supervised training."""
+    return _parsed(Source(origin, tree), SftConfig)
+
+
+def _parsed(source: Source, root: type[Root]) -> Root:
     _check_text(source.tree, source.origin)
     try:
-        return Config.model_validate(source.tree)
+        return root.model_validate(source.tree)
     except RecursionError as e:
         raise UserError(f"{source.origin}: nested too deep") from e
     except ValidationError as e:
-        raise UserError(_explain(e, source)) from e
+        raise UserError(_explain(e, source, root)) from e
     except UserError as e:  # of an object that the configuration names
         raise UserError(f"{source.origin}: {e}") from e
 
@@ -151,10 +168,10 @@ class Key:
         return None if self.field.is_required() else self.field.get_default(call_default_factory=True)
 
 
-def walk(tree: Mapping[str, Any] | None = None) -> Iterator[Key]:
+def walk(tree: Mapping[str, Any] | None = None, root: type[Section] = Config) -> Iterator[Key]:
     """Every key, dotted, in order. What a table's `name` decides: the keys of the objects that `tree` names; without
-    one, of all registered ones."""
-    return _walk(Config, tree, "", free=False)
+    one, of all registered ones. `root`: `Config` or `SftConfig`."""
+    return _walk(root, tree, "", free=False)
 
 
 def _walk(model: type[Section], tree: Mapping[str, Any] | None, prefix: str, *, free: bool) -> Iterator[Key]:
@@ -174,12 +191,12 @@ def _walk(model: type[Section], tree: Mapping[str, Any] | None, prefix: str, *, 
             yield from _walk(kind, node, f"{prefix}{name}.", free=held)
 
 
-def all_keys(tree: Mapping[str, Any] | None = None) -> dict[str, str]:
-    """Every dotted key with its description, in order; `tree` as in `walk`."""
-    return {key.name: key.field.description or "" for key in walk(tree)}
+def all_keys(tree: Mapping[str, Any] | None = None, root: type[Section] = Config) -> dict[str, str]:
+    """Every dotted key with its description, in order; `tree` and `root` as in `walk`."""
+    return {key.name: key.field.description or "" for key in walk(tree, root)}
 
 
-def _explain(error: ValidationError, source: Source) -> str:
+def _explain(error: ValidationError, source: Source, root: type[Section] = Config) -> str:
     """The first fault, as one line; a key that is not known comes before one that is missing, which it may be."""
     errors = error.errors()
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
@@ -187,9 +204,9 @@ def _explain(error: ValidationError, source: Source) -> str:
     key, tree = ".".join(parts), source.tree
     origin = source.origin if first["type"] == "missing" else source.of(parts)
     if first["type"] == "extra_forbidden":
-        return f"{origin}: unknown key {key!r}{hint(key, tree)}"
+        return f"{origin}: unknown key {key!r}{hint(key, tree, root)}"
     if first["type"] == "missing":
-        return f"{origin}: key {key!r} is missing: {all_keys(tree).get(key, 'a table is required')}"
+        return f"{origin}: key {key!r} is missing: {all_keys(tree, root).get(key, 'a table is required')}"
     message = first["msg"].removeprefix("Value error, ")
     must = _MUST.get(first["type"]) or _MUST.get(first["type"].partition("_")[0])
     if must:
@@ -201,17 +218,21 @@ def _explain(error: ValidationError, source: Source) -> str:
     return f"{origin}: {key}{value}: {message}" if key else f"{origin}: {message}"
 
 
-def hint(key: str, tree: Mapping[str, Any] | None = None) -> str:
+def hint(key: str, tree: Mapping[str, Any] | None = None, root: type[Section] = Config) -> str:
     """What an unknown key may have meant: one or two of that name elsewhere, or one of its table that is near."""
     table, _, name = key.rpartition(".")
     if table == "algorithm" and name in METHODS:
         common = ", ".join(sorted(METHODS[name].uses))
         return f"; {name} has no table of its own, its settings are keys of [algorithm]: {common}"
-    keys = all_keys(tree)
+    keys = all_keys(tree, root)
     every = dict.fromkeys([*keys, *(k.rpartition(".")[0] for k in keys)])
     named: dict[str, list[str]] = {}
     for k in every:
         named.setdefault(k.rpartition(".")[2], []).append(k)
     beside = {n: k for n, keys in named.items() for k in keys if k.rpartition(".")[0] == table}
     elsewhere = " ".join(named.get(name, [])) if len(named.get(name, [])) <= 2 else ""
-    return suggest(name, (), {name: _SYNONYMS.get(name) or elsewhere or beside.get(nearest(name, beside), "")})
+    return suggest(
+        name,
+        (),
+        {name: (_SYNONYMS.get(name) if root is Config else "") or elsewhere or beside.get(nearest(name, beside), "")},
+    )

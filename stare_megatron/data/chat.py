@@ -45,7 +45,7 @@ class ChatTemplate:
         Raises:
             ValueError: no such messages, a template that refuses them, or one that leaves one out.
         """
-        checked = [_message(i, message) for i, message in enumerate(messages)]
+        checked = [checked_message(i, message) for i, message in enumerate(messages)]
         if all(is_blank(message["content"]) for message in checked):
             raise ValueError("no message with a text")
         if checked[-1]["role"] == "assistant":
@@ -54,17 +54,26 @@ class ChatTemplate:
             )
         if not self._tokenizer.chat_template:
             raise ValueError("a chat prompt, but the checkpoint's tokenizer has no chat template")
-        text = self._write(checked)
-        lost = next((message["role"] for message in checked if not _is_in(message, text)), None)
-        lost = self._ignored(checked) if lost is None else lost
-        if lost is not None:
-            raise ValueError(f"the chat template leaves out the message of role {lost!r:.60}; use a role that it knows")
+        text = self.write(checked)
+        self.check_whole(checked, text)
         return text
 
-    def _write(self, messages: list[dict[str, Any]]) -> str:
+    def check_whole(self, messages: list[dict[str, Any]], text: str) -> None:
+        """Raises: ValueError: `text`, which the template made of the messages, lacks one of them."""
+        lost = next((message["role"] for message in messages if not _is_in(message, text)), None)
+        lost = self._ignored(messages) if lost is None else lost
+        if lost is not None:
+            raise ValueError(f"the chat template leaves out the message of role {lost!r:.60}; use a role that it knows")
+
+    def write(self, messages: list[dict[str, Any]], *, ask: bool = True) -> str:
+        """What the template makes of messages. `ask`: with what asks for the next one, the generation prompt.
+
+        Raises:
+            ValueError: the template refuses them.
+        """
         try:
             return str(
-                self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **self._clock)
+                self._tokenizer.apply_chat_template(messages, add_generation_prompt=ask, tokenize=False, **self._clock)
             )
         except TEMPLATE_ERRORS as e:
             raise ValueError(f"the chat template refuses it: {first_line(e)}") from e
@@ -76,7 +85,7 @@ class ChatTemplate:
             # A blank content, which a call of a tool has, stays: a template may write out the call in its place.
             marks = ["" if blank else f"staremark{i}x" for i, (_, blank, _) in enumerate(kinds)]
             try:
-                text = self._write([m | {"content": k or m["content"]} for m, k in zip(messages, marks, strict=True)])
+                text = self.write([m | {"content": k or m["content"]} for m, k in zip(messages, marks, strict=True)])
             except ValueError:  # a template that looks into the contents: they have been found already
                 text = "".join(marks)
             lost = (role for (role, *_), mark in zip(kinds, marks, strict=True) if mark not in text)
@@ -84,7 +93,7 @@ class ChatTemplate:
         return self._tried[kinds]
 
 
-def _message(place: int, message: Any) -> dict[str, Any]:
+def checked_message(place: int, message: Any) -> dict[str, Any]:
     """Raises: ValueError: not a message with a role and a text."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise ValueError(f"want messages with 'role' and 'content', texts, got {shown(message)}")

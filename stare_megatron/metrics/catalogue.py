@@ -76,7 +76,12 @@ _ENTRIES = (
     Entry("stare/selected_neg", "tokens", R.UPDATE_SUM, "Tokens in L-."),
     Entry("stare/tokens_pos", "tokens", R.UPDATE_SUM, "Tokens with a positive advantage (T+)."),
     Entry("stare/tokens_neg", "tokens", R.UPDATE_SUM, "Tokens with a negative advantage (T-)."),
-    Entry("update/loss", "loss", R.UPDATE_MEAN, "The objective; on-policy its value is near 0 by design."),
+    Entry(
+        "update/loss",
+        "loss",
+        R.UPDATE_MEAN,
+        "The objective; on-policy its value is near 0 by design. sft: the cross entropy.",
+    ),
     Entry("update/grad_norm", "norm", R.UPDATE_MEAN, "L2 norm of the gradient before clipping."),
     Entry(
         "packing/cost_imbalance",
@@ -147,7 +152,15 @@ _ENTRIES = (
     Entry("sync/staleness_p95", "versions", R.ONE, "95 % of the trained tokens are at most so far behind."),
     Entry("sync/version_spans", "spans", R.MEAN, "Stretches of one policy in a trained trajectory."),
     Entry("sync/version_spans_max", "spans", R.MAX, "The most, in any of them."),
-    Entry("throughput/tokens_per_second", "tokens/s", R.MEAN, "Action tokens sampled, by time of the step."),
+    Entry("sft/held_out_loss", "nats/token", R.TOKEN_MEAN, "`stare-megatron sft`: cross entropy of `data.eval`."),
+    Entry("sft/sequences", "sequences", R.ONE, "`stare-megatron sft`: of the step's batch."),
+    Entry("sft/tokens", "tokens", R.ONE, "`stare-megatron sft`: of the step's batch, learned or not."),
+    Entry(
+        "throughput/tokens_per_second",
+        "tokens/s",
+        R.MEAN,
+        "Action tokens sampled (sft: all tokens), by time of the step.",
+    ),
     Entry("throughput/rollout_tokens_per_second", "tokens/s", R.MEAN, "Action tokens sampled, by sampling time."),
     Entry(
         "throughput/tokens_per_second_per_device",

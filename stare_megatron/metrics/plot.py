@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from stare_megatron.host.files import PARTIAL
-from stare_megatron.metrics import jsonl
+from stare_megatron.metrics import eval_records, jsonl
 from stare_megatron.metrics.estimators import moving_average
 
 if TYPE_CHECKING:
@@ -46,24 +46,30 @@ STYLE: dict[Any, Any] = {
 
 def plot(run_folder: Path) -> Path:
     """Draw entropy with its target and gate, reward, response length, gate duty, mismatch and phase times; and the
-    entropy dynamics: quadrants by tokens and by predicted change, predicted against measured change.
+    entropy dynamics: quadrants by tokens and by predicted change, predicted against measured change. Of supervised
+    training loss, entropy, gradient norm, learning rate, speed and phase times.
 
-    Reads `metrics.jsonl` only. Returns the PNG, which is replaced whole.
+    Reads `metrics.jsonl`, and for the held-out loss `eval.jsonl`. Returns the PNG, which is replaced whole.
 
     Raises:
         UserError: no metrics file, a damaged one, or no step in it.
     """
     rows = jsonl.read_steps(run_folder / jsonl.FILE)
+    if "sft/sequences" in rows[-1] and (table := run_folder / eval_records.TABLE).is_file():
+        rows += jsonl.read(table)  # of steps of their own: a panel draws what a row has
+        rows.sort(key=lambda row: row["step"])
     # Without a display, and without touching the caller's pyplot state.
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(12, 9.3), dpi=130, layout="constrained")
+        panels = _SUPERVISED if "sft/sequences" in rows[-1] else _PANELS
+        lines = len(panels) // 3
+        figure = Figure(figsize=(12, 3.1 * lines), dpi=130, layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.subplots(3, 3, sharex=True)
-        for (title, unit, draw), ax in zip(_PANELS, axes.flat, strict=True):
+        axes = figure.subplots(lines, 3, sharex=True)
+        for (title, unit, draw), ax in zip(panels, axes.flat, strict=True):
             ax.set_title(title)
             ax.set_ylabel(unit)
             draw(ax, rows)
@@ -231,4 +237,28 @@ _PANELS = (
     ("Quadrants: tokens", f"share, mean of {_WIDTH} steps", _tokens),
     ("Quadrants: predicted entropy change", f"signed share, mean of {_WIDTH} steps", _change),
     ("Entropy change by one update", "nats / token", _prediction),
+)
+
+
+def _loss(ax: Axes, rows: list[jsonl.Row]) -> None:
+    _smooth(ax, rows, "update/loss", _BLUE, "training, mean of 10 steps")
+    steps, held_out = _series(rows, "sft/held_out_loss")
+    if steps:
+        ax.plot(steps, held_out, color=_ORANGE, linewidth=1.6, marker="o", markersize=3, label="held out")
+
+
+def _line(name: str, colour: str) -> Callable[[Axes, list[jsonl.Row]], None]:
+    def draw(ax: Axes, rows: list[jsonl.Row]) -> None:
+        ax.plot(*_series(rows, name), color=colour, linewidth=1.4)
+
+    return draw
+
+
+_SUPERVISED = (
+    ("Loss", "nats / learned token", _loss),
+    ("Entropy", "nats / learned token", _entropy),
+    ("Gradient norm", "before clipping", _line("update/grad_norm", _GREEN)),
+    ("Learning rate", "", _line("update/lr", _GREY)),
+    ("Speed", "tokens / s", _line("throughput/tokens_per_second", _BLUE)),
+    ("Time a step", "seconds", _times),
 )

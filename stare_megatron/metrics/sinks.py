@@ -10,7 +10,7 @@ from typing import Protocol
 
 from rich.console import Console
 
-from stare_megatron.config import Config
+from stare_megatron.config import Config, Section
 from stare_megatron.metrics import jsonl, tensorboard
 from stare_megatron.metrics.catalogue import Metric
 from stare_megatron.metrics.console import ConsoleSink
@@ -99,14 +99,18 @@ class Sinks:
             self._plotted.remove(sink)
 
 
-def open_sinks(config: Config, folder: Path, restored_step: int, quiet: bool, console: Console) -> Sinks:
+def open_sinks(
+    config: Config, folder: Path, restored_step: int, quiet: bool, console: Console, *, written: Section | None = None
+) -> Sinks:
     """The sinks `[logging]` asks for, in the run's `folder`, which exists.
 
-    `restored_step`: steps done before this start; what was logged beyond it is cut.
+    `written`: the configuration as wandb shows it; None: `config`. `restored_step`: steps done before this start; what
+    was logged beyond it is cut.
 
     Raises:
         UserError: a damaged metrics file, or wandb refuses to start.
     """
+    shown = (written or config).model_dump(mode="json")
     record = jsonl.JsonlSink(folder / jsonl.FILE, restored_step)
     others: list[Sink] = []
     with contextlib.ExitStack() as opened:
@@ -118,9 +122,7 @@ def open_sinks(config: Config, folder: Path, restored_step: int, quiet: bool, co
         if config.logging.wandb != "disabled":
             from stare_megatron.metrics import wandb
 
-            others.append(
-                wandb.WandbSink(folder / wandb.FOLDER, config.logging, config.run.name, config.model_dump(mode="json"))
-            )
+            others.append(wandb.WandbSink(folder / wandb.FOLDER, config.logging, config.run.name, shown))
         opened.pop_all()
     display = ConsoleSink(
         console,

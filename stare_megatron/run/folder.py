@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 import tomli_w
 
-from stare_megatron.config import Config
+from stare_megatron.config import Config, Section
 from stare_megatron.errors import UserError
 from stare_megatron.host import device, manifest, packages
 from stare_megatron.host.files import free_bytes, write_atomic
@@ -137,8 +137,9 @@ class StartRecord:
     code: dict[str, str]
 
 
-def open_run(config: Config, command: list[str], sandbox: str = "") -> RunFolder:
-    """Make the run's folder, or go on in an existing one as `run.resume` says.
+def open_run(config: Config, command: list[str], sandbox: str = "", *, written: Section | None = None) -> RunFolder:
+    """Make the run's folder, or go on in an existing one as `run.resume` says. `written`: what `config.toml` holds;
+    None: `config`.
 
     An earlier start that neither logged a step nor saved a checkpoint is replaced.
 
@@ -148,18 +149,18 @@ def open_run(config: Config, command: list[str], sandbox: str = "") -> RunFolder
     """
     folder = RunFolder(config.folder, fresh=not config.folder.exists())
     check_disk(config)
-    record = start_record(config, command, sandbox)
+    record, text = start_record(config, command, sandbox), to_toml(written or config)
     try:
         if folder.fresh:
-            _create(folder, config, record)
+            _create(folder, text, record)
             return folder
         _refuse_other(folder, config)
         if config.run.resume != "never" and folder.record.is_file():
-            _continue(folder, config, record)
+            _continue(folder, text, record)
             return folder
         shutil.rmtree(folder.path)
         folder = dataclasses.replace(folder, fresh=True)
-        _create(folder, config, record)
+        _create(folder, text, record)
         return folder
     except OSError as e:
         raise UserError(
@@ -231,7 +232,7 @@ def parameter_count(model: Path) -> int:
     return parameters(read_hf_config(model))
 
 
-def to_toml(config: Config) -> str:
+def to_toml(config: Section) -> str:
     """The resolved configuration, every key with its value."""
     return tomli_w.dumps(config.model_dump(mode="json"))
 
@@ -278,21 +279,21 @@ def hardware() -> str:
     return f"{os.cpu_count()} CPUs ({platform.machine()}), {memory:.0f} GiB memory, {device.gpu_summary() or 'no GPU'}"
 
 
-def _create(folder: RunFolder, config: Config, record: StartRecord) -> None:
+def _create(folder: RunFolder, text: str, record: StartRecord) -> None:
     partial = folder.path.with_name(f".{folder.path.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
-        (partial / folder.config.name).write_text(to_toml(config))
+        (partial / folder.config.name).write_text(text)
         _write_record(partial / folder.record.name, [dataclasses.asdict(record)])
         os.rename(partial, folder.path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _continue(folder: RunFolder, config: Config, record: StartRecord) -> None:
+def _continue(folder: RunFolder, text: str, record: StartRecord) -> None:
     starts = _starts(folder)
     os.replace(folder.config, folder.path / f"config.{len(starts)}.toml")
-    write_atomic(folder.config, to_toml(config))
+    write_atomic(folder.config, text)
     _write_record(folder.record, [*starts, dataclasses.asdict(record)])
 
 

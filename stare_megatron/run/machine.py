@@ -93,7 +93,7 @@ def _visible_gpus(config: Config) -> int:
 
 
 def _check_cpu_heads(config: Config, shape: ModelShape) -> None:
-    if shape.head_dim < _CPU_MIN_HEAD_DIM:
+    if config.inference.engines and shape.head_dim < _CPU_MIN_HEAD_DIM:
         raise UserError(
             f"{config.model.path / 'config.json'}: head size {shape.head_dim}: vLLM needs at least "
             f"{_CPU_MIN_HEAD_DIM} on a CPU; use another model"

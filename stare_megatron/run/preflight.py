@@ -211,16 +211,21 @@ def check_packages() -> None:
 
 def check_data(config: Config) -> None:
     """Raises: UserError: a file that is missing, unreadable, empty, or of another kind."""
-    _check_prompt_files("data.train", config.data.train)
+    check_files("data.train", config.data.train)
     check_benchmarks(config)
 
 
 def check_benchmarks(config: Config) -> None:
     """Raises: UserError: a file that is missing, unreadable, empty, or of another kind."""
-    _check_prompt_files("eval.benchmarks", [benchmark.path for benchmark in config.eval.benchmarks])
+    check_files("eval.benchmarks", [benchmark.path for benchmark in config.eval.benchmarks])
 
 
-def _check_prompt_files(name: str, paths: list[Path]) -> None:
+def check_files(name: str, paths: list[Path]) -> None:
+    """`name`: the key that names them.
+
+    Raises:
+        UserError: a file that is missing, unreadable, empty, or of another kind.
+    """
     for path in paths:
         if why := rows.fault(path):
             raise UserError(f"{name}: {path}: {why}")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
 
@@ -18,7 +18,7 @@ from stare_megatron import checkpoint
 from stare_megatron.algo.algorithm import EntropyController
 from stare_megatron.algo.registry import ALGORITHMS
 from stare_megatron.cluster import runtime
-from stare_megatron.config import Config
+from stare_megatron.config import Config, SftConfig
 from stare_megatron.data.benchmarks import Benchmark, load_benchmarks
 from stare_megatron.data.chat import writes_date
 from stare_megatron.data.prompts import PromptStream, StreamState, load_prompts
@@ -50,6 +50,7 @@ from stare_megatron.types.report import RunEvent
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Root = TypeVar("Root", Config, SftConfig)
 _PROBE_PREFIX = 512  # tokens: several blocks of every engine's prefix cache
 
 
@@ -135,7 +136,7 @@ def prepare(config: Config, console: Console) -> Prepared:
     notes = list(preflight.check(config))
     sandbox = preflight.check_sandbox(config)
     notes += [f"sandbox: {sandbox}"] if sandbox else []
-    resume_from = _find_checkpoint(config, console)
+    resume_from = find_checkpoint(config, console)
     config = checkpoint.with_date(config, resume_from)
     settings = checkpoint.settings_of(config)
     if resume_from is not None:
@@ -177,15 +178,19 @@ def _at(prepared: Prepared, found: Path, state: checkpoint.LoopState) -> Prepare
     return dataclasses.replace(prepared, resume_from=found, restored=state.step, ahead=ahead)
 
 
-def today(config: Config, tokenizer: PreTrainedTokenizerBase) -> Config:
+def today(config: Root, tokenizer: PreTrainedTokenizerBase) -> Root:
     """`config` with today's date where the chat template writes one and none is settled."""
     if config.data.date or not writes_date(tokenizer):
         return config
     return config.dated(datetime.date.today().isoformat())
 
 
-def _find_checkpoint(config: Config, console: Console) -> Path | None:
-    """The checkpoint to go on from, found undamaged."""
+def find_checkpoint(config: Config | SftConfig, console: Console) -> Path | None:
+    """The checkpoint to go on from, found undamaged.
+
+    Raises:
+        UserError: it is damaged, there is one under `run.resume = "never"`, or `checkpoint.best_metric` is no metric.
+    """
     if config.checkpoint.best_metric:
         try:
             catalogue.entry(config.checkpoint.best_metric)
@@ -215,7 +220,7 @@ def _run(prepared: Prepared, folder: run_folder.RunFolder, sinks: Sinks) -> int:
                     return loop.train(run)
             except (RanksLostError, HangError) as e:
                 tell(RunEvent("trainer ranks", "", "HEALTHY", "DEAD", str(e)))
-                if stop.asked or restarts == config.run.restarts or _is_unexplained(e):
+                if stop.asked or restarts == config.run.restarts or is_unexplained(e):
                     raise
             restarts += 1
             again = f"start {restarts} of {config.run.restarts} (run.restarts)"
@@ -241,7 +246,7 @@ def _from_the_last(prepared: Prepared, folder: run_folder.RunFolder, start: Stre
     return _at(prepared, newest, checkpoint.read(newest))
 
 
-def _is_unexplained(error: RunError) -> bool:
+def is_unexplained(error: RunError) -> bool:
     """A hang for which no process was found to be at fault would come again."""
     return isinstance(error, HangError) and not error.culprits
 

@@ -18,6 +18,7 @@ from megatron.core.utils import get_model_config
 from stare_megatron.config import OptimizerConfig, TrainerConfig
 from stare_megatron.errors import RunError
 from stare_megatron.trainer.spec import providers
+from stare_megatron.types import Measured
 
 if TYPE_CHECKING:
     from stare_megatron.trainer.model import PolicyConfig
@@ -97,3 +98,14 @@ def step(optimizer: MegatronOptimizer, settings: OptimizerConfig, lr: float) -> 
     if grad_norm is None and scale <= 1.0:
         raise RunError("the gradients overflow float16 at a loss scale of 1; train in model.dtype = 'bfloat16'")
     return Stepped(None if grad_norm is None else float(grad_norm), scale)
+
+
+def report(done: Stepped, lr: float, *, scaled: bool) -> list[Measured]:
+    """What to log of a step at learning rate `lr`. `scaled`: the loss was, for float16."""
+    found = [Measured("update/lr", lr)]
+    if done.grad_norm is not None:
+        found.append(Measured("update/grad_norm", done.grad_norm))
+    if scaled:
+        found.append(Measured("update/loss_scale", done.loss_scale))
+        found.append(Measured("update/overflows", done.grad_norm is None))
+    return found

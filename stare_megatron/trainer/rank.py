@@ -31,7 +31,7 @@ from stare_megatron.trainer.head import Head
 from stare_megatron.trainer.model import build_model
 from stare_megatron.trainer.model_runner import RankBatch, Runner, rank_batch
 from stare_megatron.trainer.offload import Offload
-from stare_megatron.trainer.optimizer import build_optimizer, step, zero_grad
+from stare_megatron.trainer.optimizer import build_optimizer, report, step, zero_grad
 from stare_megatron.trainer.partials import vocab_shard
 from stare_megatron.trainer.replay import Replay, routed_experts
 from stare_megatron.trainer.schedule import learning_rate
@@ -253,13 +253,15 @@ class TrainerRank:
         return forward_backward(self._runner, data, scored, weights, control, self._algorithm, config, temperature)
 
     def _optimizer_step(self, data: RankBatch, seen: ForwardBackwardResult, exact_T: torch.Tensor) -> UpdateStats:
-        number, loss = self._optimizer_steps + 1, seen["update/loss"]
         expected = entropy_dynamics(self._runner, data, seen.scored, seen.applied, exact_T)
+        return UpdateStats((*seen.measured, *expected, *self._apply(data, seen["update/loss"])))
+
+    def _apply(self, data: RankBatch, loss: float) -> list[Measured]:
+        number = self._optimizer_steps + 1
         if not math.isfinite(loss):
             raise RunError(f"optimizer step {number}: the loss is {loss}; no weight was changed by this step")
         trainer = self._config.trainer
-        total = self._config.run.steps * trainer.updates_per_batch
-        lr = learning_rate(trainer.optimizer, self._optimizer_steps, total)
+        lr = learning_rate(trainer.optimizer, self._optimizer_steps, self._config.run.steps * trainer.updates_per_batch)
         if self._writing is not None:
             self._writing.copied()
         self._whole = False
@@ -270,17 +272,11 @@ class TrainerRank:
         if done.grad_norm is not None and not math.isfinite(done.grad_norm):
             raise RunError(f"optimizer step {number}: the gradient norm is {done.grad_norm} at a loss of {loss:.6g}")
         self._optimizer_steps = number
-        own = [
-            Measured("update/lr", lr),
+        return [
+            *report(done, lr, scaled=self._dtype is torch.float16),
             Measured("throughput/trained_tokens", data.batch.num_action_tokens),
             Measured("packing/cost_imbalance", data.cost_imbalance),
         ]
-        if done.grad_norm is not None:
-            own.append(Measured("update/grad_norm", done.grad_norm))
-        if self._dtype is torch.float16:
-            own.append(Measured("update/loss_scale", done.loss_scale))
-            own.append(Measured("update/overflows", done.grad_norm is None))
-        return UpdateStats((*seen.measured, *expected, *own))
 
     def score_tokens(self, token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """Log-probs of tokens 1.. of one sequence at temperature 1, float32 [n - 1]; equal on every rank."""

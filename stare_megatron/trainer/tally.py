@@ -53,7 +53,7 @@ class Tally:
         summed, largest = ([n for n in sorted(self._kinds) if (self._kinds[n] == "max") is c] for c in (False, True))
         counts = torch.tensor([self._tokens[n] for n in summed], dtype=torch.float64, device=self._device)
         sums = runner.comm.sum(torch.cat([torch.stack([self._totals[n] for n in summed]), counts])).tolist()
-        maxima = runner.comm.max(torch.stack([self._totals[n] for n in largest])).tolist()
+        maxima = runner.comm.max(torch.stack([self._totals[n] for n in largest])).tolist() if largest else []
         found = [
             Measured(
                 name,

@@ -57,8 +57,9 @@ ALLOWED: dict[str, set[str]] = {
         "checkpoint",
         "inference",
     },
+    "sft": CONTRACTS | {"models", "algo", "data", "metrics", "cluster", "doctor", "checkpoint", "run"},
     "__main__": CONTRACTS
-    | {"run", "doctor", "plan", "launch", "metrics", "study", "compare", "convert", "data", "tasks"},
+    | {"run", "sft", "doctor", "plan", "launch", "metrics", "study", "compare", "convert", "data", "tasks"},
     # The Python API, imported when asked for.
     "__init__": {"run", "config", "errors"},
     "patches": {"host"},
@@ -88,7 +89,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "matplotlib": {"metrics", "compare"},
     "triton": {"trainer"},
     "torch": {"types", "host", "models", "algo", "tasks", "trainer", "inference", "sync", "patches", "convert", "plan"},
-    "rich": {"metrics", "run", "tasks", "study", "convert", "doctor", "plan", "__main__"},
+    "rich": {"metrics", "run", "sft", "tasks", "study", "convert", "doctor", "plan", "__main__"},
     "transformers": {"data", "tasks", "rewards", "envs", "rollout", "run", "convert"},
     "tokenizers": {"tasks"},
     "safetensors": {"models", "tasks", "run"},

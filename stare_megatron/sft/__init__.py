@@ -1,0 +1,1 @@
+"""Supervised training on the trainer's ranks, without engines: `stare-megatron sft`."""

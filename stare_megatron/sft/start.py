@@ -1,0 +1,233 @@
+"""A supervised run: what must hold before anything is started, then the parts put together, and the summary."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+
+from stare_megatron import checkpoint
+from stare_megatron.config import Config, SftConfig
+from stare_megatron.data.supervised import BatchStream, SequenceSet, load_sequences
+from stare_megatron.data.tokenizer import load_tokenizer
+from stare_megatron.errors import HangError, RanksLostError, UserError
+from stare_megatron.metrics import wandb_id
+from stare_megatron.metrics.events import Events
+from stare_megatron.metrics.plot import plot
+from stare_megatron.metrics.sinks import Sinks, open_sinks
+from stare_megatron.models.families import read_hf_config
+from stare_megatron.run import folder as run_folder
+from stare_megatron.run import forecast, preflight
+from stare_megatron.run.machine import check_machine
+from stare_megatron.run.rates import rates_of
+from stare_megatron.run.stop import StopSignal
+from stare_megatron.run.train import find_checkpoint, is_unexplained, today
+from stare_megatron.sft import display
+from stare_megatron.sft.batches import HeldOut
+from stare_megatron.sft.loop import Run, learn
+from stare_megatron.sft.recorder import Recorder
+from stare_megatron.sft.saving import Saving
+from stare_megatron.sft.session import Ranks, open_ranks
+from stare_megatron.types.report import RunEvent
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run needs and has been found right. `config`: `run.steps` is settled; `written`: as it was given.
+    `resume_from`: the checkpoint to go on from, of step `restored`, and the wandb run to go on with."""
+
+    config: SftConfig
+    written: SftConfig
+    ranks: Config
+    settings: checkpoint.Settings
+    train: SequenceSet
+    held_out: SequenceSet | None
+    stream: BatchStream
+    resume_from: Path | None
+    restored: int
+    wandb_run: str
+    notes: tuple[str, ...]
+
+
+def sft(config: SftConfig, *, quiet: bool, command: list[str]) -> int:
+    """Check everything, run, sum up; returns the exit code: 0, or 130 when it was asked to stop.
+
+    `command`: what started it, for the record.
+
+    Raises:
+        UserError: before anything is started. RunError: the run had to stop.
+    """
+    console = Console()
+    say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    prepared = prepare(config, console)
+    config, ranks = prepared.config, prepared.ranks
+    folder = run_folder.open_run(ranks, command, written=prepared.written)
+    wandb_id.keep(folder.path, prepared.wandb_run)
+    say(display.opening(config, run_folder.parameter_count(config.model.path), prepared.train, prepared.held_out))
+    for note in prepared.notes:
+        say(f"note: {note}", style="yellow")
+    with contextlib.ExitStack() as end:
+        end.push(functools.partial(_ended, folder, config))
+        sinks = open_sinks(ranks, folder.path, prepared.restored, quiet, console, written=prepared.written)
+        with contextlib.closing(sinks):
+            done = _run(prepared, folder, sinks)
+        finished = done >= config.run.steps
+        if run_folder.is_used(folder):
+            plot(folder.path)
+            console.print(display.summary(config, folder.outputs(), finished=finished))
+            say(display.how_to_go_on(config, finished=finished))
+    return 0 if finished else 130
+
+
+def _ended(
+    folder: run_folder.RunFolder,
+    config: SftConfig,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: TracebackType | None,
+) -> None:
+    """Say below an error that ended the run what is left of it. The folder goes if that is nothing, unless its logs are
+    needed."""
+    if isinstance(error, SystemExit):  # Ray's answer to SIGTERM, until ours is in place
+        error = KeyboardInterrupt()
+    if isinstance(error, UserError | KeyboardInterrupt):
+        run_folder.discard(folder)
+    if error is not None and folder.path.exists():
+        error.add_note(display.how_to_go_on(config, finished=False))
+    if kind is SystemExit and error is not None:
+        raise error
+
+
+def check(config: SftConfig) -> tuple[str, ...]:
+    """Check a configuration against packages, files and this machine. Changes nothing. Returns notes.
+
+    Raises:
+        UserError: the first thing found wrong, with its cure.
+    """
+    preflight.check_packages()
+    preflight.check_files("data.train", config.data.train)
+    preflight.check_files("data.eval", config.data.eval)
+    shape = read_hf_config(config.model.path)
+    preflight.check_weights(config.model.path, shape)
+    preflight.check_initial(config.model.weights)
+    ranks = config.lasting(max(config.run.steps, 1)).for_ranks()
+    preflight.check_trainer_options(ranks, shape)  # first: a layout depends on them
+    preflight.check_layout(ranks, shape)
+    if config.sft.max_tokens > shape.max_positions:
+        raise UserError(
+            f"sft.max_tokens = {config.sft.max_tokens}; {config.model.path / 'config.json'} says "
+            f"max_position_embeddings = {shape.max_positions}: lower it"
+        )
+    preflight.check_cluster(ranks)
+    return check_machine(ranks, shape)
+
+
+def prepare(config: SftConfig, console: Console) -> Prepared:
+    """Check configuration, machine, checkpoint, tokenizer and data; starts nothing.
+
+    Raises:
+        UserError: the first thing found wrong.
+    """
+    notes = list(check(config))
+    resume_from = find_checkpoint(config, console)
+    config = checkpoint.with_date(config, resume_from)
+    settings = checkpoint.settings_of(config)
+    tokenizer = load_tokenizer(config.model.path)
+    config = today(config, tokenizer)
+    train = load_sequences("data.train", config.data.train, config, tokenizer)
+    held_out = load_sequences("data.eval", config.data.eval, config, tokenizer) if config.data.eval else None
+    for key, sequences in (("data.train", train), ("data.eval", held_out)):
+        notes += display.notes(config, key, sequences) if sequences is not None else []
+    stream = BatchStream(train, config)
+    state = checkpoint.read(resume_from) if resume_from is not None else None
+    whole = stream.remaining()
+    settled = config.lasting(min(config.run.steps or whole, whole))
+    settings = settings.of(settled)
+    restored, wandb_run = 0, ""
+    if resume_from is not None and state is not None:
+        checkpoint.check_settings(resume_from, settings, config.run.resume_allow)
+        stream.restore(state.stream)
+        own = resume_from.resolve().is_relative_to(config.folder.resolve())
+        restored, wandb_run = state.step, state.wandb_run if own else ""
+        left = restored + stream.remaining()  # with batches of another size, if that was allowed
+        settled = settled.lasting(min(config.run.steps or left, left))
+    fault = settled.trainer.optimizer.fault(settled.run.steps)
+    if fault and not settled.trainer.optimizer.short_warmup:
+        raise UserError(fault.replace("run.steps x trainer.updates_per_batch", "the epochs"))
+    return Prepared(
+        config=settled,
+        written=config,
+        ranks=settled.for_ranks(),
+        settings=settings.of(settled),
+        train=train,
+        held_out=held_out,
+        stream=stream,
+        resume_from=resume_from,
+        restored=restored,
+        wandb_run=wandb_run,
+        notes=tuple([*notes, fault] if fault else notes),
+    )
+
+
+def _run(prepared: Prepared, folder: run_folder.RunFolder, sinks: Sinks) -> int:
+    """Start everything and learn; returns the steps done."""
+    config = prepared.config
+    stop = StopSignal(sinks.note)
+    tell = Events(folder.path, sinks.note)
+    start = prepared.stream.state()
+    with open_ranks(prepared.ranks, folder.logs, sinks.status) as session, stop.installed():
+        restarts = 0
+        while True:
+            try:
+                session.lookout.step = prepared.restored
+                run = _assemble(prepared, folder, sinks, stop, session)
+                with session.lookout.watching():
+                    return learn(run)
+            except (RanksLostError, HangError) as e:
+                tell(RunEvent("trainer ranks", "", "HEALTHY", "DEAD", str(e)))
+                if stop.asked or restarts == config.run.restarts or is_unexplained(e):
+                    raise
+            restarts += 1
+            again = f"start {restarts} of {config.run.restarts} (run.restarts)"
+            tell(RunEvent("trainer ranks", "", "DEAD", "RESTARTING", again))
+            session.restart()
+            newest = checkpoint.find(folder.checkpoints, "auto")
+            prepared.stream.restore(start if newest is None else checkpoint.read(newest).stream)
+            if newest is not None:
+                checkpoint.verify(newest, contents=False)
+                prepared = dataclasses.replace(prepared, resume_from=newest, restored=checkpoint.read(newest).step)
+            sinks.rewind(prepared.restored)
+            tell(RunEvent("trainer ranks", "", "RESTARTING", "HEALTHY", f"going on from step {prepared.restored}"))
+
+
+def _assemble(prepared: Prepared, folder: run_folder.RunFolder, sinks: Sinks, stop: StopSignal, session: Ranks) -> Run:
+    """The parts of a run, put together."""
+    config, ranks = prepared.config, prepared.ranks
+    cost = read_hf_config(config.model.path).sequence_cost
+    recorder = Recorder(config, session, sinks, rates_of(ranks, cost, forecast.peak_flops(ranks)))
+    return Run(
+        steps=config.run.steps,
+        sequences=prepared.train,
+        stream=prepared.stream,
+        trainers=session.trainers,
+        held_out=HeldOut(
+            config, config.run.steps, prepared.held_out, sinks.log_evaluation, folder.path, prepared.restored
+        ),
+        recorder=recorder,
+        saving=Saving(
+            config,
+            prepared.settings,
+            folder,
+            session.trainers,
+            prepared.stream,
+            recorder,
+            prepared.resume_from,
+            run_folder.checkpoint_bytes(ranks),
+        ),
+        stop=stop,
+    )
