@@ -55,16 +55,16 @@ def plot(run_folder: Path) -> Path:
         UserError: no metrics file, a damaged one, or no step in it.
     """
     rows = jsonl.read_steps(run_folder / jsonl.FILE)
-    if "sft/sequences" in rows[-1] and (table := run_folder / eval_records.TABLE).is_file():
-        rows += jsonl.read(table)  # of steps of their own: a panel draws what a row has
-        rows.sort(key=lambda row: row["step"])
+    supervised = "sft/sequences" in rows[-1]
+    table = run_folder / eval_records.TABLE
+    held_out = jsonl.read(table) if supervised and table.is_file() else []
     # Without a display, and without touching the caller's pyplot state.
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
-        panels = _SUPERVISED if "sft/sequences" in rows[-1] else _PANELS
+        panels = _SUPERVISED if supervised else _PANELS
         lines = len(panels) // 3
         figure = Figure(figsize=(12, 3.1 * lines), dpi=130, layout="constrained")
         FigureCanvasAgg(figure)
@@ -72,7 +72,7 @@ def plot(run_folder: Path) -> Path:
         for (title, unit, draw), ax in zip(panels, axes.flat, strict=True):
             ax.set_title(title)
             ax.set_ylabel(unit)
-            draw(ax, rows)
+            draw(ax, rows + held_out if draw is _loss else rows)
             if ax.get_legend() is None and ax.get_legend_handles_labels()[0]:
                 ax.legend(loc="best")
         for ax in axes[-1]:

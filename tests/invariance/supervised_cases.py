@@ -124,7 +124,7 @@ def reference(path: Path) -> Learned:
         loss = _mean_loss(model, data, stream.take())[0]
         optimizer.zero_grad()
         loss.backward()
-        gradients.append({name: p.grad.clone() for name, p in named.items()})
+        gradients.append({name: p.grad.clone() for name, p in named.items() if p.grad is not None})
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER["clip_grad"])
         optimizer.step()
         stats.append({"update/loss": loss.item(), "update/grad_norm": norm.item()})
