@@ -210,6 +210,14 @@ _ENTRIES = (
         R.ONE,
         "From a batch's first request to its last result; in `stream` since the batch before.",
     ),
+    Entry(
+        "engine/tail_seconds",
+        "s",
+        R.ONE,
+        "Of a batch's sampling, since nine of ten of its groups were finished; 0 in `stream`, where nothing waits so.",
+    ),
+    Entry("queue/running", "groups", R.ONE, "`stream`: being sampled when the batch was handed out, others than its."),
+    Entry("queue/ready", "groups", R.ONE, "`stream`: finished and in no batch then."),
     Entry("engine/requests", "requests", R.MEAN, "Running at once in an engine, over its iterations."),
     Entry("engine/kv_use", "fraction", R.MEAN, "KV cache in use in an engine, over its iterations."),
     Entry("engine/kv_use_max", "fraction", R.MAX, "The most, of any engine."),
@@ -260,7 +268,7 @@ _ENTRIES = (
 
 
 # What a step took, and not what it found: equal runs differ in these alone.
-COSTS = ("time/", "memory/", "throughput/", "idle/", "engine/", "fleet/", "rates/")
+COSTS = ("time/", "memory/", "throughput/", "idle/", "engine/", "queue/", "fleet/", "rates/")
 
 CATALOGUE: Mapping[str, Entry] = {entry.name: entry for entry in _ENTRIES}
 FAMILIES: Mapping[str, Entry] = {entry.name: entry for entry in FAMILY_ENTRIES}

@@ -17,6 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from stare_megatron.metrics.advice import Settings, advise
 from stare_megatron.metrics.catalogue import Metric, by_name
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -47,7 +48,7 @@ class ConsoleSink:
 
     Args:
         folder: the run's. total: steps of the whole run. restored_step: steps done before this start.
-        has_target: the method seeks a target entropy, H_tgt.
+        has_target: the method seeks a target entropy, H_tgt. settings: what advice depends on.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class ConsoleSink:
         has_target: bool,
         quiet: bool,
         history: Sequence[dict[str, float]] = (),
+        settings: Settings | None = None,
     ) -> None:
         self._console = console
         self._folder = folder
@@ -66,6 +68,8 @@ class ConsoleSink:
         self._first = self._step = restored_step
         self._has_target = has_target
         self._rows = list(history)
+        self._settings = settings or Settings()
+        self._said: set[str] = set()  # topics of advice, where each is a line that stays
         self._status = ""
         self._evaluation: list[str] = []
         self._sample = ""
@@ -91,6 +95,10 @@ class ConsoleSink:
         self._rows.append(row)
         if self._live is None:
             self._print(plain_line(step, self._total, row, self._has_target))
+            for advice in advise(self._rows, self._settings):
+                if advice.topic not in self._said:
+                    self._print(f"advice: {advice.text}")
+                self._said.add(advice.topic)
 
     def amend(self, metrics: Sequence[Metric]) -> None:
         """Replace values of the newest step."""
@@ -139,6 +147,7 @@ class ConsoleSink:
         lines = [f"eval {line}" for line in self._evaluation]
         if self._sample:
             lines.append(f"sample {self._sample}")
+        advice = [f"advice {found.text}" for found in advise(self._rows, self._settings)]
         saved = last_checkpoint(self._folder)
         kept = f"{self._folder}, last checkpoint {saved.name}" if saved else f"{self._folder}, no checkpoint yet"
         now = f"now: {self._status}" if self._status else ""
@@ -147,6 +156,7 @@ class ConsoleSink:
                 bar,
                 table,
                 *(Text(line, overflow="fold") for line in lines),
+                *(Text(line, overflow="fold", style="yellow") for line in advice),
                 *(Text(line, overflow="fold", style="dim") for line in (kept, now)),
             ),
             title=f"stare-megatron {self._folder.name}",
@@ -196,6 +206,30 @@ class ConsoleSink:
         table.add_row(
             "mismatch", mismatch, Text(f"engine vs trainer, max {row.get('mismatch/max', math.nan):.1e}", style="dim")
         )
+        for label, text in work_lines(row, self._settings):
+            table.add_row(label, *(Text(part, style=style) for part, style in zip(text, ("", "dim"), strict=True)))
+
+
+def work_lines(row: Mapping[str, float], settings: Settings) -> list[tuple[str, tuple[str, str]]]:
+    """What there is to say of engines, queue and staleness in a step, as label and two parts; nothing where it is as
+    always: one policy, no queue, every engine well."""
+    lines = []
+    if settings.engines > 1 or row.get("fleet/restarts") or row.get("fleet/healthy", 1.0) < settings.engines:
+        healthy = f"{row.get('fleet/healthy', math.nan):.0f} of {settings.engines}"
+        idle = f"engines idle {row.get('idle/engines', math.nan):.0%}, ranks {row.get('idle/trainers', math.nan):.0%}"
+        again = f", {row['fleet/restarts']:.0f} started again" if row.get("fleet/restarts") else ""
+        lines.append(("engines", (healthy, idle + again)))
+    if settings.mode == "stream":
+        ready = f"{row.get('queue/ready', math.nan):.0f} finished ones wait"
+        lines.append(("queue", (f"{row.get('queue/running', math.nan):.0f} groups", ready)))
+    if settings.mode != "sync":
+        p95, most = row.get("sync/staleness_p95", math.nan), row.get("sync/staleness", math.nan)
+        parts = (
+            f"{row.get('sync/staleness_mean', math.nan):.2f} versions",
+            f"95 % at most {p95:.0f}, the oldest {most:.0f}",
+        )
+        lines.append(("staleness", (parts[0], f"{parts[1]} of {settings.oldest}")))
+    return lines
 
 
 def plain_line(step: int, total: int, row: dict[str, float], has_target: bool) -> str:
@@ -216,6 +250,10 @@ def plain_line(step: int, total: int, row: dict[str, float], has_target: bool) -
     add("update/loss", "loss {:+.4f}")
     add("update/grad_norm", "grad {:.3f}")
     add("mismatch/mean", "mismatch {:.1e}")
+    if row.get("sync/staleness"):
+        add("sync/staleness_mean", "stale {:.2f}")
+    if row.get("fleet/restarts"):
+        add("fleet/healthy", "engines {:.0f}")
     add("throughput/tokens_per_second", "{:.0f} tokens/s")
     add("time/step", "{:.1f} s")
     return "  ".join(parts)

@@ -10,8 +10,9 @@ from typing import Protocol
 
 from rich.console import Console
 
-from stare_megatron.config import Config, Section
+from stare_megatron.config import Config, Section, flatten
 from stare_megatron.metrics import jsonl, tensorboard
+from stare_megatron.metrics.advice import Settings
 from stare_megatron.metrics.catalogue import Metric
 from stare_megatron.metrics.console import ConsoleSink
 
@@ -132,5 +133,6 @@ def open_sinks(
         config.algorithm.kind.seeks_target,
         quiet,
         history=jsonl.read(folder / jsonl.FILE),
+        settings=Settings.of(flatten(config.model_dump(mode="json"))),
     )
     return Sinks(display, record, others)

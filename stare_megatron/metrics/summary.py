@@ -12,10 +12,12 @@ from pathlib import Path
 from rich.console import RenderableType
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from stare_megatron.config import Config
 from stare_megatron.host import device
 from stare_megatron.metrics import jsonl
+from stare_megatron.metrics.advice import Settings, advise
 from stare_megatron.metrics.console import clock, last_checkpoint, mean
 
 _WINDOW = 10
@@ -27,7 +29,8 @@ class Summary:
     """What a run did. `first` and `last` are means over its first and last `window` steps (all starts together).
 
     Entropies in nats per token; `gate_duty`: fraction of steps with an open gate; `mismatch_max_mean`: the largest of
-    the steps' mean |trainer - engine| log-prob, nats; `seconds`: sum of the steps' times; peaks in MB, 0: not measured.
+    the steps' mean |trainer - engine| log-prob, nats; `seconds`: sum of the steps' times; peaks in MB, 0: not measured;
+    `advice`: of its last steps.
     """
 
     steps: int
@@ -43,10 +46,11 @@ class Summary:
     trained_tokens: float
     trainer_peak: float
     engine_peak: float
+    advice: tuple[str, ...] = ()
 
 
-def summarize(run_folder: Path) -> Summary:
-    """Read `metrics.jsonl`.
+def summarize(run_folder: Path, settings: Settings | None = None) -> Summary:
+    """Read `metrics.jsonl`. `settings`: what advice depends on.
 
     Raises:
         UserError: no metrics file, a damaged one, or no step in it.
@@ -68,6 +72,7 @@ def summarize(run_folder: Path) -> Summary:
         trained_tokens=sum(row.get("throughput/trained_tokens", 0.0) for row in rows),
         trainer_peak=max(row.get("memory/trainer_peak", 0.0) for row in rows),
         engine_peak=max(row.get("memory/engine_peak", 0.0) for row in rows),
+        advice=tuple(found.text for found in advise(rows, settings or Settings())),
     )
 
 
@@ -177,6 +182,8 @@ def render(
     table.add_row("time", f"{clock(s.seconds)}, {each:.1f} s per step; {s.trained_tokens:,.0f} tokens trained on")
     if s.trainer_peak or s.engine_peak:
         table.add_row("peak memory", f"trainer rank {s.trainer_peak:,.0f} MB, engine {s.engine_peak:,.0f} MB")
+    for text in s.advice:
+        table.add_row("advice", Text(text, style="yellow"))
     for label, text in planned:
         table.add_row(label, text)
     for label, path in paths:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ from stare_megatron.types.measured import mean
 
 Ref = TypeVar("Ref")
 Ref_co = TypeVar("Ref_co", covariant=True)
+
+_MOST = 0.9  # of a batch's groups; what is waited for after them is the tail
 
 
 class GroupDispatcher(Protocol[Ref_co]):
@@ -45,12 +48,17 @@ class GroupDispatcher(Protocol[Ref_co]):
 @dataclass(frozen=True)
 class Collected(Generic[Ref]):
     """The groups of one update batch, in the order of their requests. `sampled`: all groups sampled for it, dropped
-    ones included; `measured` of them and of the batch; `seconds`: from the first request to the last result."""
+    ones included; `measured` of them and of the batch; `seconds`: from the first request to the last result; `tail`: of
+    those, since nine of ten groups were finished; `running`, `ready`: other groups that were being sampled, and that
+    were finished, when it was handed out."""
 
     groups: tuple[tuple[Ref, GroupSummary], ...]
     sampled: tuple[GroupSummary, ...]
     measured: tuple[Measured, ...]
     seconds: float = field(compare=False)
+    tail: float = field(default=0.0, compare=False)
+    running: int = field(default=0, compare=False)
+    ready: int = field(default=0, compare=False)
 
     @property
     def tokens_sampled(self) -> int:
@@ -79,8 +87,10 @@ class Collector(Generic[Ref]):
         useful: list[tuple[int, Ref, GroupSummary]] = []
         others: list[tuple[int, Ref, GroupSummary]] = []
         drawn = self._wanted
+        ends: list[float] = []
         self._dispatcher.submit(self.request(step, order) for order in range(drawn))
         for request, ref, summary in self._dispatcher.results():
+            ends.append(time.monotonic())
             if self.useful(summary):
                 useful.append((request.order, ref, summary))
                 continue
@@ -93,7 +103,8 @@ class Collector(Generic[Ref]):
         fill = self._wanted - len(useful)
         kept = sorted(useful + others[:fill], key=_order)
         groups = [(ref, summary) for _, ref, summary in kept]
-        return self.collected(step, groups, sampled, len(others) - fill, time.monotonic() - began)
+        tail = ends[-1] - ends[math.ceil(_MOST * len(ends)) - 1]
+        return self.collected(step, groups, sampled, len(others) - fill, time.monotonic() - began, tail)
 
     def useful(self, summary: GroupSummary) -> bool:
         """Whether a group is learned from, or dropped for another."""
@@ -106,6 +117,7 @@ class Collector(Generic[Ref]):
         sampled: Sequence[GroupSummary],
         dropped: int,
         seconds: float,
+        tail: float = 0.0,
     ) -> Collected[Ref]:
         """The update batch of a step, of `groups` and all that were `sampled` for it, each in the order of their
         requests; `dropped`: of the latter, so many were dropped and are not in the batch."""
@@ -115,7 +127,7 @@ class Collector(Generic[Ref]):
             *(part for _, s in groups for part in _measure_kept(s, step)),
             Measured("sync/staleness_p95", age_quantile([s for _, s in groups], step, 0.95)),
         )
-        return Collected(tuple(groups), tuple(sampled), measured, seconds)
+        return Collected(tuple(groups), tuple(sampled), measured, seconds, tail)
 
     def request(self, step: int, order: int) -> GroupRequest:
         """The next prompt's, the `order`-th of those drawn with the policy that the step changes."""

@@ -76,6 +76,11 @@ class Window:
         return len(self._running)
 
     @property
+    def ready(self) -> int:
+        """Groups that are finished and in no batch."""
+        return len(self._ready)
+
+    @property
     def ahead(self) -> tuple[int, ...]:
         """Numbers of groups that are admitted and in no batch yet."""
         return tuple(sorted([*self._running, *self._ready, *self._taken]))

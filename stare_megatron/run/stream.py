@@ -135,4 +135,5 @@ class StreamSampler(Generic[Ref]):
         for number in (*made.groups, *made.dropped):
             del self._finished[number], self._requests[number]
         seconds, self._since = time.monotonic() - self._since, time.monotonic()
-        return self._collector.collected(version, groups, sampled, len(made.dropped), seconds)
+        made_of = self._collector.collected(version, groups, sampled, len(made.dropped), seconds)
+        return dataclasses.replace(made_of, running=self._window.running, ready=self._window.ready)

@@ -18,13 +18,14 @@ from stare_megatron import checkpoint
 from stare_megatron.algo.algorithm import EntropyController
 from stare_megatron.algo.registry import ALGORITHMS
 from stare_megatron.cluster import runtime
-from stare_megatron.config import Config, SftConfig
+from stare_megatron.config import Config, SftConfig, flatten
 from stare_megatron.data.benchmarks import Benchmark, load_benchmarks
 from stare_megatron.data.chat import writes_date
 from stare_megatron.data.prompts import PromptStream, StreamState, load_prompts
 from stare_megatron.data.tokenizer import decoder, load_tokenizer
 from stare_megatron.errors import HangError, RanksLostError, RunError, UserError
 from stare_megatron.metrics import catalogue, wandb_id
+from stare_megatron.metrics.advice import Settings
 from stare_megatron.metrics.events import Events
 from stare_megatron.metrics.plot import plot
 from stare_megatron.metrics.sinks import Sinks, open_sinks
@@ -102,7 +103,7 @@ def train(config: Config, *, quiet: bool, command: list[str]) -> int:
         if run_folder.is_used(folder):
             plot(folder.path)
             planned = expected.against(folder.path)
-            summary = summarize(folder.path)
+            summary = summarize(folder.path, Settings.of(flatten(config.model_dump(mode="json"))))
             console.print(render(summary, config.run.name, folder.outputs(), planned, finished=finished))
             say(next_steps(config, finished=finished))
     return 0 if finished else 130

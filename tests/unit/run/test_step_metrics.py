@@ -64,6 +64,7 @@ SINGLE = (
 
 # Idle seconds, of seconds.
 SAMPLING_S = 1.75
+TAIL_S = 0.625
 AGES = (
     Measured("age/1/tokens", 90),
     Measured("age/1/entropy", 30.0, 90),
@@ -110,7 +111,7 @@ class Step:
         parts += [Measured("groups/dropped", 2)]
         parts += [part for group in self.kept for part in _measure_kept(group, VERSION - 1)]
         parts.append(Measured("sync/staleness_p95", age_quantile(self.kept, VERSION - 1, 0.95)))
-        batch = Collected((), tuple(group for group, _ in self.groups), tuple(parts), SAMPLING_S)
+        batch = Collected((), tuple(group for group, _ in self.groups), tuple(parts), SAMPLING_S, TAIL_S, 3, 5)
         stats = (batch, self.scores, self.control, self.updates, 1e-6, self.costs, self.progress)
         idle = [Measured(f"idle/{kind}", *part) for kind, parts in IDLE.items() for part in parts]
         others = [*idle, Measured("throughput/tokens_per_second_per_device", 90.0, 12.0)]
@@ -274,6 +275,9 @@ def expected(step: Step) -> dict[str, float]:
             "throughput/tokens_per_second": tokens / 4.0,
             "throughput/rollout_tokens_per_second": tokens / SAMPLING_S,
             "engine/sampling_seconds": SAMPLING_S,
+            "engine/tail_seconds": TAIL_S,
+            "queue/running": 3,
+            "queue/ready": 5,
             "throughput/trained_tokens_total": 12345,
             "time/step": 4.0,
             "time/save": 1.5,
