@@ -36,6 +36,15 @@ class LoggingConfig(Section):
     wandb_group: str = Field(default="", description="Group that its pages put the run in; empty: none.")
     wandb_tags: list[str] = Field(default_factory=list, description="Its tags of the run.")
     wandb_notes: str = Field(default="", description="Its notes on the run.")
+    prometheus_port: int = Field(
+        default=0,
+        ge=0,
+        le=65535,
+        description="Port at which the driver gives the newest values to Prometheus, at `/metrics`; 0: none.",
+    )
+    prometheus_host: Text = Field(
+        default="127.0.0.1", description="Address it listens on there; 0.0.0.0: all of the machine, to anyone."
+    )
     samples_every: int = Field(
         default=10, ge=0, description="Write sampled trajectories, as text and as data, every n steps; 0: never."
     )

@@ -11,7 +11,7 @@ from typing import Protocol
 from rich.console import Console
 
 from stare_megatron.config import Config, Section, flatten
-from stare_megatron.metrics import jsonl, tensorboard
+from stare_megatron.metrics import jsonl, prometheus, tensorboard
 from stare_megatron.metrics.advice import Settings
 from stare_megatron.metrics.catalogue import Metric
 from stare_megatron.metrics.console import ConsoleSink
@@ -120,6 +120,10 @@ def open_sinks(
             events = tensorboard.TensorBoardSink(folder / tensorboard.FOLDER, restored_step)
             opened.callback(events.close)
             others.append(events)
+        if config.logging.prometheus_port:
+            served = prometheus.PrometheusSink(config.logging, config.run.name, config.run.steps)
+            opened.callback(served.close)
+            others.append(served)
         if config.logging.wandb != "disabled":
             from stare_megatron.metrics import wandb
 

@@ -22,6 +22,7 @@ from stare_megatron.data.tokenizer import has_tokenizer, read_files
 from stare_megatron.errors import UserError
 from stare_megatron.host import device
 from stare_megatron.host.ports import connect_error, host_port
+from stare_megatron.metrics import prometheus
 from stare_megatron.models import layout, weights
 from stare_megatron.models.families import read_hf_config
 from stare_megatron.models.shape import ModelShape
@@ -52,6 +53,8 @@ def check(config: Config) -> tuple[str, ...]:
     check_layout(config, shape)
     check_window(config, shape)
     check_cluster(config)
+    if config.logging.prometheus_port:
+        prometheus.listen(config.logging).close()
     check_engine_options(config, shape)
     notes = check_method(config) + check_machine(config, shape)
     return notes

@@ -234,6 +234,10 @@ EFFECTS: dict[str, Seen | Refused | str] = {
         [f"logging.wandb_{key}" for key in ("project", "entity", "group", "tags", "notes")],
         SINKS + "test_wandb_is_told_project_entity_group_tags_and_notes",
     ),
+    **dict.fromkeys(
+        ("logging.prometheus_port", "logging.prometheus_host"),
+        "tests/unit/metrics/test_prometheus.py::test_values_are_served_where_the_settings_say",
+    ),
     "logging.samples_every": Seen(probes.saved, 2),
     "logging.trace": "tests/unit/run/test_recorder.py::test_without_a_trace_nothing_is_kept_of_it",
     "logging.samples": "tests/unit/run/test_recorder.py",
