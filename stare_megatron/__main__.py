@@ -352,6 +352,8 @@ def _add_make_tiny_model(commands: Any) -> None:
     add("--mlp", type=int, default=192)
     add("--seed", type=int, default=0)
     add("--stop-accuracy", type=float, help="sampled accuracy that ends the warm-up (default: the task's)")
+    add("--batches", type=int, help="exactly so many batches of warm-up, whatever the accuracy after them")
+    add("--lr", type=float, help="learning rate of the warm-up (default: the task's)")
     add("--random", action="store_true", help="no warm-up: random weights")
     add("--train-prompts", type=int, default=4096)
     add("--eval-prompts", type=int, default=300, help="in each of eval.jsonl, test.jsonl")

@@ -1,7 +1,7 @@
 """The folder of a run: `<run.dir>/<run.name>/`, made whole or not at all.
 
 config.toml        the resolved configuration of the newest start (config.1.toml, ... of earlier ones)
-run.json           what ran: one record a start (versions, commit, hardware, seed, command line)
+run.json           what ran: one record a start (versions, commit, hardware, seed, command line, size of the model)
 metrics.jsonl      curves.png  tensorboard/  wandb/  samples/  trace.jsonl  events.jsonl
 checkpoints/       to resume from      hf/  the final policy, a Hugging Face checkpoint      logs/  of all processes
 exports/           the policy of earlier steps, as hf/          forensics/  what hung, if something did
@@ -123,7 +123,7 @@ class RunFolder:
 class StartRecord:
     """One start of a run, as kept in `run.json`. `commit`: of the checkout the package runs from, or ""; `sandbox`:
     where and at which level code is run, "" where none is; `code`: checksum of the file of each object of the user's,
-    by the key that names it."""
+    by the key that names it; `parameters`: of the policy."""
 
     time: str
     command: list[str]
@@ -135,6 +135,7 @@ class StartRecord:
     hardware: str
     sandbox: str
     code: dict[str, str]
+    parameters: int
 
 
 def open_run(config: Config, command: list[str], sandbox: str = "", *, written: Section | None = None) -> RunFolder:
@@ -251,6 +252,7 @@ def start_record(config: Config, command: list[str], sandbox: str) -> StartRecor
         hardware=hardware(),
         sandbox=sandbox,
         code={key: manifest.checksum(file).checksum for key, file in config.own_files().items()},
+        parameters=parameter_count(config.model.path),
     )
 
 

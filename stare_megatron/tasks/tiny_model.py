@@ -32,7 +32,8 @@ _TURNS = 3  # of a measured response; more calls than that are not right
 class TinyModelSettings:
     """Everything that decides the weights. Head size (hidden / heads): vLLM's CPU attention takes 32 and more.
 
-    The rest is `stare_megatron.tasks.base.WarmUp`; `max_batches` = 0 leaves the model random.
+    The rest is `stare_megatron.tasks.base.WarmUp`; `max_batches` = 0 leaves the model random; `stop_accuracy` None: all
+    `max_batches` are done, whatever comes of them.
     """
 
     task: str
@@ -44,7 +45,7 @@ class TinyModelSettings:
     max_batches: int
     batch_size: int
     lr: float
-    stop_accuracy: float
+    stop_accuracy: float | None
     seed: int
 
     def __post_init__(self) -> None:
@@ -165,7 +166,8 @@ def make_model(settings: TinyModelSettings) -> Qwen2ForCausalLM:
 def warm_up(
     model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, settings: TinyModelSettings, prompts: list[TaskPrompt]
 ) -> WarmedUp:
-    """Train in place on randomly drawn right responses (the loss is on responses only) until `stop_accuracy`.
+    """Train in place on randomly drawn right responses (the loss is on responses only) until `stop_accuracy`, or, without one,
+    for `max_batches`.
 
     Raises:
         RunError: not reached in `max_batches`.
@@ -185,16 +187,16 @@ def warm_up(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if done % _CHECK_EVERY == 0:
+        if settings.stop_accuracy is not None and done % _CHECK_EVERY == 0:
             accuracy = measure(model, tokenizer, task, prompts[:128], samples=4).accuracy
             if accuracy >= settings.stop_accuracy:
                 return WarmedUp(done, time.monotonic() - started)
-    if settings.max_batches:
+    if settings.max_batches and settings.stop_accuracy is not None:
         raise RunError(
             f"warm-up on {settings.task}: sampled accuracy below {settings.stop_accuracy} after "
             f"{settings.max_batches} batches; raise the number of batches or the learning rate"
         )
-    return WarmedUp(0, 0.0)
+    return WarmedUp(settings.max_batches, time.monotonic() - started)
 
 
 def _parts(task: Task, trace: str) -> list[tuple[str, str]]:

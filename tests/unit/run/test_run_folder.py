@@ -58,6 +58,7 @@ def test_new_folder_holds_the_configuration_and_the_record(make, tmp_path):
     assert start["seed"] == 5
     assert start["packages"]["ray"]
     assert "CPUs" in start["hardware"]
+    assert start["parameters"] == run_folder.parameter_count(make().model.path)
 
 
 def test_record_does_not_name_the_machine(make):
@@ -77,6 +78,7 @@ def test_record_does_not_name_the_machine(make):
         "hardware",
         "sandbox",
         "code",
+        "parameters",
     }
 
 
