@@ -9,6 +9,7 @@
     [variants.grpo_ds]
     title = "GRPO-ds"
     settings = ["algorithm.method=grpo"]
+    prepare = []                       # commands that only this variant needs, after those above; each is run once
 
     [forms.quick]                      # a smaller study of the same file, in `dir`-quick
     seeds = [1]
@@ -38,6 +39,7 @@ from stare_megatron.errors import UserError
 class VariantSpec(Section):
     title: str = Field(min_length=1, description="How reports call it.")
     settings: list[str] = Field(default_factory=list, description="key.sub=value")
+    prepare: list[str] = Field(default_factory=list, description="Commands before the runs of a seed, after the study's.")
 
 
 class FormSpec(Section):
@@ -119,12 +121,16 @@ def load(file: Path, form: str, only: str, folder: Path | None = None) -> Study:
                 jobs.append(job)
     if not jobs:
         raise UserError(f"{file}: no run matches --only {only!r}")
-    commands = {
-        seed: tuple(tuple(shlex.split(_fill(line, seed))) for line in spec.prepare) for seed in {j.seed for j in jobs}
-    }
+    commands = {seed: _commands(spec, [j for j in jobs if j.seed == seed], seed) for seed in {j.seed for j in jobs}}
     every = [*spec.settings, *chosen.settings, *(s for v in spec.variants.values() for s in v.settings)]
     by_seed = tuple(sorted({s.partition("=")[0] for s in every if "{seed}" in s}))
     return Study(base, folder, tuple(jobs), commands, by_seed)
+
+
+def _commands(spec: StudySpec, jobs: list[Job], seed: int) -> tuple[tuple[str, ...], ...]:
+    """What to run before these jobs of a seed: the study's commands, then their variants', each once."""
+    lines = [*spec.prepare, *(line for job in jobs for line in spec.variants[job.variant].prepare)]
+    return tuple(tuple(shlex.split(_fill(line, seed))) for line in dict.fromkeys(lines))
 
 
 def _read(file: Path) -> StudySpec:
