@@ -17,6 +17,7 @@ from stare_megatron.data.prepare import arguments as prepare_data
 from stare_megatron.errors import LOST, LostError, RunError, UserError
 from stare_megatron.launch import arguments as launch_arguments
 from stare_megatron.plan.arguments import ABOUT, EXAMPLES, add_plan
+from stare_megatron.scaling import arguments as scale_arguments
 
 Handler = Callable[[argparse.Namespace, list[str]], int]
 
@@ -133,6 +134,18 @@ def _compare(args: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
+def _scale(args: argparse.Namespace, rest: list[str]) -> int:
+    from rich.console import Console
+
+    from stare_megatron.scaling import command
+    from stare_megatron.scaling.records import Axis
+
+    by = tuple(args.by)
+    options = command.Options(Axis(args.axis), args.benchmark, args.skip, by, args.title, args.out, args.json)
+    study = command.StudyOptions(args.form, args.only, args.jobs, args.dry_run)
+    return command.run(args.runs, options, study, Console())
+
+
 def _convert(args: argparse.Namespace, rest: list[str]) -> int:
     from stare_megatron.convert import command
 
@@ -209,6 +222,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_runs(commands)
     _add_study(commands)
     _add_compare(commands)
+    scale_arguments.add_scale(_command(commands, "scale", _scale, scale_arguments.ABOUT, *scale_arguments.EXAMPLES))
 
     about = "turn a Hugging Face checkpoint into a Megatron-Core one, or a Megatron-Core or training checkpoint back"
     arguments.add_convert(_command(commands, "convert", _convert, about, "convert Qwen3-8B Qwen3-8B-mcore"))

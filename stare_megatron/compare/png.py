@@ -15,7 +15,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from stare_megatron.compare import derived
 from stare_megatron.compare.align import AXES, mean_curve, position
 from stare_megatron.compare.group import Group
-from stare_megatron.compare.html import COLOURS, PHASE_COLOURS, Content
+from stare_megatron.compare.html import Content
+from stare_megatron.compare.page import COLOURS, PHASE_COLOURS
 from stare_megatron.compare.panels import PREDICTED, Kind, Panel, panels, phases
 from stare_megatron.compare.stats import TOLERANCE
 from stare_megatron.metrics.estimators import moving_average

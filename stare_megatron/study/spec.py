@@ -39,7 +39,9 @@ from stare_megatron.errors import UserError
 class VariantSpec(Section):
     title: str = Field(min_length=1, description="How reports call it.")
     settings: list[str] = Field(default_factory=list, description="key.sub=value")
-    prepare: list[str] = Field(default_factory=list, description="Commands before the runs of a seed, after the study's.")
+    prepare: list[str] = Field(
+        default_factory=list, description="Commands before the runs of a seed, after the study's."
+    )
 
 
 class FormSpec(Section):

@@ -50,7 +50,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--lr {args.lr}: above 0, at most 1")
 
 
-def _stop_accuracy(args: argparse.Namespace, default: float) -> float | None:
+def _stop_accuracy(args: argparse.Namespace, default: float | None) -> float | None:
     if args.batches is not None:
         return None
     return default if args.stop_accuracy is None else args.stop_accuracy

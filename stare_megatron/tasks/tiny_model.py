@@ -166,8 +166,8 @@ def make_model(settings: TinyModelSettings) -> Qwen2ForCausalLM:
 def warm_up(
     model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, settings: TinyModelSettings, prompts: list[TaskPrompt]
 ) -> WarmedUp:
-    """Train in place on randomly drawn right responses (the loss is on responses only) until `stop_accuracy`, or, without one,
-    for `max_batches`.
+    """Train in place on randomly drawn right responses (the loss is on responses only) until `stop_accuracy`, or,
+    without one, for `max_batches`.
 
     Raises:
         RunError: not reached in `max_batches`.

@@ -41,6 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": CONTRACTS | {"algo", "data"},
     "compare": CONTRACTS | {"metrics"},
     "study": CONTRACTS | {"metrics", "compare"},
+    "scaling": CONTRACTS | {"metrics", "models", "compare", "study"},
     "run": CONTRACTS
     | {
         "models",
@@ -59,7 +60,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "sft": CONTRACTS | {"models", "algo", "data", "metrics", "cluster", "doctor", "checkpoint", "run"},
     "__main__": CONTRACTS
-    | {"run", "sft", "doctor", "plan", "launch", "metrics", "study", "compare", "convert", "data", "tasks"},
+    | {"run", "sft", "doctor", "plan", "launch", "metrics", "study", "compare", "scaling", "convert", "data", "tasks"},
     # The Python API, imported when asked for.
     "__init__": {"run", "config", "errors"},
     "patches": {"host"},
@@ -89,14 +90,14 @@ THIRD_PARTY: dict[str, set[str]] = {
     "matplotlib": {"metrics", "compare"},
     "triton": {"trainer"},
     "torch": {"types", "host", "models", "algo", "tasks", "trainer", "inference", "sync", "patches", "convert", "plan"},
-    "rich": {"metrics", "run", "sft", "tasks", "study", "convert", "doctor", "plan", "__main__"},
+    "rich": {"metrics", "run", "sft", "tasks", "study", "scaling", "convert", "doctor", "plan", "__main__"},
     "transformers": {"data", "tasks", "rewards", "envs", "rollout", "run", "convert"},
     "tokenizers": {"tasks"},
     "safetensors": {"models", "tasks", "run"},
     "pyarrow": {"data", "tasks"},
     "jinja2": {"data", "envs", "compare"},
-    "markupsafe": {"compare"},
-    "plotly": {"compare"},
+    "markupsafe": {"compare", "scaling"},
+    "plotly": {"compare", "scaling"},
     "math_verify": {"rewards"},
     "latex2sympy2_extended": {"rewards"},
     "sympy": {"rewards"},
@@ -128,6 +129,7 @@ THIRD_PARTY: dict[str, set[str]] = {
         "sync",
         "cluster",
         "compare",
+        "scaling",
     },
 }
 
