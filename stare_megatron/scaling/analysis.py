@@ -128,7 +128,9 @@ def _laws(results: Sequence[CellResult]) -> list[Law]:
             costs = [(n, e.value) for n, e in told if e is not None]
             if len(costs) >= laws.LEAST_SIZES:
                 law = laws.power_law([n for n, _ in costs], [c for _, c in costs])
-                made.append(Law(method, f"cost to reach {level:.0%}", law))
+                made.append(
+                    Law(method, f"cost to reach {level:.0%}, of the {len(costs)} of {len(own)} sizes that do", law)
+                )
     return made
 
 

@@ -131,8 +131,8 @@ def _descend(points: Points, weights: np.ndarray, box: Bounds, theta: np.ndarray
         better = new < loss
         gained = float(np.max(np.where(better, (loss - new) / np.maximum(loss, 1e-300), 0.0), initial=0.0))
         theta[better], loss[better] = tried[better], new[better]
-        damping = np.clip(np.where(better, damping / 5, damping * 5), 1e-9, 1e9)
-        if gained < 1e-10 and bool(np.all(better | (damping > 1e3))):
+        damping = np.clip(np.where(better, damping / 5, damping * 10), 1e-6, 1e9)
+        if gained < 1e-9 and bool(np.all(better | (damping > 1e2))):
             break
     return theta, loss
 

@@ -48,7 +48,7 @@ def parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def test_commands_were_found():
     assert {c.words[0] for c in COMMANDS} == set(PROGRAMS)
-    assert {"train", "eval", "plot", "inspect", "convert", "compare", "study"} <= {
+    assert {"train", "eval", "plot", "inspect", "convert", "compare", "study", "scale"} <= {
         c.words[1] for c in of("stare-megatron")
     }
 

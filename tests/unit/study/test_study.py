@@ -67,6 +67,14 @@ def test_every_variant_on_every_seed(file):
     assert study.by_seed == ("model.path",)
 
 
+def test_a_variant_has_commands_of_its_own_which_run_once(file):
+    mine = 'prepare = ["{python} size.py --seed {seed}", "{python} make.py --out {seed}"]'
+    edit(file, 'settings = ["algorithm.method=grpo"]', f'settings = ["algorithm.method=grpo"]\n{mine}')
+    study = spec.load(file, "", "*")
+    assert [c[1:] for c in study.prepare[1]] == [("make.py", "--out", "1"), ("size.py", "--seed", "1")]
+    assert len(spec.load(file, "", "stare*").prepare[2]) == 1, "another variant does not need it"
+
+
 def test_a_form_is_smaller_and_has_its_own_folder(file):
     study = spec.load(file, "quick", "*")
     assert [(j.name, j.config.run.steps) for j in study.jobs] == [("stare-seed3", 2)]

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stare_megatron import tasks
+from stare_megatron.__main__ import main
 from stare_megatron.data.tokenizer import load_tokenizer
 from stare_megatron.errors import RunError, UserError
 from stare_megatron.tasks import make as make_module
@@ -55,6 +56,21 @@ def test_another_seed_replaces_the_folder(tmp_path):
     second = make(dataclasses.replace(RANDOM, seed=1), tmp_path / "m", 5, 5)
     assert not second.reused
     assert (second.model / "model.safetensors").read_bytes() != before
+
+
+def test_so_many_batches_are_done_whatever_comes_of_them(tmp_path, capsys):
+    words = ["make-tiny-model", "--batches", "3", "--lr", "0.5", "--train-prompts", "20", "--eval-prompts", "5"]
+    assert main([*words, "--out", str(tmp_path / "m")]) == 0
+    assert "made: 3 batches of 64" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--batches", "3", "--random"], ["--batches", "3", "--stop-accuracy", "0.1"], ["--batches", "0"], ["--lr", "0"]],
+)
+def test_options_of_a_warm_up_that_cannot_be_are_refused(tmp_path, words, capsys):
+    assert main(["make-tiny-model", *words, "--out", str(tmp_path / "m")]) == 2
+    assert words[0] in capsys.readouterr().err
 
 
 def test_a_foreign_folder_is_left_alone(tmp_path):
