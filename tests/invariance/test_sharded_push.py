@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import FAMILIES, make
+from checkpoints import EXPERTS, make
 from engine_workers import Nursery, Workers
 from launch import free_port, launch
 
@@ -53,6 +53,8 @@ PLACES = {
     ("EP2", "qwen3_moe"): OTHER_GPUS,
 }
 MODELS = ("qwen2", "qwen3", "qwen3_moe", "llama")  # the first tied, with biases
+# Other names and stacks in the files, each by the layout that says most of it.
+MORE = (("mistral", "PP2"), ("mixtral", "EP2"), ("phi3", "TP2"), ("qwen2_moe", "TP2"))
 DTYPE = "bfloat16"
 
 
@@ -63,7 +65,7 @@ class Engines:
         self.path = path
         self.all = [nursery.start(f"{name}-{i}", path, 1, DTYPE) for i in "ab"]
         self.all.append(nursery.start(f"{name}-tp2", path, 2, DTYPE))
-        if FAMILIES[name][1].get("num_experts"):
+        if name in EXPERTS:
             self.all.append(nursery.start(f"{name}-ep2", path, 2, DTYPE, expert_parallel=True))
         self.loaded = {engine.name: engine.call("state") for engine in self.all}
 
@@ -104,7 +106,18 @@ def engines(nursery: Nursery) -> dict[str, Engines]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_engine_has_what_loading_the_checkpoint_gives_it(layout: str, engines: dict[str, Engines]) -> None:
-    chosen = {name: e for name, e in engines.items() if layout != "EP2" or name == "qwen3_moe"}
+    push_and_compare(layout, {name: e for name, e in engines.items() if layout != "EP2" or name == "qwen3_moe"})
+
+
+@pytest.mark.parametrize(("name", "layout"), MORE)
+def test_so_has_every_other_family(name: str, layout: str, nursery: Nursery) -> None:
+    e = Engines(nursery, name, make(name, nursery.folder))
+    push_and_compare(layout, {name: e})
+    for engine in e.all:
+        engine.call("end")
+
+
+def push_and_compare(layout: str, chosen: dict[str, Engines]) -> None:
     cases = []
     for name, e in chosen.items():
         e.scramble(hash(layout) % 1000)
