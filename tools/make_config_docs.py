@@ -6,9 +6,9 @@ from pathlib import Path
 
 from pydantic.fields import FieldInfo
 
-from stare_megatron.config import upstream
+from stare_megatron.config import SftConfig, upstream
 from stare_megatron.config.describe import default_of, models_to, type_name
-from stare_megatron.config.loader import walk
+from stare_megatron.config.loader import Key, walk
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 
@@ -59,21 +59,45 @@ are passed on and not run by the tests. To try another one, add it to
 Written by `python tools/make_config_docs.py` from `stare_megatron/config/`.
 """
 
+_COLUMNS = "| key | type | default | meaning |\n|---|---|---|---|\n"
+
 
 def page() -> str:
     """The whole page."""
     tables: dict[str, list[str]] = {}
     for key in walk():
-        section, _, name = key.name.rpartition(".")
-        meaning = _cell(key.field.description or "")
-        line = f"| `{name}` | {type_name(key.field.annotation)} | {default_of(key.field)} | {meaning} |"
-        tables.setdefault(section, []).append(line)
+        tables.setdefault(key.name.rpartition(".")[0], []).append(_line(key))
     parts = [_HEAD.replace("{options}", _options())]
     for section, lines in tables.items():
         title = f"[{section}]" if _one_table(section) else f"[[{section}]]"
-        parts.append(f"\n## {title}\n\n{_about(section)}\n\n| key | type | default | meaning |\n|---|---|---|---|\n")
-        parts.append("\n".join(lines) + "\n")
-    return "".join(parts)
+        parts.append(f"\n## {title}\n\n{_about(section)}\n\n{_COLUMNS}")
+        parts += lines
+    return "".join([*parts, _SFT, *_sft()])
+
+
+_SFT = """
+## stare-megatron sft
+
+[Supervised training](sft.md) reads a file of its own, with these tables and, as above, `[model]`, `[trainer]`,
+`[checkpoint]`, `[logging]`, `[cluster]` and `[watchdog]`. `[run]` has the keys above, but `run.steps` may be left out.
+"""
+
+
+def _sft() -> list[str]:
+    """The tables that `train` has not, or has otherwise."""
+    parts = []
+    for table in ("data", "sft"):
+        about = SftConfig.model_fields[table].description
+        parts.append(f"\n### [{table}] of sft\n\n{about}\n\n{_COLUMNS}")
+        parts += [_line(key) for key in walk(root=SftConfig) if key.name.startswith(f"{table}.")]
+    steps = next(key for key in walk(root=SftConfig) if key.name == "run.steps")
+    parts.append(f"\n### [run] of sft\n\n{_COLUMNS}{_line(steps)}")
+    return parts
+
+
+def _line(key: Key) -> str:
+    name, field = key.name.rpartition(".")[2], key.field
+    return f"| `{name}` | {type_name(field.annotation)} | {default_of(field)} | {_cell(field.description or '')} |\n"
 
 
 def _options() -> str:

@@ -13,6 +13,7 @@ from stare_megatron.config.base import Section, section_of
 from stare_megatron.config.config import Config
 from stare_megatron.config.loader import hint, walk
 from stare_megatron.config.methods import METHODS
+from stare_megatron.config.sft import SftConfig
 from stare_megatron.errors import UserError
 
 _NAMES = {str: "string", int: "integer", float: "number", bool: "true or false", Path: "path"}
@@ -24,9 +25,11 @@ def describe(name: str) -> str:
     Raises:
         UserError: no such key or table.
     """
-    keys = {key.name: key.field for key in walk()}
+    own = [key for key in walk(root=SftConfig) if key.name.startswith("sft.")]
+    keys = {key.name: key.field for key in [*walk(), *own]}
     if not name:
-        return "\n".join(f"[{table}]  {field.description}" for table, field in Config.model_fields.items())
+        tables = Config.model_fields | {"sft": SftConfig.model_fields["sft"]}
+        return "\n".join(f"[{table}]  {field.description}" for table, field in tables.items())
     found = [key for key in keys if key == name or key.startswith(f"{name}.")]
     if not found:
         raise UserError(f"no key or table {name!r}{hint(name)}")

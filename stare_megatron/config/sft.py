@@ -83,7 +83,7 @@ class SftConfig(Section):
     run: SftRunConfig = Field(default_factory=lambda: SftRunConfig(), description="The run itself.")
     model: ModelConfig = Field(description="The model.")
     data: SftDataConfig = Field(description="Conversations.")
-    sft: SftTable = Field(default_factory=lambda: SftTable(), description="How they are learned.")
+    sft: SftTable = Field(default_factory=lambda: SftTable(), description="Supervised training, `stare-megatron sft`.")
     trainer: TrainerConfig = Field(default_factory=lambda: TrainerConfig(), description="Megatron-Core ranks.")
     checkpoint: Free[CheckpointConfig] = Field(default_factory=lambda: CheckpointConfig(), description="What is saved.")
     logging: Free[LoggingConfig] = Field(default_factory=lambda: LoggingConfig(), description="Where metrics go.")

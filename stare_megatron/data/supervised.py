@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import itertools
 from collections.abc import Iterator
@@ -57,6 +58,12 @@ class SequenceSet:
     def lengths(self) -> npt.NDArray[np.int64]:
         """Tokens of each sequence, int64 [sequences]."""
         return np.diff(self.ends, prepend=0)
+
+    def ends_with(self) -> int:
+        """The token that most sequences are learned to end with."""
+        begins = [0, *self.ends[:-1].tolist()]
+        last = [int(np.flatnonzero(self.learn[a:b])[-1]) + a for a, b in zip(begins, self.ends.tolist(), strict=True)]
+        return collections.Counter(self.tokens[last].tolist()).most_common(1)[0][0]
 
     def place(self, index: int) -> slice:
         """Of a sequence in `tokens` and `learn`."""

@@ -8,13 +8,14 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from stare_megatron import checkpoint
 from stare_megatron.config import Config, SftConfig
 from stare_megatron.data.supervised import BatchStream, SequenceSet, load_sequences
-from stare_megatron.data.tokenizer import load_tokenizer
+from stare_megatron.data.tokenizer import ends_a_sequence, load_tokenizer, read_files
 from stare_megatron.errors import HangError, RanksLostError, UserError
 from stare_megatron.metrics import wandb_id
 from stare_megatron.metrics.events import Events
@@ -34,6 +35,9 @@ from stare_megatron.sft.recorder import Recorder
 from stare_megatron.sft.saving import Saving
 from stare_megatron.sft.session import Ranks, open_ranks
 from stare_megatron.types.report import RunEvent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,7 @@ def prepare(config: SftConfig, console: Console) -> Prepared:
     held_out = load_sequences("data.eval", config.data.eval, config, tokenizer) if config.data.eval else None
     for key, sequences in (("data.train", train), ("data.eval", held_out)):
         notes += display.notes(config, key, sequences) if sequences is not None else []
+    notes += _unheard_end(config.model.path, tokenizer, train.ends_with())
     stream = BatchStream(train, config)
     state = checkpoint.read(resume_from) if resume_from is not None else None
     whole = stream.remaining()
@@ -172,6 +177,18 @@ def prepare(config: SftConfig, console: Console) -> Prepared:
         wandb_run=wandb_run,
         notes=tuple([*notes, fault] if fault else notes),
     )
+
+
+def _unheard_end(model: Path, tokenizer: PreTrainedTokenizerBase, end: int) -> list[str]:
+    """A note where engines would not stop at the token that answers are learned to end with."""
+    ids = read_files(model).get("generation_config.json", {}).get("eos_token_id")
+    stops = {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])}
+    if end in stops or not ends_a_sequence([end], tokenizer):
+        return []
+    return [
+        f"answers end with {tokenizer.decode([end])!r}, at which an engine will not stop: add its id, {end}, to "
+        f"eos_token_id in {model / 'generation_config.json'}, or in that of the export"
+    ]
 
 
 def _run(prepared: Prepared, folder: run_folder.RunFolder, sinks: Sinks) -> int:

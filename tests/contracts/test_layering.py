@@ -91,7 +91,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "triton": {"trainer"},
     "torch": {"types", "host", "models", "algo", "tasks", "trainer", "inference", "sync", "patches", "convert", "plan"},
     "rich": {"metrics", "run", "sft", "tasks", "study", "scaling", "convert", "doctor", "plan", "__main__"},
-    "transformers": {"data", "tasks", "rewards", "envs", "rollout", "run", "convert"},
+    "transformers": {"data", "tasks", "rewards", "envs", "rollout", "run", "sft", "convert"},
     "tokenizers": {"tasks"},
     "safetensors": {"models", "tasks", "run"},
     "pyarrow": {"data", "tasks"},

@@ -230,7 +230,7 @@ TEMPLATES = [
         r"message 2: the chat template asks for it with .*<think>.*prompt and completion as texts",
     ),
     (
-        "{% for m in messages %}{{ m.role }}: {% if m.role == 'user' %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}",
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}",
         r"message 2: the chat template leaves out a part of what the assistant says",
     ),
 ]

@@ -67,6 +67,9 @@ def test_the_program_takes_it(command, monkeypatch):
     if command.words[1] in ("train", "eval"):
         config.load(args.config, [*args.overrides, *rest])
         return
+    if command.words[1] == "sft":
+        config.load_sft(args.config, [*args.overrides, *rest])
+        return
     if command.words[1] == "launch":
         job.of(args, rest)
         return
@@ -97,7 +100,7 @@ def test_the_tool_takes_it(command, monkeypatch):
 
 @pytest.mark.parametrize("page", pages(), ids=lambda p: str(p.relative_to(ROOT)))
 def test_settings_named_exist(page):
-    keys = config.all_keys()
+    keys = config.all_keys(root=config.SftConfig) | config.all_keys()
     tables = {key.split(".")[0] for key in keys}
     groups = {".".join(key.split(".")[:n]) for key in keys for n in range(1, key.count(".") + 1)}
     named = re.findall(r"`([a-z]+(?:\.[a-z_]+)+)(?:\s*=[^`]*)?`", page.read_text())
