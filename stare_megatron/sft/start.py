@@ -17,7 +17,7 @@ from stare_megatron.config import Config, SftConfig
 from stare_megatron.data.supervised import BatchStream, SequenceSet, load_sequences
 from stare_megatron.data.tokenizer import ends_a_sequence, load_tokenizer, read_files
 from stare_megatron.errors import HangError, RanksLostError, UserError
-from stare_megatron.metrics import wandb_id
+from stare_megatron.metrics import prometheus, wandb_id
 from stare_megatron.metrics.events import Events
 from stare_megatron.metrics.plot import plot
 from stare_megatron.metrics.sinks import Sinks, open_sinks
@@ -128,6 +128,8 @@ def check(config: SftConfig) -> tuple[str, ...]:
             f"max_position_embeddings = {shape.max_positions}: lower it"
         )
     preflight.check_cluster(ranks)
+    if config.logging.prometheus_port:
+        prometheus.listen(config.logging).close()
     return check_machine(ranks, shape)
 
 
