@@ -32,6 +32,11 @@ class UserError(Exception):
     """Something the user can mend. The message is one line: what is wrong, where, and the cure."""
 
 
+class MissingFilesError(UserError):
+    """Some trainer rank does not have a file of a checkpoint. Nothing was read of it, but optimizers lose their state:
+    another checkpoint must be loaded, or the ranks started again."""
+
+
 class RunError(Exception):
     """The run must stop. The message is one line naming the culprit."""
 

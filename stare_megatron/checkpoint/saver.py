@@ -9,15 +9,14 @@ from typing import Protocol
 
 from stare_megatron.checkpoint import store
 from stare_megatron.checkpoint.ahead import Ahead, Outstanding
+from stare_megatron.checkpoint.copies import Copies
+from stare_megatron.checkpoint.local import MARGIN, Local, is_local, write_place
 from stare_megatron.checkpoint.settings import Settings
 from stare_megatron.checkpoint.state import LoopState
 from stare_megatron.config import CheckpointConfig
 from stare_megatron.errors import ORDINARY, RunError, UserError
 from stare_megatron.host import manifest
 from stare_megatron.host.files import free_bytes
-
-# The next checkpoint may be somewhat larger, and metrics and logs go to the same disk.
-_MARGIN = 1.05
 
 
 class RankWriters(Protocol):
@@ -31,8 +30,9 @@ class RankWriters(Protocol):
         """
         ...
 
-    def begin_save(self, folder: Path, step: int) -> None:
-        """Start to write into `folder`; returns when the state may change again."""
+    def begin_save(self, folder: Path, step: int, local: Path | None = None) -> None:
+        """Start to write into `folder`, or there as links to `local` on each rank's node; returns when the state may
+        change again."""
         ...
 
     def save_written(self) -> bool:
@@ -45,7 +45,8 @@ class RankWriters(Protocol):
 
 
 class Saver:
-    """Saves a run's checkpoints under `root`.
+    """Saves a run's checkpoints under `root`; with `local` most of them on the nodes' own disks, of which copies go to
+    `root` meanwhile.
 
     Args:
         estimate: bytes of a checkpoint, as long as none is there to look at.
@@ -63,6 +64,7 @@ class Saver:
         estimate: int,
         values: Callable[[], Mapping[int, float]],
         warn: Callable[[str], None],
+        local: Local | None = None,
     ) -> None:
         self._root = root
         self._config = config
@@ -71,35 +73,44 @@ class Saver:
         self._estimate = estimate
         self._values = values
         self._warn = warn
-        self._pending: int | None = None
+        self._local = local
+        self._copies = local and Copies(root, local.disks, self._room_for_copy, self._prune, warn)
+        self._pending: tuple[Path, int] | None = None
 
-    def save(self, state: LoopState, ahead: Ahead | Outstanding | None = None) -> bool:
+    def save(self, state: LoopState, ahead: Ahead | Outstanding | None = None, *, last: bool = False) -> bool:
         """Save, with what was sampled ahead, if anything was, after the save before has ended. With
-        `checkpoint.asynchronous` the ranks write on afterwards.
+        `checkpoint.asynchronous` the ranks write on afterwards. `last`: to `root` in any case.
 
         A save that the disk has no room for is left out with a warning, if there is an older checkpoint; then False.
 
         Raises:
             RunError: no room and no older checkpoint, or a file cannot be written.
         """
-        self.wait()
-        store.sweep(self._root)
-        if not self._room(state.step):
+        self._finish()
+        place, lack = None, ""
+        if self._local is not None and not last:
+            place, lack = self._local.place(state.step, self._estimate)
+            if lack:
+                self._warn(f"{lack}; it goes to {self._root} at once")
+        if place is None and not self._room_here(state.step):
             return False
+        root = self._root if place is None or self._local is None else self._local.root
         try:
-            partial = store.begin(self._root, state, self._settings, ahead)
+            partial = store.begin(root, state, self._settings, ahead)
+            if place is not None:
+                write_place(partial, place)
         except OSError as e:
-            raise RunError(f"{self._root}: cannot save step {state.step}: {e}") from e
-        self._writers.begin_save(partial / store.TRAINER, state.step)
-        self._pending = state.step
+            raise RunError(f"{root}: cannot save step {state.step}: {e}") from e
+        self._writers.begin_save(partial / store.TRAINER, state.step, place and place.folder)
+        self._pending = root, state.step
         if not self._config.asynchronous:
-            self.wait()
+            self._finish()
         return True
 
     @property
     def pending(self) -> bool:
-        """Whether a save is being written."""
-        return self._pending is not None
+        """Whether a save is being written, or copied."""
+        return self._pending is not None or bool(self._copies and self._copies.steps)
 
     def rescue(self, state: LoopState, ahead: Ahead | Outstanding | None = None) -> None:
         """Finish a save under way, and save the state unless it is saved already; does not return before all is on
@@ -109,11 +120,14 @@ class Saver:
                 return
             held = self._writers.held_step()  # first: who waits for a rank that is gone waits long
             self.wait()
+            if self._local and self._copies and self._local.find(state.step) and not self._is_saved(state.step):
+                self._copies.want(state.step)
+                self._copies.wait()
             if self._is_saved(state.step):
                 return
             if held != state.step:
                 raise RunError("the update after it has changed weights already")
-            if self.save(state, ahead):
+            if self.save(state, ahead, last=True):
                 self.wait()
                 self._warn(f"step {state.step} is saved: started again, the run goes on from there")
         except (RunError, UserError, *ORDINARY) as e:
@@ -121,47 +135,87 @@ class Saver:
 
     def give_up(self, step: int, why: str) -> None:
         """Say that a step is not saved, if it is not."""
-        if not self._is_saved(step):
-            self._warn(f"step {step} is not saved: {why}")
+        if self._is_saved(step):
+            return
+        alone = self._local is not None and self._local.find(step) is not None
+        what = "saved on the nodes' own disks alone" if alone else "not saved"
+        self._warn(f"step {step} is {what}: {why}")
 
     def _is_saved(self, step: int) -> bool:
         return step in map(store.step_of, store.complete(self._root))
 
+    def goes_on_from(self, folder: Path) -> None:
+        """The run does; a local checkpoint that has no copy yet gets one."""
+        if self._copies and is_local(folder) and not self._is_saved(store.step_of(folder)):
+            self._copies.want(store.step_of(folder))
+
     def poll(self) -> None:
-        """Finish a save that is written; does not wait for one."""
+        """Finish a save that is written, and a copy that is made; does not wait for one."""
         if self._pending is not None and self._writers.save_written():
-            self.wait()
+            self._finish()
+        if self._copies is not None:
+            self._copies.poll()
 
     def wait(self) -> None:
-        """Finish the save under way, if any.
+        """Finish the save under way, if any, and copies.
 
         Raises:
             RunError: it cannot be written; checkpoints before it are untouched.
         """
+        self._finish()
+        if self._copies is not None:
+            self._copies.wait()
+
+    def _finish(self) -> None:
         if self._pending is None:
             return
-        step, self._pending = self._pending, None
+        (root, step), self._pending = self._pending, None
         with contextlib.ExitStack() as stack:
-            stack.callback(store.sweep, self._root)
+            stack.callback(store.sweep, root)
             entries = self._writers.finish_save()
             try:
-                store.finish(self._root, step, {f"{store.TRAINER}/{name}": e for name, e in entries.items()})
-                store.prune(self._root, self._config, self._values() if self._config.best_metric else {})
+                store.finish(root, step, {f"{store.TRAINER}/{name}": e for name, e in entries.items()})
+                if root == self._root:
+                    self._prune()
             except OSError as e:
-                raise RunError(f"{self._root}: cannot save step {step}: {e}") from e
+                raise RunError(f"{root}: cannot save step {step}: {e}") from e
+        if self._local is None or self._copies is None:
+            return
+        if root == self._root:
+            self._local.clear()
+            return
+        if self._local.due(step):
+            self._copies.want(step)
+        self._local.prune(self._copies.steps)
 
-    def _room(self, step: int) -> bool:
+    def _prune(self) -> None:
+        store.prune(self._root, self._config, self._values() if self._config.best_metric else {})
+
+    def _room_here(self, step: int) -> bool:
+        """Whether there is room in `root`, once copies under way are there; says where there is not."""
+        if self._copies is not None:
+            self._copies.wait()
+        store.sweep(self._root)
         older = store.complete(self._root)
-        size = store.size(older[-1]) if older else self._estimate
-        need = int(size * _MARGIN)
+        text = self._lack(step, store.size(older[-1]) if older else self._estimate)
+        if text and not older:
+            raise RunError(text)
+        if text:
+            self._warn(f"{text}; the newest checkpoint stays {older[-1].name}")
+        return not text
+
+    def _room_for_copy(self, step: int, size: int) -> bool:
+        text = self._lack(step, size)
+        if text:
+            self._warn(f"{text}; it stays on the nodes' own disks alone")
+        return not text
+
+    def _lack(self, step: int, size: int) -> str:
+        need = int(size * MARGIN)
         free = free_bytes(self._root)
         if free >= need:
-            return True
-        text = (
+            return ""
+        return (
             f"{self._root}: no room to save step {step}: {free / 1e6:,.0f} MB free, {need / 1e6:,.0f} MB needed; free "
             "some or lower checkpoint.keep_last"
         )
-        if not older:
-            raise RunError(text)
-        self._warn(f"{text}; the newest checkpoint stays {older[-1].name}")
-        return False

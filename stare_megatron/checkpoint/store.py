@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from stare_megatron.checkpoint import ahead as sampled
@@ -22,10 +22,17 @@ from stare_megatron.host.files import PARTIAL, STALE, take_place, write_atomic
 TRAINER = "trainer"
 LATEST = "latest"
 LEFT = "left_"
+LOCAL = "local"  # under which those on the nodes' own disks are, see `local`, each with a file `PLACE`
+PLACE = "place.json"
 
 
 def folder_name(step: int) -> str:
     return f"step_{step:06d}"
+
+
+def partial_of(root: Path, step: int) -> Path:
+    """The unfinished folder of a step."""
+    return root / (folder_name(step) + PARTIAL)
 
 
 def step_of(folder: Path) -> int:
@@ -37,7 +44,7 @@ def begin(root: Path, state: LoopState, settings: Settings, ahead: Ahead | Outst
 
     `ahead`: what was sampled ahead, if anything was.
     """
-    partial = root / (folder_name(state.step) + PARTIAL)
+    partial = partial_of(root, state.step)
     partial.mkdir(parents=True)
     loop.write(partial, state)
     stored.write(partial, settings)
@@ -54,8 +61,7 @@ def finish(root: Path, step: int, known: Mapping[str, manifest.FileEntry]) -> Pa
     Raises:
         OSError: a file cannot be read, or not written.
     """
-    final = root / folder_name(step)
-    partial = final.with_name(final.name + PARTIAL)
+    final, partial = root / folder_name(step), partial_of(root, step)
     manifest.write(partial, known)
     stale = take_place(partial, final)
     _sync_folder(root)
@@ -114,7 +120,11 @@ def size(folder: Path) -> int:
 
 def prune(root: Path, keep: CheckpointConfig, values: Mapping[int, float]) -> None:
     """Remove the checkpoints that nothing keeps. `values`: of the metric that tells the best, by step."""
-    for folder in stale(complete(root), keep, values):
+    remove(stale(complete(root), keep, values))
+
+
+def remove(folders: Iterable[Path]) -> None:
+    for folder in folders:
         # A folder that is half removed must not look whole.
         doomed = folder.with_name(folder.name + STALE)
         shutil.rmtree(doomed, ignore_errors=True)
@@ -147,7 +157,7 @@ def find(root: Path, resume: str) -> Path | None:
     """
     whole = complete(root)
     if resume == "never":
-        if whole:
+        if whole := whole or complete(root / LOCAL):
             raise UserError(
                 f"{root}: the run already has a checkpoint ({whole[-1].name}); continue it with run.resume=auto, or "
                 "choose another run.name"
@@ -160,6 +170,11 @@ def find(root: Path, resume: str) -> Path | None:
         raise UserError(f"run.resume = {resume!r}: neither never, auto nor a checkpoint folder (loop.json, trainer/)")
     if folder.suffix == PARTIAL:
         raise UserError(f"run.resume = {resume!r}: was not written to its end; resume from another checkpoint")
+    if (folder / PLACE).is_file():
+        raise UserError(
+            f"run.resume = {resume!r}: lies on the nodes' own disks, which run.resume=auto looks at; name a checkpoint "
+            "in the folder above it"
+        )
     return folder
 
 

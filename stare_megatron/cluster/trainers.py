@@ -14,6 +14,7 @@ import ray.exceptions
 
 from stare_megatron.cluster import runtime
 from stare_megatron.cluster.activity import ActivityLog
+from stare_megatron.cluster.disks import HasDisk, HaveDisks, NodeDisk
 from stare_megatron.cluster.doing import Answers, ray_actor
 from stare_megatron.cluster.lookout import RANKS, Lookout
 from stare_megatron.cluster.placement import Slot
@@ -52,7 +53,7 @@ _RETURN_SECONDS = 60.0  # for all ranks to end what an engine's failure has ende
 
 
 @ray_actor
-class TrainerActor(Answers):
+class TrainerActor(Answers, HasDisk):
     """One rank. Megatron and vLLM's transfer classes are imported in this process only."""
 
     _sharded: ShardedRank | None = None
@@ -64,7 +65,7 @@ class TrainerActor(Answers):
         self._config = config
         self._rank = rank
         self._local_rank = local_rank
-        self._activity = ActivityLog()
+        self._activity, self._disk = ActivityLog(), NodeDisk(rank)
         self._costs = RankCosts(config.trainer.world_size)
 
     def hello(self) -> runtime.Station:
@@ -163,7 +164,7 @@ class TrainerActor(Answers):
         return RankReport(self._activity.take(), self._costs.peak(), self._costs.take())
 
 
-class TrainerGroup:
+class TrainerGroup(HaveDisks):
     """All trainer ranks. Every method runs on all of them and returns what rank 0 says."""
 
     def __init__(self, config: Config, slots: Sequence[Slot], logs: Path, lookout: Lookout, cost: SequenceCost) -> None:
@@ -346,9 +347,9 @@ class TrainerGroup:
             held = set(self._wait(refs, "held_step", _ANSWER_SECONDS))
         return held.pop() if len(held) == 1 else None
 
-    def begin_save(self, folder: Path, step: int) -> None:
+    def begin_save(self, folder: Path, step: int, local: Path | None = None) -> None:
         """Returns when the ranks may train on, with `checkpoint.asynchronous` before everything is written."""
-        self._rank("begin_save", folder, step, snapshot=self._config.checkpoint.asynchronous)
+        self._rank("begin_save", folder, step, snapshot=self._config.checkpoint.asynchronous, local=local)
 
     def save_written(self) -> bool:
         return all(self._rank("save_written"))
@@ -391,7 +392,7 @@ class TrainerGroup:
         """What every actor's own `method` returns."""
         with self._turn:
             refs = [getattr(actor, method).remote(*args, **named) for actor in self._actors]
-            return self._wait(refs, args[0] if method == "call" else method)
+            return self._wait(refs, args[0] if method in ("call", "disk") else method)
 
     def _rank(self, method: str, *args: Any, **named: Any) -> list[Any]:
         """What every `TrainerRank`'s `method` returns."""

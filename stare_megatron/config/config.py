@@ -123,6 +123,11 @@ class Config(Section):
                 f'trainer.offload = {self.trainer.offload}: nobody wants the room of "parameters" where '
                 'inference.placement = "separate"; take it out, or set inference.placement = "colocated"'
             )
+        if (folder := self.checkpoint.local_overlap(self.folder)) is not None:
+            raise ValueError(
+                f"checkpoint.local = {self.checkpoint.local!r} and the run's folder {folder} lie in each other; name a "
+                "folder on each node's own disk"
+            )
         r, t = self.rollout, self.trainer
         fault = t.optimizer.fault(self.run.steps * t.updates_per_batch)
         if fault and not t.optimizer.short_warmup:

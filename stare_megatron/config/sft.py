@@ -22,6 +22,7 @@ from stare_megatron.config.watchdog import WatchdogConfig
 _IDLE = {
     ("trainer", "updates_per_batch"): "a batch is one optimizer step; set sft.batch_sequences",
     ("trainer", "scoring"): "nothing is scored before an update",
+    ("checkpoint", "local"): "its checkpoints go to the run's folder",
     ("logging", "samples_every"): "nothing is sampled",
     ("logging", "reflection_words"): "nothing is sampled",
 }

@@ -19,6 +19,7 @@ SHORT: tuple[Check, ...] = (
     machine.host_memory,
     network.shared_folder,
     network.shared_writable,
+    network.local_folder,
     network.paths_missing,
     network.paths_differ,
     network.gloo_interface,

@@ -12,7 +12,7 @@ from stare_megatron.cluster.nodes import Blocked
 class Ask:
     """What to look at on a node. `id`, `address`: as Ray knows it, "" for the driver; `paths`: absolute, by what a
     message calls them ("model.path = /models/x"); `model`: one of them; `shared`: a folder that the driver made, with
-    `nonce` in its file `nonce`; `full`: also what takes seconds."""
+    `nonce` in its file `nonce`; `full`: also what takes seconds; `local`: `checkpoint.local`."""
 
     id: str
     address: str
@@ -21,6 +21,7 @@ class Ask:
     shared: Path | None
     nonce: str
     full: bool
+    local: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class NodeFacts:
     versions            by package, or MISSING
     paths               of `Ask.paths`: a digest of what is there, or MISSING
     shared_error        why the shared folder is not seen, written or renamed in; "" if it is
+    local_error         why nothing can be written into `checkpoint.local`; local_with: nodes that have the same folder
     transformer_engine  why it cannot be imported; "" if it can, or is not installed
     gpu_error           why `nvidia-smi`, which is there, fails
     driver_cuda         the newest CUDA that the GPU driver serves; torch_cuda: the one that torch was built for; ""
@@ -81,6 +83,8 @@ class NodeFacts:
     temp_used: float
     shared_visible: bool = True
     shared_error: str = ""
+    local_error: str = ""
+    local_with: tuple[str, ...] = ()
     free_bytes: int = 0
     weight_bytes: int = 0
     gpus: tuple[Gpu, ...] = ()

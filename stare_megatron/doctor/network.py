@@ -175,6 +175,17 @@ def shared_writable(facts: ClusterFacts, config: Config | None) -> Iterator[Find
             yield Finding(node.name, what, cure)
 
 
+def local_folder(facts: ClusterFacts, config: Config | None) -> Iterator[Finding]:
+    name = f"checkpoint.local = {config.checkpoint.local!r}" if config is not None else ""
+    for node in facts.hosts:
+        if node.local_error:
+            cure = "name a folder that Ray's user may make and write on every node, or leave checkpoint.local empty"
+            yield Finding(node.name, f"{name}: nothing can be written there ({node.local_error})", cure)
+        elif node.local_with:
+            cure = "name a folder on each node's own disk, or leave checkpoint.local empty"
+            yield Finding(node.name, f"{name} is the same folder as on {', '.join(node.local_with)}", cure)
+
+
 def paths_missing(facts: ClusterFacts, config: Config | None) -> Iterator[Finding]:
     if facts.address == "local" or any(found == MISSING for found in facts.driver.paths.values()):
         nodes, where = (facts.driver,), "this machine"

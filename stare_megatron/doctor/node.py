@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import os
@@ -70,6 +71,7 @@ def gather(ask: Ask) -> NodeFacts:
         temp_used=1 - temp.free / temp.total,
         shared_visible=visible,
         shared_error=shared_error,
+        local_error=_try_local(ask.local) if ask.local is not None else "",
         free_bytes=free_bytes(ask.shared) if ask.shared is not None else 0,
         weight_bytes=sum(size for _, size in _weights(ask.model)) if ask.model is not None else 0,
         torch_cuda=_torch_cuda(),
@@ -175,6 +177,8 @@ def _try_shared(ask: Ask) -> tuple[bool, str]:
         mine.write_text("old")
         partial.write_text(ask.nonce)
         os.replace(partial, mine)
+        if ask.local is not None:
+            (folder / f"link-{ask.id}").symlink_to("elsewhere")
         one, other = (folder / f"{name}-{ask.id}" for name in ("one", "other"))
         one.mkdir()
         (one / "file").write_text(ask.nonce)
@@ -184,6 +188,33 @@ def _try_shared(ask: Ask) -> tuple[bool, str]:
     except OSError as e:
         return True, e.strerror or str(e)
     return True, ""
+
+
+def _try_local(folder: Path) -> str:
+    """Why nothing can be written there; "" if it can. Makes the folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+    except OSError as e:
+        return e.strerror or str(e)
+    return ""
+
+
+def mark(folder: Path, nonce: str, id: str) -> None:
+    """Leave a file in `folder` that says which node was there."""
+    with contextlib.suppress(OSError):
+        (folder / f".stare-{nonce}-{id}").touch()
+
+
+def marks(folder: Path, nonce: str) -> list[str]:
+    """The ids of the nodes that have left one."""
+    return sorted(file.name.removeprefix(f".stare-{nonce}-") for file in folder.glob(f".stare-{nonce}-*"))
+
+
+def unmark(folder: Path, nonce: str) -> None:
+    for file in folder.glob(f".stare-{nonce}-*"):
+        file.unlink(missing_ok=True)
 
 
 def _gpu_facts(named: str | None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from stare_megatron.cluster import placement, runtime
-from stare_megatron.cluster.nodes import Node, probes
+from stare_megatron.cluster.nodes import Node, Probes, probes
 from stare_megatron.config import ClusterConfig, Config
 from stare_megatron.doctor import node
 from stare_megatron.doctor.facts import Ask, ClusterFacts, NodeFacts, Resources
@@ -53,15 +53,16 @@ def _ask(config: Config | None, shared: Path | None, nonce: str, *, full: bool) 
     if config is None:
         return Ask("", "", {}, None, shared, nonce, full)
     model = config.model.path.absolute()
+    local = Path(config.checkpoint.local) if config.checkpoint.local and shared is not None else None
     paths = {"model.path": model} | {key: file.absolute() for key, file in config.own_files().items()}
     if config.model.weights:
         paths["model.weights"] = Path(config.model.weights).absolute()
-    return Ask("", "", {f"{key} = {path}": path for key, path in paths.items()}, model, shared, nonce, full)
+    return Ask("", "", {f"{key} = {path}": path for key, path in paths.items()}, model, shared, nonce, full, local)
 
 
 def _alone(ask: Ask, cluster: ClusterConfig, error: str) -> ClusterFacts:
     """What this machine tells. `error`: why nothing can be written into the shared folder."""
-    mine = node.gather(ask)
+    mine = node.gather(ask if cluster.address == "local" else dataclasses.replace(ask, local=None))
     if error:
         mine = dataclasses.replace(mine, shared_visible=True, shared_error=error)
     sees = device.Device.CUDA.value if device.gpu_names() else device.Device.CPU.value
@@ -83,10 +84,25 @@ def _everywhere(facts: ClusterFacts, ask: Ask, timeout: float) -> ClusterFacts:
         found: dict[str, NodeFacts] = there.call(timeout, node.gather, asks)
         clocks = there.clock_offsets()
         blocked = there.blocked(timeout) if len(found) > 1 else []
-        members = tuple(_member(there.nodes[i], f, clocks.get(i, 0.0), ask) for i, f in found.items())
+        same = _same_local(there, ask, timeout) if len(found) > 1 else {}
+        members = tuple(
+            dataclasses.replace(_member(there.nodes[i], f, clocks.get(i, 0.0), ask), local_with=same.get(i, ()))
+            for i, f in found.items()
+        )
         silent = {there.nodes[i].name: reason for i, reason in there.silent.items()}
     driver = dataclasses.replace(facts.driver, address=runtime.node_address())
     return dataclasses.replace(facts, driver=driver, nodes=members, silent=silent, blocked=tuple(blocked))
+
+
+def _same_local(there: Probes, ask: Ask, timeout: float) -> dict[str, tuple[str, ...]]:
+    """Of each node, the others that have the same `checkpoint.local`: each leaves a mark there, and looks for more."""
+    if ask.local is None:
+        return {}
+    place = (ask.local, ask.nonce)
+    there.call(timeout, node.mark, {i: (*place, i) for i in there.nodes})
+    seen: dict[str, list[str]] = there.call(timeout, node.marks, dict.fromkeys(there.nodes, place))
+    there.call(timeout, node.unmark, dict.fromkeys(there.nodes, place))
+    return {i: tuple(there.nodes[n].name for n in ids if n != i and n in there.nodes) for i, ids in seen.items()}
 
 
 def _member(known: Node, facts: NodeFacts, clock: float, ask: Ask) -> NodeFacts:

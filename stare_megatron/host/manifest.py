@@ -114,9 +114,7 @@ def read(folder: Path) -> dict[str, FileEntry] | None:
 
 
 def verify(folder: Path, *, contents: bool = True, threads: int = 2, progress: Callable[[int], object] = int) -> bool:
-    """Compare the files with the manifest. False where there is none; files it does not name are not looked at.
-
-    `contents`: also the checksums, which reads every byte; without it, presence and sizes.
+    """`compare` with all that the manifest names. False where there is none; files it does not name are not looked at.
 
     Raises:
         UserError: a file is missing, of another size, or of another content; the message names the first.
@@ -124,6 +122,25 @@ def verify(folder: Path, *, contents: bool = True, threads: int = 2, progress: C
     entries = read(folder)
     if entries is None:
         return False
+    compare(folder, entries, contents=contents, threads=threads, progress=progress)
+    return True
+
+
+def compare(
+    folder: Path,
+    entries: Mapping[str, FileEntry],
+    *,
+    contents: bool,
+    threads: int = 2,
+    progress: Callable[[int], object] = int,
+) -> None:
+    """Compare files of `folder` with their entries, by relative path.
+
+    `contents`: also the checksums, which reads every byte; without it, presence and sizes.
+
+    Raises:
+        UserError: a file is missing, of another size, or of another content; the message names the first.
+    """
     for name, entry in entries.items():
         file = folder / name
         try:
@@ -136,7 +153,7 @@ def verify(folder: Path, *, contents: bool = True, threads: int = 2, progress: C
                 f"{file}: {what}: {size:,} bytes, {entry.bytes:,} when it was written; copy or convert it again"
             )
     if not contents:
-        return True
+        return
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         found = pool.map(lambda name: checksum(folder / name, progress), entries)
         for (name, entry), now in zip(entries.items(), found, strict=True):
@@ -145,4 +162,3 @@ def verify(folder: Path, *, contents: bool = True, threads: int = 2, progress: C
                     f"{folder / name}: damaged: checksum {now.checksum}, {entry.checksum} when it was written; copy "
                     f"or convert it again"
                 )
-    return True

@@ -288,7 +288,7 @@ def mean(rows: Sequence[Mapping[str, float]], name: str) -> float:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a run, None before there is one."""
-    root = folder / "checkpoints"
-    latest = root / "latest"
-    return root / latest.read_text().strip() if latest.is_file() else None
+    """The newest whole checkpoint of a run, None before there is one. Of two of a step that in the run's folder."""
+    roots = (folder / "checkpoints", folder / "checkpoints/local")
+    found = [root / latest.read_text().strip() for root in roots if (latest := root / "latest").is_file()]
+    return max(found, key=lambda folder: int(folder.name.removeprefix("step_")), default=None)

@@ -178,7 +178,12 @@ def discard(folder: RunFolder) -> None:
 def is_used(folder: RunFolder) -> bool:
     """True when the folder holds a logged step or a checkpoint."""
     logged = folder.metrics.is_file() and folder.metrics.stat().st_size > 0
-    return logged or any(folder.checkpoints.glob("step_*"))
+    return logged or _has_checkpoint(folder)
+
+
+def _has_checkpoint(folder: RunFolder) -> bool:
+    """Also on nodes' own disks alone."""
+    return any(folder.checkpoints.glob("step_*")) or any(folder.checkpoints.glob("local/step_*"))
 
 
 def check_disk(config: Config) -> None:
@@ -306,7 +311,7 @@ def _refuse_other(folder: RunFolder, config: Config) -> None:
     if not is_used(folder) or config.run.resume == "auto":
         return
     if config.run.resume == "never":
-        saved = any(folder.checkpoints.glob("step_*"))
+        saved = _has_checkpoint(folder)
         cure = (
             "continue it with run.resume=auto"
             if saved

@@ -70,7 +70,8 @@ class Saving:
         Later checkpoints of this run, of which it is no continuation, are set aside.
 
         Raises:
-            UserError: it cannot be loaded into this model. RunError: later ones cannot be renamed.
+            UserError: it cannot be loaded into this model. MissingFilesError: some rank has not all of its files.
+            RunError: later ones cannot be renamed.
         """
         if self._resume_from is None:
             return 0
@@ -81,12 +82,15 @@ class Saving:
         self._weights.baseline = state.probe_baseline
         self._recorder.remembered = Remembered(state.trained_tokens, state.before, state.duty)
         self._set_aside(self._resume_from, state.step)
+        self._saver.goes_on_from(self._resume_from)
         return state.step
 
     def _set_aside(self, folder: Path, step: int) -> None:
         root = self._folder.checkpoints
         try:
             left = checkpoint.set_aside(root, folder, step)
+            if folder.resolve().is_relative_to(root.resolve()):
+                checkpoint.drop_local(root, after=step)
         except OSError as e:
             raise RunError(f"{root}: cannot set aside the checkpoints after step {step}: {e}") from e
         if left:
@@ -98,8 +102,8 @@ class Saving:
         return step == self._config.run.steps or bool(every and step % every == 0)
 
     def save(self, step: int, *, last: bool) -> None:
-        """Save `step`. `last`: wait until it is on disk."""
-        self._saver.save(self._state(step), self._sampler.ahead()())
+        """Save `step`. `last`: in the run's folder, and wait until it is on disk."""
+        self._saver.save(self._state(step), self._sampler.ahead()(), last=last)
         if last:
             self._saver.wait()
 

@@ -6,9 +6,6 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
@@ -19,12 +16,12 @@ from stare_megatron.algo.algorithm import EntropyController
 from stare_megatron.algo.registry import ALGORITHMS
 from stare_megatron.cluster import runtime
 from stare_megatron.config import Config, SftConfig, flatten
-from stare_megatron.data.benchmarks import Benchmark, load_benchmarks
+from stare_megatron.data.benchmarks import load_benchmarks
 from stare_megatron.data.chat import writes_date
-from stare_megatron.data.prompts import PromptStream, StreamState, load_prompts
+from stare_megatron.data.prompts import PromptStream, load_prompts
 from stare_megatron.data.tokenizer import decoder, load_tokenizer
-from stare_megatron.errors import HangError, RanksLostError, RunError, UserError
-from stare_megatron.metrics import catalogue, wandb_id
+from stare_megatron.errors import HangError, MissingFilesError, RanksLostError, RunError, UserError
+from stare_megatron.metrics import wandb_id
 from stare_megatron.metrics.advice import Settings
 from stare_megatron.metrics.events import Events
 from stare_megatron.metrics.plot import plot
@@ -35,11 +32,12 @@ from stare_megatron.rollout.collect import Collected, Collector
 from stare_megatron.rollout.groups import check_env, check_prompts
 from stare_megatron.rollout.window import Window
 from stare_megatron.run import folder as run_folder
-from stare_megatron.run import forecast, loop, preflight, sizing
+from stare_megatron.run import forecast, loop, preflight, resuming, sizing
 from stare_megatron.run.evaluation import Evaluations, Evaluator
 from stare_megatron.run.rates import rates_of
 from stare_megatron.run.recorder import Recorder
 from stare_megatron.run.residency import Residency
+from stare_megatron.run.resuming import Prepared
 from stare_megatron.run.sampling import OneStepSampler, Sampler, Store, SynchronousSampler
 from stare_megatron.run.saving import Saving, metric_by_step
 from stare_megatron.run.session import Session, open_session
@@ -53,24 +51,6 @@ if TYPE_CHECKING:
 
 Root = TypeVar("Root", Config, SftConfig)
 _PROBE_PREFIX = 512  # tokens: several blocks of every engine's prefix cache
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What a run needs and has been found right. `resume_from`: the checkpoint to go on from, of step `restored`, with
-    the batch sampled `ahead` of it, and the wandb run to go on with."""
-
-    config: Config
-    settings: checkpoint.Settings
-    tokenizer: PreTrainedTokenizerBase
-    stream: PromptStream
-    benchmarks: Sequence[Benchmark]
-    resume_from: Path | None
-    restored: int
-    ahead: checkpoint.Ahead | checkpoint.Outstanding | None
-    wandb_run: str
-    sandbox: str
-    notes: tuple[str, ...]
 
 
 def train(config: Config, *, quiet: bool, command: list[str]) -> int:
@@ -137,7 +117,7 @@ def prepare(config: Config, console: Console) -> Prepared:
     notes = list(preflight.check(config))
     sandbox = preflight.check_sandbox(config)
     notes += [f"sandbox: {sandbox}"] if sandbox else []
-    resume_from = find_checkpoint(config, console)
+    resume_from = resuming.find(config, console)
     config = checkpoint.with_date(config, resume_from)
     settings = checkpoint.settings_of(config)
     if resume_from is not None:
@@ -169,14 +149,7 @@ def prepare(config: Config, console: Console) -> Prepared:
         return prepared
     state = checkpoint.read(resume_from)
     own = resume_from.resolve().is_relative_to(config.folder.resolve())
-    return dataclasses.replace(_at(prepared, resume_from, state), wandb_run=state.wandb_run if own else "")
-
-
-def _at(prepared: Prepared, found: Path, state: checkpoint.LoopState) -> Prepared:
-    """`prepared` to go on from a checkpoint with this state, its prompts included."""
-    prepared.stream.restore(state.stream)
-    ahead = checkpoint.read_ahead(found)
-    return dataclasses.replace(prepared, resume_from=found, restored=state.step, ahead=ahead)
+    return dataclasses.replace(resuming.at(prepared, resume_from, state), wandb_run=state.wandb_run if own else "")
 
 
 def today(config: Root, tokenizer: PreTrainedTokenizerBase) -> Root:
@@ -184,24 +157,6 @@ def today(config: Root, tokenizer: PreTrainedTokenizerBase) -> Root:
     if config.data.date or not writes_date(tokenizer):
         return config
     return config.dated(datetime.date.today().isoformat())
-
-
-def find_checkpoint(config: Config | SftConfig, console: Console) -> Path | None:
-    """The checkpoint to go on from, found undamaged.
-
-    Raises:
-        UserError: it is damaged, there is one under `run.resume = "never"`, or `checkpoint.best_metric` is no metric.
-    """
-    if config.checkpoint.best_metric:
-        try:
-            catalogue.entry(config.checkpoint.best_metric)
-        except ValueError as e:
-            raise UserError(f"checkpoint.best_metric = {config.checkpoint.best_metric!r}: {e}") from e
-    found = checkpoint.find(config.folder / run_folder.CHECKPOINTS, config.run.resume)
-    if found is not None:
-        console.print(f"checking {found}", markup=False, highlight=False, soft_wrap=True)
-        checkpoint.verify(found, contents=config.checkpoint.verify)
-    return found
 
 
 def _run(prepared: Prepared, folder: run_folder.RunFolder, sinks: Sinks) -> int:
@@ -213,12 +168,24 @@ def _run(prepared: Prepared, folder: run_folder.RunFolder, sinks: Sinks) -> int:
     start = prepared.stream.state()
     with open_session(config, folder.logs, sinks.status, load, tell=tell) as session, stop.installed():
         restarts = 0
+        choice = resuming.Choice(folder.checkpoints, start, sinks.note)
+        if prepared.resume_from is not None and checkpoint.is_local(prepared.resume_from):
+            expected = prepared.restored
+            prepared = choice.checked(prepared, session, contents=config.checkpoint.verify)
+            if prepared.restored != expected:
+                sinks.rewind(prepared.restored)
         while True:
             try:
                 session.lookout.step = prepared.restored
                 run = _assemble(prepared, folder, sinks, stop, session)
                 with session.lookout.watching():
                     return loop.train(run)
+            except MissingFilesError as e:
+                prepared = choice.without(prepared, session, str(e))
+                if prepared.resume_from is None:
+                    session.restart_trainers()
+                sinks.rewind(prepared.restored)
+                continue
             except (RanksLostError, HangError) as e:
                 tell(RunEvent("trainer ranks", "", "HEALTHY", "DEAD", str(e)))
                 if stop.asked or restarts == config.run.restarts or is_unexplained(e):
@@ -227,24 +194,9 @@ def _run(prepared: Prepared, folder: run_folder.RunFolder, sinks: Sinks) -> int:
             again = f"start {restarts} of {config.run.restarts} (run.restarts)"
             tell(RunEvent("trainer ranks", "", "DEAD", "RESTARTING", again))
             session.restart_trainers()
-            prepared = _from_the_last(prepared, folder, start)
+            prepared = choice.last(prepared, session)
             sinks.rewind(prepared.restored)
             tell(RunEvent("trainer ranks", "", "RESTARTING", "HEALTHY", f"going on from step {prepared.restored}"))
-
-
-def _from_the_last(prepared: Prepared, folder: run_folder.RunFolder, start: StreamState) -> Prepared:
-    """As `prepared`, to go on from the newest checkpoint of this run or, where there is none, from where this start
-    did; `start`: its place in the prompts.
-
-    Raises:
-        UserError: the checkpoint is damaged.
-    """
-    newest = checkpoint.find(folder.checkpoints, "auto")
-    if newest is None:
-        prepared.stream.restore(start)
-        return prepared
-    checkpoint.verify(newest, contents=False)
-    return _at(prepared, newest, checkpoint.read(newest))
 
 
 def is_unexplained(error: RunError) -> bool:
@@ -267,6 +219,7 @@ def _assemble(
         estimate=run_folder.checkpoint_bytes(config),
         values=functools.partial(metric_by_step, folder.path, config.checkpoint.best_metric),
         warn=sinks.note,
+        local=_local(config, folder, trainers),
     )
     sampler = _sampler(prepared, session)
     controller = EntropyController(config.algorithm, ALGORITHMS[config.algorithm.method])
@@ -294,6 +247,13 @@ def _assemble(
         saving=Saving(config, saver, weights, sampler, controller, recorder, prepared.resume_from),
         stop=stop,
     )
+
+
+def _local(config: Config, folder: run_folder.RunFolder, trainers: checkpoint.NodeDisks) -> checkpoint.Local | None:
+    """Checkpoints on the nodes' own disks, if the run makes some."""
+    if not config.checkpoint.local:
+        return None
+    return checkpoint.Local(folder.checkpoints, checkpoint.home_of(config), config.checkpoint, trainers)
 
 
 def _sampler(prepared: Prepared, session: Session) -> Sampler[Collected[runtime.Ref]]:

@@ -23,11 +23,11 @@ from stare_megatron.metrics.plot import plot
 from stare_megatron.metrics.sinks import Sinks, open_sinks
 from stare_megatron.models.families import read_hf_config
 from stare_megatron.run import folder as run_folder
-from stare_megatron.run import forecast, preflight
+from stare_megatron.run import forecast, preflight, resuming
 from stare_megatron.run.machine import check_machine
 from stare_megatron.run.rates import rates_of
 from stare_megatron.run.stop import StopSignal
-from stare_megatron.run.train import find_checkpoint, is_unexplained, today
+from stare_megatron.run.train import is_unexplained, today
 from stare_megatron.sft import display
 from stare_megatron.sft.batches import HeldOut
 from stare_megatron.sft.loop import Run, learn
@@ -140,7 +140,7 @@ def prepare(config: SftConfig, console: Console) -> Prepared:
         UserError: the first thing found wrong.
     """
     notes = list(check(config))
-    resume_from = find_checkpoint(config, console)
+    resume_from = resuming.find(config, console)
     config = checkpoint.with_date(config, resume_from)
     settings = checkpoint.settings_of(config)
     tokenizer = load_tokenizer(config.model.path)

@@ -7,8 +7,9 @@ the same layout; nothing in the trainer draws from them while dropout is 0.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from stare_megatron.config import TrainerConfig
-from stare_megatron.errors import UserError
+from stare_megatron.errors import MissingFilesError, UserError
 from stare_megatron.trainer import model_state, parallel, shares
 from stare_megatron.trainer.writing import Writer, Writing
 
@@ -81,7 +84,8 @@ def restore(
     Every rank reads its share to where it belongs; then the ranks that split an optimizer give each other parameters.
 
     Raises:
-        UserError: no such checkpoint, or one of another model.
+        UserError: no such checkpoint, or one of another model. MissingFilesError, on every rank and before anything is
+            read: a file is not there that some rank has to read.
     """
     if not (folder / "metadata.json").is_file():
         raise UserError(f"{folder}: not a trainer checkpoint (no metadata.json)")
@@ -94,7 +98,8 @@ def restore(
             if same_layout:
                 wanted["random"] = _random_state(trainer)
             # That every tensor is asked for once is upstream's check, for which each rank would get all ranks' lists.
-            state: Any = dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
+            with _all_there(folder):
+                state: Any = dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
         except CheckpointingException as e:
             raise UserError(f"{folder}: cannot be loaded into this model: {e}") from e
         for i, chunk in enumerate(chunks):
@@ -106,6 +111,35 @@ def restore(
         torch.set_rng_state(random["torch"])
         _tracker().set_states(random["tracker"])
     return int(state["step"]), int(state["optimizer_steps"])
+
+
+@contextlib.contextmanager
+def _all_there(folder: Path) -> Iterator[None]:
+    """Within, a load reads nothing unless every rank has all files that its part of the plan names: where they lie on
+    nodes' own disks, that depends on who is where. A collective of its own."""
+    upstream: Any = FileSystemReader
+    read, lacking = upstream.read_data, list[str]()
+
+    def look_and_read(reader: FileSystemReader, plan: Any, planner: Any) -> Any:
+        names = {reader.storage_data[item.storage_index].relative_path for item in plan.items}
+        mine = sorted(name for name in names if not (folder / name).exists())
+        everywhere: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, mine)
+        lacking.extend(f"rank {rank} has no {missing[0]}" for rank, missing in enumerate(everywhere) if missing)
+        if lacking:
+            raise FileNotFoundError(lacking[0])
+        return read(reader, plan, planner)
+
+    upstream.read_data = look_and_read
+    try:
+        yield
+    except CheckpointException as e:
+        if not lacking:
+            raise
+        more = f", and {len(lacking) - 1} more" if lacking[1:] else ""
+        raise MissingFilesError(f"{folder}: {lacking[0]}, which it has to read{more}") from e
+    finally:
+        upstream.read_data = read
 
 
 def _sharded_state(

@@ -306,16 +306,16 @@ class TrainerRank:
         """The loop's step whose weights these are; None while an update has changed some of them and is not done."""
         return self._step if self._whole else None
 
-    def begin_save(self, folder: Path, step: int, *, snapshot: bool = False) -> None:
-        """Start to write this rank's shards under `folder`; `step`: of the loop. `snapshot`: of a copy, so that
-        training may go on before `finish_save`."""
+    def begin_save(self, folder: Path, step: int, *, snapshot: bool = False, local: Path | None = None) -> None:
+        """Start to write this rank's shards under `folder`, or there as links to `local` on this node; `step`: of the
+        loop. `snapshot`: of a copy, so that training may go on before `finish_save`."""
         with self._offload.present("parameters", "optimizer"):
             self._writing = checkpoint.begin_save(
                 folder,
                 self._chunks,
                 self._optimizer,
                 self._config.trainer,
-                self._writer,
+                self._writer.at(local),
                 step=step,
                 optimizer_steps=self._optimizer_steps,
                 snapshot=snapshot or self._offload.moves,
@@ -349,7 +349,7 @@ class TrainerRank:
         """Load what `begin_save` wrote, at any layout; returns the loop's step.
 
         Raises:
-            UserError: no such checkpoint, or one of another model.
+            UserError: as `checkpoint.restore`.
         """
         with self._offload.present("parameters", "optimizer"):
             found = checkpoint.restore(folder, self._chunks, self._optimizer, self._config.trainer)

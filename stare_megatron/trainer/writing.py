@@ -114,8 +114,15 @@ class Writer:
         several = replicas is not None and replicas.size() > 1
         self._dealing = FullyParallelSaveStrategyWrapper(self._strategy, replicas, True) if several else None
         self._checked = False
+        self._local: Path | None = None
         # A copy's memory, kept for the next: memory that is new to the process costs several times the copying.
         self._copies: dict[tuple[str, int], torch.Tensor] = {}
+
+    def at(self, local: Path | None) -> Writer:
+        """This writer, whose next saves have ranks' files in `local`, which is made, on the rank's own node, and in
+        their folder links to them; None: all in their folder."""
+        self._local = local
+        return self
 
     def begin(self, folder: Path, state: dict[str, Any], content: dict[str, Any], live: set[int]) -> Writing:
         """Start to write `state`, a sharded state dict. A collective.
@@ -142,10 +149,10 @@ class Writer:
         pool = concurrent.futures.ThreadPoolExecutor(self._threads, thread_name_prefix="checkpoint")
         if request.async_fn is None:  # nothing for this rank to write
             return Writing(folder, request, results, pool, (), (), began=began)
-        transforms = request.async_fn.args[0]
+        transforms, local = request.async_fn.args[0], self._local
         # Where the state is not in host memory this is a copy already.
         copies = [pool.submit(self._private, bucket, live) for bucket in request.preload_fn()]
-        files = [pool.submit(_write_copy, transforms, number, copy) for number, copy in enumerate(copies)]
+        files = [pool.submit(_write_copy, transforms, number, copy, local) for number, copy in enumerate(copies)]
         return Writing(folder, request, results, pool, copies, files, began=began)
 
     def _private(self, bucket: Any, live: set[int]) -> Any:
@@ -164,8 +171,15 @@ class Writer:
         return old.copy_(tensor)
 
 
-def _write_copy(transforms: list[Any], number: int, copy: concurrent.futures.Future[Any]) -> _File:
-    return _write(transforms, number, copy.result())
+def _write_copy(transforms: list[Any], number: int, copy: concurrent.futures.Future[Any], local: Path | None) -> _File:
+    path, key, content = copy.result()
+    if local is None:
+        return _write(transforms, number, (path, key, content))
+    local.mkdir(parents=True, exist_ok=True)
+    here = local / Path(path).name
+    written = _write(transforms, number, (str(here), key, content))
+    Path(path).symlink_to(here)  # last: who follows it finds all of the file
+    return written
 
 
 def _write(transforms: list[Any], number: int, bucket: Any) -> _File:

@@ -134,6 +134,51 @@ def test_a_folder_that_is_not_shared(shared: Path, pair: list[Machine]) -> None:
     assert str(runs) in said
 
 
+def test_checkpoints_on_the_machines_own_disks(shared: Path, pair: list[Machine]) -> None:
+    """Killed, the run goes on from what both have on their disks; without that of one from the last durable one. Both
+    compute the same."""
+    runs, disk = shared / "disks", Path("/tmp/stare")
+    keys = {"checkpoint.local": disk, "checkpoint.durable_every": 2, "checkpoint.asynchronous": "false"}
+    keys |= {"trainer.tensor_parallel": 2, "trainer.world_size": 4, "inference.engines": 2}
+    process = pair[0].start(command(shared, runs, **keys | {"run.steps": 50}))
+    wait_for_step(runs / "demo", 6)
+    latest, deadline = runs / "demo/checkpoints/local/latest", time.monotonic() + 100
+    while latest.read_text() != "step_000006\n":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    pair[0].run(["pkill", "-KILL", "-f", "stare_megatron train"])
+    process.communicate(timeout=120)
+    assert (runs / "demo/checkpoints/step_000004/trainer").is_dir()
+    for number, machine in enumerate(pair):
+        _, files = machine.run(["find", disk, "-path", "*step_000006*", "-name", "*.distcp"])
+        ranks = {Path(line).name.split("_")[2] for line in files.split()}
+        assert ranks in ({"0", "1"}, {"2", "3"}), (number, files)
+
+    goes_on = keys | {"run.steps": 8, "run.resume": "auto"}
+    elsewhere = shared / "elsewhere"
+    shutil.copytree(runs, elsewhere, symlinks=True)
+    pair[1].run(["mv", disk, "/tmp/away"])
+    code, said = pair[0].run(command(shared, elsewhere, **goes_on))
+    assert code == 0, said[-3000:]
+    assert f"going on from {elsewhere}/demo/checkpoints/step_000004, since a newer one" in said
+    assert "on n2 (10.77.0.2)" in said
+    pair[1].run(["rm", "-r", disk])
+    pair[1].run(["mv", "/tmp/away", disk])
+    code, said = pair[0].run(command(shared, runs, **goes_on))
+    assert code == 0, said[-3000:]
+    assert f"going on from {runs}/demo/checkpoints/local/step_000006, which every node has whole" in said
+    assert learned(runs / "demo") == learned(elsewhere / "demo")
+    for machine in pair:
+        assert machine.run(["find", disk, "-type", "f"]) == (0, "")
+
+
+def test_a_local_folder_that_is_shared(shared: Path, pair: list[Machine]) -> None:
+    code, said = pair[0].run(command(shared, shared / "same", **SMALL | {"checkpoint.local": shared / "disk"}))
+    assert code == 2, said[-3000:]
+    assert f"checkpoint.local = '{shared / 'disk'}' is the same folder as on n2 (10.77.0.2)" in said
+    assert list((shared / "disk").iterdir()) == []
+
+
 @pytest.mark.slow
 def test_code_runs_on_a_machine_of_its_own(shared: Path) -> None:
     """The two actors that run code take room on the third machine, the only one with the resource that they ask for."""

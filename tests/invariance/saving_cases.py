@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -21,6 +22,7 @@ from stare_megatron.algo.controller import ControllerState
 from stare_megatron.config import CheckpointConfig, Config
 from stare_megatron.data.prompts import StreamState
 from stare_megatron.host import manifest
+from stare_megatron.host.node_disk import NodeDisk
 from stare_megatron.trainer.rank import TrainerRank
 from stare_megatron.types import Control, GateDuty, Observed, UpdateStats
 
@@ -150,13 +152,27 @@ class _Full:
 
 
 class _One:
-    """A single rank as `checkpoint.Saver` wants all of them."""
+    """A single rank and its disk as `checkpoint.Saver` wants all of them."""
 
     def __init__(self, trainer: TrainerRank) -> None:
         self._trainer = trainer
+        disk = NodeDisk(0)
+        self.tidy, self.begin_copy, self.copied, self.finish_copy = (
+            disk.tidy,
+            disk.begin_copy,
+            disk.copied,
+            disk.finish_copy,
+        )
+        self._disk = disk
 
-    def begin_save(self, folder: Path, step: int) -> None:
-        self._trainer.begin_save(folder, step, snapshot=True)
+    def room(self, home: Path) -> list[tuple[str, int]]:
+        return [("here", self._disk.room(home))]
+
+    def fault(self, folder: Path, *, contents: bool) -> str:
+        return self._disk.fault(folder, contents)
+
+    def begin_save(self, folder: Path, step: int, local: Path | None = None) -> None:
+        self._trainer.begin_save(folder, step, snapshot=True, local=local)
 
     def save_written(self) -> bool:
         return self._trainer.save_written()
@@ -165,9 +181,12 @@ class _One:
         return self._trainer.finish_save()
 
 
-def killed(rank: Rank, *, checkpoint: Path, root: Path, kills: int, seed: int) -> list[tuple[int, bool]]:
+def killed(
+    rank: Rank, *, checkpoint: Path, root: Path, kills: int, seed: int, local: Path | None
+) -> list[tuple[int, bool]]:
     """A process saves step after step until it is killed at a random moment; the next one loads the newest checkpoint
-    and goes on. Of each: the step it loaded, and whether a save was under way at its end."""
+    and goes on. Of each: the step it loaded, and whether a save, or a copy of one, was under way at its end. `local`:
+    on the node's own disk, and copied."""
     import stare_megatron_patches
 
     # What takes longest is imported once, in the parent of all.
@@ -181,7 +200,7 @@ def killed(rank: Rank, *, checkpoint: Path, root: Path, kills: int, seed: int) -
         child = os.fork()
         if not child:
             try:
-                _save_forever(Rank(0, 1, 0, "127.0.0.1", free_port()), checkpoint, root, number, writing)
+                _save_forever(Rank(0, 1, 0, "127.0.0.1", free_port()), checkpoint, root, number, writing, local)
             finally:
                 os._exit(1)
         os.close(writing)
@@ -192,27 +211,36 @@ def killed(rank: Rank, *, checkpoint: Path, root: Path, kills: int, seed: int) -
             time.sleep(rng.uniform(0.0, 0.5))
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-        found.append((int(loaded), any(root.glob("*.partial"))))
+        found.append((int(loaded), any(root.glob("**/*.partial"))))
     return found
 
 
-def _save_forever(rank: Rank, model: Path, root: Path, number: int, report: int) -> None:
+def _save_forever(rank: Rank, model: Path, root: Path, number: int, report: int, local: Path | None) -> None:
     config = make_config(model, {})
     trainer = start(rank, config)
-    newest, done = checkpoint.find(root, "auto"), 0
+    one, done, said = _One(trainer), 0, list[str]()
+    newest = checkpoint.newest(root, one, contents=True, say=said.append, unreadable={})
     if newest is not None:
-        checkpoint.verify(newest, contents=True)
+        assert checkpoint.is_local(newest) == (local is not None), said
         done = trainer.restore(newest / "trainer")
         assert done == checkpoint.read(newest).step
-    keep = CheckpointConfig(asynchronous=bool(number % 2), keep_last=1 + number % 3)
+    keep = CheckpointConfig(asynchronous=bool(number % 2), keep_last=1 + number % 3, every=1, local=str(local or ""))
     saver = checkpoint.Saver(
-        root, keep, checkpoint.Settings({}, {}), _One(trainer), estimate=0, values=dict, warn=lambda text: None
+        root,
+        keep,
+        checkpoint.Settings({}, {}),
+        one,
+        estimate=0,
+        values=dict,
+        warn=said.append,
+        local=checkpoint.Local(root, local, keep, one) if local else None,
     )
     step(trainer, config, 1)
     os.write(report, f"{done}\n".encode())
     while True:
         done += 1
         saver.save(dataclasses.replace(STATE, step=done))
+        saver.poll()
 
 
 def across_specs(rank: Rank, *, checkpoint: Path, converted: Path, folder: Path) -> list[UpdateStats]:
@@ -253,3 +281,64 @@ def across_specs(rank: Rank, *, checkpoint: Path, converted: Path, folder: Path)
     go(local, folder / "older", folder / "newer")
     go(Norm, folder / "older", folder / "newest", folder / "older")
     return found
+
+
+def on_own_disks(rank: Rank, *, checkpoint: Path, layout: Overrides, folder: Path) -> list[Any]:
+    """Saves to the run's folder and to a disk of each rank's own, and copies the latter. The step after the save, by
+    the trainer that saved and by one restored from the disks; then why another's restore is refused when a rank lacks
+    its file, and the step by that one, restored from the run's folder instead."""
+    import torch.distributed as dist
+
+    from stare_megatron.errors import MissingFilesError
+
+    ports, config = Ports(rank), make_config(checkpoint, layout)
+    trainer = start(ports.next(), config)
+    step(trainer, config, 1)
+    save(trainer, folder / "durable/trainer", 7)
+    linked = folder / "linked"
+    trainer.begin_save(linked / "trainer", 7, local=folder / f"disk{rank.rank}")
+    entries = {f"trainer/{name}": entry for name, entry in trainer.finish_save().items()}
+    _share_manifest(linked, entries)
+    disk = NodeDisk(rank.rank)
+    assert disk.fault(linked, True) == ""
+    (folder / "copied/trainer").mkdir(parents=True, exist_ok=True)
+    disk.begin_copy(linked, folder / "copied")
+    disk.finish_copy()
+    found: list[Any] = [step(trainer, config, 2)]
+    trainer.close()
+    trainer = start(ports.next(), config)
+    # As two nodes of two ranks see it.
+    if rank.rank % 2 == 0:
+        view = folder / f"view{rank.rank // 2}"
+        shutil.copytree(linked / "trainer", view, symlinks=True)
+        for other in {0, 1, 2, 3} - {rank.rank, rank.rank + 1}:
+            for file in view.glob(f"__{other}_*"):
+                file.unlink()
+                file.symlink_to("/nowhere")
+    dist.barrier()
+    assert trainer.restore(folder / f"view{rank.rank // 2}") == 7
+    found.append(step(trainer, config, 2))
+    trainer.close()
+    trainer = start(ports.next(), config)
+    if rank.rank == 1:
+        (folder / "disk1/__1_0.distcp").unlink()
+        assert "missing" in disk.fault(linked, False)
+    try:
+        trainer.restore(linked / "trainer")
+    except MissingFilesError as e:
+        found.append(str(e))
+    assert trainer.restore(folder / "durable/trainer") == 7
+    found.append(step(trainer, config, 2))
+    trainer.close()
+    return found
+
+
+def _share_manifest(folder: Path, mine: dict[str, manifest.FileEntry]) -> None:
+    """Write the manifest of all ranks' files; a collective."""
+    import torch.distributed as dist
+
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, mine)
+    if dist.get_rank() == 0:
+        manifest.write(folder, {name: entry for entries in everywhere for name, entry in entries.items()})
+    dist.barrier()

@@ -83,11 +83,32 @@ def test_every_rank_hears_of_a_file_that_cannot_be_written(model, tmp_path):
     assert "No space left on device" in said[1]
 
 
+def test_saved_to_disks_of_ranks_own_and_copied(model, tmp_path):
+    """From links the state comes back bit for bit, and copies are the files of a save without links; a file that some
+    rank lacks is refused on every rank, which can load another checkpoint then."""
+    arguments = {"checkpoint": model, "layout": TP2_DP2, "folder": tmp_path}
+    for found in launch("saving_cases:on_own_disks", 4, arguments, timeout=300):
+        went_on, restored, refused, instead = found
+        assert restored == went_on
+        assert instead == went_on
+        assert f"{tmp_path / 'linked/trainer'}: rank " in refused
+        assert "has no __1_0.distcp" in refused
+    linked, copied, durable = (tmp_path / f"{name}/trainer" for name in ("linked", "copied", "durable"))
+    files = sorted(path.name for path in durable.glob("*.distcp"))
+    assert len(files) >= 4
+    assert sorted(path.name for path in copied.iterdir()) == files
+    assert all((copied / name).read_bytes() == (durable / name).read_bytes() for name in files)
+    assert all((linked / name).is_symlink() for name in files)
+    assert (linked / ".metadata").read_bytes() == (durable / ".metadata").read_bytes()
+
+
+@pytest.mark.parametrize("local", [False, True], ids=["shared", "local"])
 @pytest.mark.parametrize("kills", [8, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_killed_save_leaves_the_last_checkpoint_loadable(model, tmp_path, kills):
+def test_a_killed_save_leaves_the_last_checkpoint_loadable(model, tmp_path, kills, local):
     """Kills at random moments: each process finds a checkpoint that loads, never older than the one before did."""
     root = tmp_path / "checkpoints"
-    arguments = {"checkpoint": model, "root": root, "kills": kills, "seed": 5}
+    disk = tmp_path / "disk/run" if local else None
+    arguments = {"checkpoint": model, "root": root, "kills": kills, "seed": 5, "local": disk}
     (found,) = launch("saving_cases:killed", 1, arguments, timeout=400)
     loaded = [step for step, _ in found]
     assert len(loaded) == kills + 1

@@ -43,7 +43,7 @@ class Ranks:
     def held_step(self) -> int | None:
         return self.held
 
-    def begin_save(self, folder: Path, step: int) -> None:
+    def begin_save(self, folder: Path, step: int, local: Path | None = None) -> None:
         folder.mkdir()
         self.folder = folder
         (folder / "common.pt").write_text("common")

@@ -26,7 +26,7 @@ class FullDisk:
     def held_step(self) -> int | None:
         return 2
 
-    def begin_save(self, folder: Path, step: int) -> None:
+    def begin_save(self, folder: Path, step: int, local: Path | None = None) -> None:
         folder.mkdir()
 
     def save_written(self) -> bool:

@@ -58,6 +58,7 @@ COSINE = {"trainer.optimizer.schedule": "cosine"}
 # Where the effect of a key is seen: in what is made of the configuration, or in a test of its own.
 TOOLS, POOL = "tests/unit/envs/test_tool_use.py::", "tests/sandbox/test_sandbox_pool.py::"
 FLEET = "tests/unit/cluster/test_fleet.py::"
+LOCAL = "tests/unit/checkpoint/test_local.py::"
 STORE, SINKS = "tests/unit/checkpoint/test_checkpoint_store.py::", "tests/unit/metrics/test_sinks.py::"
 EFFECTS: dict[str, Seen | Refused | str] = {
     "run.name": Seen(probes.saved, "other"),
@@ -226,6 +227,9 @@ EFFECTS: dict[str, Seen | Refused | str] = {
     "checkpoint.best_metric": STORE + "test_what_is_kept",
     "checkpoint.best_mode": STORE + "test_what_is_kept",
     "checkpoint.verify": STORE.removesuffix("::"),
+    "checkpoint.local": LOCAL + "test_a_copy_is_what_a_save_would_have_been",
+    "checkpoint.local_keep": LOCAL + "test_every_nth_is_copied_and_the_last_is_durable",
+    "checkpoint.durable_every": LOCAL + "test_every_nth_is_copied_and_the_last_is_durable",
     "checkpoint.export_every": Seen(probes.saved, 2),
     "checkpoint.export_final": Seen(probes.saved, False),
     "logging.tensorboard": SINKS + "test_open_sinks_writes_everywhere_and_closes",

@@ -217,6 +217,10 @@ def test_a_parser_in_capitals_is_told() -> None:
         ("algorithm.stare.alpha", 0.2, {}, "is for algorithm.stare.adaptive = true"),
         ("algorithm.clip_cov.low", 6.0, {"algorithm__method": "clip_cov"}, "is not below high = 5.0"),
         ("checkpoint.best_mode", "min", {}, "is for best_metric"),
+        ("checkpoint.local", "nvme", {}, "give an absolute path"),
+        ("checkpoint.local", str(Path("runs/x").absolute()), {"run__name": "x"}, "lie in each other"),
+        ("checkpoint.local_keep", 2, {}, "is for checkpoint.local, which is empty"),
+        ("checkpoint.durable_every", 2, {}, "is for checkpoint.local, which is empty"),
         *(
             ("cluster.address", address, {}, f"= {address!r}: must be `local`, `auto` or HOST:PORT")
             for address in ("nowhere", "host:", ":6379", "host:port", "host:70000", "host:0", "h:999999")

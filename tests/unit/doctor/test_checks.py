@@ -111,6 +111,8 @@ GPU_FAULTS: list[tuple[str, Change, str, str]] = [
         "file system",
     ),
     ("shared_writable", second(shared_error="Permission denied"), "Permission denied", "Ray's user may write"),
+    ("local_folder", second(local_error="Permission denied"), "there (Permission denied)", "make and write on every"),
+    ("local_folder", second(local_with=("n3 (10.0.0.3)",)), "the same folder as on n3 (10.0.0.3)", "each node's own"),
     ("shared_writable", driver(shared_error="Read-only file system"), "node1 (10.0.0.1): ", "Ray's user may write"),
     ("paths_missing", second(paths={MODEL: MISSING}), f"node2 (10.0.0.2): {MODEL} is not there", "same path"),
     ("paths_missing", every(paths={MODEL: MISSING}), f"this machine: {MODEL} is not there", "same path"),

@@ -74,6 +74,34 @@ def test_a_folder_that_is_not_shared(ask, tmp_path):
     assert problems(node.gather(dataclasses.replace(ask, nonce="another"))) == ["shared_folder"]
 
 
+def test_a_local_folder(ask, tmp_path):
+    local = tmp_path / "local/stare"
+    found = node.gather(dataclasses.replace(ask, local=local))
+    assert (found.local_error, found.shared_error, list(local.iterdir())) == ("", "", [])
+    local.rmdir()
+    local.write_text("a file")
+    assert node.gather(dataclasses.replace(ask, id="2", local=local)).local_error == "File exists"
+    assert problems(dataclasses.replace(found, local_error="File exists")) == ["local_folder"]
+
+
+def test_a_shared_file_system_without_links(ask, tmp_path, monkeypatch):
+    def refuse(*_: Any) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    assert problems(node.gather(ask)) == []
+    assert problems(node.gather(dataclasses.replace(ask, id="2", local=tmp_path))) == ["shared_writable"]
+
+
+def test_marks_show_who_has_the_same_folder(tmp_path):
+    for number in "ab":
+        node.mark(tmp_path, "n", number)
+    node.mark(tmp_path / "missing", "n", "c")
+    assert (node.marks(tmp_path, "n"), node.marks(tmp_path, "m")) == (["a", "b"], [])
+    node.unmark(tmp_path, "n")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("broken", ["nothing", "error"])
 def test_renames_that_do_not_replace(ask, monkeypatch, broken):
     def replace(source: Any, target: Any) -> None:

@@ -55,7 +55,7 @@ class Ranks:
     def held_step(self) -> int | None:
         return self.held
 
-    def begin_save(self, folder: Path, step: int) -> None:
+    def begin_save(self, folder: Path, step: int, local: Path | None = None) -> None:
         assert step == self.held, "weights saved as those of another step"
         folder.mkdir()
         for name in (".metadata", "common.pt"):

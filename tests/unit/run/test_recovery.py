@@ -60,8 +60,7 @@ class Run:
         monkeypatch.setattr(train, "_assemble", lambda prepared, *_: prepared)
         monkeypatch.setattr(train.loop, "train", self.train)
         monkeypatch.setattr(train.sizing, "rollout_load", lambda _: None)
-        monkeypatch.setattr(train.checkpoint, "find", self.find)
-        monkeypatch.setattr(train.checkpoint, "verify", lambda *_, **__: None)
+        monkeypatch.setattr(train.checkpoint, "newest", self.newest)
         monkeypatch.setattr(train.checkpoint, "read", self.read)
         monkeypatch.setattr(train.checkpoint, "read_ahead", lambda _: None)
 
@@ -71,7 +70,7 @@ class Run:
             self.restarts += 1
 
         lookout = SimpleNamespace(step=0, watching=contextlib.nullcontext)
-        yield SimpleNamespace(restart_trainers=restart, lookout=lookout)
+        yield SimpleNamespace(restart_trainers=restart, lookout=lookout, trainers="the ranks")
 
     def train(self, prepared: train.Prepared) -> int:
         for step in range(prepared.restored + 1, 11):
@@ -85,8 +84,9 @@ class Run:
                 self.saved[f"step_{step:06d}"] = self.stream.at
         return 10
 
-    def find(self, root: Path, resume: str) -> Path | None:
-        assert resume == "auto"
+    def newest(self, root: Path, disks: Any, *, contents: bool, say: Any, unreadable: dict[Path, str]) -> Path | None:
+        assert disks == "the ranks"
+        assert not contents
         return root / max(self.saved) if self.saved else None
 
     def read(self, folder: Path) -> Any:

@@ -21,9 +21,12 @@ class Saver:
         self.said = []
         self.pending = False
 
-    def save(self, state, ahead):
+    def save(self, state, ahead, *, last):
         self.said.append(("save", state))
-        self.ahead = ahead
+        self.ahead, self.last = ahead, last
+
+    def goes_on_from(self, folder):
+        self.source = folder
 
     def wait(self):
         self.said.append(("wait", None))
@@ -101,10 +104,11 @@ def test_a_save_holds_what_the_loop_knows(parts):
     assert what == "save"
     assert (state.step, state.trained_tokens, state.stream.cursor, state.duty) == (7, 70, 5, GateDuty(7, 3))
     assert state.probe_baseline == 0.02
-    assert made.saver.ahead == "sampled after 5"
+    assert (made.saver.ahead, made.saver.last) == ("sampled after 5", False)
     assert (state.controller, state.before) == (ControllerState(1.1, 0.9), Observed(0.4, -0.1))
     made.saving.save(8, last=True)  # nothing follows that it could be written beside
     assert [what for what, _ in made.saver.said] == ["save", "save", "wait"]
+    assert made.saver.last
 
 
 def test_a_save_under_way_is_looked_at_once_a_step(parts):
@@ -141,6 +145,7 @@ def test_who_goes_on_from_an_older_checkpoint_leaves_the_later_ones_aside(parts,
         store.finish(root, step, {})
     made = parts(resume_from=root / "step_000020")
     assert made.saving.restore() == 20
+    assert made.saver.source == root / "step_000020"
     assert (root / "latest").read_text() == "step_000020\n"
     assert store.find(root, "auto") == root / "step_000020"
     (note,) = made.recorder.notes
