@@ -118,8 +118,9 @@ def check_settings(folder: Path, now: Settings, allow: Sequence[str]) -> None:
     found = [d for d in differences(then.config, now.config) if not _covered(d.key, allow)]
     for key in now.code.keys() & then.code.keys() - {d.key for d in found}:
         if now.code[key] != then.code[key] and not _covered(key, allow):
+            named = f" = {flatten(now.config)[key]!r}" if key in flatten(now.config) else ""
             raise UserError(
-                f"{folder}: the file of {key} = {flatten(now.config)[key]!r} has changed since; give it as it was, "
+                f"{folder}: the file of {key}{named} has changed since; give it as it was, "
                 f'start a new run, or say that this is meant: run.resume_allow=["{key}"]'
             )
     if found:

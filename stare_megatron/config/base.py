@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -105,6 +106,19 @@ def _check_number(value: Any, kind: Any, field: FieldInfo) -> None:
             raise ValueError(f"must be at most {LARGEST:g}")
     if kind is float and 0 < abs(value) < SMALLEST:
         raise ValueError(f"must be 0, or at least {SMALLEST:g} in size")
+
+
+def compiled(key: str, pattern: str) -> re.Pattern[str]:
+    """The expression, in which `.` is any character.
+
+    Raises:
+        ValueError: it is none; names the key.
+    """
+    try:
+        return re.compile(pattern, re.DOTALL)
+    except (re.error, OverflowError, RecursionError) as e:
+        why = str(e).replace("\n", " ")
+        raise ValueError(f"{key} = {pattern!r:.200} is no regular expression: {why}") from e
 
 
 def section_of(annotation: Any) -> type[Section] | None:

@@ -46,7 +46,8 @@ class Config(Section):
     env: EnvConfig = Field(default_factory=lambda: EnvConfig(), description="What the policy acts in.")
     sandbox: Free[SandboxConfig] = Field(
         default_factory=lambda: SandboxConfig(),
-        description="Where code that the policy writes is run, docs/sandbox.md; for an environment that needs it.",
+        description="Where code that the policy writes is run, docs/sandbox.md; for an environment or a reward that "
+        "needs it.",
     )
     algorithm: AlgorithmConfig = Field(default_factory=lambda: AlgorithmConfig(), description="The objective.")
     trainer: TrainerConfig = Field(default_factory=lambda: TrainerConfig(), description="Megatron-Core ranks.")
@@ -76,11 +77,13 @@ class Config(Section):
     @property
     def uses_sandbox(self) -> bool:
         """Whether code that the policy writes is run."""
-        return self.env.kind.needs_sandbox
+        return self.env.kind.needs_sandbox or self.reward.kind.runs_code(self.reward.settings)
 
     def own_files(self) -> dict[str, Path]:
         """The files that the user's objects come from, by the key that names them."""
         named = {"reward.name": self.reward.name, "env.name": self.env.name, "algorithm.method": self.algorithm.method}
+        further = self.reward.kind.addresses_of(self.reward.settings)
+        named |= {f"reward.{key}": name for key, name in further.items()}
         found = {key: source_file(name) for key, name in named.items()}
         return {key: file for key, file in found.items() if file}
 
@@ -152,7 +155,8 @@ class Config(Section):
         fault = fault or self.sampling.fault(self.inference.placement, a.correction.mode, t.scoring)
         if fault:
             raise ValueError(fault)
-        wanted = (*self.reward.kind.columns, *self.env.kind.columns)
+        reward, env = self.reward, self.env
+        wanted = (*reward.kind.columns_of(reward.settings), *env.kind.columns_of(env.settings))
         if missing := [c for c in dict.fromkeys(wanted) if c not in self.data.extra_keys]:
             extra = {"extra_keys": [*self.data.extra_keys, *missing]}
             object.__setattr__(self, "data", self.data.model_copy(update=extra))

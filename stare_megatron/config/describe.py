@@ -13,6 +13,7 @@ from stare_megatron.config.base import Section, section_of
 from stare_megatron.config.config import Config
 from stare_megatron.config.loader import hint, walk
 from stare_megatron.config.methods import METHODS
+from stare_megatron.config.registry import Choice
 from stare_megatron.config.sft import SftConfig
 from stare_megatron.errors import UserError
 
@@ -52,6 +53,8 @@ def models_to(table: str) -> list[type[Section]]:
     """The models from the root to the one of `table`."""
     found: list[type[Section]] = [Config]
     for name in table.split(".") if table else ():
+        if name not in found[-1].model_fields and issubclass(found[-1], Choice):  # of what the table names
+            found[-1] = next(section for section in found[-1].sections(None) if name in section.model_fields)
         model = section_of(found[-1].model_fields[name].annotation)
         assert model is not None, f"{table} is no table"
         found.append(model)

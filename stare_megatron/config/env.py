@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from stare_megatron.config.base import Section, Text
+from stare_megatron.config.base import Section, Text, compiled
 from stare_megatron.config.registry import Kind, OpenTable
 
 
@@ -70,11 +69,7 @@ class ToolUseConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> ToolUseConfig:
-        try:
-            re.compile(self.final_answer)
-        except (re.error, OverflowError, RecursionError) as e:
-            why = str(e).replace("\n", " ")
-            raise ValueError(f"final_answer = {self.final_answer!r:.200} is no regular expression: {why}") from e
+        compiled("final_answer", self.final_answer)
         if self.parallel_calls and self.parser != "hermes":
             raise ValueError(f'parallel_calls is for parser = "hermes", not {self.parser!r}: take it out')
         if self.tool != "python" and self.parser != "hermes":

@@ -63,6 +63,14 @@ class Kind:
         if not (isinstance(self.settings, type) and issubclass(self.settings, Section)):
             raise TypeError(f"settings = {self.settings!r} is no subclass of stare_megatron.config.Section")
 
+    def columns_of(self, settings: Any) -> tuple[str, ...]:
+        """`columns`, where these settings decide no others."""
+        return self.columns
+
+    def addresses_of(self, settings: Any) -> Mapping[str, str]:
+        """The further objects that these settings name, by their keys below the table: label -> name or address."""
+        return {}
+
 
 def is_address(name: str) -> bool:
     """Whether the name is an address and not a registered name."""

@@ -17,6 +17,7 @@ def _with_interval(name: str, meaning: str) -> tuple[Entry, ...]:
 FAMILY_ENTRIES = (
     Entry("source/{source}/reward", "reward", R.MEAN, "Sampled trajectories of one source of the prompts."),
     Entry("source/{source}/correct", "fraction", R.MEAN, "Those whose answer is correct."),
+    Entry("reward/part/{name}", "reward", R.MEAN, "One part of a `sum` before its weight, by label: graded samples."),
     Entry("age/{age}/tokens", "tokens", R.ONE, "Trained action tokens of a policy so many versions behind."),
     Entry("age/{age}/entropy", "nats/token", R.TOKEN_MEAN, "Entropy there of the policy about to be updated."),
     Entry("age/{age}/mismatch", "nats/token", R.TOKEN_MEAN, "|trainer - engine| log-prob of these tokens."),

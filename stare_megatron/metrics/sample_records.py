@@ -90,6 +90,7 @@ def _line(step: int, picked: Picked, record: TokenRecord | None, decode: Decode)
         "correct": score.correct,
         "status": trajectory.status.value,
         "note": score.note,
+        "measured": {part.name: _number(part.value) for part in score.measured},
         "answer": picked.group.prompt.answer,
         "policy_version": trajectory.weight_versions[0],
         "seed": trajectory.seed,
@@ -106,6 +107,10 @@ def _line(step: int, picked: Picked, record: TokenRecord | None, decode: Decode)
         ],
         "spans": spans,
     }
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _numbers(values: Iterable[Any]) -> list[float | None]:

@@ -30,13 +30,13 @@ def make_runner(
 
     All trajectories of a group, and of all groups that run at once, are played as tasks of that loop: while one waits
     for its tool the engine samples others. `box`: an open sandbox that outlives the function, for an environment with
-    a tool.
+    a tool or a reward that runs code.
 
     Raises:
         UserError: no tokenizer in the checkpoint, or one without what the environment needs.
-        ValueError: an environment that needs a sandbox, without a box.
+        ValueError: an environment or a reward that needs a sandbox, without a box.
     """
-    reward = rewards.make_reward(config.reward)
+    reward = rewards.make_reward(config.reward, box, config.sandbox)
     tokenizer = load_tokenizer(config.model.path)
     words = config.logging.reflection_words
     count = word_counter(words)
@@ -70,7 +70,7 @@ def check_prompts(config: Config, prompts: PromptSet | None, benchmarks: Iterabl
     """
     files = {", ".join(map(str, config.data.train)): prompts} if prompts else {}
     for where, found in (files | {str(b.path): b.prompts for b in benchmarks}).items():
-        rewards.check_prompts(config.reward, (found[i] for i in range(len(found))), where)
+        rewards.check_prompts(config.reward, (found[i] for i in range(len(found))), where, config.sandbox)
 
 
 def check_env(config: EnvConfig, tokenizer: PreTrainedTokenizerBase) -> None:

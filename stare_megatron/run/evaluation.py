@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from stare_megatron.config import Config
+from stare_megatron.config import Config, Section
 from stare_megatron.config.registry import is_address
+from stare_megatron.config.reward import WorkerConfig
 from stare_megatron.data.benchmarks import Benchmark
 from stare_megatron.metrics import eval_records, eval_results
 from stare_megatron.metrics.catalogue import Metric
@@ -149,7 +150,7 @@ def fingerprint(config: Config, benchmarks: Sequence[Benchmark]) -> str:
     }
     if config.env.name != "single_turn":
         settings["env"] = config.env.model_dump(mode="json")
-    if is_address(config.reward.name):
+    if is_address(config.reward.name) or type(config.reward.settings) not in (Section, WorkerConfig):
         settings["reward"] = config.reward.model_dump(mode="json")
     return hashlib.blake2b(json.dumps(settings).encode(), digest_size=16).hexdigest()
 

@@ -107,7 +107,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "pydantic": {"config", "checkpoint", "study"},
     "pydantic_core": {"config"},
     "annotated_types": {"config"},
-    "httpx": {"sandbox"},
+    "httpx": {"sandbox", "rewards"},
     "tomli_w": {"run"},
     "psutil": {"run", "inference", "cluster", "host", "study", "rewards", "convert", "doctor", "launch"},
     "yaml": {"launch"},

@@ -59,6 +59,8 @@ COSINE = {"trainer.optimizer.schedule": "cosine"}
 TOOLS, POOL = "tests/unit/envs/test_tool_use.py::", "tests/sandbox/test_sandbox_pool.py::"
 FLEET = "tests/unit/cluster/test_fleet.py::"
 LOCAL = "tests/unit/checkpoint/test_local.py::"
+JUDGE = "tests/unit/rewards/test_judge.py::"
+FORMAT, SUM = "tests/unit/rewards/test_format.py::", "tests/unit/rewards/test_sum.py::"
 STORE, SINKS = "tests/unit/checkpoint/test_checkpoint_store.py::", "tests/unit/metrics/test_sinks.py::"
 EFFECTS: dict[str, Seen | Refused | str] = {
     "run.name": Seen(probes.saved, "other"),
@@ -87,6 +89,31 @@ EFFECTS: dict[str, Seen | Refused | str] = {
     "reward.timeout": "tests/unit/rewards/test_workers.py::test_hanging_answers_fail_alone_among_64",
     "reward.processes": "tests/unit/rewards/test_workers.py::test_hanging_answers_fail_alone_among_64",
     "reward.memory_mb": "tests/unit/rewards/test_workers.py::test_hanging_answers_fail_alone_among_64",
+    **{f"reward.{key}": FORMAT + "test_all_demands_count" for key in ("tags", "pattern", "boxed", "prefix")},
+    **dict.fromkeys(["reward.limit", "reward.buffer"], FORMAT + "test_soft_overlong_punishment"),
+    **dict.fromkeys(
+        ["reward.parts", "reward.parts.name", "reward.parts.weight"],
+        SUM + "test_parts_are_weighed_and_added_and_each_is_measured",
+    ),
+    **dict.fromkeys(["reward.parts.label", "reward.correct"], SUM + "test_who_says_what_is_correct"),
+    **{
+        f"reward.{key}": "tests/unit/rewards/test_code_tests.py::test_all_or_a_fraction"
+        for key in ("tests_key", "test_seconds", "tests_score", "max_tests", "tolerance")
+    },
+    **dict.fromkeys(
+        [f"reward.{key}" for key in ("url", "model")], JUDGE + "test_nobody_at_the_address_is_refused_at_the_door"
+    ),
+    **{
+        f"reward.{key}": JUDGE + "test_what_the_judge_is_asked"
+        for key in ("system", "template", "problem_key", "after", "judge_tokens", "judge_temperature", "body")
+    },
+    "reward.api_key_env": JUDGE + "test_the_key_is_sent_and_said_nowhere",
+    "reward.template_file": JUDGE + "test_a_template_from_a_file_is_kept_as_text",
+    **{f"reward.{key}": JUDGE.removesuffix("::") for key in ("verdict", "json_key", "lowest", "highest")},
+    "reward.pass_mark": JUDGE + "test_a_pass_mark_and_half_a_surrogate_pair",
+    "reward.judge_seconds": JUDGE + "test_silence_and_a_dead_server_are_not_graded",
+    "reward.attempts": JUDGE + "test_silence_and_a_dead_server_are_not_graded",
+    "reward.concurrency": JUDGE + "test_requests_under_way_are_bounded",
     "rollout.prompts_per_step": Seen(probes.plan, 8),
     "rollout.group_size": Seen(probes.sampled, 8),
     "rollout.dynamic_sampling": Seen(probes.sampled, False),

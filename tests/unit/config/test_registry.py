@@ -97,7 +97,7 @@ def refused(**tables):
         ("no_such_package.rewards:OWN", ["no module named 'no_such_package'", "PYTHONPATH"]),
         ("json:dump_", ["json has no 'dump_'; did you mean 'dump'?"]),
         ("exakt", ["'exakt' is not registered (did you mean 'exact'?)"]),
-        ("gsm8k", ["'gsm8k' is not registered (did you mean 'math'?); use one of exact, math"]),
+        ("gsm8k", ["'gsm8k' is not registered (did you mean 'math'?); use one of code, exact, format"]),
     ],
 )
 def test_a_wrong_object_is_refused(own, name, parts):
