@@ -142,4 +142,4 @@ def phases(runs: Sequence[Run]) -> list[str]:
     """Names of `time/` metrics that are parts of a step, in the order they were logged."""
     names = dict.fromkeys(n for run in runs for n in run.series if n.startswith("time/"))
     # The first two hold the phases, the others are parts of some.
-    return [n for n in names if n not in ("time/step", "time/elapsed", "time/offload", "time/onload")]
+    return [n for n in names if n not in ("time/step", "time/elapsed", "time/offload", "time/onload", "time/reference")]

@@ -16,6 +16,7 @@ from pydantic import (
 
 from stare_megatron.config import methods
 from stare_megatron.config.base import Section, Text
+from stare_megatron.config.kl import KlConfig
 from stare_megatron.config.methods import CorrectionConfig, StareConfig
 from stare_megatron.config.registry import Choice
 
@@ -55,6 +56,9 @@ class AlgorithmConfig(Choice):
         default_factory=lambda: CorrectionConfig(),
         description="Rollout correction: weights for what trainer and engine disagree about.",
     )
+    kl: KlConfig = Field(
+        default_factory=lambda: KlConfig(), description="KL to a reference policy, in the loss or the reward."
+    )
     dapo: methods.DapoConfig = Field(default_factory=lambda: methods.DapoConfig(), description="Settings of `dapo`.")
     clip_cov: methods.ClipCovConfig = Field(
         default_factory=lambda: methods.ClipCovConfig(), description="Settings of method `clip_cov`."
@@ -84,6 +88,15 @@ class AlgorithmConfig(Choice):
     @classmethod
     def _settle(cls, tree: Any) -> Any:
         return methods.settle(tree, cls.model_fields["method"].default) if isinstance(tree, dict) else tree
+
+    @model_validator(mode="after")
+    def _penalty(self) -> AlgorithmConfig:
+        if self.kl.on and self.kl.place == "reward" and not methods.METHODS[self.method].weighs_reward:
+            raise ValueError(
+                f'kl.place = "reward": method {self.method!r} reads no more of a reward than its sign; set kl.place = '
+                '"loss"'
+            )
+        return self
 
     @field_validator("settings", mode="before")
     @classmethod

@@ -242,7 +242,8 @@ class Method(Kind):
     """`uses`: common settings that the method reads, besides its own. `defaults`: its paper's, where they are not those
     of the key; a key that is only here cannot be set. `reads`: what its `weigh` takes of each token before the update,
     besides the log-prob; `stare` reads what its selector does. (The entropy that a loss takes is the update pass's
-    own.) `seeks_target`: it steers towards a target entropy.
+    own.) `seeks_target`: it steers towards a target entropy. `weighs_reward`: its advantage is of the reward's size,
+    not of its sign alone.
 
     A method of the package has its settings in the section of `[algorithm]` with its name, and its `Algorithm` in its
     file. A user's brings both here: `settings`, the table `[algorithm.settings]`, and `algorithm`.
@@ -252,6 +253,7 @@ class Method(Kind):
     defaults: Mapping[str, Any] = field(default_factory=dict)
     reads: frozenset[TokenValue] = frozenset()
     seeks_target: bool = False
+    weighs_reward: bool = True
     algorithm: Any = None
 
 
@@ -292,14 +294,16 @@ _REGISTERED: dict[str, Method] = {
     "high_entropy_tokens": Method(
         uses(f"normalize_std {_CLIP} dual_clip"), {"reduction": "token-mean"}, reads=frozenset({"entropy"})
     ),
-    "w_reinforce": Method(uses(f"reduction {_CLIP} dual_clip"), {"clip_high": 0.2, "dual_clip": NO_DUAL_CLIP}),
+    "w_reinforce": Method(
+        uses(f"reduction {_CLIP} dual_clip"), {"clip_high": 0.2, "dual_clip": NO_DUAL_CLIP}, weighs_reward=False
+    ),
     "stare": Method(uses(_PPO), seeks_target=True),
 }
 
 
 METHODS = Registry("algorithm.method", Method, _REGISTERED)
 
-EVERY_METHOD = frozenset({"method", "correction", "settings"})  # keys that all methods have
+EVERY_METHOD = frozenset({"method", "correction", "kl", "settings"})  # keys that all methods have
 
 
 def settle(tree: Mapping[str, Any], default: str) -> dict[str, Any]:

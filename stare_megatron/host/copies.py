@@ -16,9 +16,15 @@ from stare_megatron.errors import RunError
 from stare_megatron.host.device import Device, current
 
 
-def host_block(size: int) -> torch.Tensor:
+def host_block(
+    size: int,
+    key: str = "trainer.offload",
+    cure: str = "offload fewer classes, or use more ranks to a copy of the model",
+) -> torch.Tensor:
     """uint8 [size] in one allocation of host memory, page-locked on a GPU machine so that copies run beside other work
     and at the bus's speed.
+
+    `key` asked for it, and `cure` asks for less.
 
     Registered, not allocated, with CUDA: torch's allocator of page-locked memory rounds up to a power of two.
 
@@ -28,8 +34,8 @@ def host_block(size: int) -> torch.Tensor:
     free = psutil.virtual_memory().available
     if size > free:
         raise RunError(
-            f"a trainer rank keeps {size / 2**30:.1f} GiB in host memory (trainer.offload), {free / 2**30:.1f} are "
-            "free on its machine; offload fewer classes, or use more ranks to a copy of the model"
+            f"a trainer rank keeps {size / 2**30:.1f} GiB in host memory ({key}), {free / 2**30:.1f} are free on "
+            f"its machine; {cure}"
         )
     block_B = torch.empty(size, dtype=torch.uint8)
     if size and current() is Device.CUDA:
@@ -38,7 +44,7 @@ def host_block(size: int) -> torch.Tensor:
         if code:
             limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
             raise RunError(
-                f"CUDA cannot page-lock {size / 2**30:.1f} GiB of host memory (trainer.offload): error {code}; "
+                f"CUDA cannot page-lock {size / 2**30:.1f} GiB of host memory ({key}): error {code}; "
                 f"RLIMIT_MEMLOCK is {'unlimited' if limit < 0 else f'{limit >> 20} MiB'}, see `ulimit -l` and the "
                 "memory limit of the container"
             )

@@ -95,6 +95,8 @@ _ENTRIES = (
     Entry("update/clip_fraction", "fraction", R.UPDATE_MEAN, "Action tokens whose ratio was clipped."),
     Entry("update/ratio_max", "ratio", R.UPDATE_MAX, "Largest ratio of current to scoring policy."),
     Entry("update/kl", "nats/token", R.UPDATE_MEAN, "r - 1 - log r of the current against the scoring policy."),
+    Entry("kl/reference", "nats/token", R.UPDATE_MEAN, "k3 of the current policy against the reference: algorithm.kl."),
+    Entry("kl/penalty", "1", R.UPDATE_MEAN, "Coefficient x estimate a token: on the loss, or off the reward."),
     Entry("loss/detached", "fraction", R.UPDATE_MEAN, "clip_cov: action tokens without gradient for their covariance."),
     Entry("loss/penalty", "loss", R.UPDATE_MEAN, "kl_cov: mean penalty of the chosen tokens."),
     Entry("mismatch/mean", "nats/token", R.TOKEN_MEAN, "|trainer - engine| log-prob of sampled tokens."),
@@ -234,6 +236,7 @@ _ENTRIES = (
     Entry(
         "time/onload", "s", R.PROCESS_MAX, "Moving a rank's state back since the record before; part of other phases."
     ),
+    Entry("time/reference", "s", R.PROCESS_MAX, "Passes of the reference, moves included; part of the scoring phase."),
     Entry("memory/trainer_parameters", "MB", R.PROCESS_MAX, "A rank's parameters, wherever they are."),
     Entry("memory/trainer_gradients", "MB", R.PROCESS_MAX, "A rank's gradient buffers on its device in an update."),
     Entry("memory/trainer_optimizer", "MB", R.PROCESS_MAX, "A rank's master weights and moments, wherever they are."),
@@ -243,6 +246,7 @@ _ENTRIES = (
         R.PROCESS_MAX,
         "What a rank holds of its device while engines sample: of its state alone on a CPU.",
     ),
+    Entry("memory/trainer_reference", "MB", R.PROCESS_MAX, "Copy of the reference that a rank keeps: `algorithm.kl`."),
     Entry(
         "memory/trainer_arena", "MB", R.PROCESS_MAX, "Host memory that a rank keeps for its state: `trainer.offload`."
     ),

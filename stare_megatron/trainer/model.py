@@ -172,7 +172,7 @@ def build_model(
     else:
         initial_weights.load(distributed, chunks)
     if dtype is torch.float16:
-        _refuse_overflow(chunks, distributed or model_path)
+        refuse_overflow(chunks, distributed or model_path)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=trainer.distributed_optimizer
     )
@@ -182,7 +182,8 @@ def build_model(
     ]
 
 
-def _refuse_overflow(chunks: Sequence[PolicyModel], source: Path) -> None:
+def refuse_overflow(chunks: Sequence[torch.nn.Module], source: Path) -> None:
+    """Raises: UserError: a weight of float16 chunks is infinite."""
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             if not parameter.isfinite().all():

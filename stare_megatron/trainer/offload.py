@@ -73,10 +73,11 @@ class Offload:
         self._moved: tuple[StateClass, ...] = tuple(name for name in CLASSES if name in moved)
         self._place = place
         self._residue_bytes = residue_bytes
+        self._beside = 0
         self._away: dict[StateClass, list[_Away]] = {}
         self._regions: dict[StateClass, torch.Tensor] = {}
         sizes: dict[StateClass, int] = {
-            name: _places([s.nbytes() for s in self._storages(name)])[1] for name in self._moved if name in _KEPT
+            name: _places([s.nbytes() for s in self.storages(name)])[1] for name in self._moved if name in _KEPT
         }
         self._arena_B = copies.host_block(sum(sizes.values()))
         start = 0
@@ -114,7 +115,7 @@ class Offload:
         return {
             name: sum(s.size for s in self._away[name])
             if name in self._away
-            else sum(s.nbytes() for s in self._storages(name))
+            else sum(s.nbytes() for s in self.storages(name))
             for name in CLASSES
         }
 
@@ -146,7 +147,7 @@ class Offload:
         began = time.perf_counter()
         leaving: list[StateClass] = [name for name in self._moved if name in names and name not in self._away]
         for name in leaving:
-            storages = self._storages(name)
+            storages = self.storages(name)
             sizes = [storage.nbytes() for storage in storages]
             offsets, room = _places(sizes)
             leave = [_Away(*item) for item in zip(storages, sizes, offsets, strict=True)]
@@ -234,7 +235,8 @@ class Offload:
         self.put_away(*self._moved)
         self.give_back()
         left = copies.allocated_bytes()
-        allowed = self._residue_bytes + sum(size for name, size in self.sizes().items() if name not in self._away)
+        stays = sum(size for name, size in self.sizes().items() if name not in self._away)
+        allowed = self._residue_bytes + self._beside + stays
         if left > allowed:
             raise RunError(
                 f"{left / 2**20:,.0f} MiB of a trainer rank are left on its GPU while engines sample, "
@@ -244,7 +246,7 @@ class Offload:
 
     def contents(self, name: StateClass) -> Iterator[bytes]:
         """The bytes of each storage of a class that is on the device."""
-        for storage in self._storages(name):
+        for storage in self.storages(name):
             yield _bytes(storage).to("cpu", copy=True).numpy().tobytes()
 
     def _leave(self, leave: Sequence[_Away], region_B: torch.Tensor) -> None:
@@ -267,7 +269,11 @@ class Offload:
                 "MiB are free; lower inference.vllm.gpu_memory_utilization or trainer.micro_batch_tokens"
             ) from e
 
-    def _storages(self, name: StateClass) -> list[torch.UntypedStorage]:
+    def stays(self, size: int) -> None:
+        """Something else of this rank, of `size` bytes, is on the device for good."""
+        self._beside += size
+
+    def storages(self, name: StateClass) -> list[torch.UntypedStorage]:
         """Those of a class that is on the device, each once, in an order that stays."""
         found = {storage._cdata: storage for storage in map(_storage, self._tensors(name))}
         if name == "optimizer":  # float32 parameters are their own master weights
@@ -298,7 +304,7 @@ class Offload:
 
     def _names(self) -> dict[int, str]:
         """What the storages are of that this object knows, by their addresses."""
-        return {storage.data_ptr(): name for name in CLASSES for storage in self._storages(name) if storage.nbytes()}
+        return {storage.data_ptr(): name for name in CLASSES for storage in self.storages(name) if storage.nbytes()}
 
 
 def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:

@@ -28,12 +28,14 @@ from stare_megatron.trainer.ages import ages, measure
 from stare_megatron.trainer.bridge import export, holdings, metadata
 from stare_megatron.trainer.export import export_hf
 from stare_megatron.trainer.head import Head
+from stare_megatron.trainer.loading import Sampled, rank_batches
 from stare_megatron.trainer.model import build_model
-from stare_megatron.trainer.model_runner import RankBatch, Runner, rank_batch
+from stare_megatron.trainer.model_runner import RankBatch, Runner
 from stare_megatron.trainer.offload import Offload
 from stare_megatron.trainer.optimizer import build_optimizer, report, step, zero_grad
 from stare_megatron.trainer.partials import vocab_shard
-from stare_megatron.trainer.replay import Replay, routed_experts
+from stare_megatron.trainer.reference import build_reference
+from stare_megatron.trainer.replay import build_replay
 from stare_megatron.trainer.schedule import learning_rate
 from stare_megatron.trainer.scoring import (
     SampledBatch,
@@ -44,7 +46,7 @@ from stare_megatron.trainer.scoring import (
     score_tokens,
     summarize,
 )
-from stare_megatron.trainer.sequence import SequenceLayout, token_batch
+from stare_megatron.trainer.sequence import SequenceLayout
 from stare_megatron.trainer.step import (
     ForwardBackwardResult,
     entropy_dynamics,
@@ -59,11 +61,9 @@ from stare_megatron.trainer.writing import Writing
 from stare_megatron.types import (
     Control,
     EntropyReading,
-    Group,
     Measured,
     ScoreSummary,
     StepStats,
-    UpdateShare,
     UpdateStats,
 )
 from stare_megatron.types.token_record import TokenRecord
@@ -106,6 +106,7 @@ class TrainerRank:
         if "optimizer" in trainer.offload:
             checkpoint.make_moments(self._optimizer)  # so that it is known how much there is to move
         self._offload = Offload(self._chunks, self._optimizer, trainer.offload, place, trainer.offload_residue_mb << 20)
+        self._reference = build_reference(self._chunks, self._offload, place, config.algorithm.kl)
         self._offload.put_away("gradients", "optimizer", "parameters")
         self._offload.give_back()
         self._shape = get_model_config(self._chunks[0]).shape
@@ -120,7 +121,7 @@ class TrainerRank:
             last_stage=parallel.last_stage_rank(),
             is_last_stage=parallel.is_last_stage(),
             place=place,
-            replay=self._replay(),
+            replay=build_replay(self._chunks, trainer) if config.inference.routing_replay else None,
         )
         self._layout = SequenceLayout(
             sequence_parallel=trainer.tensor_parallel if trainer.sequence_parallel else 1,
@@ -131,37 +132,26 @@ class TrainerRank:
         self._step = 0
         self._whole = True
         self._loaded: list[RankBatch] = []
+        self._sampled: Sampled = ()  # the loaded batch's origin, where there is a reference
         self._known: ScoredBatch | SampledBatch | None = None
         self._trained: list[tuple[RankBatch, ForwardBackwardResult]] = []
         self._writer = checkpoint.writer(trainer)
         self._writing: Writing | None = None
         self._saved = 0, 0.0
 
-    def _replay(self) -> Replay | None:
-        if not self._config.inference.routing_replay:
-            return None
-        shared = (self._config.trainer.tensor_parallel, parallel.tensor_parallel_rank())
-        return Replay(self._chunks, shared if self._config.trainer.sequence_parallel else (1, 0))
-
     def position(self) -> parallel.Position:
         return parallel.position()
 
-    def load(self, groups_per_update: list[tuple[list[Group], UpdateShare]]) -> None:
+    def load(self, groups_per_update: Sampled) -> None:
         """Take this rank's share of an update batch: for each optimizer step the groups its share names, by index.
 
         Raises:
             RunError: with `inference.routing_replay`, a trajectory without its experts.
         """
-        algorithm = self._config.algorithm
-        self._loaded, self._known, self._trained = [], None, []
-        for groups, share in groups_per_update:
-            batch = token_batch(groups, share, self._algorithm, algorithm, self._runner.place)
-            experts_TLK = None
-            if self._runner.replay is not None:
-                experts_TLK = routed_experts(groups, share, self._runner.replay.layers, self._shape).to(
-                    batch.action_T.device
-                )
-            self._loaded.append(rank_batch(batch, share, self._layout, algorithm, experts_TLK))
+        self._known, self._trained = None, []
+        how = (self._runner, self._layout, self._shape, self._algorithm, self._config.algorithm)
+        self._loaded = rank_batches(groups_per_update, *how)
+        self._sampled = groups_per_update if self._reference else ()
         self._ages = ages(self._loaded, self._step, self._config.sampling.oldest)
 
     def score(self) -> EntropyReading:
@@ -174,15 +164,26 @@ class TrainerRank:
         if not self._loaded:
             raise RuntimeError("load() comes before score()")
         if self._config.trainer.scoring == "rollout":
-            (data,) = self._loaded
+            (data,) = self._loaded = self._refer([d.batch.rollout_logprob_T for d in self._loaded])
             self._known = SampledBatch(data)
             return read_rollout(self._runner, self._known)
         temperature = self._config.rollout.temperature
         with self._offload.present("parameters"):
             scored = [score(self._runner, data, temperature) for data in self._loaded]
         summary = summarize(self._runner, self._loaded, scored, found_by="scoring pass")
+        self._loaded = self._refer([s.scores.logprob_T for s in scored])
         self._known = ScoredBatch(self._loaded, scored, summary)
         return entropy_reading(self._runner, self._known, self._algorithm, self._config.algorithm, self._ages)
+
+    def _refer(self, logprobs: Sequence[torch.Tensor]) -> list[RankBatch]:
+        """The loaded batch with what the reference says of it; `logprobs`: the policy's, [T] of each optimizer step."""
+        if self._reference is None:
+            return self._loaded
+        if self._writing is not None:
+            self._writing.copied()
+        how = (self._runner, self._config.rollout.temperature, self._algorithm, self._config.algorithm)
+        with self._offload.present("parameters"):
+            return self._reference.refer(self._loaded, self._sampled, logprobs, *how)
 
     def update(self, control: Control, *, keep_tokens: bool = False) -> StepStats:
         """Weigh the tokens of the scored batch and take its optimizer steps; the batch is dropped.
@@ -202,7 +203,7 @@ class TrainerRank:
         self._step, self._whole = self._step + 1, True
         if keep_tokens:
             self._trained = list(zip(self._loaded, passes, strict=True))
-        self._loaded, self._known = [], None
+        self._loaded, self._known, self._sampled = [], None, ()
         self._offload.give_back()  # the engines are next
         return StepStats(summary, tuple(updates))
 
@@ -384,7 +385,7 @@ class TrainerRank:
     def memory(self) -> tuple[Measured, ...]:
         """This rank's state: its size by class, what of it is on the device and the arena in host memory, MB; and the
         seconds that moving took since this was asked last."""
-        return self._offload.measured()
+        return (*self._offload.measured(), *(self._reference.measured() if self._reference else ()))
 
     def peak_memory_bytes(self) -> int:
         """Most memory this rank has held: resident on a CPU, allocated by torch on a GPU."""

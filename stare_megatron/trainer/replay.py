@@ -16,8 +16,10 @@ import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.router_replay import RouterReplay
 
+from stare_megatron.config import TrainerConfig
 from stare_megatron.errors import RunError
 from stare_megatron.models.shape import ModelShape
+from stare_megatron.trainer import parallel
 from stare_megatron.types import Group, UpdateShare
 
 
@@ -107,3 +109,9 @@ def routed_experts(
             own[: len(found)] = found[:, list(layers)]
             parts.append(own)
     return torch.from_numpy(np.concatenate(parts))
+
+
+def build_replay(chunks: Sequence[torch.nn.Module], trainer: TrainerConfig) -> Replay:
+    """Of the layout's routers."""
+    shared = (trainer.tensor_parallel, parallel.tensor_parallel_rank()) if trainer.sequence_parallel else (1, 0)
+    return Replay(chunks, shared)

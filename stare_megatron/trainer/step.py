@@ -15,6 +15,7 @@ import torch
 
 from stare_megatron.algo import dynamics
 from stare_megatron.algo.correction import Correction, correct
+from stare_megatron.algo.kl import with_kl
 from stare_megatron.algo.losses.types import LossInputs, Reported, Sequences, TokenLoss
 from stare_megatron.algo.registry import Algorithm
 from stare_megatron.algo.selection import NEGATIVE, POSITIVE
@@ -23,6 +24,7 @@ from stare_megatron.algo.surrogate import kl_estimate
 from stare_megatron.config import AlgorithmConfig
 from stare_megatron.trainer.ages import Ages, weigh_by_age
 from stare_megatron.trainer.model_runner import RankBatch, Runner
+from stare_megatron.trainer.reference import ReferencedBatch
 from stare_megatron.trainer.scoring import Scored, ScoredBatch, candidates
 from stare_megatron.trainer.sequence import MicroBatch
 from stare_megatron.trainer.tally import Tally
@@ -212,6 +214,8 @@ def forward_backward(
             control=control,
         )
         token_loss = algorithm.loss(tokens, config)
+        if isinstance(data, ReferencedBatch):
+            token_loss = with_kl(token_loss, logprob_R, known.logprob_R, data.reference_logprob_T[source_R], config.kl)
         loss = (data.factor_T[source_R] * token_loss.loss_T).sum()
         tally.add(_reports(loss, token_loss, tokens, subset_R, correction))
         return loss

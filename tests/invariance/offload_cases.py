@@ -109,7 +109,7 @@ def cycles(rank: Rank, *, checkpoint: Path, overrides: Overrides, count: int) ->
     found = []
     for number in range(count + 3):
         update(trainer, config, 1)
-        assert all(s.nbytes() == 0 for name in ALL for s in trainer._offload._storages(name))
+        assert all(s.nbytes() == 0 for name in ALL for s in trainer._offload.storages(name))
         gc.collect()
         if number >= 3:
             tensors = sum(1 for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor))
