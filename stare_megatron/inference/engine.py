@@ -74,6 +74,9 @@ class Engine:
             "max_model_len": window,
             "tensor_parallel_size": config.tensor_parallel,
             "seed": seed,
+            # Where Mistral's own files lie beside Hugging Face's, vLLM would take configuration, weights and tokenizer
+            # from them; everything else here reads Hugging Face's.
+            **dict.fromkeys(("config_format", "load_format", "tokenizer_mode"), "hf"),
             "generation_config": "vllm",  # no sampling defaults from the checkpoint
             "logprobs_mode": "raw_logprobs",  # before temperature and top-p
             "enable_prefix_caching": True,
