@@ -53,6 +53,8 @@ class Saving:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is None:
+            self._saver.wait()  # for a copy of what the run went on from, if there was no step to do
         if self._learned is None or error is None:
             return
         state, kept = self._learned

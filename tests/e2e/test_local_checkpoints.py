@@ -18,7 +18,7 @@ from stare_megatron.tasks.make import make
 from stare_megatron.tasks.tiny_model import default_settings
 
 ROOT = Path(__file__).parents[2]
-STEPS = 8
+STEPS = 4
 PROGRAM = ["-m", "stare_megatron"]
 
 
@@ -30,7 +30,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(material: Path, runs: Path, disk: Path, program: list[str], **settings: object) -> tuple[int, str]:
-    """Exit code and output. Saved every second step, of which every second is copied."""
+    """Exit code and output. Every step is saved, every second copied."""
     keys: dict[str, object] = {
         "run.dir": runs,
         "run.name": "r",
@@ -40,7 +40,7 @@ def run(material: Path, runs: Path, disk: Path, program: list[str], **settings: 
         "data.train": json.dumps([str(material / "train.jsonl")]),
         "rollout.prompts_per_step": 8,
         "trainer.tensor_parallel": 2,
-        "checkpoint.every": 2,
+        "checkpoint.every": 1,
         "checkpoint.asynchronous": "false",
         "checkpoint.local": disk,
         "checkpoint.durable_every": 2,
@@ -80,11 +80,11 @@ def kept(runs: Path) -> list[str]:
 def test_killed_and_resumed(material: Path, tmp_path: Path) -> None:
     """From the disk, and without it from the last copy, the steps are those of a run that nothing happens to, bit for
     bit; a run that has ended leaves nothing on the disk."""
-    killer = [str(ROOT / "tests/e2e/killed_run.py"), "rollout", "6"]
+    killer = [str(ROOT / "tests/e2e/killed_run.py"), "rollout", "3"]
     runs, disk = tmp_path / "runs", tmp_path / "disk/stare"
     code, said = run(material, runs, disk, killer)
     assert code == -signal.SIGKILL, said[-3000:]
-    assert kept(runs) == ["local/step_000006", "step_000004"]
+    assert kept(runs) == ["local/step_000003", "step_000002"]
     (home,) = disk.iterdir()
 
     # The folder of the run, somewhere else; its links lead to where the disk is no more.
@@ -93,15 +93,15 @@ def test_killed_and_resumed(material: Path, tmp_path: Path) -> None:
     home.rename(tmp_path / "away")
     code, said = run(material, elsewhere, disk, PROGRAM)
     assert code == 0, said[-3000:]
-    assert f"going on from {elsewhere}/r/checkpoints/step_000004, since a newer one on the nodes' own disks" in said
+    assert f"going on from {elsewhere}/r/checkpoints/step_000002, since a newer one on the nodes' own disks" in said
     assert "trainer rank 0" in said
     assert "__0_0.distcp: missing" in said
 
     (tmp_path / "away").rename(home)
     code, said = run(material, runs, disk, PROGRAM)
     assert code == 0, said[-3000:]
-    assert f"going on from {runs}/r/checkpoints/local/step_000006, which every node has whole" in said
-    assert kept(runs) == ["step_000006", "step_000008"], "the one it went on from is copied, the last is durable"
+    assert f"going on from {runs}/r/checkpoints/local/step_000003, which every node has whole" in said
+    assert kept(runs) == ["step_000003", "step_000004"], "the one it went on from is copied, the last is durable"
     assert list(disk.iterdir()) == []
 
     whole = tmp_path / "whole"
@@ -110,7 +110,7 @@ def test_killed_and_resumed(material: Path, tmp_path: Path) -> None:
     assert len(learned(whole)) == STEPS
     assert learned(runs) == learned(whole)
     assert learned(elsewhere) == learned(whole)
-    for step in (6, 8):
+    for step in (3, 4):
         one, other = (
             json.loads((f / f"r/checkpoints/step_{step:06d}/manifest.json").read_text())["files"] for f in (runs, whole)
         )
@@ -121,10 +121,10 @@ def test_killed_and_resumed(material: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ranks_come_back_from_the_disk(material: Path, tmp_path: Path) -> None:
-    fault = [str(ROOT / "tests/e2e/faulty_run.py"), "trainer_1:KILL:update:6"]
+    fault = [str(ROOT / "tests/e2e/faulty_run.py"), "trainer_1:KILL:update:3"]
     code, said = run(material, tmp_path / "runs", tmp_path / "disk", fault)
     assert code == 0, said[-3000:]
-    assert f"going on from {tmp_path}/runs/r/checkpoints/local/step_000006, which every node has whole" in said
-    assert "trainer ranks: RESTARTING -> HEALTHY: going on from step 6" in said
+    assert f"going on from {tmp_path}/runs/r/checkpoints/local/step_000003, which every node has whole" in said
+    assert "trainer ranks: RESTARTING -> HEALTHY: going on from step 3" in said
     assert [row["step"] for row in jsonl.read(tmp_path / "runs/r/metrics.jsonl")] == list(range(1, STEPS + 1))
-    assert kept(tmp_path / "runs") == ["step_000006", "step_000008"]
+    assert kept(tmp_path / "runs") == ["step_000003", "step_000004"]

@@ -120,6 +120,13 @@ def test_a_save_under_way_is_looked_at_once_a_step(parts):
     assert (made.saver.said, made.recorder.phases) == ([("poll", None)], ["save"])
 
 
+def test_a_run_that_ends_well_waits_for_copies(parts):
+    made = parts()
+    with made.saving:
+        assert made.saver.said == []
+    assert made.saver.said == [("wait", None)]
+
+
 def test_exports(parts, tmp_path):
     def of(**checkpoint):
         made = parts(**checkpoint)
