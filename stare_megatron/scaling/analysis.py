@@ -124,7 +124,7 @@ def _laws(results: Sequence[CellResult]) -> list[Law]:
         sizes = [float(n) for n, _ in sized]
         made.append(Law(method, "1 - accuracy at the end", laws.power_law(sizes, [1 - r.last.value for _, r in sized])))
         for i, level in enumerate(LEVELS):
-            told = [(n, r.reach[i].cost) for n, r in zip(sizes, own, strict=True) if _by_all(r.reach[i])]
+            told = [(n, r.reach[i].by_all) for n, r in zip(sizes, own, strict=True)]
             costs = [(n, e.value) for n, e in told if e is not None]
             if len(costs) >= laws.LEAST_SIZES:
                 law = laws.power_law([n for n, _ in costs], [c for _, c in costs])
@@ -132,10 +132,6 @@ def _laws(results: Sequence[CellResult]) -> list[Law]:
                     Law(method, f"cost to reach {level:.0%}, of the {len(costs)} of {len(own)} sizes that do", law)
                 )
     return made
-
-
-def _by_all(reach: Reach) -> bool:
-    return reach.cost is not None and reach.reached == reach.seeds and not reach.before
 
 
 def _budgets(results: Sequence[CellResult], axis: Axis) -> list[Budget]:

@@ -182,24 +182,14 @@ def _reach(results: Results) -> Figure:
     for number, method in enumerate(results.methods):
         own = [r for r in results.results if r.cell.method == method]
         for i, level in enumerate(levels):
-            told = [(float(r.cell.parameters or 0), r.reach[i]) for r in own]
-            told = [
-                (n, reach.cost.value) for n, reach in told if reach.cost is not None and reach.reached == reach.seeds
-            ]
+            pairs = [(float(r.cell.parameters or 0), r.reach[i].by_all) for r in own]
+            told = [(n, e.value) for n, e in pairs if e is not None]
             if len(told) > 1:
                 line = {"dash": _DASHES[number % len(_DASHES)]}
                 traces.append(
                     {"hue": i, "mode": "lines+markers", "x": [n for n, _ in told], "y": [c for _, c in told],
                      "name": f"{method}, {level:.0%}", "line": line}
                 )  # fmt: skip
-    trials = [t for r in results.results for t in r.cell.trials]
     note = "Where every seed reaches it, and not before its first step. Geometric mean over seeds."
-    return Figure(
-        "reach",
-        "Cost to reach an accuracy, by size",
-        note,
-        "parameters",
-        wording.axis_title(results.axis, trials),
-        tuple(traces),
-        log_y=True,
-    )
+    title, y = "Cost to reach an accuracy, by size", f"cost, {results.axis.value}"
+    return Figure("reach", title, note, "parameters", y, tuple(traces), log_y=True)

@@ -37,6 +37,11 @@ class Reach:
     before: int
     seeds: int
 
+    @property
+    def by_all(self) -> Estimate | None:
+        """The cost where every seed has one: it gets there, and not before its first step."""
+        return self.cost if self.reached == self.seeds and not self.before else None
+
 
 def power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw | Refusal:
     """Least squares of log y on log x; one point a size, the mean over its seeds.

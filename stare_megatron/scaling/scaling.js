@@ -27,6 +27,7 @@ function draw(figure) {
     font: { color: colour("--ink"), size: 12 },
     xaxis: axis(figure.x, figure.log_x),
     yaxis: axis(figure.y, figure.log_y),
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("--zero"), activecolor: colour("--ink") },
     legend: { orientation: "h", y: -0.28 },
   };
   Plotly.react(`plot-${figure.key}`, traces, layout, { responsive: true, displaylogo: false });
