@@ -34,6 +34,11 @@ class LoggingConfig(Section):
     wandb_project: Text = Field(default="stare_megatron", description="Weights & Biases project.")
     wandb_entity: str = Field(default="", description="Its user or team; empty: the one logged in.")
     wandb_group: str = Field(default="", description="Group that its pages put the run in; empty: none.")
+    wandb_job_type: str = Field(default="", description='Its kind of the run, e.g. "sweep"; empty: none.')
+    wandb_system: bool = Field(
+        default=False, description="Its charts of the driver's machine: GPUs, CPUs, memory, disk, network."
+    )
+    wandb_samples: bool = Field(default=False, description="Its table of sampled trajectories, as in `samples/`.")
     wandb_tags: list[str] = Field(default_factory=list, description="Its tags of the run.")
     wandb_notes: str = Field(default="", description="Its notes on the run.")
     prometheus_port: int = Field(

@@ -17,6 +17,7 @@ from stare_megatron.config import LoggingConfig
 from stare_megatron.errors import UserError
 from stare_megatron.host.pages import Answer, Page, PageServer, not_found
 from stare_megatron.metrics.catalogue import CATALOGUE, Metric, entry
+from stare_megatron.metrics.samples import SampleRow
 
 PATH = "/metrics"
 _PREFIX = "stare_megatron_"
@@ -53,6 +54,9 @@ class PrometheusSink:
                 self._values = {name: m for name, m in self._values.items() if name.startswith(_KEPT)}
             self._step, self._time = step, time.time()
             self._values |= {m.name: m for m in metrics}
+
+    def samples(self, step: int, rows: Sequence[SampleRow]) -> None:
+        """Numbers alone are served."""
 
     def rewind(self, step: int) -> None:
         """Nothing to do: what is served is the newest."""

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from stare_megatron.host.files import write_atomic
 from stare_megatron.types import Group, GroupSummary, Score, SpanKind, Trajectory
@@ -23,6 +24,32 @@ class Picked:
     group: Group
     trajectory: Trajectory
     score: Score
+
+
+class SampleRow(NamedTuple):
+    """A trajectory as a row of a table; `status` as in `samples/`."""
+
+    prompt_id: str
+    prompt: str
+    response: str
+    answer: str
+    reward: float
+    correct: bool
+    status: str
+    tokens: int
+
+
+def table(picked: Sequence[Picked], decode: Decode) -> list[SampleRow]:
+    """The trajectories as rows. `response`: all behind the prompt, what tools answered included."""
+    rows = []
+    for p in picked:
+        ids = p.trajectory.token_ids().tolist()
+        first = len(p.trajectory.spans[0].token_ids)
+        score, trajectory = p.score, p.trajectory
+        texts = decode(ids[:first]), decode(ids[first:]), p.group.prompt.answer
+        about = score.reward, score.correct, trajectory.status.value, trajectory.num_action_tokens
+        rows.append(SampleRow(trajectory.prompt_id, *texts, *about))
+    return rows
 
 
 def choose(groups: Sequence[GroupSummary], limit: int, step: int) -> list[tuple[int, int]]:

@@ -15,6 +15,7 @@ from stare_megatron.metrics import jsonl, prometheus, tensorboard
 from stare_megatron.metrics.advice import Settings
 from stare_megatron.metrics.catalogue import Metric
 from stare_megatron.metrics.console import ConsoleSink
+from stare_megatron.metrics.samples import SampleRow
 
 
 class Sink(Protocol):
@@ -23,6 +24,14 @@ class Sink(Protocol):
 
         Raises:
             ConnectionError: who it writes to is gone, and it can log no more.
+        """
+        ...
+
+    def samples(self, step: int, rows: Sequence[SampleRow]) -> None:
+        """Trajectories of a step, where there is a place for them.
+
+        Raises:
+            ConnectionError: as `log`.
         """
         ...
 
@@ -51,8 +60,10 @@ class Sinks:
         """Tell the user something that stays on the screen."""
         self._console.note(text)
 
-    def sample(self, text: str) -> None:
-        """Show a sampled trajectory, as one line."""
+    def sample(self, step: int, rows: Sequence[SampleRow], text: str) -> None:
+        """Sampled trajectories of a step: `rows` for the plotting sinks; one of them, in one line, for the display."""
+        for sink in tuple(self._plotted):
+            self._without(sink, functools.partial(sink.samples, step, rows))
         self._console.sample(text)
 
     def log(self, step: int, metrics: Sequence[Metric], late: Sequence[Metric]) -> None:

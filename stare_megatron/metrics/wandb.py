@@ -14,6 +14,7 @@ from stare_megatron.config import LoggingConfig
 from stare_megatron.errors import UserError
 from stare_megatron.metrics import wandb_id
 from stare_megatron.metrics.catalogue import Metric, by_name
+from stare_megatron.metrics.samples import SampleRow
 
 FOLDER = "wandb"
 
@@ -35,7 +36,12 @@ class WandbSink:
         folder.mkdir(parents=True, exist_ok=True)
         wandb_id.keep(folder.parent, wandb_id.new())
         settings = wandb.Settings(
-            silent=True, console="off", disable_git=True, disable_code=True, x_disable_meta=True, x_disable_stats=True
+            silent=True,
+            console="off",
+            disable_git=True,
+            disable_code=True,
+            x_disable_meta=True,
+            x_disable_stats=not logging.wandb_system,
         )
         try:
             self._run = wandb.init(
@@ -46,6 +52,7 @@ class WandbSink:
                 project=logging.wandb_project,
                 entity=logging.wandb_entity or None,
                 group=logging.wandb_group or None,
+                job_type=logging.wandb_job_type or None,
                 tags=logging.wandb_tags,
                 notes=logging.wandb_notes or None,
                 name=name,
@@ -57,12 +64,19 @@ class WandbSink:
             first = str(e).strip().splitlines()[0]
             key = f"logging.wandb = {logging.wandb!r}"
             raise UserError(f"{key}: wandb does not start: {first}; use logging.wandb=offline or disabled") from e
+        self._tables = logging.wandb_samples
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, metrics: Sequence[Metric]) -> None:
         with _service():
             self._run.log({"step": step, **by_name(metrics)})
+
+    def samples(self, step: int, rows: Sequence[SampleRow]) -> None:
+        if self._tables:
+            table = wandb.Table(columns=list(SampleRow._fields), data=[list(row) for row in rows])
+            with _service():
+                self._run.log({"step": step, "samples": table})
 
     def rewind(self, step: int) -> None:
         """Nothing to do: values are plotted over their step."""

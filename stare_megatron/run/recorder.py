@@ -13,7 +13,7 @@ from stare_megatron.config import Config
 from stare_megatron.host.memory import host_memory
 from stare_megatron.metrics.catalogue import Metric
 from stare_megatron.metrics.sample_records import write_sample_records
-from stare_megatron.metrics.samples import FOLDER, Decode, choose, excerpt, pick, write_samples
+from stare_megatron.metrics.samples import FOLDER, Decode, choose, excerpt, pick, table, write_samples
 from stare_megatron.metrics.sinks import Sinks
 from stare_megatron.rollout.collect import Collected
 from stare_megatron.run.gain_watch import GainWatch
@@ -184,4 +184,5 @@ class Recorder(Generic[Ref]):
         records = self._session.trainers.token_records(places)
         write_samples(folder, step, picked, len(batch.groups) * size, len(batch.sampled) * size, self._decode)
         write_sample_records(folder, step, picked, records, self._decode)
-        self._sinks.sample(excerpt(picked[step % len(picked)], self._decode))
+        shown = excerpt(picked[step % len(picked)], self._decode)
+        self._sinks.sample(step, table(picked, self._decode), shown)

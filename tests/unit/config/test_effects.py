@@ -262,9 +262,10 @@ EFFECTS: dict[str, Seen | Refused | str] = {
     "logging.tensorboard": SINKS + "test_open_sinks_writes_everywhere_and_closes",
     "logging.wandb": SINKS + "test_open_sinks_writes_everywhere_and_closes",
     **dict.fromkeys(
-        [f"logging.wandb_{key}" for key in ("project", "entity", "group", "tags", "notes")],
+        [f"logging.wandb_{key}" for key in ("project", "entity", "group", "tags", "notes", "job_type", "system")],
         SINKS + "test_wandb_is_told_project_entity_group_tags_and_notes",
     ),
+    "logging.wandb_samples": SINKS + "test_samples_are_a_table_where_wandb_samples_says_so",
     **dict.fromkeys(
         ("logging.prometheus_port", "logging.prometheus_host"),
         "tests/unit/metrics/test_prometheus.py::test_values_are_served_where_the_settings_say",

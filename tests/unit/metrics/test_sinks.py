@@ -1,4 +1,5 @@
 import io
+import json
 import math
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from stare_megatron.metrics import jsonl
 from stare_megatron.metrics.catalogue import metrics
 from stare_megatron.metrics.console import ConsoleSink, clock, sparkline
 from stare_megatron.metrics.jsonl import JsonlSink
+from stare_megatron.metrics.samples import SampleRow
 from stare_megatron.metrics.sinks import Sinks, open_sinks
 from stare_megatron.metrics.tensorboard import TensorBoardSink
 from tests.configs import configuration
@@ -110,6 +112,45 @@ def test_wandb_offline_keeps_one_id(tmp_path):
     assert any(b"reward/mean" in file for file in files)  # of two runs in one second wandb keeps one's values
 
 
+ROWS = [
+    SampleRow("p1", "1 + 1 =", " 2", "2", 1.0, True, "completed", 2),
+    SampleRow("p2", "<a> | b\n=", " 3", "2", 0.0, False, "truncated", 5),
+]
+
+
+def test_tensorboard_has_samples_as_text(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    sink = TensorBoardSink(tmp_path, 0)
+    sink.samples(3, ROWS)
+    sink.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    (event,) = events.Tensors("samples")
+    assert event.step == 3
+    assert events.SummaryMetadata("samples").plugin_data.plugin_name == "text"
+    (text,) = event.tensor_proto.string_val
+    lines = text.decode().splitlines()
+    assert lines[2:] == [
+        "| p1 | 1 + 1 = | 2 | 2 | 1.0 | True | completed | 2 |",
+        "| p2 | &lt;a> \\| b = | 3 | 2 | 0.0 | False | truncated | 5 |",
+    ]
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_samples_are_a_table_where_wandb_samples_says_so(tmp_path, wanted):
+    from stare_megatron.metrics.wandb import WandbSink
+
+    sink = WandbSink(tmp_path / "wandb", config(wandb_samples=wanted).logging, "n", {})
+    sink.samples(3, ROWS)
+    sink.close()
+    written = list((tmp_path / "wandb").rglob("*.table.json"))
+    assert len(written) == int(wanted)
+    if wanted:
+        table = json.loads(written[0].read_text())
+        assert table["columns"] == list(SampleRow._fields)
+        assert table["data"] == [list(row) for row in ROWS]
+
+
 def test_wandb_is_told_project_entity_group_tags_and_notes(tmp_path, monkeypatch):
     import wandb
 
@@ -123,12 +164,20 @@ def test_wandb_is_told_project_entity_group_tags_and_notes(tmp_path, monkeypatch
 
     monkeypatch.setattr(wandb, "init", refuse)
     settings = config(
-        wandb_project="p", wandb_entity="team", wandb_group="sweep", wandb_tags="first", wandb_notes="why"
+        wandb_project="p",
+        wandb_entity="team",
+        wandb_group="sweep",
+        wandb_tags="first",
+        wandb_notes="why",
+        wandb_job_type="sweep",
+        wandb_system=True,
     ).logging
     with pytest.raises(UserError, match="no API key configured; use"):
         WandbSink(tmp_path / "wandb", settings, "n", {})
     assert [told[key] for key in ("project", "entity", "group")] == ["p", "team", "sweep"]
     assert (told["tags"], told["notes"]) == (["first"], "why")
+    assert told["job_type"] == "sweep"
+    assert told["settings"].x_disable_stats is False, "wandb_system"
 
 
 def test_open_sinks_writes_everywhere_and_closes(tmp_path):

@@ -126,7 +126,7 @@ def made(tmp_path, monkeypatch, request):
     sinks = SimpleNamespace(
         status=lambda text: None,
         log=lambda step, values, late: logged.append((step, by_name(values), by_name(late))),
-        sample=shown.append,
+        sample=lambda step, rows, text: shown.append(text),
         complete=lambda step, late: logged.append((step, by_name(late))),
     )
     recorder = Recorder(
