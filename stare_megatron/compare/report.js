@@ -302,7 +302,10 @@ function changed() {
 }
 
 // Draw panels, all unless named, also those off the screen: for printing, and for tests.
-window.drawAll = (keys) => refresh(keys || [...byKey.keys()]);
+window.drawAll = (keys) => {
+  for (const more of document.querySelectorAll("details.more")) more.open = true;
+  return refresh(keys || [...byKey.keys()]);
+};
 window.report = { data, state, decode, changed };
 
 const observer = new IntersectionObserver((entries) => {

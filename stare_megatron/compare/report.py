@@ -13,11 +13,12 @@ from stare_megatron.compare import measures
 from stare_megatron.compare.align import Align
 from stare_megatron.compare.group import differing, group, seed
 from stare_megatron.compare.html import Content, render
-from stare_megatron.compare.load import load_all
+from stare_megatron.compare.load import Run, load_all
 from stare_megatron.compare.panels import missing
 from stare_megatron.compare.samples import read_samples
 from stare_megatron.errors import UserError
 from stare_megatron.host.files import write_atomic
+from stare_megatron.metrics.advice import WINDOW, Settings, advise
 
 REPORT = "report.html"
 PNGS = "png"
@@ -72,9 +73,8 @@ def gather(paths: Sequence[Path], options: Options, now: float) -> Content:
     groups = group(runs, options.ignore)
     rows, absent = measures.table(groups, options.last, options.target)
     samples = {run.name: read_samples(run.folder, options.samples) for run in runs if run.folder.is_dir()}
-    title = options.title or (
-        runs[0].name if len(runs) == 1 else "Runs compared: " + ", ".join(g.label for g in groups)
-    )
+    alone = len(runs) == 1
+    title = options.title or (runs[0].name if alone else "Runs compared: " + ", ".join(g.label for g in groups))
     return Content(
         title=title,
         groups=groups,
@@ -86,7 +86,16 @@ def gather(paths: Sequence[Path], options: Options, now: float) -> Content:
         window=options.window,
         last=options.last,
         reference=options.target,
+        advice=[found.text for found in advise(last_rows(runs[0]), Settings.of(runs[0].settings))] if alone else (),
     )
+
+
+def last_rows(run: Run) -> list[dict[str, float]]:
+    """The newest steps as rows of the metrics file; NaN where one lacks a value."""
+    return [
+        {name: float(values[i]) for name, values in run.series.items()}
+        for i in range(max(0, len(run.steps) - WINDOW), len(run.steps))
+    ]
 
 
 def numbers(content: Content) -> dict[str, Any]:

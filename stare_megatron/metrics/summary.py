@@ -96,6 +96,7 @@ def opening(config: Config, parameters: int, prompts: int, benchmarks: Mapping[s
             f"{prompts:,} prompts, {r.prompts_per_step} x {r.group_size} samples per step; benchmarks: {held_out}",
         ),
         ("run folder", str(config.folder)),
+        ("live page", f"stare-megatron watch {shlex.quote(str(config.folder))}"),
     )
     return "\n".join(f"{label:<11}{text}" for label, text in rows)
 
@@ -131,7 +132,8 @@ def next_steps(config: Config, finished: bool) -> str:
     commands = {
         "curves": f"tensorboard --logdir {run}/tensorboard" if config.logging.tensorboard else "",
         "upload": f"wandb sync {run}/wandb/offline-run-*" if config.logging.wandb == "offline" else "",
-        "report": f"stare-megatron compare {run} --out {run}-report",
+        "report": f"stare-megatron compare {run}",
+        "ask it": f"stare-megatron sample {run}",
         "evaluate": f"stare-megatron eval {run}/config.toml --model {run}" if config.eval.benchmarks else "",
     }
     lines = [f"{label:<11}{command}" for label, command in commands.items() if command]

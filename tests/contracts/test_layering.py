@@ -18,6 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "types": set(),
     "paths": {"errors"},
+    "completion": set(),
     "config": {"errors", "paths"},
     "host": {"errors"},
     "models": CONTRACTS,
@@ -38,6 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "plan": CONTRACTS | {"models", "metrics"},
     "launch": CONTRACTS | {"models", "cluster", "run"},
     "convert": CONTRACTS | {"models", "data"},
+    "chat": CONTRACTS | {"data", "convert"},
     "checkpoint": CONTRACTS | {"algo", "data"},
     "compare": CONTRACTS | {"metrics"},
     "study": CONTRACTS | {"metrics", "compare"},
@@ -60,7 +62,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "sft": CONTRACTS | {"models", "algo", "data", "metrics", "cluster", "doctor", "checkpoint", "run"},
     "__main__": CONTRACTS
-    | {"run", "sft", "doctor", "plan", "launch", "metrics", "study", "compare", "scaling", "convert", "data", "tasks"},
+    | {"run", "sft", "doctor", "plan", "launch", "metrics", "study", "compare", "scaling", "convert", "data", "tasks"}
+    | {"chat", "completion"},
     # The Python API, imported when asked for.
     "__init__": {"run", "config", "errors"},
     "patches": {"host"},
@@ -70,6 +73,7 @@ ALLOWED: dict[str, set[str]] = {
 EXCEPTIONS: dict[str, set[str]] = {
     # Where the files of a run's folder are.
     "stare_megatron/compare/load.py": {"run"},
+    "stare_megatron/compare/watch.py": {"run"},
     # What a run would refuse or choose.
     "stare_megatron/plan/violations.py": {"run"},
     "stare_megatron/plan/estimate.py": {"run"},
@@ -90,8 +94,8 @@ THIRD_PARTY: dict[str, set[str]] = {
     "matplotlib": {"metrics", "compare"},
     "triton": {"trainer"},
     "torch": {"types", "host", "models", "algo", "tasks", "trainer", "inference", "sync", "patches", "convert", "plan"},
-    "rich": {"metrics", "run", "sft", "tasks", "study", "scaling", "convert", "doctor", "plan", "__main__"},
-    "transformers": {"data", "tasks", "rewards", "envs", "rollout", "run", "sft", "convert"},
+    "rich": {"metrics", "run", "sft", "tasks", "study", "scaling", "convert", "doctor", "plan", "chat", "__main__"},
+    "transformers": {"chat", "data", "tasks", "rewards", "envs", "rollout", "run", "sft", "convert"},
     "tokenizers": {"tasks"},
     "safetensors": {"models", "tasks", "run"},
     "pyarrow": {"data", "tasks"},

@@ -163,13 +163,14 @@ def test_the_end_names_the_next_commands(tmp_path):
     for command in (
         f"tensorboard --logdir {run}/tensorboard",
         f"wandb sync {run}/wandb/offline-run-*",
-        f"stare-megatron compare {run} --out",
+        f"stare-megatron compare {run}",
         f"stare-megatron eval {run}/config.toml --model {run}",
     ):
         assert command in done
     quiet = configured(tmp_path, logging={"tensorboard": False, "wandb": "disabled"})
     assert summary.next_steps(quiet, finished=True).splitlines() == [
-        f"report     stare-megatron compare {run} --out {run}-report",
+        f"report     stare-megatron compare {run}",
+        f"ask it     stare-megatron sample {run}",
         f"logs       {run}/logs",
         "saved      no checkpoint was saved",
         f"go on      stare-megatron train {run}/config.toml run.resume=auto run.steps=60",

@@ -1,0 +1,1 @@
+"""A trained policy answers in a terminal: `stare-megatron sample`."""
