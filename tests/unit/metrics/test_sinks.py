@@ -273,7 +273,7 @@ def test_curves_fit_the_terminal_and_keep_the_newest_steps(tmp_path, width):
     sink.close()
     text = out.getvalue()
     last = text[text.rindex("stare-megatron ") :]
-    (reward,) = [line for line in last.splitlines() if "reward     " in line]
+    (reward,) = [line for line in last.splitlines() if "reward  " in line]
     assert "…" not in last
     assert reward.rstrip(" │").endswith("█")
     assert all(cell_len(line) <= width for line in last.splitlines()[1:-1])
