@@ -54,8 +54,10 @@ def fault(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> str:
     return what or ("" if size else "the file is empty; it needs at least one row")
 
 
-def read(path: Path) -> Iterator[tuple[str, Row]]:
+def read(path: Path, *, numbered: bool = False) -> Iterator[tuple[str, Row]]:
     """Rows with their place, from 1: the line of JSON (and `LINE.N` for the N-th item on it), the row of parquet.
+
+    `numbered`: a list of objects is a row too, with the keys `0`, `1`, ..., as data sets' viewers call them.
 
     Raises:
         UserError: the file is missing, of another kind, or broken as a whole.
@@ -65,10 +67,10 @@ def read(path: Path) -> Iterator[tuple[str, Row]]:
     try:
         if path.suffix == ".parquet":
             yield from _parquet(path)
-        elif _begins_with_bracket(path):
-            yield from _array(path)
         else:
-            yield from _lines(path)
+            found = _array(path) if _begins_with_bracket(path) else _lines(path)
+            for place, value in found:
+                yield place, _object(value, numbered)
     except OSError as e:
         raise UserError(f"{path}: cannot read it: {e.strerror or e}") from e
 
@@ -78,13 +80,13 @@ def _begins_with_bracket(path: Path) -> bool:
         return next((x.startswith(b"[") for line in lines if (x := line.removeprefix(_BOM).strip())), False)
 
 
-def _lines(path: Path) -> Iterator[tuple[str, Row]]:
+def _lines(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as lines:
         for number, raw in enumerate(lines, start=1):
             text = raw.removeprefix(_BOM).strip()
             if text:
                 try:
-                    yield str(number), _object(decode_line(text.decode()))
+                    yield str(number), decode_line(text.decode())
                 except UnicodeDecodeError as e:
                     yield str(number), Broken(f"not UTF-8: {e}", repr(text[:_SHOWN]))
                 except ValueError as e:
@@ -92,7 +94,7 @@ def _lines(path: Path) -> Iterator[tuple[str, Row]]:
                     yield str(number), Broken(f"not valid JSON: {e}; one object a line", begins)
 
 
-def _array(path: Path) -> Iterator[tuple[str, Row]]:
+def _array(path: Path) -> Iterator[tuple[str, Any]]:
     """The items of one JSON array, each with the line it begins on.
 
     Raises:
@@ -125,12 +127,16 @@ def _array(path: Path) -> Iterator[tuple[str, Row]]:
         except ValueError as e:
             raise UserError(f"{path}:{line}: not valid JSON: {e}") from e
         here = here + 1 if line == before else 1
-        yield f"{line}.{here}" if here > 1 else str(line), _object(value)
+        yield f"{line}.{here}" if here > 1 else str(line), value
         before, first = line, False
 
 
-def _object(value: Any) -> Row:
-    return value if isinstance(value, dict) else Broken(f"want one JSON object a row, got {shown(value)}", shown(value))
+def _object(value: Any, numbered: bool) -> Row:
+    if numbered and isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        return {str(index): item for index, item in enumerate(value)}
+    if isinstance(value, dict | Broken):
+        return value
+    return Broken(f"want one JSON object a row, got {shown(value)}", shown(value))
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Row]]:

@@ -75,6 +75,25 @@ def integer_or_decimal(answer: str) -> str:
     return answer
 
 
+def no_answer(fields: dict[str, Any]) -> str:
+    """NuminaMath-1.5 and what is made of it: why a row's answer is none to check; "" if it is."""
+    if str(fields.get("question_type")).lower() == "proof":
+        return "a proof"
+    answer = fields.get("answer")
+    if answer is None or str(answer).strip().lower() in ("", "proof", "notfound"):
+        return f"no answer: {shown(answer)}"
+    for key in ("problem_is_valid", "solution_is_valid"):
+        if fields.get(key) not in (None, "Yes"):
+            return f"{key}: {shown(fields[key])}"
+    return ""
+
+
+def no_box(fields: dict[str, Any]) -> str:
+    """NuminaMath-CoT: a solution without a box is a proof, or lost its answer."""
+    solution = fields.get("solution")
+    return "no box in the solution" if isinstance(solution, str) and last_boxed(solution) is None else ""
+
+
 def _clean(answer: str) -> str:
     answer = _DOLLAR.sub("", answer).strip()
     if is_blank(answer):

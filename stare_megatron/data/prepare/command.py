@@ -47,6 +47,7 @@ def _settings(args: argparse.Namespace) -> Settings:
 def _told(counts: Counts) -> str:
     left_out = {
         "malformed": counts.malformed,
+        "without an answer to check": counts.unsuitable,
         "repeated": counts.repeated,
         "with conflicting answers": counts.conflicting,
         "equal to a problem of --against": counts.same,

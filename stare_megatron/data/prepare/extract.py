@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from collections.abc import Iterator
@@ -9,7 +10,16 @@ from typing import Any
 
 from stare_megatron.data import rows
 from stare_megatron.data.prepare.read import read
-from stare_megatron.data.prepare.types import FileLayout, Malformed, MalformedField, Problem, RawRow, Recipe
+from stare_megatron.data.prepare.types import (
+    FileLayout,
+    Malformed,
+    MalformedField,
+    Problem,
+    RawRow,
+    ReadTests,
+    Recipe,
+    Unsuitable,
+)
 from stare_megatron.errors import UserError
 
 # What publishers put around a problem. DAPO-Math-17k: before and after; others append a sentence.
@@ -25,8 +35,8 @@ _APPENDED = (
 _SHOWN = 200  # characters of a malformed row that are kept
 
 
-def problems(recipe: Recipe, path: Any) -> Iterator[Problem | Malformed]:
-    """The problems of one file in its order, with the rows that hold none.
+def problems(recipe: Recipe, path: Any) -> Iterator[Problem | Malformed | Unsuitable]:
+    """The problems of one file in its order, with the rows that hold none, or none that is to be had.
 
     Raises:
         UserError: the file cannot be read, has no row, or its columns are none of the recipe's.
@@ -59,11 +69,18 @@ def _layout(recipe: Recipe, row: RawRow) -> FileLayout | None:
     return None
 
 
-def _problem(recipe: Recipe, layout: FileLayout, row: RawRow) -> Problem | Malformed:
+def _problem(recipe: Recipe, layout: FileLayout, row: RawRow) -> Problem | Malformed | Unsuitable:
     try:
         text = _text(row.fields, layout.problem)
+        if reason := recipe.unsuitable(row.fields):
+            return Unsuitable(row.place, reason, text)
+        published_id = _published_id(row.fields, layout.id)
+        if layout.tests is not None:
+            tests = _tests(layout, layout.tests, row.fields)
+            digest = hashlib.blake2b(tests.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+            return Problem(row.place, text + layout.more(row.fields), (digest,), published_id, tests)
         answers = _answers(recipe, layout, row.fields)
-        return Problem(row.place, text, answers, _published_id(row.fields, layout.id))
+        return Problem(row.place, text, answers, published_id)
     except MalformedField as e:
         return Malformed(row.place, e.field, e.problem, _shown(row.fields))
     except RecursionError:
@@ -115,6 +132,14 @@ def _answers(recipe: Recipe, layout: FileLayout, fields: dict[str, Any]) -> tupl
     value = _present(fields, layout.answer)
     try:
         return tuple(recipe.check(answer) for answer in layout.read(value))
+    except ValueError as e:
+        raise MalformedField(layout.answer, str(e)) from e
+
+
+def _tests(layout: FileLayout, read_tests: ReadTests, fields: dict[str, Any]) -> str:
+    _present(fields, layout.answer)
+    try:
+        return json.dumps(read_tests(fields, layout.answer))
     except ValueError as e:
         raise MalformedField(layout.answer, str(e)) from e
 

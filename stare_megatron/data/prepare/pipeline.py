@@ -17,8 +17,9 @@ from typing import Any
 from stare_megatron.data.prepare import extract, overlap, store
 from stare_megatron.data.prepare.hub import Source
 from stare_megatron.data.prepare.overlap import Contamination, Reference
-from stare_megatron.data.prepare.settings import Settings
-from stare_megatron.data.prepare.types import Counts, Malformed, Problem, Recipe, Removed
+from stare_megatron.data.prepare.programs import INSTRUCTION as PROGRAM
+from stare_megatron.data.prepare.settings import INSTRUCTION, Settings
+from stare_megatron.data.prepare.types import Counts, Malformed, Problem, Recipe, Removed, Unsuitable
 from stare_megatron.errors import UserError
 
 _SHOWN = 20  # malformed rows reported one by one
@@ -29,6 +30,7 @@ class _Extracted:
     rows: int
     repeated: int
     malformed: tuple[Malformed, ...]
+    unsuitable: tuple[Unsuitable, ...]
     conflicts: tuple[tuple[Problem, Problem], ...]  # the kept problem, the one with another answer
     problems: tuple[Problem, ...]
 
@@ -49,6 +51,7 @@ def prepare(recipe: Recipe, source: Source, settings: Settings, out: Path, repor
             f"{len(found.malformed)} of {found.rows} rows are malformed; fix the file, or leave them out "
             "(and have them listed) with --skip-malformed"
         )
+    left_out = [Removed("", item.place, item.reason, item.problem) for item in found.unsuitable]
     removed: list[Removed] = []
     kept = _without_conflicts(recipe, found, settings, removed)
     conflicting = len(removed)
@@ -60,6 +63,7 @@ def prepare(recipe: Recipe, source: Source, settings: Settings, out: Path, repor
     counts = Counts(
         rows=found.rows,
         malformed=len(found.malformed),
+        unsuitable=len(left_out),
         repeated=found.repeated,
         conflicting=conflicting,
         same=same,
@@ -67,7 +71,7 @@ def prepare(recipe: Recipe, source: Source, settings: Settings, out: Path, repor
         written=len(kept),
     )
     rows = [_row(recipe, problem, settings) for problem in kept]
-    store.write(out, rows, removed, found.malformed, recipe, source, settings, counts)
+    store.write(out, rows, [*left_out, *removed], found.malformed, recipe, source, settings, counts)
     return counts
 
 
@@ -75,12 +79,16 @@ def _extract(recipe: Recipe, files: Sequence[Path]) -> _Extracted:
     """All files in one pass; of a problem met again only its answer is looked at, so memory is that of the distinct."""
     rows = repeated = 0
     malformed: list[Malformed] = []
+    unsuitable: list[Unsuitable] = []
     conflicts: list[tuple[Problem, Problem]] = []
     first: dict[bytes, Problem] = {}
     for item in _items(recipe, files):
         rows += 1
         if isinstance(item, Malformed):
             malformed.append(item)
+            continue
+        if isinstance(item, Unsuitable):
+            unsuitable.append(item)
             continue
         digest = hashlib.blake2b(overlap.key(item.text).encode(), digest_size=16).digest()
         kept = first.setdefault(digest, item)
@@ -90,10 +98,11 @@ def _extract(recipe: Recipe, files: Sequence[Path]) -> _Extracted:
             repeated += 1
         else:
             conflicts.append((kept, item))
-    return _Extracted(rows, repeated, tuple(malformed), tuple(conflicts), tuple(first.values()))
+    problems = tuple(first.values())
+    return _Extracted(rows, repeated, tuple(malformed), tuple(unsuitable), tuple(conflicts), problems)
 
 
-def _items(recipe: Recipe, files: Sequence[Path]) -> Iterator[Problem | Malformed]:
+def _items(recipe: Recipe, files: Sequence[Path]) -> Iterator[Problem | Malformed | Unsuitable]:
     for path in files:
         yield from extract.problems(recipe, path)
 
@@ -142,7 +151,10 @@ def _removed(recipe: Recipe, problem: Problem, reason: str) -> Removed:
 
 def _row(recipe: Recipe, problem: Problem, settings: Settings) -> dict[str, Any]:
     """A row of the prompt file; `problem` is the text without instructions, which decontamination compares."""
-    text = f"{problem.text}\n{settings.instruction}" if settings.instruction else problem.text
+    instruction = settings.instruction
+    if problem.tests and instruction == INSTRUCTION:  # which asks for a box
+        instruction = PROGRAM
+    text = f"{problem.text}\n{instruction}" if instruction else problem.text
     prompt: str | list[dict[str, str]] = text
     if settings.form == "chat":
         system = [{"role": "system", "content": settings.system}] if settings.system else []
@@ -151,9 +163,9 @@ def _row(recipe: Recipe, problem: Problem, settings: Settings) -> dict[str, Any]
         "id": _id(recipe, problem),
         "source": settings.source or recipe.name,
         "prompt": prompt,
-        "answer": _answer(problem),
+        "answer": "-" if problem.tests else _answer(problem),
         "problem": problem.text,
-    }
+    } | ({"tests": problem.tests} if problem.tests else {})
     return row | ({"published_id": problem.published_id} if problem.published_id else {})
 
 

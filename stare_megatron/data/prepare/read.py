@@ -26,7 +26,7 @@ def read(path: Path) -> Iterator[RawRow | Malformed]:
         yield from _csv(path)
         return
     kind = "row " if path.suffix == ".parquet" else ""
-    for at, row in rows.read(path):
+    for at, row in rows.read(path, numbered=True):
         place = f"{path}:{kind}{at}"
         yield Malformed(place, "", row.problem, row.begins) if isinstance(row, rows.Broken) else RawRow(place, row)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from stare_megatron.data.prepare import answers
+from stare_megatron.data.prepare import answers, programs
 from stare_megatron.data.prepare.types import FileLayout, Recipe
 
 _CHAT = "reward_model.ground_truth"
 _PROBLEM_ANSWER = FileLayout("problem", "answer", answers.plain)
 _QUESTION_ANSWER = FileLayout("question", "answer", answers.plain)
 _INPUT_OUTPUT = FileLayout("input", "output", answers.plain)
+_INPUT_TESTS = FileLayout(
+    "question", "input_output", answers.plain, "problem_id", tests=programs.cases, more=programs.with_starter
+)
 _BOXED_SOLUTION = FileLayout("problem", "solution", answers.in_box)
 
 _ALL = (
@@ -40,6 +43,76 @@ _ALL = (
         hub="POLARIS-Project/Polaris-Dataset-53K",
         patterns=("*.jsonl", "*.parquet", "data/*.parquet"),
         layouts=(_PROBLEM_ANSWER,),
+    ),
+    Recipe(
+        name="orz",
+        hub="Open-Reasoner-Zero/orz_math_57k_collection",
+        patterns=("*.json", "*.jsonl", "*.parquet", "data/*.parquet"),
+        # A row is a list of two messages.
+        layouts=(FileLayout("0.value", "1.ground_truth.value", answers.plain),),
+    ),
+    Recipe(
+        name="big-math",
+        hub="SynthLabsAI/Big-Math-RL-Verified",
+        patterns=("data/{split}-*.parquet",),
+        layouts=(_PROBLEM_ANSWER,),
+    ),
+    Recipe(
+        name="numina-math-1.5",
+        hub="AI-MO/NuminaMath-1.5",
+        patterns=("data/{split}-*.parquet",),
+        layouts=(_PROBLEM_ANSWER,),
+        unsuitable=answers.no_answer,
+    ),
+    Recipe(
+        name="numina-math-cot",
+        hub="AI-MO/NuminaMath-CoT",
+        patterns=("data/{split}-*.parquet",),
+        layouts=(_BOXED_SOLUTION,),
+        unsuitable=answers.no_box,
+    ),
+    Recipe(
+        name="openr1-math",
+        hub="open-r1/OpenR1-Math-220k",
+        patterns=("data/{split}-*.parquet",),
+        layouts=(FileLayout("problem", "answer", answers.plain, "uuid"),),
+        unsuitable=answers.no_answer,
+    ),
+    Recipe(
+        name="apps",
+        hub="codeparrot/apps",
+        patterns=("{split}.jsonl", "*/{split}-*.parquet", "data/{split}-*.parquet"),
+        layouts=(_INPUT_TESTS,),
+    ),
+    Recipe(
+        name="taco",
+        hub="likaixin/TACO-verified",
+        patterns=("*.parquet", "data/*.parquet", "*.jsonl"),
+        layouts=(_INPUT_TESTS,),
+    ),
+    Recipe(
+        name="deepcoder",
+        hub="agentica-org/DeepCoder-Preview-Dataset",
+        patterns=("{split}/train-*.parquet",),
+        split="taco",
+        layouts=(FileLayout("problem", "tests", answers.plain, tests=programs.cases, more=programs.with_starter),),
+    ),
+    Recipe(
+        name="mbpp",
+        hub="google-research-datasets/mbpp",
+        patterns=("full/{split}-*.parquet",),
+        layouts=tuple(
+            FileLayout(key, "test_list", answers.plain, "task_id", tests=programs.asserts, more=programs.with_asserts)
+            for key in ("text", "prompt")  # the full edition, the sanitized one
+        ),
+    ),
+    Recipe(
+        name="humaneval",
+        hub="openai/openai_humaneval",
+        patterns=("openai_humaneval/test-*.parquet",),
+        split="test",
+        role="eval",
+        layouts=(FileLayout("prompt", "test", answers.plain, "task_id", tests=programs.check_function),),
     ),
     Recipe(
         name="gsm8k",

@@ -29,6 +29,15 @@ class Malformed:
         return f"{self.place}: {field}{self.problem}"
 
 
+@dataclass(frozen=True)
+class Unsuitable:
+    """A row in order that has no answer to check: where, why, and its problem."""
+
+    place: str
+    reason: str
+    problem: str
+
+
 class MalformedField(Exception):
     """A field that cannot be used; becomes a `Malformed` with its row's place."""
 
@@ -42,27 +51,46 @@ class MalformedField(Exception):
 class Problem:
     """A problem and its reference answer, cleaned. Several `answers` are alternatives, each of them right.
 
-    `published_id`: the data set's own name for it, empty without one.
+    `published_id`: the data set's own name for it, empty without one. `tests`: of a programming problem, which has no
+    answer but theirs (its `answers` are their hash), as JSON; empty for others.
     """
 
     place: str
     text: str
     answers: tuple[str, ...]
     published_id: str
+    tests: str = ""
 
 
 # Reads the answers out of a field's value; raises ValueError saying what is wrong.
 ReadAnswers = Callable[[Any], tuple[str, ...]]
+# Reads the tests out of a row, by the column that they stand in; raises likewise.
+ReadTests = Callable[[dict[str, Any], str], Any]
+
+
+def nothing_more(fields: dict[str, Any]) -> str:
+    """Of a problem whose text is all of it."""
+    return ""
 
 
 @dataclass(frozen=True)
 class FileLayout:
-    """Where a published file keeps things; dotted keys lead into nested objects. `id` is empty if it has none."""
+    """Where a published file keeps things; dotted keys lead into nested objects. `id` is empty if it has none.
+
+    `tests`: the column `answer` holds tests, which it reads in place of `read`. `more`: what belongs after the problem.
+    """
 
     problem: str
     answer: str
     read: ReadAnswers
     id: str = ""
+    tests: ReadTests | None = None
+    more: Callable[[dict[str, Any]], str] = nothing_more
+
+
+def suits(fields: dict[str, Any]) -> str:
+    """Of a data set whose rows all have an answer."""
+    return ""
 
 
 @dataclass(frozen=True)
@@ -72,6 +100,7 @@ class Recipe:
     `hub`: its repository; `patterns`: its files there, the first that matches any counts (`{split}` is replaced);
     `layouts`: the forms it is published in, here and by others, the first whose columns a file has counts.
     `check`: the answer after a further demand on it, as `ReadAnswers` raises; `str`: none. `role`: of its rows.
+    `unsuitable`: why a row is left out, "" for one that is not: proofs, problems without a known answer.
     """
 
     name: str
@@ -81,18 +110,22 @@ class Recipe:
     split: str = "train"
     role: Literal["train", "eval"] = "train"
     check: Callable[[str], str] = str
+    unsuitable: Callable[[dict[str, Any]], str] = suits
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Rows per step: `rows` = `malformed` + `repeated` + `conflicting` + `same` + `overlapping` + `written`.
+    """Rows per step: `rows` = `malformed` + `unsuitable` + `repeated` + `conflicting` + `same` + `overlapping` +
+    `written`.
 
-    `repeated`: a problem again, with the same answer. `conflicting`: one of a problem's rows whose answers differ.
-    `same`, `overlapping`: equal to, or with a large share of, a problem of `--against`.
+    `unsuitable`: without an answer to check. `repeated`: a problem again, with the same answer. `conflicting`: one of a
+    problem's rows whose answers differ. `same`, `overlapping`: equal to, or with a large share of, a problem of
+    `--against`.
     """
 
     rows: int
     malformed: int
+    unsuitable: int
     repeated: int
     conflicting: int
     same: int
