@@ -18,6 +18,8 @@ from stare_megatron.data.prompts import load_prompts
 from stare_megatron.errors import UserError
 from stare_megatron.tasks import get
 from stare_megatron.tasks.tiny_model import make_tokenizer
+from tests.unit.data.test_prepare_mixes import MORE
+from tests.unit.data.test_prepare_programs import PUBLISHED as PROGRAMS
 
 BEFORE = (
     "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
@@ -44,17 +46,6 @@ SKYWORK = {
     "reward_model": {"ground_truth": '["6"]', "style": "rule"},
     "extra_info": {"index": 5, "model_difficulty": {"DeepSeek-R1-Distill-Qwen-7B": 3}},
 }
-NUMINA = {
-    "problem": "2+3?",
-    "solution": "It is 5.",
-    "answer": "5",
-    "problem_type": "Algebra",
-    "question_type": "math-word-problem",
-    "problem_is_valid": "Yes",
-    "solution_is_valid": "Yes",
-    "source": "olympiads",
-    "synthetic": False,
-}
 # Data set, a row in a published form of it, the problem, the answers.
 PUBLISHED = [
     ("dapo-math-17k", DAPO, "What is 17 + 17?", ("34",)),
@@ -68,21 +59,6 @@ PUBLISHED = [
         ("1/2", "0.5"),
     ),
     ("polaris", {"problem": "2+3?", "answer": "5", "difficulty": "3/8"}, "2+3?", ("5",)),
-    (
-        "orz",
-        {"0": {"from": "human", "value": "2+3?"}, "1": {"from": "assistant", "ground_truth": {"value": "5"}}},
-        "2+3?",
-        ("5",),
-    ),
-    (
-        "big-math",
-        {"problem": "2+3?", "answer": "5", "source": "cn_k12", "domain": ["Arithmetic"], "llama8b_solve_rate": 0.9},
-        "2+3?",
-        ("5",),
-    ),
-    ("numina-math-1.5", NUMINA, "2+3?", ("5",)),
-    ("numina-math-cot", {"source": "aops", "problem": "2+3?", "solution": r"It is $\boxed{5}$."}, "2+3?", ("5",)),
-    ("openr1-math", NUMINA | {"uuid": "u-1", "generations": ["It is 5."]}, "2+3?", ("5",)),
     ("gsm8k", {"question": "How many?", "answer": "3 * 411 = <<3*411=1233>>1233\n#### 1,233"}, "How many?", ("1233",)),
     ("math", {"problem": "2+3?", "answer": r"\frac{1}{2}", "difficulty": 5.0}, "2+3?", (r"\frac{1}{2}",)),
     (
@@ -161,8 +137,8 @@ def test_published_forms(tmp_path, dataset, row, text, answers, name):
 
 
 def test_every_recipe_has_a_published_form_here():
-    programs = {name for name, recipe in RECIPES.items() if any(layout.tests for layout in recipe.layouts)}
-    assert {dataset for dataset, *_ in PUBLISHED} == set(RECIPES) - programs
+    elsewhere = {row[0] for row in MORE + PROGRAMS}
+    assert {dataset for dataset, *_ in PUBLISHED} == set(RECIPES) - elsewhere
 
 
 def test_csv_and_its_ids(tmp_path):
@@ -194,7 +170,7 @@ def test_csv_and_its_ids(tmp_path):
 )
 def test_a_malformed_field_is_named_with_its_line(tmp_path, dataset, row, field, problem):
     good = next(r for name, r, *_ in PUBLISHED if name == dataset)
-    good = {"minerva": PUBLISHED[25][1]}.get(dataset, good)
+    good = {"minerva": PUBLISHED[20][1]}.get(dataset, good)
     path = write(tmp_path, [good, row], "in.jsonl")
     _, found = extract.problems(RECIPES[dataset], path)
     assert isinstance(found, Malformed)
@@ -294,36 +270,6 @@ def test_dapo_shrinks_to_its_distinct_problems(tool):
 EVAL = (
     "A frog jumps along the number line from zero to twelve in steps of two or three; in how many ways can it arrive?"
 )
-
-
-def test_rows_without_an_answer_to_check_are_left_out_and_listed(tool):
-    rows = [
-        NUMINA,
-        NUMINA | {"problem": "Show it.", "question_type": "proof", "answer": "proof"},
-        NUMINA | {"problem": "How many?", "answer": "notfound"},
-        NUMINA | {"problem": "And then?", "answer": None},
-        NUMINA | {"problem": "Half of", "problem_is_valid": "Incomplete"},
-        NUMINA | {"problem": "3+3?", "answer": "6", "problem_is_valid": None, "question_type": "MCQ"},
-    ]
-    code, said, out = tool("numina-math-1.5", rows)
-    assert code == 0
-    assert "2 of 6 rows; left out: 4 without an answer to check" in said
-    listed = lines(out.with_name("out.jsonl.removed.jsonl"))
-    reasons = ["a proof", "no answer: 'notfound'", "no answer: None", "problem_is_valid: 'Incomplete'"]
-    assert [r["reason"] for r in listed] == reasons
-    assert [r["problem"] for r in listed] == ["Show it.", "How many?", "And then?", "Half of"]
-    _, said, out = tool(
-        "numina-math-cot", [{"problem": "2+3?", "solution": r"\\boxed{5}"}, {"problem": "Show", "solution": "qed"}]
-    )
-    assert "1 of 2 rows; left out: 1 without an answer to check" in said
-
-
-def test_rows_that_are_lists_of_messages(tool, tmp_path):
-    row = [{"from": "human", "value": "2+3?"}, {"from": "assistant", "ground_truth": {"value": "5"}}]
-    code, said, out = tool("orz", [json.dumps([row, [], "x"])], "--skip-malformed")
-    assert code == 0, said
-    assert [(r["problem"], r["answer"]) for r in lines(out)] == [("2+3?", "5")]
-    assert "left out: 2 malformed" in said
 
 
 def test_benchmarks_are_kept_out_and_listed(tool):
