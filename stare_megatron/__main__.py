@@ -32,14 +32,17 @@ def _train(args: argparse.Namespace, rest: list[str]) -> int:
     overrides = [*args.overrides, *rest]
     resolved = config.load(args.config, overrides)
     if args.print_config:
-        from stare_megatron.run.folder import to_toml
-
-        print(to_toml(resolved), end="")
-        return 0
+        return _show(resolved)
     from stare_megatron.run.train import train
 
-    command = ["stare-megatron", "train", str(args.config), *overrides]
-    return train(resolved, quiet=args.quiet, command=command)
+    return train(resolved, quiet=args.quiet, command=["stare-megatron", "train", str(args.config), *overrides])
+
+
+def _show(resolved: Any) -> int:
+    from stare_megatron.run.folder import to_toml
+
+    print(to_toml(resolved), end="")
+    return 0
 
 
 def _sft(args: argparse.Namespace, rest: list[str]) -> int:
@@ -48,10 +51,7 @@ def _sft(args: argparse.Namespace, rest: list[str]) -> int:
     overrides = [*args.overrides, *rest]
     resolved = config.load_sft(args.config, overrides)
     if args.print_config:
-        from stare_megatron.run.folder import to_toml
-
-        print(to_toml(resolved), end="")
-        return 0
+        return _show(resolved)
     from stare_megatron.sft.start import sft
 
     return sft(resolved, quiet=args.quiet, command=["stare-megatron", "sft", str(args.config), *overrides])
@@ -312,7 +312,7 @@ def _command(commands: Any, name: str, handler: Handler, about: str, *examples: 
 def _add_runs(commands: Any) -> None:
     examples = (
         "train run.toml",
-        "train run.toml run.name=wider rollout.group_size=16",
+        "train run.toml run.name=wider rollout.group_size=8",
         "train run.toml run.resume=auto",
     )
     _add_run(_command(commands, "train", _train, "train a policy", *examples))

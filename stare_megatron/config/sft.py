@@ -23,6 +23,7 @@ _IDLE = {
     ("trainer", "updates_per_batch"): "a batch is one optimizer step; set sft.batch_sequences",
     ("trainer", "scoring"): "nothing is scored before an update",
     ("checkpoint", "local"): "its checkpoints go to the run's folder",
+    ("checkpoint", "local"): "its saves go to the run's folder",
     ("logging", "samples_every"): "nothing is sampled",
     ("logging", "reflection_words"): "nothing is sampled",
 }
@@ -84,7 +85,7 @@ class SftConfig(Section):
     run: SftRunConfig = Field(default_factory=lambda: SftRunConfig(), description="The run itself.")
     model: ModelConfig = Field(description="The model.")
     data: SftDataConfig = Field(description="Conversations.")
-    sft: SftTable = Field(default_factory=lambda: SftTable(), description="Supervised training, `stare-megatron sft`.")
+    sft: SftTable = Field(default_factory=lambda: SftTable(), description="Supervised training, the command `sft`.")
     trainer: TrainerConfig = Field(default_factory=lambda: TrainerConfig(), description="Megatron-Core ranks.")
     checkpoint: Free[CheckpointConfig] = Field(default_factory=lambda: CheckpointConfig(), description="What is saved.")
     logging: Free[LoggingConfig] = Field(default_factory=lambda: LoggingConfig(), description="Where metrics go.")

@@ -154,9 +154,9 @@ _ENTRIES = (
     Entry("sync/staleness_p95", "versions", R.ONE, "95 % of the trained tokens are at most so far behind."),
     Entry("sync/version_spans", "spans", R.MEAN, "Stretches of one policy in a trained trajectory."),
     Entry("sync/version_spans_max", "spans", R.MAX, "The most, in any of them."),
-    Entry("sft/held_out_loss", "nats/token", R.TOKEN_MEAN, "`stare-megatron sft`: cross entropy of `data.eval`."),
-    Entry("sft/sequences", "sequences", R.ONE, "`stare-megatron sft`: of the step's batch."),
-    Entry("sft/tokens", "tokens", R.ONE, "`stare-megatron sft`: of the step's batch, learned or not."),
+    Entry("sft/held_out_loss", "nats/token", R.TOKEN_MEAN, "Command `sft`: cross entropy of `data.eval`."),
+    Entry("sft/sequences", "sequences", R.ONE, "Command `sft`: of the step's batch."),
+    Entry("sft/tokens", "tokens", R.ONE, "Command `sft`: of the step's batch, learned or not."),
     Entry(
         "throughput/tokens_per_second",
         "tokens/s",

@@ -186,7 +186,7 @@ class ConsoleSink:
         supervised = "sft/sequences" in row
         for label, name, form, style in curves:
             values = [row[name] for row in self._rows if name in row]
-            if not values or (label == "loss" and not supervised):  # the objective of `train` is near 0 by design
+            if (supervised and not values) or (label == "loss" and not supervised):  # in `train` it is near 0
                 continue
             # Means of a batch are noisy: the last ten steps of what is a mean over prompts.
             shown = mean(self._rows[-10:], name) if name.startswith("reward/") else row.get(name, math.nan)
@@ -200,7 +200,7 @@ class ConsoleSink:
         phases = "  ".join(f"{p} {row[f'time/{p}']:.1f}" for p in _PHASES if row.get(f"time/{p}"))
         speed = f"{row.get('throughput/tokens_per_second', math.nan):,.0f} tokens/s"
         table.add_row("speed", speed, Text(f"{phases} s", style="dim"))
-        if "mismatch/mean" not in row:
+        if "sft/sequences" in row:
             return
         mismatch = f"{row.get('mismatch/mean', math.nan):.1e} nats"
         table.add_row(

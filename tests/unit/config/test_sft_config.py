@@ -28,6 +28,10 @@ REFUSED = [
     ({"trainer": {"updates_per_batch": 2}}, r"trainer.updates_per_batch = 2 .*set sft.batch_sequences"),
     ({"trainer": {"offload": ["parameters"]}}, r'"parameters".*take it out'),
     ({"logging": {"samples_every": 3}}, r"logging.samples_every = 3 does nothing"),
+    (
+        {"checkpoint": {"local": "/nvme"}},
+        r"checkpoint.local = '/nvme' does nothing in supervised training: its saves go",
+    ),
     ({"sft": {"eval_every": 5}}, r"sft.eval_every = 5, and data.eval names no file"),
     ({"sft": {"batch_tokens": 9000, "batch_sequences": 8}}, r"both set; choose one"),
     ({"sft": {"batch_tokens": 100}}, r"sft.batch_tokens = 100 is less than one sequence, sft.max_tokens = 4096"),

@@ -22,7 +22,11 @@ from tests.unit.docs.commands import PROGRAMS, ROOT, Command, commands, pages
 
 COMMANDS = commands()
 # What stands for a file or name of the reader's own.
-PLACEHOLDERS = {"DATASET": "gsm8k", "run.toml": "examples/demo_cpu/run.toml"}
+PLACEHOLDERS = {
+    "DATASET": "gsm8k",
+    "run.toml": "examples/demo_cpu/run.toml",
+    "sft.toml": "examples/tool_use_7b/sft.toml",
+}
 # Folders of this repository: a path that begins so must exist.
 OURS = ("examples/", "docs/", "tools/", "tests/", "stare_megatron/", "patches/")
 PYPROJECT = (ROOT / "pyproject.toml").read_text()

@@ -74,7 +74,7 @@ class CountingRanks:
     def held_step(self) -> int:
         return self.step
 
-    def begin_save(self, folder: Path, step: int) -> None:
+    def begin_save(self, folder: Path, step: int, local: Path | None = None) -> None:
         folder.mkdir()
         for name in (".metadata", "common.pt"):
             (folder / name).write_text("")
