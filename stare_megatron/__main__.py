@@ -310,11 +310,7 @@ def _command(commands: Any, name: str, handler: Handler, about: str, *examples: 
 
 
 def _add_runs(commands: Any) -> None:
-    examples = (
-        "train run.toml",
-        "train run.toml run.name=wider rollout.group_size=8",
-        "train run.toml run.resume=auto",
-    )
+    examples = ("train run.toml", "train run.toml run.name=wide rollout.group_size=8", "train run.toml run.resume=auto")
     _add_run(_command(commands, "train", _train, "train a policy", *examples))
     about = "teach a model conversations, before `train`: supervised, on the trainer's ranks alone"
     examples = ("sft sft.toml", "sft sft.toml sft.epochs=2 trainer.optimizer.lr=1e-5", "sft sft.toml run.resume=auto")

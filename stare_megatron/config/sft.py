@@ -23,7 +23,6 @@ _IDLE = {
     ("trainer", "updates_per_batch"): "a batch is one optimizer step; set sft.batch_sequences",
     ("trainer", "scoring"): "nothing is scored before an update",
     ("checkpoint", "local"): "its checkpoints go to the run's folder",
-    ("checkpoint", "local"): "its saves go to the run's folder",
     ("logging", "samples_every"): "nothing is sampled",
     ("logging", "reflection_words"): "nothing is sampled",
 }
