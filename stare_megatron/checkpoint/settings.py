@@ -1,8 +1,8 @@
 """What made a checkpoint, kept with it, and whether a run that wants to go on from there is the same run.
 
 Keys that say where things are and how they run may differ: those of the type `Free` in the configuration. Files are
-compared by content: prompts by `StreamState.fingerprint`, the model's configuration and tokenizer, and the files of the
-user's own objects, by `Settings`; the weights are the checkpoint's own.
+compared by content: prompts by `StreamState.fingerprint`, the model's configuration and tokenizer, the files of the
+user's own objects, and the weights of a reference policy, by `Settings`; the policy's weights are the checkpoint's own.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ _SHOWN = 8
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """`config`: the resolved configuration, nested; `files`: checksum of each file of `model.path` that is not weights
-    and decides what the model or its tokens are; `code`: of the file of each object of the user's, by its key."""
+    and decides what the model or its tokens are; `code`: of the file of each object of the user's, by its key;
+    `reference`: of each file of the reference policy's weights, with `algorithm.kl`."""
 
     config: dict[str, Any]
     files: dict[str, str]
     code: dict[str, str] = dataclasses.field(default_factory=dict)
+    reference: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def of(self, config: Config | SftConfig) -> Settings:
         """The same files, read once, with what has been settled in the configuration since."""
@@ -44,7 +46,7 @@ def settings_of(config: Config | SftConfig) -> Settings:
     """Those of a run about to start.
 
     Raises:
-        UserError: a file of `model.path` cannot be read.
+        UserError: a file of `model.path` or of the reference policy cannot be read.
     """
     folder = config.model.path
     try:
@@ -54,7 +56,21 @@ def settings_of(config: Config | SftConfig) -> Settings:
     except OSError as e:
         raise UserError(f"model.path = {str(folder)!r}: cannot be read: {e}") from e
     code = {key: manifest.checksum(file).checksum for key, file in config.own_files().items()}
-    return Settings(config.model_dump(mode="json"), files, code)
+    return Settings(config.model_dump(mode="json"), files, code, _reference_of(config))
+
+
+def _reference_of(config: Config) -> dict[str, str]:
+    """Checksums of the weights that the reference policy is read from, each file read once."""
+    if not config.algorithm.kl.on:
+        return {}
+    named = config.algorithm.kl.reference or config.model.weights or str(config.model.path)
+    folder = Path(named)
+    try:
+        # A Hugging Face folder's tensors, or all of a Megatron-Core checkpoint.
+        names = [name for name in manifest.files(folder) if Path(name).suffix in (".safetensors", ".distcp", ".pt")]
+        return {name: manifest.checksum(folder / name).checksum for name in names}
+    except OSError as e:
+        raise UserError(f"algorithm.kl: the reference policy of {named!r} cannot be read: {e}") from e
 
 
 def write(folder: Path, settings: Settings) -> None:
@@ -71,7 +87,8 @@ def read(folder: Path) -> Settings:
     file = folder / FILE
     try:
         tree = json.loads(file.read_text())
-        return Settings(dict(tree["config"]), dict(tree["files"]), dict(tree["code"]))
+        reference = dict(tree.get("reference", {}))  # none before there was a KL
+        return Settings(dict(tree["config"]), dict(tree["files"]), dict(tree["code"]), reference)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"{file}: not the settings of a checkpoint: {type(e).__name__}: {e}") from e
 
@@ -123,6 +140,7 @@ def check_settings(folder: Path, now: Settings, allow: Sequence[str]) -> None:
                 f"{folder}: the file of {key}{named} has changed since; give it as it was, "
                 f'start a new run, or say that this is meant: run.resume_allow=["{key}"]'
             )
+    _check_reference(folder, then, now, allow, found)
     if found:
         more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         keys = ", ".join(f'"{d.key}"' for d in found[:_SHOWN])
@@ -130,6 +148,22 @@ def check_settings(folder: Path, now: Settings, allow: Sequence[str]) -> None:
             f"{folder}: made with other settings: {'; '.join(map(str, found[:_SHOWN]))}{more}; set them as they were, "
             f"start a new run, or say that this is meant: run.resume_allow=[{keys}]"
         )
+
+
+def _check_reference(
+    folder: Path, then: Settings, now: Settings, allow: Sequence[str], found: Sequence[Difference]
+) -> None:
+    """Raises: UserError: the reference policy is not the one that the run was held to."""
+    key = "algorithm.kl.reference"
+    both = then.reference and now.reference  # else the coefficient differs, which is said of it
+    if not both or then.reference == now.reference or _covered(key, allow) or found:
+        return
+    names = sorted(then.reference.keys() | now.reference.keys())
+    changed = [name for name in names if then.reference.get(name) != now.reference.get(name)]
+    raise UserError(
+        f"{folder}: made with another reference policy: {', '.join(changed[:_SHOWN])} differ from what was there "
+        f'({key}, or the model that the run begins with); give it as it was, or set run.resume_allow=["{key}"]'
+    )
 
 
 @dataclasses.dataclass(frozen=True)

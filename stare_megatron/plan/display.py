@@ -74,9 +74,15 @@ def headline(plan: Plan) -> list[tuple[str, str]]:
 def _host(plan: Plan) -> str:
     """Memory of a node beside what its processes take anyhow."""
     host = plan.host
-    parts = {"page-locked for trainer.offload": host.arenas, "while a checkpoint is written": host.saving}
+    parts = {f"page-locked for {_movers(plan)}": host.arenas, "while a checkpoint is written": host.saving}
     shown = ", ".join(f"{size / _GIB:,.0f} GiB {what}" for what, size in parts.items() if size)
     return f"{shown}, on a node of {host.ranks} ranks"
+
+
+def _movers(plan: Plan) -> str:
+    offload, kl = plan.config.trainer.offload, plan.config.algorithm.kl
+    named = {"trainer.offload": bool(offload), "algorithm.kl": kl.on and kl.residency == "host"}
+    return " and ".join(name for name, does in named.items() if does)
 
 
 def memory_table(plan: Plan) -> Table:
@@ -105,12 +111,13 @@ def time_table(plan: Plan) -> Table:
     pushed = f"{plan.push.bytes / _GIB:.1f} GiB of weights"
     rows = (
         (Phase.ROLLOUT, f"{r.bound}; {r.tokens:,} tokens{refills}", plan.moves.rollout),
-        (Phase.SCORE, _pass(plan.score), 0.0),
+        (Phase.SCORE, _pass(plan.score), plan.moves.score),
         (Phase.UPDATE, _pass(plan.update), plan.moves.update),
         (Phase.PUSH, pushed + (", in shards" if plan.config.sync.method == "sharded" else ""), plan.moves.push),
     )
     for phase, text, moved in rows:
-        offload = f"; {_seconds(moved)} s of it trainer.offload" if moved else ""
+        mover = "algorithm.kl" if phase is Phase.SCORE else "trainer.offload"
+        offload = f"; {_seconds(moved)} s of it {mover}" if moved else ""
         table.add_row(phase.value, _seconds(plan.phase(phase)), text + offload)
     table.add_row("step", _seconds(plan.seconds), f"MFU of score and update {plan.mfu:.1%}", style="bold")
     stands = f"{save.bytes / _GIB:,.0f} GiB; training stands {_seconds(save.seconds)} s"

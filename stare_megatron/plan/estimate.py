@@ -74,7 +74,7 @@ class Plan:
         """Seconds, with what is moved in it."""
         own = {
             Phase.ROLLOUT: (self.rollout.seconds, self.moves.rollout),
-            Phase.SCORE: (self.score.seconds, 0.0),
+            Phase.SCORE: (self.score.seconds, self.moves.score),
             Phase.UPDATE: (self.update.seconds, self.moves.update),
             Phase.PUSH: (self.push.seconds, self.moves.push),
         }

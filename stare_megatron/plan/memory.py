@@ -139,6 +139,8 @@ def rank_parts(config: Config, shape: ModelShape, given: RankInput, phase: Phase
     layout = Layout.of(t)
     state = largest(shape, layout, stage).state(dtype, sharded=layout.sharded)
     parts = given.residency[phase].parts(state)
+    if config.algorithm.kl.on and config.algorithm.kl.residency == "device":
+        parts["reference"] = float(state.parameters)
     how = (shape, layout, t, given.layers, dtype, stage, given.pack)
     if phase is Phase.UPDATE:
         peak = update_peak(*how, given.micro_batches)

@@ -1,4 +1,5 @@
-"""What `trainer.offload` moves between a GPU and the host's memory in a step, and what the host must hold. No torch."""
+"""What `trainer.offload` and a reference policy (`algorithm.kl`) move between a GPU and its host in a step, and what
+the host must hold. No torch."""
 
 from __future__ import annotations
 
@@ -20,16 +21,17 @@ class Moves:
     update: float
     push: float
     bytes: float
+    score: float = 0.0
 
     @property
     def seconds(self) -> float:
-        return self.rollout + self.update + self.push
+        return self.rollout + self.score + self.update + self.push
 
 
 @dataclass(frozen=True)
 class HostMemory:
-    """Of a node, bytes. `arenas`: page-locked, what its ranks keep for `trainer.offload`; `saving`: their copies of
-    what a checkpoint is written from."""
+    """Of a node, bytes. `arenas`: page-locked, what its ranks keep for `trainer.offload` and `algorithm.kl`; `saving`:
+    their copies of what a checkpoint is written from."""
 
     arenas: float
     saving: float
@@ -43,8 +45,15 @@ def moves(config: Config, shape: ModelShape, machine: Machine) -> Moves:
     rate = machine.gpu.host * machine.constants.host
     weights = held.parameters / rate if "parameters" in away else 0.0
     state = 2 * t.updates_per_batch * held.optimizer / rate if "optimizer" in away else 0.0
+    # The reference and the policy change places, and change back.
+    places = 4 * held.parameters / rate if _kept_on_host(config) else 0.0
     # Parameters come when engines sleep, and leave before these sample.
-    return Moves(rollout=weights, update=state, push=weights, bytes=(2 * weights + state) * rate)
+    size = (2 * weights + state + places) * rate
+    return Moves(rollout=weights, update=state, push=weights, bytes=size, score=places)
+
+
+def _kept_on_host(config: Config) -> bool:
+    return config.algorithm.kl.on and config.algorithm.kl.residency == "host"
 
 
 def host_memory(config: Config, shape: ModelShape, machine: Machine) -> HostMemory:
@@ -53,6 +62,7 @@ def host_memory(config: Config, shape: ModelShape, machine: Machine) -> HostMemo
     ranks = min(t.world_size, machine.gpu.per_node)
     arena = arena_bytes(shape, t, config.model.dtype)
     copied = config.checkpoint.asynchronous or arena > 0
+    arena += held.parameters * _kept_on_host(config)
     byte = element_bytes(config.model.dtype)
     share = parameters(shape) * (byte + (8.0 if byte == 4 else 12.0)) / t.world_size
     return HostMemory(float(ranks * arena), ranks * share if copied else 0.0, ranks)

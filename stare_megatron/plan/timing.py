@@ -201,10 +201,11 @@ class Ranks:
         return 6.0 * self.shape.hidden * self.shape.active_ffn / work_of(self.shape).layer
 
     def score(self) -> PassTime:
-        """The scoring pass; nothing where there is none."""
-        if self.config.trainer.scoring == "rollout":
+        """The passes before the update: scoring's and the reference's, where there are."""
+        passes = (self.config.trainer.scoring != "rollout") + self.config.algorithm.kl.on
+        if not passes:
             return PassTime(0.0, Parts(), 0.0, 0, 0.0, 0.0)
-        return self._pass(self.forward, 1.0, Parts())
+        return self._pass(lambda tokens: self.forward(tokens) * passes, float(passes), Parts())
 
     def update(self) -> PassTime:
         """Forward, backward and the optimizer's steps."""

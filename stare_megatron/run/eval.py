@@ -84,7 +84,11 @@ def evaluate(config: Config, *, model: Path | None, out: Path | None) -> Path:
     console = Console()
     say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
     policy = find_policy(config, model)
-    changes: dict[str, object] = {"model": config.model.model_copy(update={"path": policy.model})}
+    kl = config.algorithm.kl.model_copy(update={"coefficient": 0.0})  # nothing learns: no reference
+    changes: dict[str, object] = {
+        "model": config.model.model_copy(update={"path": policy.model}),
+        "algorithm": config.algorithm.model_copy(update={"kl": kl}),
+    }
     if policy.checkpoint is None:  # nobody to share devices with
         changes["inference"] = config.inference.model_copy(update={"placement": "separate"})
     config = config.model_copy(update=changes)

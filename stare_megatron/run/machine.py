@@ -129,16 +129,17 @@ def _check_gpus(config: Config, gpus: int) -> None:
 
 
 def _check_arenas(config: Config, shape: ModelShape) -> tuple[str, ...]:
-    """Host memory for `trainer.offload`; a rank of a cluster checks its own node's when it starts.
+    """Host memory for `trainer.offload` and `algorithm.kl`; a rank of a cluster checks its own node's when it starts.
 
     Raises:
         UserError: this machine has less.
     """
     ranks, memory = config.trainer.world_size, psutil.virtual_memory()
     need = ranks * sizing.arena_bytes(config, shape)
+    kept = "" if not config.algorithm.kl.on else f" with algorithm.kl.residency = {config.algorithm.kl.residency!r}"
     said = (
-        f"trainer.offload = {config.trainer.offload} keeps {need / _GIB:.1f} GiB in host memory for {ranks} ranks, "
-        f"this machine has {memory.total / _GIB:.1f}"
+        f"trainer.offload = {config.trainer.offload}{kept} keeps {need / _GIB:.1f} GiB in host memory for {ranks} "
+        f"ranks, this machine has {memory.total / _GIB:.1f}"
     )
     if need > memory.total:
         raise UserError(f"{said}; offload fewer classes, or raise trainer.world_size")

@@ -27,6 +27,7 @@ from stare_megatron.models import layout, weights
 from stare_megatron.models.families import read_hf_config
 from stare_megatron.models.shape import ModelShape
 from stare_megatron.run.machine import check_engine_machine, check_machine, kv_cache_bytes, on_gpus
+from stare_megatron.run.reference import check_reference
 from stare_megatron.sandbox.detect import detect
 from stare_megatron.sandbox.level import Level
 from stare_megatron.sandbox.remote import RemoteSandbox
@@ -49,6 +50,7 @@ def check(config: Config) -> tuple[str, ...]:
     shape = read_hf_config(config.model.path)
     check_weights(config.model.path, shape)
     check_initial(config.model.weights)
+    check_reference(config, shape)
     check_trainer_options(config, shape)  # first: a layout depends on them
     check_layout(config, shape)
     check_window(config, shape)

@@ -97,9 +97,11 @@ def open_session(
         if device.current() is device.Device.CUDA:
             config = sizing.with_engine_sizes(config, shape, places.gpu_bytes, load, trainers=trainers)
             status("engines: " + ", ".join(f"{key} {value}" for key, value in config.inference.vllm.items()))
-        if trainers and config.trainer.offload:
-            kept = sizing.arena_bytes(config, shape) / 2**30
-            status(f"trainer.offload: {kept:.2f} GiB of host memory for each of {ranks} trainer ranks")
+        if trainers and (config.trainer.offload or config.algorithm.kl.on):
+            kept, why = sizing.arena_bytes(config, shape) / 2**30, "trainer.offload"
+            if config.algorithm.kl.on:
+                why = "trainer.offload and algorithm.kl" if config.trainer.offload else "algorithm.kl"
+            status(f"{why}: {kept:.2f} GiB of host memory for each of {ranks} trainer ranks")
         sandboxes = Sandboxes(config.sandbox, logs, places.sandboxes)
         stack.callback(sandboxes.close)
         lookout.add("sandboxes", sandboxes.crew, sandboxes.actors)

@@ -36,6 +36,7 @@ from stare_megatron.run import forecast, loop, preflight, resuming, sizing
 from stare_megatron.run.evaluation import Evaluations, Evaluator
 from stare_megatron.run.rates import rates_of
 from stare_megatron.run.recorder import Recorder
+from stare_megatron.run.reference import check_reference_tokenizer
 from stare_megatron.run.residency import Residency
 from stare_megatron.run.resuming import Prepared
 from stare_megatron.run.sampling import OneStepSampler, Sampler, Store, SynchronousSampler
@@ -123,6 +124,7 @@ def prepare(config: Config, console: Console) -> Prepared:
     if resume_from is not None:
         checkpoint.check_settings(resume_from, settings, config.run.resume_allow)
     tokenizer = load_tokenizer(config.model.path)
+    check_reference_tokenizer(config, tokenizer)
     config = today(config, tokenizer)
     check_env(config.env, tokenizer)
     prompts = load_prompts(config.data, tokenizer)

@@ -16,6 +16,7 @@ from stare_megatron.algo.advantages import Outcome
 from stare_megatron.algo.algorithm import EntropyController
 from stare_megatron.algo.comm import OneRank
 from stare_megatron.algo.correction import correct
+from stare_megatron.algo.kl import with_kl
 from stare_megatron.algo.losses.types import LossInputs, Sequences
 from stare_megatron.algo.reduce import token_factors
 from stare_megatron.algo.registry import ALGORITHMS
@@ -142,7 +143,10 @@ def objective(c: Config) -> Any:
         sequences=sequences,
         control=open_,
     )
-    loss_T = method.loss(inputs, a).loss_T.detach()
+    loss = method.loss(inputs, a)
+    if a.kl.on:
+        loss = with_kl(loss, inputs.logprob_T, OLD_T, OLD_T - column(7, 0.9), a.kl)
+    loss_T = loss.loss_T.detach()
     length_T = torch.tensor(LENGTHS, dtype=torch.float64)[SEQUENCE_T]
     factor_T = token_factors(
         a.reduction, length_T, num_action_tokens=NUM, num_sequences=len(LENGTHS), constant_length=a.response_tokens

@@ -41,6 +41,8 @@ BY_UPDATE = {  # name: whether it has a weight
     "update/ratio_max": False,
     "update/clip_fraction": True,
     "update/kl": True,
+    "kl/reference": True,
+    "kl/penalty": True,
     "loss/detached": True,
     "loss/penalty": True,
     "correction/mean": True,
@@ -81,7 +83,8 @@ FLEET = {"fleet/healthy": 3, "fleet/restarts": 2, "fleet/groups_again": 5}
 OF_RANKS = (
     "time/offload",
     "time/onload",
-    *(f"memory/trainer_{part}" for part in ("parameters", "gradients", "optimizer", "resident", "arena")),
+    "time/reference",
+    *(f"memory/trainer_{part}" for part in ("parameters", "gradients", "optimizer", "resident", "reference", "arena")),
     *(f"memory/trainer_peak_{phase}" for phase in ("score", "update", "push")),
 )
 RANKS = [Measured(name, rank + n) for rank in (1.0, 3.0, 2.0) for n, name in enumerate(OF_RANKS)]
