@@ -45,7 +45,7 @@ def exported(here: Rank, *, path: str, out: str) -> None:
     ("family", "how"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow, id="-".join(case)) for case in WIDE)]
 )
 def test_logprobs_follow_the_pushed_weights(family: str, how: str, tmp_path: Path) -> None:
-    """Measured: at most 3e-6."""
+    """Both before the push, of the engine's own file, and after it."""
     from tests.e2e.engine_process import EngineProcess
     from tests.e2e.tiny_qwen2 import save_tokenizer
 
