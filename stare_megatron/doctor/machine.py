@@ -186,13 +186,15 @@ def enough(facts: ClusterFacts, config: Config | None) -> Iterator[Finding]:
 
 
 def host_memory(facts: ClusterFacts, config: Config | None) -> Iterator[Finding]:
-    """What ranks keep in it: on GPUs what `trainer.offload` moves, on CPUs all. Where the model is not here, it is a
+    """What ranks keep in it: on GPUs what `trainer.offload` moves and a reference policy, on CPUs all. Where the model is not here, it is a
     finding of `network`."""
     if config is None or not (config.model.path / "config.json").is_file():
         return
     t, on_gpus = config.trainer, facts.device == "cuda"
     shape = read_hf_config(config.model.path)
     each = arena_bytes(shape, t, config.model.dtype)
+    if config.algorithm.kl.on and (config.algorithm.kl.residency == "host" or not on_gpus):
+        each += fullest(shape, t, config.model.dtype).parameters
     each += 0 if on_gpus else fullest(shape, t, config.model.dtype).total
     for node in facts.nodes:
         ranks = min(t.world_size, int(node.ray.gpus) if on_gpus else -(-t.world_size // len(facts.nodes)))

@@ -62,7 +62,7 @@ def host_memory(config: Config, shape: ModelShape, machine: Machine) -> HostMemo
     ranks = min(t.world_size, machine.gpu.per_node)
     arena = arena_bytes(shape, t, config.model.dtype)
     copied = config.checkpoint.asynchronous or arena > 0
-    arena += held.parameters * _kept_on_host(config)
+    arena += fullest(shape, t, config.model.dtype).parameters * _kept_on_host(config)
     byte = element_bytes(config.model.dtype)
     share = parameters(shape) * (byte + (8.0 if byte == 4 else 12.0)) / t.world_size
     return HostMemory(float(ranks * arena), ranks * share if copied else 0.0, ranks)

@@ -79,6 +79,12 @@ def check_method(config: Config) -> tuple[str, ...]:
             "algorithm.method = 'kl_cov' with trainer.updates_per_batch = 1 trains as GRPO does: at a ratio of 1 its "
             "penalty has no gradient; its paper takes 8 updates a batch"
         )
+    kl = config.algorithm.kl
+    if kl.on and kl.place == "reward" and kl.estimator != "k1":
+        notes.append(
+            f"algorithm.kl.estimator = {kl.estimator!r} in the reward has no KL's gradient; k1 has the reverse KL's, "
+            "docs/kl.md"
+        )
     return tuple(filter(None, notes))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from launch import Rank
+from offload_cases import ALL
 from step_cases import Overrides, Ports, keep_gradients, load, make_config, make_groups, start
 
 from stare_megatron.trainer.rank import TrainerRank
@@ -44,10 +45,9 @@ def alone(rank: Rank, *, checkpoint: Path, cases: dict[str, Overrides]) -> dict[
 
 def digest(trainer: TrainerRank) -> list[str]:
     """Of the bytes of everything a rank learns with."""
-    classes = ("parameters", "gradients", "optimizer")
     offload = trainer._offload
     with offload.present("parameters", "optimizer"):
-        here = [name for name in classes if name not in offload.away]
+        here = [name for name in ALL if name not in offload.away]
         return [hashlib.sha256(data).hexdigest() for name in here for data in offload.contents(name)]
 
 

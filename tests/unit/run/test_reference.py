@@ -101,6 +101,12 @@ def test_settings_that_cannot_be_meant(algorithm, words):
     configuration(algorithm={"method": "w_reinforce", "kl": {"coefficient": 0.1}})
 
 
+def test_an_estimator_that_is_no_reward_is_noted(model):
+    (note,) = preflight.check_method(make(model, place="reward"))
+    assert "k1 has the reverse KL's" in note
+    assert preflight.check_method(make(model, place="reward", estimator="k1")) == ()
+
+
 def test_a_reference_is_counted_where_it_is(model):
     shape, off = read_hf_config(model), make(model, coefficient=0.0)
     host, device = make(model), make(model, residency="device")
