@@ -16,7 +16,9 @@ from pydantic import Field, ValidationError
 from stare_megatron import paths
 from stare_megatron.__main__ import main
 from stare_megatron.config import Section, load, parse
+from stare_megatron.config.judge import JudgeConfig
 from stare_megatron.config.loader import walk
+from stare_megatron.config.reward import CodeConfig, FormatConfig, LengthConfig
 from stare_megatron.errors import UserError
 from stare_megatron.run import preflight
 from tests.configs import configuration, tables
@@ -133,10 +135,12 @@ TEXTS = [k for k in walk() if k.field.annotation is str]
 def test_numbers_are_bounded_on_both_sides(key: Any) -> None:
     wrong: list[Any] = [float("nan"), float("inf"), float("-inf"), 10**30, 10**400, True, "many"]
     bounds = key.field.metadata
-    if not any(isinstance(b, Ge | Gt) for b in bounds):  # a covariance, an entropy coefficient
-        assert key.name in ("algorithm.clip_cov.low", "algorithm.clip_cov.high", "algorithm.entropy_bonus.coefficient")
+    if not any(isinstance(b, Ge | Gt) for b in bounds):  # a covariance, an entropy coefficient, a judge's scale
+        free = ("algorithm.clip_cov.low", "algorithm.clip_cov.high", "algorithm.entropy_bonus.coefficient")
+        assert key.name in (*free, "reward.lowest", "reward.highest")
     else:
-        wrong.append(-1)
+        bottom = next(b.ge if isinstance(b, Ge) else b.gt for b in bounds if isinstance(b, Ge | Gt))
+        wrong.append(min(0, bottom) * 2 - 1)
     if key.field.annotation is float:
         wrong += [1e308, 1e-310]
     if any(isinstance(b, Le | Lt) for b in bounds):
@@ -144,29 +148,64 @@ def test_numbers_are_bounded_on_both_sides(key: Any) -> None:
         wrong.append(top * 2 + 1)
     leaf = key.name.rpartition(".")[2]
     for value in wrong:
-        if key.name == "eval.benchmarks.samples":
-            assert leaf in refusal("eval.benchmarks", [{"path": "a", "samples": value}])
+        if rows_of(key.name):
+            assert leaf in refused_in_a_row(key.name, value)
         else:
             assert leaf in refusal(key.name, value, **beside(key.name))
             if value is not True and value != 10**400:  # "True" is a word
                 assert leaf in refusal(key.name, str(value), **beside(key.name))
 
 
+REWARDS: dict[str, tuple[type[Section], dict[str, Any]]] = {
+    "judge": (JudgeConfig, {"url": "http://here/v1", "model": "m"}),
+    "code": (CodeConfig, {}),
+    "format": (FormatConfig, {"boxed": True}),
+    "length": (LengthConfig, {"limit": 9, "buffer": 1}),
+}
+
+
 def beside(key: str) -> dict[str, Any]:
     """What makes a table take a key of it."""
-    return {"env__name": "tool_use"} if key.startswith("env.") and key != "env.name" else {}
+    if key.startswith("env.") and key != "env.name":
+        return {"env__name": "tool_use"}
+    table, _, leaf = key.partition(".")
+    kind = next((name for name, (section, _) in REWARDS.items() if leaf in section.model_fields), "")
+    if table != "reward" or not kind:
+        return {}
+    needs = {f"reward__{other}": value for other, value in REWARDS[kind][1].items() if other != leaf}
+    return {"reward__name": kind} | needs
+
+
+def rows_of(key: str) -> str:
+    """The table whose rows have the key, "" for a key of a single table."""
+    return next((table for table in ("eval.benchmarks", "reward.parts") if key.startswith(f"{table}.")), "")
+
+
+def refused_in_a_row(key: str, value: Any) -> str:
+    table, leaf = rows_of(key), key.rpartition(".")[2]
+    if table == "eval.benchmarks":
+        return refusal(table, [{"path": "a", leaf: value}])
+    return refusal(table, [{"name": "exact", leaf: value}], reward__name="sum")
 
 
 @pytest.mark.parametrize("key", [k for k in LISTS if k.name != "run.resume_allow"], ids=lambda k: k.name)
 def test_lists_have_no_empty_entry_and_none_twice(key: Any) -> None:
-    assert "has an empty entry" in refusal(key.name, ["a", ""]) or key.name == "data.train"
-    assert "'a' twice" in refusal(key.name, ["a", "b", "a"]).replace(f"{Path.cwd()}/", "")
+    assert "has an empty entry" in refusal(key.name, ["a", ""], **beside(key.name)) or key.name == "data.train"
+    assert "'a' twice" in refusal(key.name, ["a", "b", "a"], **beside(key.name)).replace(f"{Path.cwd()}/", "")
 
 
 @pytest.mark.parametrize("key", [k for k in TEXTS if k.name != "eval.benchmarks.name"], ids=lambda k: k.name)
 def test_an_empty_text_means_something_or_is_refused(key: Any) -> None:
-    if key.default == "":
-        assert parse(with_value(with_value(tables(), "env.name", "tool_use"), key.name, ""), "x.toml")
+    if key.name == "reward.parts.label":
+        part = {"name": "exact", "label": ""}
+        assert parse(with_value(tables(), "reward", {"name": "sum", "parts": [part]}), "x.toml")
+    elif key.name == "reward.parts.name":
+        assert "name" in refused_in_a_row(key.name, "")
+    elif key.default == "":
+        tree = with_value(tables(), key.name, "")
+        for other, chosen in ({"env__name": "tool_use"} | beside(key.name)).items():
+            tree = with_value(tree, other.replace("__", "."), chosen)
+        assert parse(tree, "x.toml")
     else:
         assert key.name in refusal(key.name, "", **beside(key.name))
 
