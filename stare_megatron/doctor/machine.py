@@ -186,8 +186,8 @@ def enough(facts: ClusterFacts, config: Config | None) -> Iterator[Finding]:
 
 
 def host_memory(facts: ClusterFacts, config: Config | None) -> Iterator[Finding]:
-    """What ranks keep in it: on GPUs what `trainer.offload` moves and a reference policy, on CPUs all. Where the model is
-    not here, it is a finding of `network`."""
+    """What ranks keep in it: on GPUs what `trainer.offload` moves and a reference policy, on CPUs all. Where the model
+    is not here, it is a finding of `network`."""
     if config is None or not (config.model.path / "config.json").is_file():
         return
     t, on_gpus = config.trainer, facts.device == "cuda"

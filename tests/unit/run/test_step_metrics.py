@@ -41,8 +41,6 @@ BY_UPDATE = {  # name: whether it has a weight
     "update/ratio_max": False,
     "update/clip_fraction": True,
     "update/kl": True,
-    "kl/reference": True,
-    "kl/penalty": True,
     "loss/detached": True,
     "loss/penalty": True,
     "correction/mean": True,
@@ -54,6 +52,7 @@ BY_UPDATE = {  # name: whether it has a weight
     "throughput/trained_tokens": False,
     "packing/cost_imbalance": False,
 }
+REFERRED = {"kl/reference": 0.25, "kl/penalty": 0.75}  # beside (7, 3, 5); each has a weight
 SCORED = ("policy/entropy", "policy/entropy_estimate", "policy/surprisal", "mismatch/mean", "mismatch/kl")
 SINGLE = (
     "policy/entropy_estimate_error",
@@ -138,6 +137,7 @@ def random_step(seed: int) -> Step:
         own = [
             Measured(name, (7, 3, 5)[u] + rng.random(), (90, 50, 70)[u] if w else 1) for name, w in BY_UPDATE.items()
         ]
+        own += [Measured(name, (7, 3, 5)[u] + more, (90, 50, 70)[u]) for name, more in REFERRED.items()]
         updates.append(UpdateStats((*own, *from_totals(totals[-1]))))
     scored = (Measured(name, 100 * rng.random(), 210) for name in SCORED)
     single = (Measured(name, rng.random()) for name in SINGLE)
@@ -226,7 +226,7 @@ def sampled(step: Step) -> dict[str, float]:
 
 
 def updated(step: Step) -> dict[str, float]:
-    each = {name: [u[name] for u in step.updates] for name in BY_UPDATE}
+    each = {name: [u[name] for u in step.updates] for name in (*BY_UPDATE, *REFERRED)}
     found = {name: mean(values) for name, values in each.items()}
     summed = ("stare/selected_pos", "stare/selected_neg", "stare/tokens_pos", "stare/tokens_neg", "update/overflows")
     found |= {name: sum(each[name]) for name in (*summed, "throughput/trained_tokens")}
