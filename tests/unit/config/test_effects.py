@@ -50,8 +50,8 @@ def stare(value: Any, **beside: Any) -> Seen:
 TWO, FOUR = {"trainer.world_size": 2}, {"trainer.world_size": 4}
 WIDE = {"algorithm.clip_cov.low": 0.01, "algorithm.clip_cov.fraction": 0.9}
 SHORT = {"algorithm.response_tokens": 60}
-MASK = {"algorithm.correction.mode": "mask"}
-KL = {"algorithm.kl.coefficient": 0.5}
+CORRECTION = {"level": "sequence", "high": 1.1, "low": 0.9}
+MASK, KL = {"algorithm.correction.mode": "mask"}, {"algorithm.kl.coefficient": 0.5}
 ADAM = ("weight_decay", "beta1", "beta2", "eps", "clip_grad")
 UNSET = {"weight_pos": 1.1, "weight_neg": 0.9}  # their defaults
 LINEAR = {"target_schedule": "linear", "target_entropy_end": 0.9}
@@ -169,16 +169,11 @@ EFFECTS: dict[str, Seen | Refused | str] = {
     "algorithm.reduction": method("grpo", "sequence-mean-token-mean"),
     "algorithm.response_tokens": method("dapo", 60),
     "algorithm.correction.mode": method("grpo", "truncate"),
-    "algorithm.correction.level": method("grpo", "sequence", **MASK),
-    "algorithm.correction.high": method("grpo", 1.1, **MASK),
-    "algorithm.correction.low": method("grpo", 0.9, **MASK),
+    **{f"algorithm.correction.{k}": method("grpo", v, **MASK) for k, v in CORRECTION.items()},
     "algorithm.kl.coefficient": method("grpo", 0.5),
-    "algorithm.kl.place": method("grpo", "reward", **KL),
-    "algorithm.kl.estimator": method("grpo", "k2", **KL),
-    "algorithm.kl.reference": "tests/unit/run/test_reference.py::test_a_reference_of_another_model_is_refused",
-    "algorithm.kl.residency": "tests/unit/run/test_reference.py::test_a_reference_is_counted_where_it_is",
-    "algorithm.dapo.overlong_share": method("dapo", 0.9, **SHORT),
-    "algorithm.dapo.overlong_penalty": method("dapo", 0.1, **SHORT),
+    **{f"algorithm.kl.{k}": method("grpo", v, **KL) for k, v in {"place": "reward", "estimator": "k2"}.items()},
+    **{f"algorithm.kl.{k}": "tests/unit/run/test_reference.py" for k in ("reference", "residency")},
+    **{f"algorithm.dapo.overlong_{k}": method("dapo", v, **SHORT) for k, v in {"share": 0.9, "penalty": 0.1}.items()},
     "algorithm.clip_cov.fraction": method("clip_cov", 0.5, **{"algorithm.clip_cov.low": 0.01}),
     "algorithm.clip_cov.low": method("clip_cov", 0.01, **{"algorithm.clip_cov.fraction": 0.9}),
     "algorithm.clip_cov.high": method("clip_cov", 0.3, **WIDE),
