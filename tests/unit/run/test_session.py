@@ -42,7 +42,7 @@ def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(session.doctor, "short", lambda *_: None)
     monkeypatch.setattr(session.runtime, "cluster", lambda *_: contextlib.nullcontext())
     places = SimpleNamespace(
-        trainers=(), engines=(), gpu_bytes=0, release=lambda: None, require=lambda: said.append("room")
+        trainers=(), engines=(), sandboxes=(), gpu_bytes=0, release=lambda: None, require=lambda: said.append("room")
     )
     monkeypatch.setattr(session.placement, "plan", lambda *_, **__: places)
     monkeypatch.setattr(session, "read_hf_config", lambda _: SimpleNamespace(sequence_cost=None))
