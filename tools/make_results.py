@@ -82,7 +82,11 @@ def spread(digits: int, value: Callable[[Run], float], *, with_spread: bool = Tr
 
 
 def each(digits: int, value: Callable[[Run], float]) -> Cell:
-    return lambda seeds: ", ".join(f"{value(run):.{digits}f}" for run in seeds)
+    def cell(seeds: Seeds) -> str:
+        found = [value(run) for run in seeds]
+        return ", ".join(f"{x:.{digits}f}" if np.isfinite(x) else "-" for x in found)
+
+    return cell
 
 
 def signed(digits: int, value: Callable[[Run], float]) -> Cell:
@@ -282,6 +286,28 @@ def number_walk() -> str:
     return markdown([*head, "pass@32", "distinct right answers of 32"], rows)
 
 
+def by_size() -> str:
+    def cell(value: Callable[[Run], float], digits: int = 3) -> Cell:
+        return each(digits, value)
+
+    rows, measured = (
+        [],
+        [
+            cell(lambda run: before(run)["eval/test/avg@8"]),
+            cell(evaluated("avg@8")),
+            cell(evaluated("pass@8")),
+            cell(ends_at),
+            cell(kept(0.2, "share_in_band"), 2),
+        ],
+    )
+    for size in ("30k", "114k", "490k", "1.9M"):
+        for name, title in (("grpo_ds", "GRPO-ds"), ("stare", "STARE-O1, auto")):
+            seeds = runs("scaling_cpu/results", f"{name}_{size}")
+            rows.append([f"{size}, {title}", *(column(seeds) for column in measured)])
+    head = ["size, method", "avg@8, before", "avg@8", "pass@8", f"entropy, last {LAST} steps", "in band"]
+    return markdown(head, rows)
+
+
 def before(run: Run) -> dict[str, float]:
     """The evaluation of the policy before the first step."""
     return jsonl.read(run.folder / eval_records.TABLE)[0]
@@ -352,6 +378,7 @@ TABLES: dict[str, Callable[[], str]] = {
         longer,
         disturbance,
         number_walk,
+        by_size,
         tool_use,
         pretrained,
     )

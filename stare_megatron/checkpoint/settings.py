@@ -56,7 +56,8 @@ def settings_of(config: Config | SftConfig) -> Settings:
     except OSError as e:
         raise UserError(f"model.path = {str(folder)!r}: cannot be read: {e}") from e
     code = {key: manifest.checksum(file).checksum for key, file in config.own_files().items()}
-    return Settings(config.model_dump(mode="json"), files, code, _reference_of(config))
+    reference = _reference_of(config) if isinstance(config, Config) else {}
+    return Settings(config.model_dump(mode="json"), files, code, reference)
 
 
 def _reference_of(config: Config) -> dict[str, str]:

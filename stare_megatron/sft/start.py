@@ -8,7 +8,7 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -184,7 +184,8 @@ def prepare(config: SftConfig, console: Console) -> Prepared:
 def _unheard_end(model: Path, tokenizer: PreTrainedTokenizerBase, end: int) -> list[str]:
     """A note where engines would not stop at the token that answers are learned to end with."""
     ids = read_files(model).get("generation_config.json", {}).get("eos_token_id")
-    stops: set[object] = {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])}
+    own: Any = tokenizer.eos_token_id
+    stops = {own, *(ids if isinstance(ids, list) else [ids])}
     if end in stops or not ends_a_sequence([end], tokenizer):
         return []
     return [

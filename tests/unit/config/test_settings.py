@@ -139,7 +139,7 @@ def test_numbers_are_bounded_on_both_sides(key: Any) -> None:
         free = ("algorithm.clip_cov.low", "algorithm.clip_cov.high", "algorithm.entropy_bonus.coefficient")
         assert key.name in (*free, "reward.lowest", "reward.highest")
     else:
-        bottom = next(b.ge if isinstance(b, Ge) else b.gt for b in bounds if isinstance(b, Ge | Gt))
+        bottom: Any = next(b.ge if isinstance(b, Ge) else b.gt for b in bounds if isinstance(b, Ge | Gt))
         wrong.append(min(0, bottom) * 2 - 1)
     if key.field.annotation is float:
         wrong += [1e308, 1e-310]

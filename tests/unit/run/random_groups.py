@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from statistics import fmean
 
 from stare_megatron.types import EpisodeCounts, GroupSummary, Measured, Status
+
+# What rewards report, and how it is reduced.
+REPORTED: dict[str, Callable[[list[float]], float]] = {
+    "user/mean/x": fmean,
+    "user/sum/x": sum,
+    "user/max/x": max,
+    "reward/part/x": fmean,
+}
 
 
 def random_group(rng: random.Random, i: int) -> GroupSummary:
@@ -43,5 +53,5 @@ def random_group(rng: random.Random, i: int) -> GroupSummary:
             )
             for _ in range(n)
         ),
-        measured=tuple(Measured(f"user/{kind}/x", rng.random()) for kind in ("mean", "sum", "max") for _ in range(n)),
+        measured=tuple(Measured(name, rng.random()) for name in REPORTED for _ in range(n)),
     )

@@ -50,7 +50,7 @@ def end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseExcept
         monkeypatch.setattr(train.forecast, "forecast", lambda config: Forecast(config, None, 0))
         monkeypatch.setattr(train, "_run", fails)
         monkeypatch.setattr(train, "plot", lambda _: None)
-        monkeypatch.setattr(train, "summarize", lambda _: None)
+        monkeypatch.setattr(train, "summarize", lambda *_: None)
         monkeypatch.setattr(train, "render", lambda *_, **__: "summary")
         monkeypatch.setattr("stare_megatron.config.load", lambda *_: config)
         return folder.path

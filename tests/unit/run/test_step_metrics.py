@@ -29,7 +29,7 @@ from stare_megatron.types import (
     UpdateStats,
 )
 from stare_megatron.types.report import EngineLoad
-from tests.unit.run.random_groups import random_group
+from tests.unit.run.random_groups import REPORTED, random_group
 
 VERSION = 9
 BY_UPDATE = {  # name: whether it has a weight
@@ -219,8 +219,7 @@ def sampled(step: Step) -> dict[str, float]:
         own = [group for group, of in step.groups if of == label]
         found[f"source/{label}/reward"] = pytest.approx(mean(r for group in own for r in group.rewards), rel=1e-14)
         found[f"source/{label}/correct"] = mean(c for group in own for c in group.correct)
-    for kind, function in (("mean", mean), ("sum", sum), ("max", max)):
-        name = f"user/{kind}/x"
+    for name, function in REPORTED.items():
         found[name] = function([part.total for group in groups for part in group.measured if part.name == name])
     return found
 
