@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from statistics import fmean
 
 from stare_megatron.types import EpisodeCounts, GroupSummary, Measured, Status
 
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
 # What rewards report, and how it is reduced.
 REPORTED: dict[str, Callable[[list[float]], float]] = {
-    "user/mean/x": fmean,
+    "user/mean/x": _mean,
     "user/sum/x": sum,
     "user/max/x": max,
-    "reward/part/x": fmean,
+    "reward/part/x": _mean,
 }
 
 
@@ -29,6 +33,7 @@ def random_group(rng: random.Random, i: int) -> GroupSummary:
         tuple((v + k, 1 if k < cut - 1 else t - cut + 1) for k in range(cut))
         for v, t, cut in zip(oldest, tokens, cuts, strict=True)
     )
+    others = random.Random(i)
     return GroupSummary(
         prompt_id=str(i),
         source="s",
@@ -53,5 +58,9 @@ def random_group(rng: random.Random, i: int) -> GroupSummary:
             )
             for _ in range(n)
         ),
-        measured=tuple(Measured(name, rng.random()) for name in REPORTED for _ in range(n)),
+        measured=tuple(
+            Measured(name, (rng if name.startswith("user/") else others).random())
+            for name in REPORTED
+            for _ in range(n)
+        ),
     )
