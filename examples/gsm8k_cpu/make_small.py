@@ -1,5 +1,5 @@
-"""Stand-ins for GSM8K and a pretrained model where neither can be fetched: word problems in GSM8K's published form, and
-a byte-level model of 0.4M parameters that has read such problems with answers of which half are right.
+"""Stand-ins for GSM8K and a pretrained model where neither can be fetched: word problems in its published form, such
+problems with worked answers of which half are right, and a byte-level model of 0.4M parameters that knows nothing yet.
 
 python examples/gsm8k_cpu/make_small.py --out .cache/gsm8k_cpu
 """
@@ -21,7 +21,8 @@ from stare_megatron.data.prepare.settings import INSTRUCTION
 
 NAMES = ("Ann", "Ben", "Eva", "Joe", "Kim", "Leo", "Mia", "Sam", "Tom", "Zoe")
 THINGS = ("pens", "cups", "figs", "nuts", "hats", "keys", "maps", "toys")
-BATCH, RIGHT = 32, 0.5
+RIGHT = 0.5  # of the worked answers
+READINGS = 16  # of each problem, each with an answer of its own
 EOS, PAD = 256, 257  # after the bytes
 
 
@@ -79,41 +80,11 @@ def make_model() -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(config)
 
 
-def warm_up(
-    model: Qwen2ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    rows: list[tuple[str, int, int]],
-    batches: int,
-    rng: random.Random,
-) -> float:
-    """Supervised, on responses only; returns the mean loss of the last ten batches."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
-    losses: list[float] = []
-    for done in range(batches):
-        for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min((done + 1) / 20, 1.0, (batches - done) / (0.3 * batches))
-        ids, labels = [], []
-        for question, a, b in rng.sample(rows, BATCH):
-            prompt = tokenizer.encode(f"{question}\n{INSTRUCTION}")
-            answer = [*tokenizer.encode(worked(a, b, rng)), EOS]
-            ids.append([*prompt, *answer])
-            labels.append([-100] * len(prompt) + answer)
-        longest = max(map(len, ids))
-        padded = torch.tensor([row + [PAD] * (longest - len(row)) for row in ids])
-        wanted = torch.tensor([row + [-100] * (longest - len(row)) for row in labels])
-        loss = model(input_ids=padded, labels=wanted).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        losses.append(loss.item())
-    return sum(losses[-10:]) / len(losses[-10:])
-
-
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder: model/, gsm8k_train.jsonl, gsm8k_test.jsonl")
-    parser.add_argument("--batches", type=int, default=600, help="of 32 problems that the model reads")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder: model/, gsm8k_{train,test}.jsonl, worked.jsonl"
+    )
     args = parser.parse_args(argv)
     rng = random.Random(0)
     torch.manual_seed(0)
@@ -122,12 +93,15 @@ def main(argv: list[str]) -> int:
     for name, rows in (("train", train), ("test", test)):
         text = "".join(json.dumps(published(*row)) + "\n" for row in rows)
         (args.out / f"gsm8k_{name}.jsonl").write_text(text)
-    tokenizer = make_tokenizer()
-    model = make_model()
-    loss = warm_up(model, tokenizer, train, args.batches, rng)
-    model.save_pretrained(str(args.out / "model"))
-    tokenizer.save_pretrained(str(args.out / "model"))
-    print(f"{args.out}: {len(train)} and {len(test)} problems, a model with a loss of {loss:.2f} a byte")
+    read = [
+        {"prompt": f"{question}\n{INSTRUCTION}", "completion": worked(a, b, rng)}
+        for _ in range(READINGS)
+        for question, a, b in train
+    ]
+    (args.out / "worked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in read))
+    make_model().save_pretrained(str(args.out / "model"))
+    make_tokenizer().save_pretrained(str(args.out / "model"))
+    print(f"{args.out}: {len(train)} and {len(test)} problems, {len(read)} worked answers, a model of random weights")
     return 0
 
 

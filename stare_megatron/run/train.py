@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
@@ -20,7 +19,7 @@ from stare_megatron.data.benchmarks import load_benchmarks
 from stare_megatron.data.chat import writes_date
 from stare_megatron.data.prompts import PromptStream, load_prompts
 from stare_megatron.data.tokenizer import decoder, load_tokenizer
-from stare_megatron.errors import HangError, MissingFilesError, RanksLostError, RunError, UserError
+from stare_megatron.errors import HangError, MissingFilesError, RanksLostError, RunError
 from stare_megatron.metrics import wandb_id
 from stare_megatron.metrics.advice import Settings
 from stare_megatron.metrics.events import Events
@@ -33,6 +32,7 @@ from stare_megatron.rollout.groups import check_env, check_prompts
 from stare_megatron.rollout.window import Window
 from stare_megatron.run import folder as run_folder
 from stare_megatron.run import forecast, loop, preflight, resuming, sizing
+from stare_megatron.run.ending import ended
 from stare_megatron.run.evaluation import Evaluations, Evaluator
 from stare_megatron.run.rates import rates_of
 from stare_megatron.run.recorder import Recorder
@@ -77,7 +77,7 @@ def train(config: Config, *, quiet: bool, command: list[str]) -> int:
     for note in prepared.notes:
         say(f"note: {note}", style="yellow")
     with contextlib.ExitStack() as end:
-        end.push(functools.partial(_ended, folder, config))
+        end.push(functools.partial(ended, folder, functools.partial(how_to_go_on, config, finished=False)))
         with contextlib.closing(open_sinks(config, folder.path, prepared.restored, quiet, console)) as sinks:
             done = _run(prepared, folder, sinks)
         finished = done >= config.run.steps
@@ -88,25 +88,6 @@ def train(config: Config, *, quiet: bool, command: list[str]) -> int:
             console.print(render(summary, config.run.name, folder.outputs(), planned, finished=finished))
             say(next_steps(config, finished=finished))
     return 0 if finished else 130
-
-
-def _ended(
-    folder: run_folder.RunFolder,
-    config: Config,
-    kind: type[BaseException] | None,
-    error: BaseException | None,
-    trace: TracebackType | None,
-) -> None:
-    """Say below an error that ended the run what is left of it. The folder goes if that is nothing, unless its logs are
-    needed."""
-    if isinstance(error, SystemExit):  # Ray's answer to SIGTERM, until ours is in place
-        error = KeyboardInterrupt()
-    if isinstance(error, UserError | KeyboardInterrupt):
-        run_folder.discard(folder)
-    if error is not None and folder.path.exists():
-        error.add_note(how_to_go_on(config, finished=False))
-    if kind is SystemExit and error is not None:
-        raise error
 
 
 def prepare(config: Config, console: Console) -> Prepared:

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -24,6 +23,7 @@ from stare_megatron.metrics.sinks import Sinks, open_sinks
 from stare_megatron.models.families import read_hf_config
 from stare_megatron.run import folder as run_folder
 from stare_megatron.run import forecast, preflight, resuming
+from stare_megatron.run.ending import ended
 from stare_megatron.run.machine import check_machine
 from stare_megatron.run.rates import rates_of
 from stare_megatron.run.stop import StopSignal
@@ -76,7 +76,7 @@ def sft(config: SftConfig, *, quiet: bool, command: list[str]) -> int:
     for note in prepared.notes:
         say(f"note: {note}", style="yellow")
     with contextlib.ExitStack() as end:
-        end.push(functools.partial(_ended, folder, config))
+        end.push(functools.partial(ended, folder, functools.partial(display.how_to_go_on, config, finished=False)))
         sinks = open_sinks(ranks, folder.path, prepared.restored, quiet, console, written=prepared.written)
         with contextlib.closing(sinks):
             done = _run(prepared, folder, sinks)
@@ -86,25 +86,6 @@ def sft(config: SftConfig, *, quiet: bool, command: list[str]) -> int:
             console.print(display.summary(config, folder.outputs(), finished=finished))
             say(display.how_to_go_on(config, finished=finished))
     return 0 if finished else 130
-
-
-def _ended(
-    folder: run_folder.RunFolder,
-    config: SftConfig,
-    kind: type[BaseException] | None,
-    error: BaseException | None,
-    trace: TracebackType | None,
-) -> None:
-    """Say below an error that ended the run what is left of it. The folder goes if that is nothing, unless its logs are
-    needed."""
-    if isinstance(error, SystemExit):  # Ray's answer to SIGTERM, until ours is in place
-        error = KeyboardInterrupt()
-    if isinstance(error, UserError | KeyboardInterrupt):
-        run_folder.discard(folder)
-    if error is not None and folder.path.exists():
-        error.add_note(display.how_to_go_on(config, finished=False))
-    if kind is SystemExit and error is not None:
-        raise error
 
 
 def check(config: SftConfig) -> tuple[str, ...]:

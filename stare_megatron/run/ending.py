@@ -1,0 +1,28 @@
+"""How a run ends that did not come to its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+
+from stare_megatron.errors import UserError
+from stare_megatron.run import folder as run_folder
+
+
+def ended(
+    folder: run_folder.RunFolder,
+    how_to_go_on: Callable[[], str],
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: TracebackType | None,
+) -> None:
+    """Say below an error that ended the run what is left of it. The folder goes if that is nothing, unless its logs are
+    needed. For an ExitStack's `push`, the first two arguments given."""
+    if isinstance(error, SystemExit):  # Ray's answer to SIGTERM, until ours is in place
+        error = KeyboardInterrupt()
+    if isinstance(error, UserError | KeyboardInterrupt):
+        run_folder.discard(folder)
+    if error is not None and folder.path.exists():
+        error.add_note(how_to_go_on())
+    if kind is SystemExit and error is not None:
+        raise error
