@@ -21,6 +21,8 @@ from stare_megatron.metrics.catalogue import COSTS
 from stare_megatron.tasks.folder import write_prompts
 from stare_megatron.tasks.tiny_model import default_settings, make_model, make_tokenizer, save
 
+pytestmark = pytest.mark.runs
+
 ROOT = Path(__file__).parents[2]
 STOPPED = [sys.executable, str(Path(__file__).with_name("stopped_sft.py"))]
 PLAIN = [sys.executable, "-m", "stare_megatron"]
