@@ -42,6 +42,16 @@ class KlConfig(Section):
     def on(self) -> bool:
         return self.coefficient > 0
 
+    @property
+    def on_host(self) -> bool:
+        """Whether ranks keep a copy of their parameters in host memory for it."""
+        return self.on and self.residency == "host"
+
+    @property
+    def on_device(self) -> bool:
+        """Whether they keep it on their devices."""
+        return self.on and self.residency == "device"
+
     @field_validator("reference")
     @classmethod
     def _from_here(cls, value: str) -> str:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -249,26 +249,17 @@ class StreamState:
     fingerprint: str
 
 
-class PromptStream:
-    """Endless prompts: pass after pass over the set, each in its own order (seeded by `seed` and the pass)."""
+class Passes:
+    """Passes over `count` things with that fingerprint, each in its own order (seeded by `seed` and the pass), and
+    where one stands in them. `others`: says that a state is of other things, and the cure."""
 
-    def __init__(self, prompts: PromptSet, seed: int, shuffle: bool) -> None:
-        self.prompts = prompts
+    others: ClassVar[str]
+
+    def __init__(self, count: int, seed: int, shuffle: bool, fingerprint: str) -> None:
+        self._count = count
         self._shuffle = shuffle
-        self._state = StreamState(0, 0, seed, prompts.fingerprint)
-        self._order = self._permutation()
-
-    def take(self, count: int) -> list[Prompt]:
-        """The next `count` prompts."""
-        taken = []
-        for _ in range(count):
-            if self._state.cursor == len(self.prompts):
-                self._move(self._state.epoch + 1, 0, self._state.seed)
-            taken.append(self.prompts[int(self._order[self._state.cursor])])
-            self._state = StreamState(
-                self._state.epoch, self._state.cursor + 1, self._state.seed, self._state.fingerprint
-            )
-        return taken
+        self._state = StreamState(0, 0, seed, fingerprint)
+        self._order = self._permutation(0)
 
     def state(self) -> StreamState:
         return self._state
@@ -277,14 +268,45 @@ class PromptStream:
         """Go on exactly where `state` was taken, with its seed.
 
         Raises:
-            UserError: the prompts are not those of the state.
+            UserError: it is of other things.
         """
-        if state.fingerprint != self.prompts.fingerprint:
-            raise UserError(
-                "data.train: the prompts (or their tokenizer's template) are not those of the checkpoint; resume with "
-                "the same files, or start a new run from the exported model"
-            )
+        if state.fingerprint != self._state.fingerprint:
+            raise UserError(self.others)
         self._move(state.epoch, state.cursor, state.seed)
+
+    def _move(self, epoch: int, cursor: int, seed: int) -> None:
+        other = (epoch, seed) != (self._state.epoch, self._state.seed)
+        self._state = StreamState(epoch, cursor, seed, self._state.fingerprint)
+        if other:
+            self._order = self._permutation(epoch)
+
+    def _permutation(self, epoch: int) -> npt.NDArray[np.int64]:
+        if not self._shuffle:
+            return np.arange(self._count)
+        return np.random.default_rng([self._state.seed, epoch]).permutation(self._count)
+
+
+class PromptStream(Passes):
+    """Endless prompts: pass after pass over the set."""
+
+    others = (
+        "data.train: the prompts (or their tokenizer's template) are not those of the checkpoint; resume with "
+        "the same files, or start a new run from the exported model"
+    )
+
+    def __init__(self, prompts: PromptSet, seed: int, shuffle: bool) -> None:
+        super().__init__(len(prompts), seed, shuffle, prompts.fingerprint)
+        self.prompts = prompts
+
+    def take(self, count: int) -> list[Prompt]:
+        """The next `count` prompts."""
+        taken = []
+        for _ in range(count):
+            if self._state.cursor == len(self.prompts):
+                self._move(self._state.epoch + 1, 0, self._state.seed)
+            taken.append(self.prompts[int(self._order[self._state.cursor])])
+            self._move(self._state.epoch, self._state.cursor + 1, self._state.seed)
+        return taken
 
     def probe(self) -> npt.NDArray[np.int32]:
         """The longest prompt (the first of them), int32 [n], n >= 2: what engine and trainer are compared on.
@@ -297,13 +319,3 @@ class PromptStream:
         if lengths[longest] < 2:
             raise UserError("data.train: every prompt is a single token; set sync.probe_every = 0 or longer prompts")
         return self.prompts.token_ids(longest).copy()
-
-    def _move(self, epoch: int, cursor: int, seed: int) -> None:
-        self._state = StreamState(epoch, cursor, seed, self.prompts.fingerprint)
-        self._order = self._permutation()
-
-    def _permutation(self) -> npt.NDArray[np.int64]:
-        count = len(self.prompts)
-        if not self._shuffle:
-            return np.arange(count)
-        return np.random.default_rng([self._state.seed, self._state.epoch]).permutation(count)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from stare_megatron.config import SftConfig
 from stare_megatron.data import rows
 from stare_megatron.data.conversations import Refused, Writer, Written, merged
-from stare_megatron.data.prompts import StreamState
+from stare_megatron.data.prompts import Passes
 from stare_megatron.errors import UserError
 from stare_megatron.types import Group, Prompt, Score, Span, SpanKind, Status, Trajectory
 
@@ -188,15 +188,18 @@ def _encode(
         yield np.array(ids, np.int32), found
 
 
-class BatchStream:
-    """The batches of all epochs, each epoch in its own order (seeded by `run.seed` and the epoch). A batch lies within
-    one epoch, whose last one may be smaller."""
+class BatchStream(Passes):
+    """The batches of all epochs. A batch lies within one epoch, whose last one may be smaller."""
+
+    others = (
+        "data.train: the conversations (or how the tokenizer's template writes them) are not those of the "
+        "checkpoint; resume with the same files, or start a new run from the exported model"
+    )
 
     def __init__(self, sequences: SequenceSet, config: SftConfig) -> None:
+        super().__init__(len(sequences.lengths), config.run.seed, config.data.shuffle, sequences.fingerprint)
         self._lengths = sequences.lengths
         self._config = config
-        self._state = StreamState(0, 0, config.run.seed, sequences.fingerprint)
-        self._order = self._permutation(0)
 
     def remaining(self) -> int:
         """Batches that are left in all epochs."""
@@ -221,28 +224,6 @@ class BatchStream:
         """Whether the batch taken last was the last of an epoch."""
         return self._state.cursor == len(self._order)
 
-    def state(self) -> StreamState:
-        return self._state
-
-    def restore(self, state: StreamState) -> None:
-        """Go on exactly where `state` was taken, with its seed.
-
-        Raises:
-            UserError: the sequences are not those of the state.
-        """
-        if state.fingerprint != self._state.fingerprint:
-            raise UserError(
-                "data.train: the conversations (or how the tokenizer's template writes them) are not those of the "
-                "checkpoint; resume with the same files, or start a new run from the exported model"
-            )
-        self._move(state.epoch, state.cursor, state.seed)
-
-    def _move(self, epoch: int, cursor: int, seed: int) -> None:
-        other = (epoch, seed) != (self._state.epoch, self._state.seed)
-        self._state = StreamState(epoch, cursor, seed, self._state.fingerprint)
-        if other:
-            self._order = self._permutation(epoch)
-
     def _end(self, order: npt.NDArray[np.int64], begin: int) -> int:
         settings = self._config.sft
         if not settings.batch_tokens:
@@ -253,9 +234,3 @@ class BatchStream:
             if total > settings.batch_tokens:
                 return max(at, begin + 1)
         return len(order)
-
-    def _permutation(self, epoch: int) -> npt.NDArray[np.int64]:
-        count = len(self._lengths)
-        if not self._config.data.shuffle:
-            return np.arange(count)
-        return np.random.default_rng([self._state.seed, epoch]).permutation(count)

@@ -193,7 +193,7 @@ def host_memory(facts: ClusterFacts, config: Config | None) -> Iterator[Finding]
     t, on_gpus = config.trainer, facts.device == "cuda"
     shape = read_hf_config(config.model.path)
     each = arena_bytes(shape, t, config.model.dtype)
-    if config.algorithm.kl.on and (config.algorithm.kl.residency == "host" or not on_gpus):
+    if config.algorithm.kl.on_host or (config.algorithm.kl.on and not on_gpus):
         each += fullest(shape, t, config.model.dtype).parameters
     each += 0 if on_gpus else fullest(shape, t, config.model.dtype).total
     for node in facts.nodes:

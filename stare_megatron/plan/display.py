@@ -81,7 +81,7 @@ def _host(plan: Plan) -> str:
 
 def _movers(plan: Plan) -> str:
     offload, kl = plan.config.trainer.offload, plan.config.algorithm.kl
-    named = {"trainer.offload": bool(offload), "algorithm.kl": kl.on and kl.residency == "host"}
+    named = {"trainer.offload": bool(offload), "algorithm.kl": kl.on_host}
     return " and ".join(name for name, does in named.items() if does)
 
 

@@ -139,7 +139,7 @@ def rank_parts(config: Config, shape: ModelShape, given: RankInput, phase: Phase
     layout = Layout.of(t)
     state = largest(shape, layout, stage).state(dtype, sharded=layout.sharded)
     parts = given.residency[phase].parts(state)
-    if config.algorithm.kl.on and config.algorithm.kl.residency == "device":
+    if config.algorithm.kl.on_device:
         parts["reference"] = float(state.parameters)
     how = (shape, layout, t, given.layers, dtype, stage, given.pack)
     if phase is Phase.UPDATE:

@@ -46,14 +46,10 @@ def moves(config: Config, shape: ModelShape, machine: Machine) -> Moves:
     weights = held.parameters / rate if "parameters" in away else 0.0
     state = 2 * t.updates_per_batch * held.optimizer / rate if "optimizer" in away else 0.0
     # The reference and the policy change places, and change back.
-    places = 4 * held.parameters / rate if _kept_on_host(config) else 0.0
+    places = 4 * held.parameters / rate if config.algorithm.kl.on_host else 0.0
     # Parameters come when engines sleep, and leave before these sample.
     size = (2 * weights + state + places) * rate
     return Moves(rollout=weights, update=state, push=weights, bytes=size, score=places)
-
-
-def _kept_on_host(config: Config) -> bool:
-    return config.algorithm.kl.on and config.algorithm.kl.residency == "host"
 
 
 def host_memory(config: Config, shape: ModelShape, machine: Machine) -> HostMemory:
@@ -62,7 +58,7 @@ def host_memory(config: Config, shape: ModelShape, machine: Machine) -> HostMemo
     ranks = min(t.world_size, machine.gpu.per_node)
     arena = arena_bytes(shape, t, config.model.dtype)
     copied = config.checkpoint.asynchronous or arena > 0
-    arena += fullest(shape, t, config.model.dtype).parameters * _kept_on_host(config)
+    arena += fullest(shape, t, config.model.dtype).parameters * config.algorithm.kl.on_host
     byte = element_bytes(config.model.dtype)
     share = parameters(shape) * (byte + (8.0 if byte == 4 else 12.0)) / t.world_size
     return HostMemory(float(ranks * arena), ranks * share if copied else 0.0, ranks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -83,21 +84,9 @@ class Saving:
         self._controller.state = state.controller
         self._weights.baseline = state.probe_baseline
         self._recorder.remembered = Remembered(state.trained_tokens, state.before, state.duty)
-        self._set_aside(self._resume_from, state.step)
+        set_aside(self._folder.checkpoints, self._resume_from, state.step, self._recorder.note)
         self._saver.goes_on_from(self._resume_from)
         return state.step
-
-    def _set_aside(self, folder: Path, step: int) -> None:
-        root = self._folder.checkpoints
-        try:
-            left = checkpoint.set_aside(root, folder, step)
-            if folder.resolve().is_relative_to(root.resolve()):
-                checkpoint.drop_local(root, after=step)
-        except OSError as e:
-            raise RunError(f"{root}: cannot set aside the checkpoints after step {step}: {e}") from e
-        if left:
-            names = ", ".join(path.name for path in left)
-            self._recorder.note(f"the run goes on from step {step}: what it had saved later is kept as {names}")
 
     def due(self, step: int) -> bool:
         every = self._config.checkpoint.every
@@ -145,6 +134,24 @@ class Saving:
             wandb_run,
             self._weights.baseline,
         )
+
+
+def set_aside(root: Path, folder: Path, step: int, note: Callable[[str], None]) -> None:
+    """A run with these `checkpoints/` goes on from `folder`, of that step: what it had saved later is set aside, and
+    the user is told.
+
+    Raises:
+        RunError: a folder cannot be renamed.
+    """
+    try:
+        left = checkpoint.set_aside(root, folder, step)
+        if folder.resolve().is_relative_to(root.resolve()):
+            checkpoint.drop_local(root, after=step)
+    except OSError as e:
+        raise RunError(f"{root}: cannot set aside the checkpoints after step {step}: {e}") from e
+    if left:
+        names = ", ".join(path.name for path in left)
+        note(f"the run goes on from step {step}: what it had saved later is kept as {names}")
 
 
 def metric_by_step(folder: Path, metric: str) -> dict[int, float]:

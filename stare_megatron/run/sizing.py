@@ -98,26 +98,25 @@ def with_engine_sizes(config: Config, shape: ModelShape, gpu_bytes: int, load: L
 def rank_bytes(config: Config, shape: ModelShape) -> int:
     """What a rank holds from its first step on: weights, float32 gradients, optimizer state, and a reference policy
     that stays on its GPU."""
-    return sum(class_bytes(config, shape).values()) + reference_bytes(config, shape, "device")
+    return sum(class_bytes(config, shape).values()) + _device_reference(config, shape)
 
 
 def resident_bytes(config: Config, shape: ModelShape) -> int:
     """What a rank keeps on its GPU while engines sample, as far as it follows from the model."""
     t = config.trainer
     stays = sum(size for name, size in class_bytes(config, shape).items() if name not in t.offload)
-    return stays + reference_bytes(config, shape, "device") + (t.offload_residue_mb << 20 if t.offload else 0)
+    return stays + _device_reference(config, shape) + (t.offload_residue_mb << 20 if t.offload else 0)
 
 
 def arena_bytes(config: Config, shape: ModelShape) -> int:
     """What a rank keeps in host memory for `trainer.offload` and `algorithm.kl`."""
     state = parameters.arena_bytes(shape, config.trainer, config.model.dtype)
-    return state + reference_bytes(config, shape, "host")
+    return state + class_bytes(config, shape)["parameters"] * config.algorithm.kl.on_host
 
 
-def reference_bytes(config: Config, shape: ModelShape, residency: str) -> int:
-    """What a rank keeps of a reference policy there: its parameters once more."""
-    kl = config.algorithm.kl
-    return class_bytes(config, shape)["parameters"] if kl.on and kl.residency == residency else 0
+def _device_reference(config: Config, shape: ModelShape) -> int:
+    """What a rank keeps of a reference policy on its GPU: its parameters once more."""
+    return class_bytes(config, shape)["parameters"] * config.algorithm.kl.on_device
 
 
 def class_bytes(config: Config, shape: ModelShape) -> dict[StateClass, int]:

@@ -11,10 +11,9 @@ from stare_megatron.algo.controller import ControllerState
 from stare_megatron.cluster.supervised import SupervisedGroup
 from stare_megatron.config import SftConfig
 from stare_megatron.data.supervised import BatchStream
-from stare_megatron.errors import RunError
 from stare_megatron.metrics import wandb_id
 from stare_megatron.run.folder import RunFolder
-from stare_megatron.run.saving import metric_by_step
+from stare_megatron.run.saving import metric_by_step, set_aside
 from stare_megatron.sft.recorder import Recorder
 from stare_megatron.types import UNOBSERVED, GateDuty
 
@@ -77,13 +76,7 @@ class Saving:
         state = checkpoint.read(self._resume_from)
         self._trainers.restore(self._resume_from / "trainer")
         self._recorder.trained_tokens = state.trained_tokens
-        try:
-            left = checkpoint.set_aside(self._folder.checkpoints, self._resume_from, state.step)
-        except OSError as e:
-            raise RunError(f"{self._folder.checkpoints}: cannot set aside later checkpoints: {e}") from e
-        if left:
-            names = ", ".join(path.name for path in left)
-            self._recorder.note(f"the run goes on from step {state.step}: what it had saved later is kept as {names}")
+        set_aside(self._folder.checkpoints, self._resume_from, state.step, self._recorder.note)
         return state.step
 
     def learned(self, step: int) -> None:

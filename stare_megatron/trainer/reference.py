@@ -32,7 +32,7 @@ from stare_megatron.trainer.loading import Sampled
 from stare_megatron.trainer.model import refuse_overflow
 from stare_megatron.trainer.model_runner import RankBatch, Runner
 from stare_megatron.trainer.offload import Offload
-from stare_megatron.trainer.scoring import score_logprobs
+from stare_megatron.trainer.scoring import score
 from stare_megatron.types import Group, Measured, UpdateShare
 
 _BUNDLE = 64 << 20  # bytes that are on the device a second time while they change places
@@ -148,7 +148,7 @@ class Reference:
         began = time.perf_counter()
         own = dataclasses.replace(runner, replay=None)  # the engines' experts are the policy's
         with self._values.exchanged():
-            found = [score_logprobs(own, step, temperature) for step in data]
+            found = [score(own, step, temperature).scores.logprob_T for step in data]
         self._seconds += time.perf_counter() - began
         return [
             ReferencedBatch(step.batch, step.rows, step.owned_T, step.factor_T, step.cost_imbalance, logprob_T)

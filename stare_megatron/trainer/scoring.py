@@ -90,19 +90,6 @@ def score(runner: Runner, data: RankBatch, temperature: float) -> Scored:
     return Scored(Scores(logprob_T, entropy_T, sensitivity_T), raw_T)
 
 
-def score_logprobs(runner: Runner, data: RankBatch, temperature: float) -> torch.Tensor:
-    """Log-prob of every owned token under the present weights, float32 [T]; no graph."""
-    logprob_T = torch.zeros(data.batch.token_ids_T.shape[0], device=runner.place)
-
-    def consume(hidden_RH: torch.Tensor, row: MicroBatch) -> None:
-        kept_R = row.source_R >= 0
-        found_R = runner.head.token_scores(hidden_RH, row.target_R, temperature=temperature).logprob_T
-        logprob_T[row.source_R[kept_R]] = found_R[kept_R]
-
-    runner.run(data.rows, consume, train=False)
-    return logprob_T
-
-
 def score_tokens(
     runner: Runner, token_ids: npt.NDArray[np.int32], layout: SequenceLayout, multiple: int
 ) -> npt.NDArray[np.float32]:
