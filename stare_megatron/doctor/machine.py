@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from stare_megatron.cluster.bundles import sandbox_cpus
 from stare_megatron.config import Config
 from stare_megatron.doctor.facts import ClusterFacts, Finding, NodeFacts
+from stare_megatron.errors import UserError
 from stare_megatron.host import device
 from stare_megatron.host.packages import MISSING
 from stare_megatron.models.families import read_hf_config
@@ -186,12 +187,15 @@ def enough(facts: ClusterFacts, config: Config | None) -> Iterator[Finding]:
 
 
 def host_memory(facts: ClusterFacts, config: Config | None) -> Iterator[Finding]:
-    """What ranks keep in it: on GPUs what `trainer.offload` moves and a reference policy, on CPUs all. Where the model
-    is not here, it is a finding of `network`."""
-    if config is None or not (config.model.path / "config.json").is_file():
+    """What ranks keep in it: on GPUs what `trainer.offload` moves and a reference policy, on CPUs all. A model that is
+    not here is a finding of `network`, one that is not supported is refused by the run."""
+    if config is None:
+        return
+    try:
+        shape = read_hf_config(config.model.path)
+    except UserError:
         return
     t, on_gpus = config.trainer, facts.device == "cuda"
-    shape = read_hf_config(config.model.path)
     each = arena_bytes(shape, t, config.model.dtype)
     if config.algorithm.kl.on_host or (config.algorithm.kl.on and not on_gpus):
         each += fullest(shape, t, config.model.dtype).parameters
