@@ -1,6 +1,6 @@
 """Where actors run: a placement group for a run's ranks and engines, and one for the actors that run code, spread over
-the nodes. On GPUs one bundle a trainer's GPU, sorted by node so that neighbouring ranks share one, and one for each
-engine with GPUs of its own; on CPUs one logical CPU an actor."""
+the nodes. On GPUs one bundle a trainer's GPU and one for each engine with GPUs of its own; on CPUs one logical CPU an
+actor. Ranks are sorted by node, so that neighbours share one, and come to the same nodes when a run starts again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from stare_megatron.cluster.bundles import Bundle, own_engines, reserved, sandbox, sandbox_cpus
@@ -120,12 +125,14 @@ def plan(config: Config, *, trainers: bool = True) -> Placement:
 
 
 def _on_cpus(config: Config, group: PlacementGroup, ranks: int) -> tuple[Slot, ...]:
-    """Those of ranks, then those of engines."""
+    """Those of ranks, by node as on GPUs, then those of engines."""
+    node_of = placement_group_table(group)["bundles_to_node_id"]
+    bundles = [*sorted(range(ranks), key=lambda k: (node_of[k], k)), *range(ranks, ranks + config.inference.engines)]
     trainers = [(device.trainer_environment(), rank) for rank in range(ranks)]
     engines = [(device.engine_environment(), 0)] * config.inference.engines
     return tuple(
         Slot({"num_cpus": 1, "scheduling_strategy": _strategy(group, k)}, environment, local)
-        for k, (environment, local) in enumerate(trainers + engines)
+        for k, (environment, local) in zip(bundles, trainers + engines, strict=True)
     )
 
 

@@ -154,8 +154,9 @@ def test_checkpoints_on_the_machines_own_disks(shared: Path, pair: list[Machine]
     for number, machine in enumerate(pair):
         _, files = machine.run(["find", disk, "-path", "*step_000006*", "-name", "*.distcp"])
         seen[number] = {Path(line).name.split("_")[2] for line in files.split()}
-    assert [len(ranks) for ranks in seen.values()] == [2, 2]
-    assert not seen[0] & seen[1]
+    assert seen[0] in ({"0", "1"}, {"2", "3"})
+    assert seen[1] in ({"0", "1"}, {"2", "3"})
+    assert seen[0] != seen[1]
 
     goes_on = keys | {"run.steps": 8, "run.resume": "auto"}
     elsewhere = shared / "elsewhere"
