@@ -127,6 +127,8 @@ class _Beside:
                 session.config.hook.pytest_deselected(items=[SimpleNamespace()] * told["deselected"])
                 continue
             report = self._config.hook.pytest_report_from_serializable(config=self._config, data=told)
+            if isinstance(report.longrepr, list):  # where a test was skipped: JSON has no tuples
+                report.longrepr = tuple(report.longrepr)
             self._config.hook.pytest_runtest_logreport(report=report)
             if session.shouldfail:
                 raise session.Failed(session.shouldfail)
