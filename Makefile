@@ -37,14 +37,17 @@ smollm2: $(STAMP)
 	$(BIN)/python tools/make_smollm2.py --out .cache/smollm2 --pad-heads
 	$(BIN)/stare-megatron train examples/smollm2_arithmetic/run.toml run.name=smollm2-$$(date +%Y%m%d-%H%M%S)
 
+# Of the layouts, as many as make both lanes equally long.
+BESIDE_RUNS := $(wildcard tests/invariance/test_[p-z]*.py)
+
 test: $(STAMP)
-	@$(BIN)/python -m pytest --beside="tests/contracts tests/unit tests/sandbox tests/patches" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest --beside="tests/contracts tests/unit tests/sandbox tests/patches $(BESIDE_RUNS)" $(PYTEST_ARGS)
 
 test-unit: $(STAMP)
 	@$(BIN)/python -m pytest --beside="$(addprefix tests/unit/,$(BESIDE))" tests/contracts tests/unit $(PYTEST_ARGS)
 
 test-runs: $(STAMP)
-	@$(BIN)/python -m pytest -m "runs and not slow" tests/e2e $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m "runs and not slow" tests/invariance tests/e2e $(PYTEST_ARGS)
 
 test-slow: $(STAMP)
 	@$(SMOLLM2)

@@ -97,6 +97,10 @@ def evaluated(metric: str) -> Callable[[Run], float]:
     return lambda run: newest(run, f"eval/test/{metric}")[1]
 
 
+def last(metric: str) -> Callable[[Run], float]:
+    return lambda run: float(run.series[metric][-LAST:].mean())
+
+
 def ends_at(run: Run) -> float:
     return float(entropy(run)[-LAST:].mean())
 
@@ -171,6 +175,8 @@ SETTINGS = {
     "clip_cov": "Clip-Cov, 3 %",
 }
 
+UNDER_DELAY = (("auto", "STARE-O1, weight auto"), ("o1", "STARE-O1, the paper's rule"))
+
 
 def entropy_band() -> str:
     return by_variant(
@@ -215,6 +221,24 @@ def entropy_band_accuracy() -> str:
             Column("pass@4", spread(2, evaluated("pass@4"), with_spread=False)),
             Column("pass@32", spread(2, evaluated("pass@32"), with_spread=False)),
             Column("distinct right answers of 32", spread(1, evaluated("distinct_correct"), with_spread=False)),
+        ],
+    )
+
+
+def staleness() -> str:
+    titles = {f"{name}_s{s}": f"{title}, S = {s}" for name, title in UNDER_DELAY for s in (0, 1, 2, 4)}
+    return by_variant(
+        "entropy_band/results_staleness",
+        titles,
+        [
+            Column("updates behind, mean", spread(1, last("sync/staleness_mean"), with_spread=False)),
+            Column("reward, first 80 steps", spread(2, lambda run: float(run.series["reward/mean"][:80].mean()))),
+            Column(f"entropy, last {LAST} steps", spread(3, ends_at)),
+            Column("in band", spread(2, kept(0.2, "share_in_band"))),
+            Column("each seed", each(2, kept(0.2, "share_in_band"))),
+            Column("rms error, nats", spread(3, kept(0.2, "rms_error"))),
+            Column("farthest below, nats", spread(3, under_the_band(0.2), with_spread=False)),
+            Column("avg@32", spread(2, evaluated("avg@32"))),
         ],
     )
 
@@ -375,6 +399,7 @@ TABLES: dict[str, Callable[[], str]] = {
         entropy_band,
         entropy_band_held,
         entropy_band_accuracy,
+        staleness,
         longer,
         disturbance,
         number_walk,

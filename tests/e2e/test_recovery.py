@@ -119,6 +119,7 @@ def clean(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
     return done
 
 
+@pytest.mark.runs
 def test_a_run_outlives_an_engine_and_a_rank(material: Path, tmp_path: Path) -> None:
     """The only engine is killed while it samples, then a rank in an update: groups are sampled again by the engine that
     comes back, the ranks go on from the last checkpoint."""

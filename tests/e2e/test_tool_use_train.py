@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 
+import pytest
+
 from stare_megatron.metrics import jsonl
 from tests.contracts.source import ROOT
 from tests.e2e.tool_run import command
@@ -12,6 +14,7 @@ from tests.e2e.tool_run import command
 STEPS = 4
 
 
+@pytest.mark.runs
 def test_a_policy_trains_with_the_tool(tmp_path):
     """Calls are made and answered, right answers come of them, engine and trainer agree over observations, and the
     run says at which level code was run."""

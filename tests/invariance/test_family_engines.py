@@ -23,8 +23,10 @@ if importlib.util.find_spec("vllm") is None:  # importing it would take ranks, w
     pytest.skip("needs vLLM", allow_module_level=True)
 pytestmark = pytest.mark.timeout(400)
 
-QUICK = [("mistral", "gloo"), ("mixtral", "sharded"), ("phi3", "sharded"), ("qwen2_moe", "gloo")]
-WIDE = [(name, how) for name in checkpoints.FAMILIES for how in ("gloo", "sharded") if (name, how) not in QUICK]
+QUICK = ("mixtral", "sharded")
+RUNS = [("mistral", "gloo"), ("phi3", "sharded"), ("qwen2_moe", "gloo")]
+ALL = [(name, how) for name in checkpoints.FAMILIES for how in ("gloo", "sharded")]
+WIDE = [case for case in ALL if case not in (QUICK, *RUNS)]
 TOKENS = np.random.default_rng(1).integers(3, 112, 100)
 
 
@@ -42,7 +44,12 @@ def exported(here: Rank, *, path: str, out: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "how"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow, id="-".join(case)) for case in WIDE)]
+    ("family", "how"),
+    [
+        QUICK,
+        *(pytest.param(*case, marks=pytest.mark.runs) for case in RUNS),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in WIDE),
+    ],
 )
 def test_logprobs_follow_the_pushed_weights(family: str, how: str, tmp_path: Path) -> None:
     """Both before the push, of the engine's own file, and after it."""

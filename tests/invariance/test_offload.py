@@ -68,7 +68,10 @@ def test_three_updates_of_experts_are_the_same_bit_for_bit(tmp_path):
     _same(make("qwen3_moe", tmp_path), 2, MOE)
 
 
-@pytest.mark.parametrize("overrides", [case(2, BFLOAT16), case(1)], ids=["DP2 bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "overrides",
+    [pytest.param(case(2, BFLOAT16), id="DP2 bfloat16"), pytest.param(case(1), id="float32", marks=pytest.mark.runs)],
+)
 def test_saved_exported_and_restored_from_every_state(model, tmp_path, overrides):
     arguments = {"checkpoint": model, "overrides": overrides, "folder": tmp_path}
     for found in launch("offload_cases:saves", overrides["trainer"]["world_size"], arguments, timeout=540):
