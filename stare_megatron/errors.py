@@ -58,6 +58,10 @@ class EngineLostError(LostError):
     """An engine is."""
 
 
+class GivenUpError(RunError):
+    """Sampling was ended because whoever waited for it does not want it any more."""
+
+
 class RanksLostError(LostError):
     """A trainer rank is, so that the others, which wait for it, are of no use either."""
 

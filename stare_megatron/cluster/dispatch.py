@@ -14,7 +14,7 @@ import ray
 from stare_megatron.cluster import runtime
 from stare_megatron.cluster.fleet import State
 from stare_megatron.cluster.keeper import Keeper
-from stare_megatron.errors import EngineLostError, RunError
+from stare_megatron.errors import EngineLostError, GivenUpError
 from stare_megatron.types import GroupRequest, GroupSummary
 
 _GLANCE_S = 1.0
@@ -65,7 +65,7 @@ class Dispatch:
             beside: called every second; may raise.
 
         Raises:
-            EngineLostError: fewer engines than the run wants are left. RunError: `give_up` was called.
+            EngineLostError: fewer engines than the run wants are left. GivenUpError: `give_up` was called.
         """
         while self._waiting or self._flying:
             self._keeper.require()
@@ -81,7 +81,8 @@ class Dispatch:
                 yield summary
 
     def give_up(self) -> None:
-        """End `results` within a second; from another thread. Nothing can be sampled until `forget`."""
+        """End `results` within a second, with a GivenUpError; from another thread. Nothing can be sampled until
+        `forget`."""
         self._given_up.set()
 
     def forget(self) -> None:
@@ -119,7 +120,7 @@ class Dispatch:
 
         def changed() -> bool:
             if self._given_up.is_set():
-                raise RunError("given up (sample)")
+                raise GivenUpError("given up (sample)")
             beside()
             return self._keeper.tick() or bool(self._keeper.fleet.those(State.STALE))
 

@@ -262,8 +262,17 @@ class EngineGroup:
         return self._dispatch.results(self.renew, self.beside)
 
     def give_up(self) -> None:
-        """End `results` within a second, with a RunError; from another thread."""
+        """End `results` within a second, with a GivenUpError; from another thread. `forget` before more is sampled."""
         self._dispatch.give_up()
+
+    def forget(self) -> None:
+        """`results` has ended: drop what it waited for, also from the count of groups that were sampled again."""
+        self._dispatch.forget()
+        self._dispatch.take_again()
+
+    def have_weights(self) -> bool:
+        """Whether some engine has the weights of the last push. One that does not answer may."""
+        return bool(self._keeper.fleet.those(State.HEALTHY, State.SUSPECT))
 
     def logprobs(self, token_ids: npt.NDArray[np.int32]) -> dict[int, npt.NDArray[np.float32]]:
         """Each engine's log-probs of a probe prompt."""

@@ -226,7 +226,7 @@ _ENTRIES = (
     Entry("engine/preemptions", "requests", R.SUM, "Put back for want of KV cache, to be computed again."),
     Entry("fleet/healthy", "engines", R.ONE, "That could sample when the step was recorded."),
     Entry("fleet/restarts", "count", R.ONE, "Engines started again since the step before."),
-    Entry("fleet/groups_again", "groups", R.ONE, "Sampled again, since the engine that had them was lost."),
+    Entry("fleet/groups_again", "groups", R.SUM, "Sampled again, since the engine that had them was lost."),
     Entry(
         "time/offload",
         "s",

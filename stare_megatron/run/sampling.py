@@ -11,6 +11,7 @@ stream        engines  [ groups, v0               ][ v1      ][ v2      ][ v3   
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -19,8 +20,9 @@ from typing import Generic, Protocol, TypeVar
 
 from stare_megatron.checkpoint import Ahead, Outstanding
 from stare_megatron.data.prompts import PromptStream, StreamState
+from stare_megatron.errors import GivenUpError
 from stare_megatron.rollout.collect import Collected, Collector, GroupDispatcher
-from stare_megatron.types import Group
+from stare_megatron.types import Group, Measured
 
 Ref = TypeVar("Ref")
 Ref_co = TypeVar("Ref_co", covariant=True)
@@ -85,7 +87,19 @@ class Engines(GroupDispatcher[Ref_co], Protocol[Ref_co]):
     """Where a sampler's thread has requests served."""
 
     def give_up(self) -> None:
-        """Make `results` end soon, with a RunError."""
+        """Make `results` end soon, with a GivenUpError."""
+        ...
+
+
+class PolicyEngines(Engines[Ref_co], Protocol[Ref_co]):
+    """Those that sample a batch by one policy, which they may lose."""
+
+    def forget(self) -> None:
+        """`results` has ended: drop what it waited for."""
+        ...
+
+    def have_weights(self) -> bool:
+        """Whether some engine has the weights of the last push, or may have."""
         ...
 
 
@@ -137,7 +151,8 @@ class OneStepSampler(Generic[Ref]):
     the trainer is changing. Only the first batch of a run is of the newest policy.
 
     What it samples depends on stream, seed and step, as the synchronous one's does. Its last batch is that of
-    `steps`. `give_up`: makes sampling end soon, with an error.
+    `steps`. When all engines are lost while the trainer learns, nobody has the policy that the next batch was begun
+    with: it is sampled again, the same prompts and seeds, by the newest. `note`: tells the user so.
     """
 
     def __init__(
@@ -146,16 +161,19 @@ class OneStepSampler(Generic[Ref]):
         stream: PromptStream,
         store: Store[Ref],
         steps: int,
-        give_up: Callable[[], None],
+        engines: PolicyEngines[Ref],
+        note: Callable[[str], None],
     ) -> None:
         self._collector = collector
         self._stream = stream
         self._store = store
         self._steps = steps
-        self._give_up = give_up
+        self._engines = engines
+        self._note = note
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "sampling")  # refills are ordered while the ranks work
         self._ahead: Future[Drawn[Ref]] | None = None
         self._state = stream.state()
+        self._again = False  # the next batch was given up, and is sampled when it is asked for
 
     def restore(self, batch: Ahead) -> None:
         """The first batch is this one, which the checkpoint keeps that the run goes on from."""
@@ -168,6 +186,10 @@ class OneStepSampler(Generic[Ref]):
     def next_batch(self, version: int) -> Collected[Ref]:
         """As `Sampler`; the batch after it is begun."""
         drawn = self._ahead.result() if self._ahead else self._draw(version)
+        if self._again:
+            measured = (*drawn.batch.measured, Measured("fleet/groups_again", len(drawn.batch.sampled)))
+            drawn = Drawn(dataclasses.replace(drawn.batch, measured=measured), drawn.after)
+            self._again = False
         self._state = drawn.after
         more = version + 1 < self._steps
         self._ahead = self._thread.submit(self._draw, version + 1) if more else None
@@ -178,6 +200,10 @@ class OneStepSampler(Generic[Ref]):
         return self._ahead is not None and not (self._ahead.done() and self._ahead.exception() is None)
 
     def settle(self) -> None:
+        """As `Sampler`; what no engine has the weights for is given up."""
+        while self._ahead and not concurrent.futures.wait([self._ahead], _GLANCE_S).done:
+            if not self._engines.have_weights():
+                self._give_up(self._ahead)
         if self._ahead:
             self._ahead.result()
 
@@ -192,8 +218,22 @@ class OneStepSampler(Generic[Ref]):
 
     def close(self) -> None:
         if self._ahead and not self._ahead.done():
-            self._give_up()
+            self._engines.give_up()
         self._thread.shutdown()
+
+    def _give_up(self, ahead: Future[Drawn[Ref]]) -> None:
+        """The batch is sampled by the weights that are pushed next, unless it is whole before it can be given up."""
+        self._engines.give_up()
+        try:
+            ahead.result()
+        except GivenUpError:
+            self._stream.restore(self._state)
+            self._ahead, self._again = None, True
+            self._note(
+                "all engines were lost while the ranks learned, and with them the weights that the next batch was "
+                "begun with: it is sampled again by the newest policy"
+            )
+        self._engines.forget()
 
     def _draw(self, version: int) -> Drawn[Ref]:
         return Drawn(self._collector.collect(version), self._stream.state())
@@ -211,6 +251,9 @@ class OneStepSampler(Generic[Ref]):
             seconds=drawn.batch.seconds,
             after=drawn.after,
         )
+
+
+_GLANCE_S = 1.0
 
 
 def _nothing() -> None: ...

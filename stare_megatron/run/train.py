@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
@@ -204,7 +205,7 @@ def _assemble(
         warn=sinks.note,
         local=_local(config, folder, trainers),
     )
-    sampler = _sampler(prepared, session)
+    sampler = _sampler(prepared, session, sinks.note)
     controller = EntropyController(config.algorithm, ALGORITHMS[config.algorithm.method])
     under_way = min(config.window - 1, _PROBE_PREFIX) if config.sampling.mode == "stream" else 0
     weights = Weights(config.sync, config.model.dtype, trainers, engines, functools.cache(stream.probe), under_way)
@@ -239,7 +240,7 @@ def _local(config: Config, folder: run_folder.RunFolder, trainers: checkpoint.No
     return checkpoint.Local(folder.checkpoints, checkpoint.home_of(config), config.checkpoint, trainers)
 
 
-def _sampler(prepared: Prepared, session: Session) -> Sampler[Collected[runtime.Ref]]:
+def _sampler(prepared: Prepared, session: Session, note: Callable[[str], None]) -> Sampler[Collected[runtime.Ref]]:
     config, stream, engines = prepared.config, prepared.stream, session.engines
     collector = Collector(config, engines, stream)
     if config.sampling.mode == "sync":
@@ -249,7 +250,8 @@ def _sampler(prepared: Prepared, session: Session) -> Sampler[Collected[runtime.
         if isinstance(prepared.ahead, checkpoint.Outstanding):
             sampler.restore(prepared.ahead)
         return sampler
-    sampler = OneStepSampler(collector, stream, Store(runtime.fetch, runtime.put), config.run.steps, engines.give_up)
+    store = Store(runtime.fetch, runtime.put)
+    sampler = OneStepSampler(collector, stream, store, config.run.steps, engines, note)
     if isinstance(prepared.ahead, checkpoint.Ahead):
         sampler.restore(prepared.ahead)
     return sampler

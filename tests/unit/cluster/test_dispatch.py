@@ -11,7 +11,7 @@ from stare_megatron.cluster import dispatch, runtime
 from stare_megatron.cluster.dispatch import Dispatch
 from stare_megatron.cluster.fleet import Fleet
 from stare_megatron.config import InferenceConfig
-from stare_megatron.errors import EngineLostError, RunError
+from stare_megatron.errors import EngineLostError, GivenUpError, RunError
 from stare_megatron.types import GroupRequest
 
 
@@ -176,7 +176,7 @@ def test_giving_up_ends_it_until_what_was_ordered_is_forgotten(made, monkeypatch
     monkeypatch.setattr(dispatch.ray, "cancel", lambda _: None)
     dispatcher.submit(requests(3))
     dispatcher.give_up()
-    with pytest.raises(RunError, match="given up"):
+    with pytest.raises(GivenUpError, match="given up"):
         list(dispatcher.results(lambda _: None, nothing))
     dispatcher.forget()
     dispatcher.submit(requests(1))

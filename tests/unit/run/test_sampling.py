@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +11,11 @@ import pytest
 
 from stare_megatron.checkpoint import Ahead
 from stare_megatron.data.prompts import StreamState
-from stare_megatron.errors import RunError
+from stare_megatron.errors import EngineLostError, GivenUpError, RunError
 from stare_megatron.rollout.collect import Collected
+from stare_megatron.run import sampling
 from stare_megatron.run.sampling import OneStepSampler, Store, SynchronousSampler
+from stare_megatron.types import Measured
 
 TAKEN = 32
 SOON = 20.0
@@ -38,6 +41,7 @@ class Collector:
         self.go: dict[int, threading.Event] = {}
         self.given_up = threading.Event()
         self.error: BaseException | None = None
+        self.lost: BaseException | None = None  # what it finds before it gives up
 
     def event(self, step: int) -> threading.Event:
         return self.go.setdefault(step, threading.Event())
@@ -47,7 +51,7 @@ class Collector:
         self.stream.cursor += TAKEN
         while not self.event(step).wait(0.01):
             if self.given_up.is_set():
-                raise RunError("given up")
+                raise self.lost or GivenUpError("given up")
         if self.error:
             raise self.error
         return batch(step)
@@ -57,13 +61,32 @@ def batch(step: int) -> Any:
     return Collected(((f"ref {step}", f"summary {step}"),), (f"summary {step}",), (), 1.5)  # type: ignore[arg-type]
 
 
+class Engines:
+    """`alive`: they have the weights of the last push."""
+
+    def __init__(self, collector: Collector) -> None:
+        self._collector = collector
+        self.alive = True
+
+    def have_weights(self) -> bool:
+        return self.alive
+
+    def give_up(self) -> None:
+        self._collector.given_up.set()
+
+    def forget(self) -> None:
+        self._collector.given_up.clear()
+
+
 @pytest.fixture
-def parts():
+def parts(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sampling, "_GLANCE_S", 0.01)
     stream = Stream()
     collector = Collector(stream)
     store: Any = Store(lambda refs: [f"group of {ref}" for ref in refs], lambda group: f"ref of {group}")  # type: ignore[arg-type]
-    sampler: Any = OneStepSampler(collector, stream, store, 4, collector.given_up.set)  # type: ignore[arg-type]
-    yield SimpleNamespace(stream=stream, collector=collector, sampler=sampler)
+    engines, notes = Engines(collector), []
+    sampler: Any = OneStepSampler(collector, stream, store, 4, engines, notes.append)  # type: ignore[arg-type]
+    yield SimpleNamespace(stream=stream, collector=collector, sampler=sampler, engines=engines, notes=notes)
     sampler.close()
 
 
@@ -164,3 +187,52 @@ def test_an_end_gives_up_what_is_being_sampled(parts):
     sampler.close()  # returns, although nobody lets batch 1 go
     assert collector.given_up.is_set()
     assert sampler.ahead()() is None
+
+
+def test_a_batch_that_no_engine_has_the_weights_for_is_sampled_again(parts):
+    """The same prompts, for the same step, once the newest weights are there; and it is counted."""
+    sampler, collector, stream = parts.sampler, parts.collector, parts.stream
+    collector.event(0).set()
+    sampler.next_batch(0)
+    kept = sampler.ahead()
+    parts.engines.alive = False
+    sampler.settle()  # returns, although nobody lets batch 1 go
+    assert len(parts.notes) == 1
+    assert not sampler.busy
+    assert kept() is None
+    assert sampler.ahead()() is None
+    assert sampler.state().cursor == stream.cursor == TAKEN
+    sampler.drain()
+    parts.engines.alive = True
+    collector.event(1).set()
+    counted = Measured("fleet/groups_again", 1)
+    assert sampler.next_batch(1) == dataclasses.replace(batch(1), measured=(counted,))
+    assert sampler.state().cursor == 2 * TAKEN
+    let_go(parts, 2)
+    assert collector.begun == [0, 1, 1, 2]
+    assert sampler.next_batch(2) == batch(2)
+
+
+def test_it_is_not_while_an_engine_has_them(parts):
+    sampler, collector = parts.sampler, parts.collector
+    collector.event(0).set()
+    sampler.next_batch(0)
+    settled = threading.Thread(target=sampler.settle)
+    settled.start()
+    settled.join(0.2)
+    assert not collector.given_up.is_set()
+    collector.event(1).set()
+    settled.join(SOON)
+    assert sampler.next_batch(1) == batch(1)
+    assert parts.notes == []
+
+
+def test_engines_that_do_not_come_back_end_the_run(parts):
+    sampler, collector = parts.sampler, parts.collector
+    collector.event(0).set()
+    sampler.next_batch(0)
+    collector.lost = EngineLostError("0 of 1 engines are left")
+    parts.engines.alive = False
+    with pytest.raises(EngineLostError, match="0 of 1"):
+        sampler.settle()
+    assert parts.notes == []

@@ -113,6 +113,7 @@ class Step:
         parts += [Measured("groups/dropped", 2)]
         parts += [part for group in self.kept for part in _measure_kept(group, VERSION - 1)]
         parts.append(Measured("sync/staleness_p95", age_quantile(self.kept, VERSION - 1, 0.95)))
+        parts.append(Measured("fleet/groups_again", 6))  # a batch that was given up
         batch = Collected((), tuple(group for group, _ in self.groups), tuple(parts), SAMPLING_S, TAIL_S, 3, 5)
         stats = (batch, self.scores, self.control, self.updates, 1e-6, self.costs, self.progress)
         idle = [Measured(f"idle/{kind}", *part) for kind, parts in IDLE.items() for part in parts]
@@ -257,6 +258,7 @@ def expected(step: Step) -> dict[str, float]:
     found |= {name: step.scores.part(name).total for name in SINGLE}
     found |= {f"time/{phase}": seconds for phase, seconds in step.costs.seconds.items()}
     found |= {name: total / weight for name, (total, weight) in RATES.items()} | FLEET
+    found["fleet/groups_again"] += 6
     return (
         sampled(step)
         | updated(step)

@@ -1,0 +1,73 @@
+"""The only engine of a run that samples ahead is killed while the ranks learn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.e2e import test_recovery as recovery
+from tests.e2e.test_recovery import STEPS, Done
+from tests.e2e.test_train import EVERY_SAMPLE, prompts_of
+
+pytestmark = pytest.mark.runs
+PROMPTS = 16
+STREAM: dict[str, object] = EVERY_SAMPLE | {
+    "sampling.mode": "stream",
+    "inference.placement": "separate",
+    "algorithm.correction.mode": "truncate",
+    "inference.engines": 1,
+    "rollout.prompts_per_step": PROMPTS,
+}
+ONE_STEP = STREAM | {"sampling.mode": "one_step"}
+KILLED = "engine_0:KILL:score:2"
+AGAIN = "it is sampled again by the newest policy"
+
+material = recovery.material
+
+
+def require_every_step(done: Done) -> None:
+    """Once each, of other prompts each, with weights that arrived, and nothing is left running."""
+    assert done.code == 0, done.said[-4000:]
+    assert [row["step"] for row in done.rows] == list(range(1, STEPS + 1))
+    assert all(row["sync/probe"] < 1e-3 for row in done.rows)
+    files = [done.folder / f"samples/step_{step:06d}.jsonl" for step in range(1, STEPS + 1)]
+    trained = [{sample["prompt_id"] for sample in prompts_of(file)} for file in files]
+    assert len(set().union(*trained)) == PROMPTS * STEPS
+    assert done.left == []
+
+
+def test_one_step_samples_the_batch_again_by_the_newest_policy(material: Path, tmp_path: Path) -> None:
+    done = recovery.run(material, tmp_path, KILLED, **ONE_STEP)
+    require_every_step(done)
+    assert done.events("engine 0") == ["HEALTHY", "DEAD", "RESTARTING", "STALE", "HEALTHY"]
+    assert done.events("trainer ranks") == []
+    assert done.said.count(AGAIN) == 1
+    assert [row["sync/staleness"] for row in done.rows] == [0, 1, 1, 0, 1]
+    fresh = [done.rows[0], done.rows[3]]
+    assert all((row["mismatch/mean"] < 1e-3) == (row in fresh) for row in done.rows)
+    again = [row["fleet/groups_again"] for row in done.rows]
+    assert again[3] >= done.rows[3]["groups/sampled"]
+    assert again[0] == again[1] == again[4] == 0
+
+
+def test_stream_goes_on_with_the_groups_in_flight(material: Path, tmp_path: Path) -> None:
+    done = recovery.run(material, tmp_path, KILLED, **STREAM)
+    require_every_step(done)
+    assert done.events("engine 0") == ["HEALTHY", "DEAD", "RESTARTING", "STALE", "HEALTHY"]
+    assert done.events("trainer ranks") == []
+    assert all(row["sync/staleness"] <= 2 for row in done.rows)  # sampling.max_staleness
+    assert sum(row["fleet/groups_again"] for row in done.rows) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["one_step", "stream"])
+def test_engines_that_may_not_be_started_again(material: Path, tmp_path: Path, mode: str) -> None:
+    settings = STREAM | {"sampling.mode": mode, "inference.restarts": 0, "run.resume": "auto"}
+    done = recovery.run(material, tmp_path, KILLED, **settings)
+    assert done.code == 75, done.said[-3000:]
+    assert "0 of 1 engines are left, the run wants 1 (inference.min_engines)" in done.said
+    assert "step 3 is saved" in done.said
+    assert done.events("engine 0") == ["HEALTHY", "DEAD", "RETIRED"]
+    assert done.left == []
+    require_every_step(recovery.run(material, tmp_path, recovery.CLEAN, **settings))
