@@ -2,7 +2,8 @@
 
     python killed_run.py PHASE STEP train CONFIG key=value ...
 
-STEP: steps done when the phase begins; for `save` the step whose checkpoint is complete but does not have its name yet.
+STEP: steps done when the phase begins; for `save` the step whose checkpoint is complete but does not have its name
+yet, for `latest` the step whose checkpoint has it and is not yet in the file `latest`.
 `engine` instead of a phase: kill the engine's process alone, in the rollout; `stopped-engine`: stop it (SIGSTOP).
 """
 
@@ -55,6 +56,16 @@ def arm(phase: str, step: int) -> None:
             return finish(root, number, known)
 
         store.finish = finish_or_die
+        return
+    if phase == "latest":
+        write = store.write_atomic
+
+        def write_or_die(path: Any, text: str) -> None:
+            if (path.name, text.strip()) == (store.LATEST, store.folder_name(step)):
+                kill()
+            write(path, text)
+
+        store.write_atomic = write_or_die
         return
     die = kill
     if phase in ENGINES:

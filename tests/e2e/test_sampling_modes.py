@@ -64,7 +64,7 @@ def test_killed_in_an_update_it_goes_on_with_the_batch_in_hand(material: Path, a
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", ["rollout", "score", "push", "save"])
+@pytest.mark.parametrize("phase", ["rollout", "score", "push", "save", "latest"])
 def test_killed_in_a_phase(material: Path, ahead: Path, tmp_path: Path, phase: str) -> None:
     demo.killed_and_resumed(material, ahead, tmp_path, phase, 4, STEPS, **ONE_STEP)
 
