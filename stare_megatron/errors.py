@@ -62,6 +62,10 @@ class GivenUpError(RunError):
     """Sampling was ended because whoever waited for it does not want it any more."""
 
 
+class GroupsLostError(LostError):
+    """Sampled groups are, with the node that had them, before they were learned from."""
+
+
 class RanksLostError(LostError):
     """A trainer rank is, so that the others, which wait for it, are of no use either."""
 

@@ -28,7 +28,7 @@ from stare_megatron.cluster.families import Family, family
 from stare_megatron.cluster.silence import NO_WATCH, Watch
 from stare_megatron.config import ClusterConfig
 from stare_megatron.data.tokenizer import first_line
-from stare_megatron.errors import LostError, RunError, UserError
+from stare_megatron.errors import GroupsLostError, LostError, RunError, UserError
 from stare_megatron.host import packages, stacks
 from stare_megatron.host.ports import connect_error, host_port, interface_of
 
@@ -329,6 +329,8 @@ def get(ref: ray.ObjectRef, name: str, lost: type[LostError] = LostError) -> Any
         ) from e
     except ray.exceptions.RayActorError as e:
         raise lost(f"{name}: its process died: {cause(e)}") from e
+    except ray.exceptions.ObjectLostError as e:
+        raise lost(f"{name}: its answer is lost with its node: {first_line(e)}") from e
     except ray.exceptions.OutOfMemoryError as e:
         raise lost(
             f"{name}: Ray ended its process: {first_line(e)}; run less beside it, or spread the run over more nodes"
@@ -345,12 +347,12 @@ def fetch(refs: Sequence[ray.ObjectRef]) -> list[Any]:
     """Bring objects to this process.
 
     Raises:
-        RunError: one is lost, with the node that had it.
+        GroupsLostError: one is lost, with the node that had it.
     """
     try:
         return ray.get(list(refs))
     except ray.exceptions.ObjectLostError as e:
-        raise RunError(f"a group of the batch is lost: {first_line(e)}") from e
+        raise GroupsLostError(f"a group of the batch is lost with its node: {first_line(e)}") from e
 
 
 def put(value: object) -> ray.ObjectRef:

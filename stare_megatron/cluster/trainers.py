@@ -151,7 +151,7 @@ class TrainerActor(Answers, HasDisk):
 
     def load(self, updates: list[tuple[list[ray.ObjectRef], UpdateShare]]) -> None:
         with self._activity.during("load"):
-            fetched: list[tuple[list[Group], UpdateShare]] = [(ray.get(refs), share) for refs, share in updates]
+            fetched: list[tuple[list[Group], UpdateShare]] = [(runtime.fetch(refs), share) for refs, share in updates]
             self._trainer.load(fetched)
 
     def call(self, method: str, *args: Any, **named: Any) -> Any:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from stare_megatron.config import Config
+from stare_megatron.errors import GroupsLostError
 from stare_megatron.host.memory import host_memory
 from stare_megatron.metrics.catalogue import Metric
 from stare_megatron.metrics.sample_records import write_sample_records
@@ -179,7 +180,11 @@ class Recorder(Generic[Ref]):
         folder, size = self._config.folder / FOLDER, self._config.rollout.group_size
         places = choose([summary for _, summary in batch.groups], self._config.logging.samples, step)
         wanted = sorted({group for group, _ in places})
-        groups = dict(zip(wanted, self._fetch([batch.groups[i][0] for i in wanted]), strict=True))
+        try:
+            groups = dict(zip(wanted, self._fetch([batch.groups[i][0] for i in wanted]), strict=True))
+        except GroupsLostError as e:  # they were learned from
+            self.note(f"samples of step {step} are not written: {e}")
+            return
         picked = pick(groups, places)
         records = self._session.trainers.token_records(places)
         write_samples(folder, step, picked, len(batch.groups) * size, len(batch.sampled) * size, self._decode)

@@ -33,7 +33,7 @@ Kept = Callable[[], Ahead | Outstanding | None]
 nothing is.
 
 Raises:
-    RunError: its groups are lost.
+    GroupsLostError: its groups are lost.
 """
 
 
@@ -140,7 +140,7 @@ class Drawn(Generic[Ref]):
 
 @dataclass(frozen=True)
 class Store(Generic[Ref]):
-    """Groups by the references that stand for them, and back. `fetch` raises RunError where one is lost."""
+    """Groups by the references that stand for them, and back. `fetch` raises GroupsLostError where one is lost."""
 
     fetch: Callable[[Sequence[Ref]], Sequence[Group]]
     put: Callable[[Group], Ref]

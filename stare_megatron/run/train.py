@@ -20,7 +20,7 @@ from stare_megatron.data.benchmarks import load_benchmarks
 from stare_megatron.data.chat import writes_date
 from stare_megatron.data.prompts import PromptStream, load_prompts
 from stare_megatron.data.tokenizer import decoder, load_tokenizer
-from stare_megatron.errors import HangError, MissingFilesError, RanksLostError, RunError
+from stare_megatron.errors import GroupsLostError, HangError, MissingFilesError, RanksLostError, RunError
 from stare_megatron.metrics import wandb_id
 from stare_megatron.metrics.advice import Settings
 from stare_megatron.metrics.events import Events
@@ -170,7 +170,7 @@ def _run(prepared: Prepared, folder: run_folder.RunFolder, sinks: Sinks) -> int:
                     session.restart_trainers()
                 sinks.rewind(prepared.restored)
                 continue
-            except (RanksLostError, HangError) as e:
+            except (RanksLostError, GroupsLostError, HangError) as e:
                 tell(RunEvent("trainer ranks", "", "HEALTHY", "DEAD", str(e)))
                 if stop.asked or restarts == config.run.restarts or is_unexplained(e):
                     raise

@@ -11,6 +11,7 @@ import pytest
 
 from stare_megatron.cluster import activity
 from stare_megatron.config import RolloutConfig, parse
+from stare_megatron.errors import GroupsLostError
 from stare_megatron.metrics import trace
 from stare_megatron.metrics.catalogue import by_name, metrics
 from stare_megatron.run import recorder as module
@@ -219,6 +220,19 @@ def test_samples_are_written_when_due_with_what_the_update_knew(made):
     head = (made.folder / "samples" / names[0]).read_text().partition("\n")[0]
     assert head.endswith(f"of the {2 * SIZE} in the update batch; {5 * SIZE} were sampled")
     assert len(made.shown) == 2
+
+
+def test_samples_that_a_lost_node_had_are_not_written_and_the_run_goes_on(made, monkeypatch):
+    def lost(refs):
+        raise GroupsLostError("a group of the batch is lost with its node")
+
+    notes: list[str] = []
+    monkeypatch.setattr(made.recorder, "_fetch", lost)
+    monkeypatch.setattr(made.recorder, "note", notes.append)
+    made.recorder.record(1, made.batch, CONTROL, DONE, math.nan)
+    assert [step for step, *_ in made.logged] == [1]
+    assert notes == ["samples of step 1 are not written: a group of the batch is lost with its node"]
+    assert not (made.folder / "samples").exists()
 
 
 def test_idle_shares_and_the_trace_are_of_the_step(made):

@@ -12,7 +12,7 @@ import pytest
 
 from stare_megatron import __main__ as program
 from stare_megatron.data.prompts import StreamState
-from stare_megatron.errors import EngineLostError, HangError, LostError, RanksLostError
+from stare_megatron.errors import EngineLostError, GroupsLostError, HangError, LostError, RanksLostError
 from stare_megatron.run import train
 from tests.configs import configuration
 
@@ -121,6 +121,15 @@ def test_without_a_checkpoint_it_begins_again(tmp_path, monkeypatch):
     assert run.go() == 10
     assert run.sinks.rewound == [0]
     assert run.trained[:4] == [(1, 1), (2, 2), (3, 3), (1, 1)]
+
+
+def test_groups_that_a_lost_node_had_are_sampled_again_from_there(tmp_path, monkeypatch):
+    run = Run(tmp_path, monkeypatch, losses=[6], saves={2, 5})
+    run.error = GroupsLostError("trainer rank 1: a group of the batch is lost with its node")
+    assert run.go() == 10
+    assert run.sinks.rewound == [5]
+    assert run.trained[4:7] == [(5, 5), (6, 6), (6, 6)]
+    assert any("going on from step 5" in note for note in run.sinks.notes)
 
 
 @pytest.mark.parametrize(("restarts", "losses"), [(0, [3]), (1, [3, 3]), (2, [3, 3, 3])])
