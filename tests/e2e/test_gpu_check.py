@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
-from tools.gpu_check_parts import report
+from tools.gpu_check_parts import report, transport
+from tools.gpu_check_parts.outcome import Context
 
 ROOT = Path(__file__).parents[2]
 CHECK = [sys.executable, "tools/gpu_check.py", "--device", "cpu", "--minutes", "30"]
@@ -34,6 +37,20 @@ def test_cheap_parts(tmp_path: Path) -> None:
     kernels = found["kernels"]["numbers"]
     assert kernels["path"] == "Triton"
     assert all(0 <= kernels[f"{dtype} gradient, error"] < 2e-6 for dtype in ("bfloat16", "float16", "float32"))
+
+
+def mute(pipe: Connection, kind: str, place: str) -> None:
+    """A receiver that hears the first call and never answers."""
+    pipe.recv()
+    time.sleep(600)
+
+
+@pytest.mark.slow
+def test_a_receiver_that_does_not_answer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "receive", mute)
+    monkeypatch.setattr(transport, "_ANSWER_S", 2.0)
+    with pytest.raises(RuntimeError, match="did not answer init_weight_transfer_engine within 2 s"):
+        transport.check(Context("cpu", tmp_path, tmp_path, 120))
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import multiprocessing
 import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,7 @@ from stare_megatron.sync.source import ParamSpec, WeightStream
 from tools.gpu_check_parts.outcome import Context, Outcome, skipped
 
 _PUSHES = 3
+_ANSWER_S = 60.0  # the first one takes a start of vLLM's modules
 # The embedding of a 7B model is larger than 1 GiB.
 _ON_GPU = {"embed": (151_936, 3584), "up": (18_944, 3584), "down": (3584, 18_944), "norm": (3584,)}
 _ON_CPU = {"embed": (1000, 64), "up": (192, 64), "down": (64, 192), "norm": (64,)}
@@ -39,7 +41,7 @@ def check(context: Context) -> Outcome:
     theirs.close()
     outcome = Outcome(numbers={"transport": transport})
     try:
-        _push(outcome, context, transport, mine)
+        _push(outcome, context, transport, mine, receiver)
     finally:
         mine.close()
         receiver.join(10)
@@ -47,7 +49,7 @@ def check(context: Context) -> Outcome:
     return outcome
 
 
-def _push(outcome: Outcome, context: Context, transport: str, pipe: Connection) -> None:
+def _push(outcome: Outcome, context: Context, transport: str, pipe: Connection, receiver: BaseProcess) -> None:
     state: dict[str, torch.Tensor] = {}
     shapes = _ON_GPU if context.on_gpu else _ON_CPU
     specs = tuple(ParamSpec(name, torch.bfloat16, shape) for name, shape in shapes.items())
@@ -56,6 +58,9 @@ def _push(outcome: Outcome, context: Context, transport: str, pipe: Connection) 
         (sent,) = arguments
         pipe.send((method, _encoded(sent)))
         try:
+            if not pipe.poll(_ANSWER_S):
+                receiver.kill()  # whoever sends to it is told by the end of its connections
+                raise RuntimeError(f"the receiver did not answer {method} within {_ANSWER_S:.0f} s")
             return pipe.recv()
         except EOFError as e:
             raise RuntimeError(f"the receiver ended in {method}; its error is above") from e
