@@ -10,6 +10,8 @@ import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from stare_megatron.host import processes
+
 
 @dataclass(frozen=True)
 class Family:
@@ -30,7 +32,8 @@ def family() -> Family:
 
 
 def end(gone: Family) -> ray.ObjectRef:
-    """Kill what is left of a family, stopped or not: of a process that is killed, children that are stopped stay."""
+    """Kill what is left of a family, and all that it has started since, stopped or not: of a process that is killed,
+    children that are stopped stay."""
     return _end.options(scheduling_strategy=NodeAffinitySchedulingStrategy(gone.node, soft=False)).remote(gone)
 
 
@@ -42,9 +45,7 @@ def stopped(family: Family) -> ray.ObjectRef:
 
 @ray.remote(num_cpus=0, max_retries=0)
 def _end(gone: Family) -> None:
-    for process in _there(gone):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+    processes.end(processes.under(process.pid for process in _there(gone)), 0.0)
 
 
 @ray.remote(num_cpus=0, max_retries=0)

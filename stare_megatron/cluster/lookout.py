@@ -12,6 +12,7 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from stare_megatron.cluster import families
 from stare_megatron.cluster.doing import Doing
 from stare_megatron.cluster.runtime import Crew, Station, cause
 from stare_megatron.cluster.watchdog import Watchdog
@@ -151,11 +152,6 @@ def _examine(pids: list[int]) -> MachineState:
     return processes.examine(pids)
 
 
-@ray.remote(num_cpus=0, max_retries=0)
-def _end_there(pids: list[int]) -> None:
-    processes.end(processes.under(pids), 0.0)
-
-
 def _by_node(stations: Iterable[Station]) -> dict[str, list[int]]:
     pids: dict[str, list[int]] = {}
     for station in stations:
@@ -183,14 +179,10 @@ def _end(members: Sequence[Member], found: Verdict) -> None:
     """Kill the processes at fault, with all under them: a stopped one would outlive the run on a cluster. What is under
     them goes first, while it can be found, then Ray ends the actors, and so is not surprised."""
     guilty = [m for m in members if m.station and m.name in found.culprits]
-    pids = _by_node(m.station for m in guilty if m.station)
     own = ray.get_runtime_context().get_node_id()
-    trees = processes.under(pids.get(own, []))
-    elsewhere = [
-        _end_there.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(of)
-        for node, of in pids.items()
-        if node != own
-    ]
+    stations = [m.station for m in guilty if m.station]
+    trees = processes.under(there.process for there in stations if there.node == own)
+    elsewhere = [families.end(there.family) for there in stations if there.node != own]
     if elsewhere:
         ray.wait(elsewhere, num_returns=len(elsewhere), timeout=_END_S)
     for member in guilty:

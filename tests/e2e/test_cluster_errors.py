@@ -168,6 +168,10 @@ def test_an_idle_rank_that_is_silent_is_named(cluster):
         keep_checking(roll)
 
 
+def lives(process: psutil.Process) -> bool:
+    return psutil.pid_exists(process.pid) and process.status() != psutil.STATUS_ZOMBIE
+
+
 def test_processes_are_killed_with_those_they_started_stopped_or_not(cluster):
     parent = subprocess.Popen(["sh", "-c", "sleep 1000 & echo $!; wait"], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
@@ -179,15 +183,20 @@ def test_processes_are_killed_with_those_they_started_stopped_or_not(cluster):
         ray.get(families.stopped(families.Family(node, ((parent.pid, times[0]), (child.pid, times[1]))))) == child.pid
     )
     assert not ray.get(families.stopped(families.Family(node, ((parent.pid, times[0]), (child.pid, times[1] - 100)))))
+    later = subprocess.Popen(["sh", "-c", "sleep 1000 & echo $!; wait"], stdout=subprocess.PIPE, text=True)
+    assert later.stdout is not None
+    started = psutil.Process(int(later.stdout.readline()))  # since the family was looked at
     parent.kill()
     parent.wait()
     other = subprocess.Popen(["sleep", "1000"])  # a process id that somebody else has by now
-    family = families.Family(node, ((parent.pid, times[0]), (child.pid, times[1]), (other.pid, times[1] - 100)))
+    first = later.pid, psutil.Process(later.pid).create_time()
+    family = families.Family(node, ((parent.pid, times[0]), (child.pid, times[1]), first, (other.pid, times[1] - 100)))
     ray.get(families.end(family))
+    later.wait(10)
     deadline = time.monotonic() + 10
-    while psutil.pid_exists(child.pid) and child.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+    while any(map(lives, (child, started))) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not psutil.pid_exists(child.pid) or child.status() == psutil.STATUS_ZOMBIE
+    assert not any(map(lives, (child, started)))
     assert other.poll() is None
     other.kill()
     other.wait()
