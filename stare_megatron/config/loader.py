@@ -75,6 +75,14 @@ def load_sft(path: Path, overrides: list[str]) -> SftConfig:
     return _read(path, overrides, SftConfig)
 
 
+def load_run(path: Path, overrides: list[str]) -> Config | SftConfig:
+    """As `load`, of either kind of run: a table `[sft]` makes it supervised training."""
+    source = include.read(path)
+    for item in overrides:
+        _override(source, item)
+    return _parsed(source, SftConfig) if "sft" in source.tree else _parsed(source, Config)
+
+
 def _read(path: Path, overrides: list[str], root: type[Root]) -> Root:
     source = include.read(path)
     for item in overrides:

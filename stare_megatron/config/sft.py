@@ -112,9 +112,9 @@ class SftConfig(Section):
 
     def for_ranks(self) -> Config:
         """What the trainer's ranks, their placement and the run's folder take their settings from: a run of `train`
-        without engines, whose window is `sft.max_tokens`. `run.steps` must be settled."""
+        without engines, whose window is `sft.max_tokens`. Where `run.steps` is not settled, it has one step."""
         tree = {
-            "run": self.run.model_dump(),
+            "run": self.run.model_dump() | {"steps": max(self.run.steps, 1)},
             "model": self.model.model_dump(),
             "data": {"train": self.data.train, "max_prompt_tokens": self.sft.max_tokens - 1},
             "reward": {"name": "exact"},  # of nothing

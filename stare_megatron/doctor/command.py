@@ -9,7 +9,7 @@ from rich.table import Table
 
 from stare_megatron import config as configuration
 from stare_megatron import paths
-from stare_megatron.config import ClusterConfig, Config
+from stare_megatron.config import ClusterConfig, Config, SftConfig
 from stare_megatron.doctor import checks, machine, survey
 from stare_megatron.doctor.facts import ClusterFacts
 from stare_megatron.errors import UserError
@@ -42,8 +42,8 @@ def run(settings: Sequence[str], console: Console) -> int:
 
 def _read(settings: Sequence[str]) -> tuple[Config | None, ClusterConfig]:
     if settings and "=" not in settings[0]:
-        config = configuration.load(paths.given(settings[0], "file"), list(settings[1:]))
-        return config, config.cluster
+        config = configuration.load_run(paths.given(settings[0], "file"), list(settings[1:]))
+        return config.for_ranks() if isinstance(config, SftConfig) else config, config.cluster
     if unknown := [item for item in settings if not item.startswith(_ADDRESS)]:
         raise UserError(f"{unknown[0]}: without a run's file only {_ADDRESS}... can be set; name the file first")
     return None, configuration.cluster_alone(list(settings))

@@ -13,6 +13,7 @@ EXAMPLES = (
     "launch k8s run.toml --image registry/stare-megatron:gpu --claim shared:/data",
     "launch ray-job run.toml --address http://HEAD:8265",
     "launch local run.toml",
+    "launch slurm sft.toml",
 )
 TARGETS = ("slurm", "k8s", "ray-job", "local")
 
@@ -21,7 +22,12 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
     """The options of `launch`."""
     add = parser.add_argument
     add("target", choices=TARGETS, metavar="TARGET", help="slurm, k8s (KubeRay), ray-job or local")
-    add("settings", nargs="+", metavar="run.toml key.sub=value", help="TOML file of a run, and overrides")
+    add(
+        "settings",
+        nargs="+",
+        metavar="run.toml key.sub=value",
+        help="TOML file of a run of train or sft, and overrides",
+    )
     add("--dry-run", action="store_true", help="print what would be submitted, and write and submit nothing")
     add("--folder", type=paths.argument, metavar="FOLDER", help="for job and logs (default: RUN.DIR-launch/RUN.NAME)")
 

@@ -4,28 +4,36 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from stare_megatron.config import SftConfig
 from stare_megatron.errors import UserError
 from stare_megatron.launch.job import Job, named_paths
 from stare_megatron.models.families import read_hf_config
 from stare_megatron.run import preflight
 from stare_megatron.run.folder import CHECKPOINTS
+from stare_megatron.sft import check as sft
 
 
 def check(job: Job, *, container: bool) -> tuple[str, ...]:
     """Of a job whose nodes see this machine's files; `container`: but not its packages. Returns notes.
 
     Raises:
-        UserError: what `train` would refuse, with its cure.
+        UserError: what the run would refuse, with its cure.
     """
-    goes_on = _goes_on(job)
+    goes_on, run = _goes_on(job), job.written
     if not container:
-        return (*preflight.check(job.config), *goes_on)
-    preflight.check_data(job.config)
+        return (*(sft.check(run) if isinstance(run, SftConfig) else preflight.check(run)), *goes_on)
+    if isinstance(run, SftConfig):
+        sft.check_files(run)
+    else:
+        preflight.check_data(run)
     shape = read_hf_config(job.config.model.path)
     preflight.check_weights(job.config.model.path, shape)
     preflight.check_initial(job.config.model.weights)
     preflight.check_layout(job.config, shape)
-    preflight.check_window(job.config, shape)
+    if isinstance(run, SftConfig):
+        sft.check_window(run, shape)
+    else:
+        preflight.check_window(run, shape)
     return goes_on
 
 
@@ -43,7 +51,7 @@ def check_seen(job: Job, mounts: dict[str, Path]) -> None:
     Raises:
         UserError: a path of the run is in none of them.
     """
-    for key, path in (*named_paths(job.config), ("--folder", job.folder)):
+    for key, path in (*named_paths(job.written), ("--folder", job.folder)):
         if not any(path.is_relative_to(mount) for mount in mounts.values()):
             seen = ", ".join(f"{name}:{mount}" for name, mount in mounts.items()) or "none is given"
             raise UserError(

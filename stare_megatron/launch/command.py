@@ -86,7 +86,7 @@ def _ray_job(job: Job, args: argparse.Namespace) -> str:
     command += [
         "--",
         "stare-megatron",
-        "train",
+        job.command,
         job.run_file.name,
         "cluster.address=auto",
         "run.resume=auto",
@@ -102,7 +102,7 @@ def _ray_job(job: Job, args: argparse.Namespace) -> str:
 def _local(job: Job, args: argparse.Namespace) -> str:
     if job.main.count > 1:
         raise UserError(f"the run's layout takes {job.main.count} nodes; launch it on a cluster, or change the layout")
-    command = [sys.executable, "-m", "stare_megatron", "train", str(job.run_file), "run.resume=auto", "--quiet"]
+    command = [sys.executable, "-m", "stare_megatron", job.command, str(job.run_file), "run.resume=auto", "--quiet"]
     if args.dry_run:
         return f"# {job.run_file}\n{job.settings}\n# command\n{shlex.join(command)}"
     notes = check.check(job, container=False)

@@ -20,12 +20,12 @@ _RAY = Path("/tmp/ray")
 
 
 def drivers() -> list[psutil.Process]:
-    """Processes of `stare-megatron train` on this machine."""
+    """Processes of `stare-megatron train` and `sft` on this machine."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             words = [Path(word).name for word in process.cmdline()]
-            if "train" in words and ("stare-megatron" in words or "stare_megatron" in words):
+            if {"train", "sft"} & set(words) and ("stare-megatron" in words or "stare_megatron" in words):
                 found.append(process)
     return found
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from stare_megatron import config as configuration
 from stare_megatron.cluster.bundles import nodes_needed, reserved, sandbox, sandbox_cpus
-from stare_megatron.config import Config
+from stare_megatron.config import Config, SftConfig
 from stare_megatron.errors import UserError
 from stare_megatron.run.folder import to_toml
 
@@ -31,9 +31,10 @@ class Nodes:
 
 @dataclass(frozen=True)
 class Job:
-    """What every target renders. `main`: the nodes of ranks and engines, of which the first is the driver's; `extra`:
-    those of the sandbox, where it has its own."""
+    """What every target renders. `written`: the run; `config`: what its layout follows from; `main`: the nodes of ranks
+    and engines, of which the first is the driver's; `extra`: those of the sandbox, where it has its own."""
 
+    written: Config | SftConfig
     config: Config
     folder: Path
     main: Nodes
@@ -46,9 +47,14 @@ class Job:
         return self.config.run.name
 
     @property
+    def command(self) -> str:
+        """Of `stare-megatron`, which the job runs: `train` or `sft`."""
+        return "sft" if isinstance(self.written, SftConfig) else "train"
+
+    @property
     def settings(self) -> str:
         """What a job trains with: the run's own settings and includes, resolved."""
-        return to_toml(self.config)
+        return to_toml(self.written)
 
     @property
     def groups(self) -> tuple[Nodes, ...]:
@@ -67,7 +73,8 @@ def of(args: argparse.Namespace, overrides: Sequence[str]) -> Job:
     """
     local = args.target == "local"
     address = () if local else ("cluster.address=auto",)
-    config = configuration.load(Path(args.settings[0]), [*args.settings[1:], *overrides, *address])
+    written = configuration.load_run(Path(args.settings[0]), [*args.settings[1:], *overrides, *address])
+    config = written.for_ranks() if isinstance(written, SftConfig) else written
     if local and config.cluster.address != "local":
         raise UserError(
             f"cluster.address = {config.cluster.address!r}: `launch local` starts Ray on this machine; set "
@@ -76,13 +83,13 @@ def of(args: argparse.Namespace, overrides: Sequence[str]) -> Job:
     if config.run.resume not in ("never", "auto"):
         raise UserError(
             f"run.resume = {config.run.resume!r}: a job goes on from its own newest checkpoint whenever it starts; "
-            "leave it out, or start from another one with `stare-megatron train`"
+            "leave it out, or start from another one on the command line"
         )
     if min(args.gpus_per_node, args.cpus_per_node, args.nodes, args.grace) < 0 or args.sandbox_nodes < -1:
         raise UserError("--gpus-per-node, --cpus-per-node, --nodes, --sandbox-nodes and --grace are not below 0")
     folder = args.folder or config.run.dir.with_name(f"{config.run.dir.name}-launch") / config.run.name
     main, extra = _nodes(config, args)
-    return Job(config, folder, main, extra, _environment(args.env), args.grace)
+    return Job(written, config, folder, main, extra, _environment(args.env), args.grace)
 
 
 def _nodes(config: Config, args: argparse.Namespace) -> tuple[Nodes, Nodes | None]:
@@ -136,7 +143,7 @@ def _environment(given: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def named_paths(config: Config) -> Iterator[tuple[str, Path]]:
+def named_paths(config: Config | SftConfig) -> Iterator[tuple[str, Path]]:
     """Every folder and file that a run reads or writes, with the key that names it."""
     yield "run.dir", config.run.dir
     yield "model.path", config.model.path
@@ -144,14 +151,18 @@ def named_paths(config: Config) -> Iterator[tuple[str, Path]]:
         yield "model.weights", Path(config.model.weights)
     for path in config.data.train:
         yield "data.train", path
-    for benchmark in config.eval.benchmarks:
-        yield "eval.benchmarks", benchmark.path
+    if isinstance(config, SftConfig):
+        for path in config.data.eval:
+            yield "data.eval", path
+    else:
+        for benchmark in config.eval.benchmarks:
+            yield "eval.benchmarks", benchmark.path
     yield from config.own_files().items()
 
 
 def folders(job: Job) -> list[Path]:
     """The folders that a container must see, none within another."""
-    paths = [job.folder, *(path if key in _FOLDERS else path.parent for key, path in named_paths(job.config))]
+    paths = [job.folder, *(path if key in _FOLDERS else path.parent for key, path in named_paths(job.written))]
     kept: list[Path] = []
     for path in sorted(set(paths), key=lambda p: (len(p.parts), p)):
         if not any(path.is_relative_to(outer) for outer in kept):

@@ -1,9 +1,9 @@
 """What runs on each node of a job: `python -m stare_megatron.launch.node`.
 
 Every node starts Ray, the first one its head. That one waits for the others, has the doctor look at all, and runs
-`train`, whose exit code it leaves in `STATE/code`; upon that file the others end. `STATE/stop`, or SIGTERM, has the run
-end its step and save. Ray's processes are deaf to SIGTERM, which Slurm sends to every process of a job, since a run can
-save only while they live.
+`train` or `sft`, whose exit code it leaves in `STATE/code`; upon that file the others end. `STATE/stop`, or SIGTERM,
+has the run end its step and save. Ray's processes are deaf to SIGTERM, which Slurm sends to every process of a job,
+since a run can save only while they live.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ _ENDS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 @dataclass(frozen=True)
 class Part:
-    """This node's part of a job: `rank` 0 has Ray's head and the run. `state`: a folder that all nodes see."""
+    """This node's part of a job: `rank` 0 has Ray's head and the run, `command` of `run_file`. `state`: a folder that
+    all nodes see."""
 
     rank: int
     head: str
@@ -44,6 +45,7 @@ class Part:
     resources: str
     state: Path
     run_file: Path
+    command: str = "train"
 
     @property
     def temporary(self) -> Path:
@@ -103,15 +105,16 @@ class Node:
         return True
 
     def _lead(self, ray: subprocess.Popen[bytes], address: str) -> int:
-        """Wait for all nodes, check them, train."""
+        """Wait for all nodes, check them, run."""
         if not self._until_answers((address.rpartition(":")[0], self._part.port)):
             return 1
         python, nodes = sys.executable, str(self._part.nodes)
         cluster = f"cluster.address={address}"
+        run = [str(self._part.run_file), cluster, "run.resume=auto", "--quiet"]
         commands = (
             [python, "-m", "stare_megatron.cluster.joined", address, nodes, f"{_START_S:.0f}"],
             [python, "-m", "stare_megatron", "doctor", str(self._part.run_file), cluster],
-            [python, "-m", "stare_megatron", "train", str(self._part.run_file), cluster, "run.resume=auto", "--quiet"],
+            [python, "-m", "stare_megatron", self._part.command, *run],
         )
         for command in commands:
             if code := self._call(command, ray):
@@ -197,6 +200,7 @@ def _part(argv: Sequence[str] | None) -> Part:
     parser = argparse.ArgumentParser(prog="python -m stare_megatron.launch.node")
     add = parser.add_argument
     add("run_file", type=Path)
+    add("--command", choices=("train", "sft"), default="train", help="what runs on the first node")
     add("--head", required=True, help="host of the first node")
     add("--port", type=int, default=6379)
     add("--nodes", type=int, default=1, help="of the whole job")
@@ -207,7 +211,8 @@ def _part(argv: Sequence[str] | None) -> Part:
     add("--first-rank", type=int, default=0, help="rank of the first node of this group")
     add("--rank", type=int, default=int(os.environ.get("SLURM_PROCID", "0")), help="of this node in its group")
     a = parser.parse_args(argv)
-    return Part(a.first_rank + a.rank, a.head, a.port, a.nodes, a.gpus, a.cpus, a.resources, a.state, a.run_file)
+    rank = a.first_rank + a.rank
+    return Part(rank, a.head, a.port, a.nodes, a.gpus, a.cpus, a.resources, a.state, a.run_file, a.command)
 
 
 if __name__ == "__main__":

@@ -131,6 +131,7 @@ def _step(job: Job, nodes: Nodes, options: Options, group: int) -> str:
     task += [f"--port={options.port}", f"--nodes={sum(n.count for n in job.groups)}", f"--gpus={nodes.gpus}"]
     task += [f"--cpus={nodes.cpus}", f"--first-rank={0 if not group else job.main.count}"]
     task += [f"--resources={json.dumps({nodes.resource: 1})}"] if nodes.resource else []
+    task += [f"--command={job.command}"] if job.command != "train" else []
     task += ['--head="${hosts[0]}"', '--state="$state"', str(job.run_file)]
     return _command([*srun, '--output="$state/%N.log"', *task])
 

@@ -16,20 +16,20 @@ from stare_megatron.config import Config, SftConfig
 from stare_megatron.data.supervised import BatchStream, SequenceSet, load_sequences
 from stare_megatron.data.tokenizer import ends_a_sequence, load_tokenizer, read_files
 from stare_megatron.errors import HangError, RanksLostError, UserError
-from stare_megatron.metrics import prometheus, wandb_id
+from stare_megatron.metrics import wandb_id
 from stare_megatron.metrics.events import Events
 from stare_megatron.metrics.plot import plot
 from stare_megatron.metrics.sinks import Sinks, open_sinks
 from stare_megatron.models.families import read_hf_config
 from stare_megatron.run import folder as run_folder
-from stare_megatron.run import forecast, preflight, resuming
+from stare_megatron.run import forecast, resuming
 from stare_megatron.run.ending import ended
-from stare_megatron.run.machine import check_machine
 from stare_megatron.run.rates import rates_of
 from stare_megatron.run.stop import StopSignal
 from stare_megatron.run.train import is_unexplained, today
 from stare_megatron.sft import display
 from stare_megatron.sft.batches import HeldOut
+from stare_megatron.sft.check import check
 from stare_megatron.sft.loop import Run, learn
 from stare_megatron.sft.recorder import Recorder
 from stare_megatron.sft.saving import Saving
@@ -86,32 +86,6 @@ def sft(config: SftConfig, *, quiet: bool, command: list[str]) -> int:
             console.print(display.summary(config, folder.outputs(), finished=finished))
             say(display.how_to_go_on(config, finished=finished))
     return 0 if finished else 130
-
-
-def check(config: SftConfig) -> tuple[str, ...]:
-    """Check a configuration against packages, files and this machine. Changes nothing. Returns notes.
-
-    Raises:
-        UserError: the first thing found wrong, with its cure.
-    """
-    preflight.check_packages()
-    preflight.check_files("data.train", config.data.train)
-    preflight.check_files("data.eval", config.data.eval)
-    shape = read_hf_config(config.model.path)
-    preflight.check_weights(config.model.path, shape)
-    preflight.check_initial(config.model.weights)
-    ranks = config.lasting(max(config.run.steps, 1)).for_ranks()
-    preflight.check_trainer_options(ranks, shape)  # first: a layout depends on them
-    preflight.check_layout(ranks, shape)
-    if config.sft.max_tokens > shape.max_positions:
-        raise UserError(
-            f"sft.max_tokens = {config.sft.max_tokens}; {config.model.path / 'config.json'} says "
-            f"max_position_embeddings = {shape.max_positions}: lower it"
-        )
-    preflight.check_cluster(ranks)
-    if config.logging.prometheus_port:
-        prometheus.listen(config.logging).close()
-    return check_machine(ranks, shape)
 
 
 def prepare(config: SftConfig, console: Console) -> Prepared:

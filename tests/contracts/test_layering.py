@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "cluster": CONTRACTS | {"trainer", "inference", "sync", "sandbox", "data", "hangs"},
     "doctor": CONTRACTS | {"cluster", "models", "plan"},
     "plan": CONTRACTS | {"models", "metrics"},
-    "launch": CONTRACTS | {"models", "cluster", "run"},
+    "launch": CONTRACTS | {"models", "cluster", "run", "sft"},
     "convert": CONTRACTS | {"models", "data"},
     "chat": CONTRACTS | {"data", "convert"},
     "checkpoint": CONTRACTS | {"algo", "data"},
