@@ -26,7 +26,7 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
         "settings",
         nargs="+",
         metavar="run.toml key.sub=value",
-        help="TOML file of a run of train or sft, and overrides",
+        help="TOML file of a run, of train or sft, and overrides",
     )
     add("--dry-run", action="store_true", help="print what would be submitted, and write and submit nothing")
     add("--folder", type=paths.argument, metavar="FOLDER", help="for job and logs (default: RUN.DIR-launch/RUN.NAME)")

@@ -11,10 +11,10 @@ from pathlib import Path
 from rich.console import Console
 
 from stare_megatron import config as configuration
-from stare_megatron.config import Config
+from stare_megatron.config import Config, SftConfig
 from stare_megatron.errors import UserError
 from stare_megatron.models.families import read_hf_config
-from stare_megatron.plan import display, hardware, lengths
+from stare_megatron.plan import display, hardware, lengths, supervised
 from stare_megatron.plan.activations import Layers
 from stare_megatron.plan.estimate import Given, make
 from stare_megatron.plan.search import search
@@ -74,7 +74,9 @@ def run(settings: Sequence[str], options: Options, console: Console) -> tuple[in
     Raises:
         UserError: settings, model or options cannot be read.
     """
-    config = configuration.load(Path(settings[0]), list(settings[1:]))
+    config = configuration.load_run(Path(settings[0]), list(settings[1:]))
+    if isinstance(config, SftConfig):
+        return _run_supervised(config, options, console)
     shape = read_hf_config(config.model.path)
     given = given_of(config, options)
     plan = make(config, shape, given)
@@ -89,14 +91,34 @@ def run(settings: Sequence[str], options: Options, console: Console) -> tuple[in
     return code, ""
 
 
-def given_of(config: Config, options: Options) -> Given:
+def _run_supervised(config: SftConfig, options: Options, console: Console) -> tuple[int, str]:
+    """As `run`. Raises: UserError: as it; an option that is of engines."""
+    if options.search or options.kept != 1:
+        raise UserError("--search and --kept are of runs with engines; a supervised run has none")
+    machine = machine_of(options)
+    lengths = supervised.batch_lengths(config, options.prompt, options.response, options.run)
+    shape = read_hf_config(config.model.path)
+    plan = supervised.make(config, shape, Given(machine, lengths, nodes=options.nodes))
+    code = int(bool(plan.violations))
+    if options.as_json:
+        return code, json.dumps(display.supervised_json(plan), indent=2)
+    display.show_supervised(plan, console)
+    return code, ""
+
+
+def machine_of(options: Options) -> Machine:
     """Raises: UserError: an unknown GPU, or a value out of its range."""
-    if not 0 < options.kept <= 1:
-        raise UserError(f"--kept {options.kept:g}: a share of the groups, above 0 and at most 1")
     if min(options.nodes, options.response, options.prompt) < 0:
         raise UserError("--nodes, --response and --prompt are not below 0")
-    gpu = hardware.find(options.gpu)
     constants = hardware.read_constants(options.constants) if options.constants else hardware.CONSTANTS
+    return Machine(hardware.find(options.gpu), constants, options.layers)
+
+
+def given_of(config: Config, options: Options) -> Given:
+    """Raises: UserError: as `machine_of`."""
+    if not 0 < options.kept <= 1:
+        raise UserError(f"--kept {options.kept:g}: a share of the groups, above 0 and at most 1")
+    machine = machine_of(options)
     r, longest_prompt = config.rollout, config.data.max_prompt_tokens
     count = r.prompts_per_step * r.group_size
     if options.run:
@@ -109,4 +131,4 @@ def given_of(config: Config, options: Options) -> Given:
             response=options.response,
             prompt=options.prompt,
         )
-    return Given(Machine(gpu, constants, options.layers), found, nodes=options.nodes, kept=options.kept)
+    return Given(machine, found, nodes=options.nodes, kept=options.kept)

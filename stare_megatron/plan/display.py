@@ -11,12 +11,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from stare_megatron.config import Config, TrainerConfig
+from stare_megatron.models.shape import ModelShape
 from stare_megatron.plan.activations import Layers
 from stare_megatron.plan.estimate import Plan
-from stare_megatron.plan.memory import Phase
+from stare_megatron.plan.memory import Phase, Use
+from stare_megatron.plan.moves import HostMemory
 from stare_megatron.plan.parameters import Layout, largest
 from stare_megatron.plan.search import Proposal
-from stare_megatron.plan.timing import PassTime
+from stare_megatron.plan.supervised import SupervisedPlan
+from stare_megatron.plan.timing import Machine, PassTime, SaveTime
 
 _GIB = 2**30
 _SHOWN = 8
@@ -31,7 +35,7 @@ def show(plan: Plan, console: Console) -> None:
     for label, text in headline(plan):
         say(f"{label:<11}{text}")
     say("")
-    console.print(memory_table(plan))
+    console.print(memory_table(plan.uses))
     say("")
     console.print(time_table(plan))
     say("")
@@ -42,59 +46,95 @@ def show(plan: Plan, console: Console) -> None:
         say(f"fits: {use.free / _GIB:.1f} GiB of a GPU are free in the {use.phase.value}, where the least is")
 
 
+def show_supervised(plan: SupervisedPlan, console: Console) -> None:
+    """The whole plan of a supervised run."""
+
+    def say(text: str, style: str = "") -> None:
+        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    t, lengths = plan.config.trainer, plan.given.lengths
+    batch = round(len(lengths.responses) * lengths.weight)
+    rows = [
+        ("plan", _hardware(t.world_size, plan.given.machine)),
+        ("trainer", _ranks(t, plan.shape)),
+        ("batch", f"{batch:,} sequences, {plan.tokens:,.0f} tokens, {lengths.action_share:.0%} of them learned"),
+        *([("host", _host(plan.config, plan.host))] if plan.host.arenas or plan.host.saving else []),
+        ("lengths", lengths.source),
+    ]
+    for label, text in rows:
+        say(f"{label:<11}{text}")
+    say("")
+    console.print(memory_table(plan.uses))
+    say("")
+    table = Table("phase", "s", "what bounds it", box=None, header_style="bold")
+    table.columns[1].justify = "right"
+    moved = f"; {_seconds(plan.moved)} s of it trainer.offload" if plan.moved else ""
+    rate = plan.tokens / plan.seconds
+    table.add_row("update", _seconds(plan.seconds), f"{_pass(plan.update)}{moved}; {rate:,.0f} tokens/s")
+    table.add_row("save", _seconds(plan.save.written), _saving(plan.save))
+    console.print(table)
+    say("")
+    for problem in plan.violations:
+        say(f"does not fit  {problem}", "red")
+    if not plan.violations:
+        say(f"fits: {plan.tightest().free / _GIB:.1f} GiB of a GPU are free")
+
+
 def headline(plan: Plan) -> list[tuple[str, str]]:
     """Label and text of what the plan is of."""
-    c, m = plan.config, plan.given.machine
-    t, i = c.trainer, c.inference
-    layout = Layout.of(t)
-    fullest = max((largest(plan.shape, layout, s) for s in range(layout.pipeline)), key=lambda h: h.parameters)
-    layers = "Transformer Engine's layers" if m.layers is Layers.ENGINE else "Megatron-Core's own layers"
-    room = plan.room
+    c, room = plan.config, plan.room
+    i = c.inference
     return [
-        (
-            "plan",
-            f"{plan.gpus} x {m.gpu.name} ({m.gpu.memory / _GIB:.0f} GiB, {m.gpu.flops / 1e12:,.0f} TFLOP/s), {layers}",
-        ),
-        (
-            "trainer",
-            f"{t.world_size} ranks: TP {t.tensor_parallel}, PP {t.pipeline_parallel}, CP {t.context_parallel}, EP "
-            f"{t.expert_parallel}, DP {t.data_parallel}; at most {fullest.parameters:,} parameters a rank",
-        ),
+        ("plan", _hardware(plan.gpus, plan.given.machine)),
+        ("trainer", _ranks(c.trainer, plan.shape)),
         ("engines", f"{i.engines}, TP {i.tensor_parallel}, {i.placement}"),
         (
             "KV cache",
             f"{max(0.0, room.kv) / _GIB:.1f} GiB an engine rank, {room.token / 1024:.0f} KiB a token: "
             f"{room.at_mean:,} sequences at mean length, {room.at_full:,} at full; {room.running:,} run at a time",
         ),
-        *([("host", _host(plan))] if plan.host.arenas or plan.host.saving else []),
+        *([("host", _host(c, plan.host))] if plan.host.arenas or plan.host.saving else []),
         ("lengths", plan.given.lengths.source),
     ]
 
 
-def _host(plan: Plan) -> str:
+def _hardware(gpus: int, m: Machine) -> str:
+    layers = "Transformer Engine's layers" if m.layers is Layers.ENGINE else "Megatron-Core's own layers"
+    return f"{gpus} x {m.gpu.name} ({m.gpu.memory / _GIB:.0f} GiB, {m.gpu.flops / 1e12:,.0f} TFLOP/s), {layers}"
+
+
+def _ranks(t: TrainerConfig, shape: ModelShape) -> str:
+    layout = Layout.of(t)
+    fullest = max((largest(shape, layout, s) for s in range(layout.pipeline)), key=lambda h: h.parameters)
+    return (
+        f"{t.world_size} ranks: TP {t.tensor_parallel}, PP {t.pipeline_parallel}, CP {t.context_parallel}, EP "
+        f"{t.expert_parallel}, DP {t.data_parallel}; at most {fullest.parameters:,} parameters a rank"
+    )
+
+
+def _host(config: Config, host: HostMemory) -> str:
     """Memory of a node beside what its processes take anyhow."""
-    host = plan.host
-    parts = {f"page-locked for {_movers(plan)}": host.arenas, "while a checkpoint is written": host.saving}
+    parts = {f"page-locked for {_movers(config)}": host.arenas, "while a checkpoint is written": host.saving}
     shown = ", ".join(f"{size / _GIB:,.0f} GiB {what}" for what, size in parts.items() if size)
     return f"{shown}, on a node of {host.ranks} ranks"
 
 
-def _movers(plan: Plan) -> str:
-    offload, kl = plan.config.trainer.offload, plan.config.algorithm.kl
+def _movers(config: Config) -> str:
+    offload, kl = config.trainer.offload, config.algorithm.kl
     named = {"trainer.offload": bool(offload), "algorithm.kl": kl.on_host}
     return " and ".join(name for name, does in named.items() if does)
 
 
-def memory_table(plan: Plan) -> Table:
+def memory_table(uses: Sequence[Use]) -> Table:
     """GiB of the fullest GPU, a row a part."""
-    columns = [f"{use.phase.value}" + ("" if "+" in use.role else f", {use.role}") for use in plan.uses]
+    columns = [f"{use.phase.value}" + ("" if "+" in use.role else f", {use.role}") for use in uses]
     table = Table("GiB a GPU", box=None, header_style="bold")
     for name in columns:
         table.add_column(name, justify="right")
-    for name in dict.fromkeys(name for use in plan.uses for name in use.parts):
-        table.add_row(name, *(_gib(use.parts.get(name, 0.0)) for use in plan.uses))
-    table.add_row("total", *(_gib(use.total) for use in plan.uses), style="bold")
-    table.add_row("free", *(f"{use.free / _GIB:.1f}" for use in plan.uses), style="bold")
+    for name in dict.fromkeys(name for use in uses for name in use.parts):
+        table.add_row(name, *(_gib(use.parts.get(name, 0.0)) for use in uses))
+    table.add_row("total", *(_gib(use.total) for use in uses), style="bold")
+    table.add_row("free", *(f"{use.free / _GIB:.1f}" for use in uses), style="bold")
     return table
 
 
@@ -120,9 +160,13 @@ def time_table(plan: Plan) -> Table:
         offload = f"; {_seconds(moved)} s of it {mover}" if moved else ""
         table.add_row(phase.value, _seconds(plan.phase(phase)), text + offload)
     table.add_row("step", _seconds(plan.seconds), f"MFU of score and update {plan.mfu:.1%}", style="bold")
-    stands = f"{save.bytes / _GIB:,.0f} GiB; training stands {_seconds(save.seconds)} s"
-    table.add_row("save", _seconds(save.written), f"{stands} of it, when one is due")
+    table.add_row("save", _seconds(save.written), _saving(save))
     return table
+
+
+def _saving(save: SaveTime) -> str:
+    stands = f"{save.bytes / _GIB:,.0f} GiB; training stands {_seconds(save.seconds)} s"
+    return f"{stands} of it, when one is due"
 
 
 def _pass(p: PassTime) -> str:
@@ -187,10 +231,7 @@ def as_json(plan: Plan, found: Sequence[Proposal]) -> dict[str, Any]:
         "gpus": plan.gpus,
         "fits": not plan.violations,
         "violations": list(plan.violations),
-        "memory": [
-            {"role": u.role, "phase": u.phase.value, "parts": dict(u.parts), "total": u.total, "free": u.free}
-            for u in plan.uses
-        ],
+        "memory": [_use(use) for use in plan.uses],
         "kv": _plain(dataclasses.asdict(plan.room)),
         "seconds": {"step": _number(plan.seconds), "save": plan.save.seconds}
         | {phase.value: _number(plan.phase(phase)) for phase in Phase},
@@ -204,6 +245,27 @@ def as_json(plan: Plan, found: Sequence[Proposal]) -> dict[str, Any]:
         "mfu": plan.mfu,
         "search": [{"changes": p.changes, "seconds": p.plan.seconds, "why": p.why} for p in found],
     }
+
+
+def supervised_json(plan: SupervisedPlan) -> dict[str, Any]:
+    """As `as_json`, of a supervised run."""
+    return {
+        "gpu": dataclasses.asdict(plan.given.machine.gpu),
+        "gpus": plan.config.trainer.world_size,
+        "fits": not plan.violations,
+        "violations": list(plan.violations),
+        "memory": [_use(use) for use in plan.uses],
+        "seconds": {"step": plan.seconds, "update": plan.seconds, "save": plan.save.seconds},
+        "tokens": plan.tokens,
+        "update": dataclasses.asdict(plan.update) | {"bound": plan.update.bound},
+        "save": dataclasses.asdict(plan.save),
+        "host": dataclasses.asdict(plan.host),
+        "mfu": plan.update.mfu,
+    }
+
+
+def _use(use: Use) -> dict[str, Any]:
+    return {"role": use.role, "phase": use.phase.value, "parts": dict(use.parts), "total": use.total, "free": use.free}
 
 
 def _plain(table: dict[str, Any]) -> dict[str, Any]:

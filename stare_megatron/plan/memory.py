@@ -166,6 +166,17 @@ def largest_pack(config: Config, lengths: Lengths, copies: int = 1) -> Pack:
     return Pack(tokens, tokens * lengths.action_share, copies)
 
 
+def fullest_rank(
+    config: Config, shape: ModelShape, constants: Constants, given: RankInput, phase: Phase
+) -> dict[str, float]:
+    """What the rank of the fullest stage holds of its GPU."""
+    by_stage = [rank_parts(config, shape, given, phase, s) for s in range(config.trainer.pipeline_parallel)]
+    fullest = max(by_stage, key=lambda parts: sum(parts.values()))
+    rank = {f"rank: {name}": n for name, n in fullest.items()}
+    rank["rank: allocator"] = constants.fragmented * sum(fullest.values())
+    return rank | {"rank: CUDA and NCCL": constants.outside}
+
+
 def uses(
     config: Config, shape: ModelShape, gpu: Gpu, constants: Constants, given: RankInput, room: EngineRoom
 ) -> list[Use]:
@@ -173,11 +184,7 @@ def uses(
     colocated = config.inference.placement == "colocated"
     found = []
     for phase in Phase:
-        by_stage = [rank_parts(config, shape, given, phase, s) for s in range(config.trainer.pipeline_parallel)]
-        fullest = max(by_stage, key=lambda parts: sum(parts.values()))
-        rank = {f"rank: {name}": n for name, n in fullest.items()}
-        rank["rank: allocator"] = constants.fragmented * sum(fullest.values())
-        rank["rank: CUDA and NCCL"] = constants.outside
+        rank = fullest_rank(config, shape, constants, given, phase)
         engine = {"engine: weights": room.weights, "engine: work": room.work, "engine: KV": max(0.0, room.kv)}
         if not colocated:
             found.append(Use("rank", phase, rank, gpu.memory))

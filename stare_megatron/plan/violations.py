@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from stare_megatron.config import Config
+from stare_megatron.config import Config, TrainerConfig
 from stare_megatron.errors import UserError
 from stare_megatron.models.layout import check_experts, check_layout
 from stare_megatron.models.shape import ModelShape
@@ -19,27 +19,39 @@ _GIB = 2**30
 def of_layout(config: Config, shape: ModelShape, gpu: Gpu, nodes: int) -> list[str]:
     """What cannot be split or placed so. `nodes`: 0: as many as it takes."""
     t = config.trainer
-    alone = {"tensor_parallel": 1, "pipeline_parallel": 1, "virtual_pipeline": 1, "expert_parallel": 1}
-
-    def split(**sizes: int) -> Callable[[], None]:
-        return lambda: shape.check_layout(**(alone | sizes))
-
     checks: Sequence[Callable[[], object]] = (
-        split(tensor_parallel=t.tensor_parallel),
-        split(pipeline_parallel=t.pipeline_parallel, virtual_pipeline=t.virtual_pipeline),
-        split(expert_parallel=t.expert_parallel),
+        *splits(t, shape),
         lambda: check_layout(t, True),
         lambda: check_experts(t, shape),
         lambda: check_engine_layout(config, shape),
         lambda: check_window(config, shape),
     )
+    return [*refusals(checks), *_placing(config, gpu, nodes)]
+
+
+def splits(t: TrainerConfig, shape: ModelShape) -> list[Callable[[], object]]:
+    """Checks of each split of the model by itself, so that all that is wrong is found."""
+    alone = {"tensor_parallel": 1, "pipeline_parallel": 1, "virtual_pipeline": 1, "expert_parallel": 1}
+
+    def split(**sizes: int) -> Callable[[], None]:
+        return lambda: shape.check_layout(**(alone | sizes))
+
+    return [
+        split(tensor_parallel=t.tensor_parallel),
+        split(pipeline_parallel=t.pipeline_parallel, virtual_pipeline=t.virtual_pipeline),
+        split(expert_parallel=t.expert_parallel),
+    ]
+
+
+def refusals(checks: Sequence[Callable[[], object]]) -> list[str]:
+    """What each check that does not pass says."""
     found = []
     for check in checks:
         try:
             check()
         except UserError as e:
             found.append(str(e))
-    return [*found, *_placing(config, gpu, nodes)]
+    return found
 
 
 def _placing(config: Config, gpu: Gpu, nodes: int) -> Iterator[str]:
