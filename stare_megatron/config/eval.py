@@ -66,6 +66,12 @@ class EvalConfig(Section):
         default=4, ge=0, description="Responses of each prompt kept for reading, beside the greedy one."
     )
 
+    def wanted(self, step: int, steps: int) -> bool:
+        """Whether the policy of `step` of `steps` is to be evaluated."""
+        by_number = bool(self.every and step and step % self.every == 0)
+        ends = (self.at_start and step == 0) or (self.at_end and step == steps)
+        return bool(self.benchmarks) and (by_number or ends)
+
     @model_validator(mode="after")
     def _names(self) -> EvalConfig:
         seen: dict[str, Path] = {}

@@ -183,10 +183,8 @@ class Evaluations(Generic[Ref]):
 
     def due(self, step: int) -> bool:
         """Whether the policy of `step` is to be evaluated and was not yet, in this start or an earlier one."""
-        e = self._config.eval
-        by_number = bool(e.every and step and step % e.every == 0)
-        ends = (e.at_start and step == 0) or (e.at_end and step == self._config.run.steps)
-        return self._any and (by_number or ends) and step not in self._done
+        wanted = self._config.eval.wanted(step, self._config.run.steps)
+        return self._any and wanted and step not in self._done
 
     def evaluate(self, step: int) -> None:
         """Evaluate, record and log. A record is in the table when all of it is on disk."""

@@ -22,7 +22,7 @@ import psutil
 
 from stare_megatron.config import flatten
 from stare_megatron.errors import RunError, UserError
-from stare_megatron.metrics import jsonl
+from stare_megatron.metrics import eval_records, jsonl
 from stare_megatron.study.spec import Job, Study
 
 _POLL = 0.5  # seconds
@@ -158,7 +158,8 @@ class Runner:
         handle.close()
         del self._running[i]
         if code == 0:
-            p.state = State.DONE
+            # Stopped at its last step, it leaves the evaluation of it out.
+            p.state = State.DONE if not self._stopping or is_done(p) else State.STOPPED
         elif self._stopping:
             p.state = State.STOPPED
         else:
@@ -178,10 +179,14 @@ def log_file(job: Job) -> Path:
 
 
 def is_done(p: Progress) -> bool:
-    """All steps logged, and the policy exported if it is to be: that comes last."""
-    config = p.job.config
+    """All steps logged, and the policy of the last one evaluated and exported where it is to be."""
+    config, steps = p.job.config, p.steps
     p.read()
-    return p.step >= config.run.steps and (not config.checkpoint.export_final or (config.folder / "hf").is_dir())
+    if p.step < steps or (config.checkpoint.export_final and not (config.folder / "hf").is_dir()):
+        return False
+    table = config.folder / eval_records.TABLE
+    rows = jsonl.read(table) if table.is_file() else []
+    return not config.eval.wanted(steps, steps) or any(int(row["step"]) == steps for row in rows)
 
 
 def refuse_other(job: Job) -> None:

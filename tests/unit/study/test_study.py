@@ -129,6 +129,21 @@ def test_a_run_is_done_when_its_last_step_is_logged_and_its_policy_exported(file
     assert jobs.is_done(jobs.Progress(job))
 
 
+@pytest.mark.parametrize(("at_end", "every", "wanted"), [("true", 0, True), ("false", 5, True), ("false", 0, False)])
+def test_a_run_is_not_done_before_its_last_evaluation(file, at_end, every, wanted):
+    """Which a stop at the last step leaves out: steps, checkpoint and export are all there then."""
+    evaluated = f'fraction=0.03", "eval.benchmarks=[\'e.jsonl\']", "eval.at_end={at_end}", "eval.every={every}"'
+    edit(file, 'fraction=0.03"', evaluated)
+    job = spec.load(file, "", "*").jobs[1]
+    write(job, 5)
+    table = job.config.folder / "eval.jsonl"
+    assert jobs.is_done(jobs.Progress(job)) is not wanted
+    table.write_text('{"step": 0, "eval/e/avg": 0.5}\n')
+    assert jobs.is_done(jobs.Progress(job)) is not wanted
+    table.write_text('{"step": 0, "eval/e/avg": 0.5}\n{"step": 5, "eval/e/avg": 0.5}\n')
+    assert jobs.is_done(jobs.Progress(job))
+
+
 def test_a_folder_of_other_settings_is_refused(file):
     job = spec.load(file, "", "*").jobs[1]
     write(job, 5)
