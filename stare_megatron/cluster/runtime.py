@@ -56,6 +56,9 @@ def cluster(config: ClusterConfig, actors: int) -> Iterator[None]:
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of calls to who is lost, which nobody waits for
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    # Ray prints what its nodes say of lost workers whatever `log_to_driver` is; so does its debugger keep it quiet.
+    # Who is lost is said by us, and Ray's own logs have the rest.
+    ray_worker._worker_logs_enabled = False
     if config.address == "auto":
         _check_named_address()
     said: list[str] = []

@@ -37,7 +37,7 @@ from stare_megatron.types import (
     StepStats,
     UpdateShare,
 )
-from stare_megatron.types.report import RankReport
+from stare_megatron.types.report import Position, RankReport
 from stare_megatron.types.token_record import TokenRecord, join
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from stare_megatron.cluster.engines import EngineGroup
-    from stare_megatron.trainer.parallel import Position
+
 
 Sums = Literal["none", "share", "all"]
 _ANSWER_SECONDS = 60.0  # a rank that others have left alone in a collective answers much later, or never

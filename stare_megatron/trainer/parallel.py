@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import platform
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from stare_megatron.config import TrainerConfig
 from stare_megatron.errors import UserError
 from stare_megatron.host import device
 from stare_megatron.models.layout import check_layout
+from stare_megatron.types.report import Position
 
 
 def initialize(
@@ -145,17 +145,6 @@ def ranks_of_node() -> int:
     names = [""] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(names, platform.node())
     return names.count(platform.node())
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a rank stands. Ranks of one `data_parallel_rank` train on the same sequences."""
-
-    data_parallel_rank: int
-    tensor_parallel_rank: int
-    pipeline_parallel_rank: int
-    context_parallel_rank: int
-    is_last_stage: bool
 
 
 def position() -> Position:

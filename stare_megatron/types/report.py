@@ -68,3 +68,15 @@ class RunEvent:
     new: str
     reason: str
     news: bool = True
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a rank stands. Ranks of one `data_parallel_rank` train on the same sequences. It is here, and not with the
+    ranks, since who reads it would import Megatron-Core with it."""
+
+    data_parallel_rank: int
+    tensor_parallel_rank: int
+    pipeline_parallel_rank: int
+    context_parallel_rank: int
+    is_last_stage: bool

@@ -67,6 +67,8 @@ def whole(material: Path) -> Path:
     """The folder of a run of two epochs that nothing stopped."""
     done = run(material, "whole")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stderr == "", "Ray and Megatron-Core are not heard of"
+    assert "(raylet)" not in done.stdout
     return material / "runs/whole"
 
 

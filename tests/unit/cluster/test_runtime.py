@@ -117,3 +117,41 @@ def test_gloo_uses_the_interface_of_the_nodes_address(monkeypatch):
     monkeypatch.setattr(runtime, "node_address", lambda: "203.0.113.9")
     runtime.use_network_of_node()
     assert "GLOO_SOCKET_IFNAME" not in os.environ
+
+
+_LOST = """
+import os, signal, time
+import ray
+
+from stare_megatron.cluster import runtime
+from stare_megatron.config import ClusterConfig
+
+@ray.remote
+class Actor:
+    def process(self):
+        print("on its stdout")
+        return os.getpid()
+
+if __name__ == "__main__":
+    with runtime.cluster(ClusterConfig(), 1):
+        actor = Actor.remote()
+        os.kill(ray.get(actor.process.remote()), signal.SIGKILL)
+        try:
+            runtime.get(actor.process.remote(), "actor 0")
+        except runtime.LostError as e:
+            print(f"ours: {str(e)[:20]}", flush=True)
+        time.sleep(3)  # in which Ray would say it too
+"""
+
+
+def test_ray_itself_says_nothing(tmp_path):
+    """Neither when it starts and ends, nor of a process that is lost, which `(raylet)` used to be heard of."""
+    (tmp_path / "lost.py").write_text(_LOST)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "lost.py")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+    )
+    assert (done.stdout, done.stderr) == ("ours: actor 0: its process\n", "")
