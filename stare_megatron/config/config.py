@@ -151,6 +151,7 @@ class Config(Section):
         if t.scoring == "rollout":
             settings = (a.method, a.stare, t.updates_per_batch, r.temperature, r.top_p)
             fault = fault or methods.rollout_scoring_fault(*settings)
+        fault = fault or t.optimizer.type_fault(self.model.dtype)
         fault = fault or (a.stare.idle() if a.method == "stare" else "")
         fault = fault or self.sampling.fault(self.inference.placement, a.correction.mode, t.scoring)
         if fault:

@@ -151,6 +151,8 @@ class SftConfig(Section):
                 f"sft.batch_tokens = {self.sft.batch_tokens} is less than one sequence, sft.max_tokens = "
                 f"{self.sft.max_tokens}; raise the one or lower the other"
             )
+        if fault := self.trainer.optimizer.type_fault(self.model.dtype):
+            raise ValueError(fault)
         fault = self.trainer.optimizer.fault(self.run.steps) if self.run.steps else ""
         if fault and not self.trainer.optimizer.short_warmup:
             raise ValueError(fault)

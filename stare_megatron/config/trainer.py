@@ -12,6 +12,8 @@ _TRIAL_STEPS = 100
 
 # What a rank holds, by class. `optimizer`: master weights and moments.
 StateClass = Literal["gradients", "optimizer", "parameters"]
+# Not float8, of which Transformer Engine keeps a transposed copy beside each on Hopper: as many bytes as bfloat16's.
+MomentType = Literal["float32", "bfloat16", "float16"]
 
 
 class OptimizerConfig(Section):
@@ -36,6 +38,52 @@ class OptimizerConfig(Section):
     loss_scale_window: int = Field(
         default=100, ge=1, description="float16: optimizer steps without overflow after which the factor is doubled."
     )
+
+    precision_aware: bool = Field(
+        default=False,
+        description="Keep of the float32 master weights only what bfloat16 parameters do not have, 2 bytes in place of "
+        "4 with no bit lost, and allow the types below. For Transformer Engine's Adam; see docs/memory.md.",
+    )
+    exp_avg_dtype: MomentType = Field(
+        default="float32", description="Type of Adam's first moment, with `precision_aware`."
+    )
+    exp_avg_sq_dtype: MomentType = Field(
+        default="float32", description="Type of Adam's second moment, with `precision_aware`."
+    )
+    main_grads_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="Type in which gradients are added up over micro-batches and ranks, with `precision_aware`.",
+    )
+
+    @model_validator(mode="after")
+    def _types(self) -> OptimizerConfig:
+        for key, dtype in self.types.items():
+            if dtype != "float32" and not self.precision_aware:
+                raise ValueError(f'{key} = "{dtype}" is for precision_aware = true; set it, or leave {key} out')
+        return self
+
+    @property
+    def types(self) -> dict[str, str]:
+        """Those of the moments and of the gradients, by their keys."""
+        return {
+            "exp_avg_dtype": self.exp_avg_dtype,
+            "exp_avg_sq_dtype": self.exp_avg_sq_dtype,
+            "main_grads_dtype": self.main_grads_dtype,
+        }
+
+    def type_fault(self, dtype: str) -> str:
+        """Why the types do not fit a model of `dtype`, "" where they do."""
+        if self.precision_aware and dtype == "float32":
+            return (
+                "trainer.optimizer.precision_aware = true is for master weights, and a model of model.dtype = "
+                '"float32" has none; set model.dtype = "bfloat16", or take it out'
+            )
+        if self.main_grads_dtype == "bfloat16" and dtype != "bfloat16":
+            return (
+                f'trainer.optimizer.main_grads_dtype = "bfloat16" needs model.dtype = "bfloat16", it is "{dtype}": '
+                "gradients are added up in float32 or in the type of the parameters"
+            )
+        return ""
 
     @model_validator(mode="after")
     def _decay(self) -> OptimizerConfig:
@@ -156,6 +204,11 @@ class TrainerConfig(Section):
             raise ValueError("virtual_pipeline > 1 needs pipeline_parallel > 1")
         if self.sequence_parallel and self.tensor_parallel == 1:
             raise ValueError("sequence_parallel needs tensor_parallel > 1")
+        if self.optimizer.precision_aware and not self.distributed_optimizer:
+            raise ValueError(
+                "optimizer.precision_aware = true needs distributed_optimizer = true, the only one of Megatron-Core's "
+                "optimizers that has it"
+            )
         if self.offload_step_mb and "optimizer" not in self.offload:
             raise ValueError(
                 f'offload_step_mb = {self.offload_step_mb} is for offload = ["optimizer"], it is {self.offload}'

@@ -253,6 +253,19 @@ def check_megatron(table: Mapping[str, Any], lacking: Collection[str] = ()) -> N
     _check(table, "trainer.megatron", what, MEGATRON_OPTIONS, MEGATRON_REFUSED, megatron_fields(), lacking)
 
 
+def check_precision_aware(trainer: TrainerConfig, engine: bool | None) -> None:
+    """`engine`: as of `megatron_lacking`.
+
+    Raises:
+        UserError: `trainer.optimizer.precision_aware` without the Adam that has it.
+    """
+    if trainer.optimizer.precision_aware and engine is False:
+        raise UserError(
+            "trainer.optimizer.precision_aware = true needs Transformer Engine's Adam, and ranks here have torch's; "
+            "install transformer-engine on a machine with GPUs (docs/gpu.md), or take it out"
+        )
+
+
 def check_engine_args(table: Mapping[str, Any], lacking: Collection[str] = ()) -> None:
     """Check `[inference.vllm]`, as `check_megatron` does.
 

@@ -137,7 +137,7 @@ def rank_parts(config: Config, shape: ModelShape, given: RankInput, phase: Phase
     """What torch allocates on a rank of pipeline stage `stage`."""
     t, dtype = config.trainer, config.model.dtype
     layout = Layout.of(t)
-    state = largest(shape, layout, stage).state(dtype, sharded=layout.sharded)
+    state = largest(shape, layout, stage).state(dtype, sharded=layout.sharded, adam=t.optimizer)
     parts = given.residency[phase].parts(state)
     if config.algorithm.kl.on_device:
         parts["reference"] = float(state.parameters)
@@ -150,10 +150,10 @@ def rank_parts(config: Config, shape: ModelShape, given: RankInput, phase: Phase
         buffers = float(push_buffers(shape, dtype, config.sync.method))
         return parts | ({"buffers": buffers} if phase is Phase.PUSH else {})
     passes = parts | {"activations": peak.kept, "logits or layer": max(peak.working, peak.logits)}
-    if phase is not Phase.UPDATE or "optimizer" in parts:
+    if phase is not Phase.UPDATE or ("optimizer" in parts and not state.copied):
         return passes
-    bundle = t.offload_step_mb * 2**20 or state.optimizer
-    step = parts | {"optimizer": float(min(bundle, state.optimizer))}
+    bundle = min(t.offload_step_mb * 2**20 or state.optimizer, state.optimizer)
+    step = parts | {"optimizer": bundle * (1 + state.copied / state.optimizer)}
     return max(passes, step, key=lambda found: sum(found.values()))
 
 

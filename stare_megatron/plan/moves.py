@@ -53,11 +53,12 @@ def moves(config: Config, shape: ModelShape, machine: Machine) -> Moves:
 
 
 def host_memory(config: Config, shape: ModelShape, machine: Machine) -> HostMemory:
-    """A checkpoint is written from a copy where training goes on meanwhile, or where the state leaves the GPU."""
+    """A checkpoint is written from a copy where training goes on meanwhile, where the state leaves the GPU, or where it
+    is kept in other types than it is stored in."""
     t = config.trainer
     ranks = min(t.world_size, machine.gpu.per_node)
     arena = arena_bytes(shape, t, config.model.dtype)
-    copied = config.checkpoint.asynchronous or arena > 0
+    copied = config.checkpoint.asynchronous or arena > 0 or t.optimizer.precision_aware
     arena += fullest(shape, t, config.model.dtype).parameters * config.algorithm.kl.on_host
     byte = element_bytes(config.model.dtype)
     share = parameters(shape) * (byte + (8.0 if byte == 4 else 12.0)) / t.world_size

@@ -12,12 +12,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stare_megatron.config import TrainerConfig
+from stare_megatron.config import OptimizerConfig, TrainerConfig
 from stare_megatron.models.entries import full_shapes
 from stare_megatron.models.families import FAMILIES
 from stare_megatron.models.layout import element_bytes, padded_vocab
 from stare_megatron.models.shape import ModelShape, Split
 
+_PLAIN = OptimizerConfig()
 # Elements: where a parameter may begin in a buffer, and of what a bucket's size is a multiple beside DP.
 _PARAMETER_ALIGNMENT, _BUCKET_ALIGNMENT = 64, 128
 # The order in which Megatron-Core's local layer registers its parts, the shared expert's after those here and the other
@@ -108,25 +109,38 @@ class Held:
     buffer: int
     owned: int
 
-    def state(self, dtype: str, *, sharded: bool) -> StateBytes:
+    def state(self, dtype: str, *, sharded: bool, adam: OptimizerConfig = _PLAIN) -> StateBytes:
         """In bytes, for parameters of `dtype`. The distributed optimizer keeps parameters in a padded buffer too."""
         weight = element_bytes(dtype)
+        moments = (adam.exp_avg_dtype, adam.exp_avg_sq_dtype)
+        # Transformer Engine's Adam works in float32, on copies unless both moments are of bfloat16 (fused_adam.py).
+        copied = 0 if moments == ("bfloat16", "bfloat16") else 4 * sum(name != "float32" for name in moments)
         return StateBytes(
             parameters=weight * (self.buffer if sharded else self.parameters),
-            gradients=4 * self.buffer,
-            master=0 if dtype == "float32" else 4 * self.owned,
-            moments=8 * self.owned,
+            gradients=element_bytes(adam.main_grads_dtype) * self.buffer,
+            master=master_bytes(dtype, adam) * self.owned,
+            moments=sum(map(element_bytes, moments)) * self.owned,
+            copied=copied * self.owned,
         )
+
+
+def master_bytes(dtype: str, adam: OptimizerConfig) -> int:
+    """Of a master weight of a parameter of `dtype`; of a bfloat16 one its lower half, where only that is kept."""
+    if dtype == "float32":
+        return 0
+    return 2 if adam.precision_aware and dtype == "bfloat16" else 4
 
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes of parameters, of float32 gradients, master weights and Adam's two moments."""
+    """Bytes of parameters, gradients, master weights and Adam's two moments; `copied`: of the moments once more, in
+    float32, while Adam works."""
 
     parameters: int
     gradients: int
     master: int
     moments: int
+    copied: int = 0
 
     @property
     def optimizer(self) -> int:
@@ -226,8 +240,8 @@ def _expert_buckets(shape: ModelShape, layout: Layout, found: Sequence[Bucket]) 
 
 def fullest(shape: ModelShape, trainer: TrainerConfig, dtype: str) -> StateBytes:
     """State of a rank of the pipeline stage that has the most of it."""
-    layout = Layout.of(trainer)
-    stages = (largest(shape, layout, s).state(dtype, sharded=layout.sharded) for s in range(layout.pipeline))
+    layout, adam = Layout.of(trainer), trainer.optimizer
+    stages = (largest(shape, layout, s).state(dtype, sharded=layout.sharded, adam=adam) for s in range(layout.pipeline))
     return max(stages, key=lambda state: state.total)
 
 

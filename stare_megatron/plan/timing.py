@@ -214,12 +214,17 @@ class Ranks:
     def optimizer(self) -> Parts:
         """One step: gradients reduced over replicas, Adam, parameters gathered."""
         m, layout = self.machine, self.layout
-        mine = largest(self.shape, layout, 0)
+        mine, settings = largest(self.shape, layout, 0), self.config.trainer.optimizer
         byte = element_bytes(self.config.model.dtype)
+        gradient = element_bytes(settings.main_grads_dtype)
         adam = 30.0 * mine.owned / m.memory
+        if settings.precision_aware:  # what is kept is read and written, gradients are read
+            state = mine.state(self.config.model.dtype, sharded=layout.sharded, adam=settings)
+            kept = state.optimizer + 2 * state.copied + byte * mine.owned
+            adam = (2.0 * kept + gradient * mine.owned) / m.memory
         links = 0.0
         if layout.replicas > 1:
-            sent = (4 + byte) * mine.buffer * (layout.replicas - 1) / layout.replicas
+            sent = (gradient + byte) * mine.buffer * (layout.replicas - 1) / layout.replicas
             # A ring over nodes goes out of each by all of its GPUs' links.
             links = sent / m.link(layout.replicas, layout.tensor)
         return Parts(memory=adam, links=links)

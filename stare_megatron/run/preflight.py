@@ -89,11 +89,13 @@ def check_method(config: Config) -> tuple[str, ...]:
 
 
 def check_trainer_options(config: Config, shape: ModelShape) -> None:
-    """Raises: UserError: an option of `[trainer.megatron]` that does not exist or would do nothing here."""
+    """Raises: UserError: an option of `[trainer.megatron]` that does not exist or would do nothing here, or one of an
+    Adam that the ranks do not have."""
     gpus = on_gpus(config)
     engine = None if gpus is None else gpus and importlib.util.find_spec("transformer_engine") is not None
     lacking = upstream.megatron_lacking(config.trainer, experts=shape.experts is not None, engine=engine)
     upstream.check_megatron(config.trainer.megatron, lacking)
+    upstream.check_precision_aware(config.trainer, engine)
 
 
 def check_engine_options(config: Config, shape: ModelShape) -> None:

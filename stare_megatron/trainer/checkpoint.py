@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from stare_megatron.config import TrainerConfig
 from stare_megatron.errors import MissingFilesError, UserError
-from stare_megatron.trainer import model_state, parallel, shares
+from stare_megatron.trainer import model_state, parallel, precise, shares
 from stare_megatron.trainer.writing import Writer, Writing
 
 # `fully_reshardable`: optimizer state is stored per parameter, so any layout can load it.
@@ -89,6 +89,8 @@ def restore(
     """
     if not (folder / "metadata.json").is_file():
         raise UserError(f"{folder}: not a trainer checkpoint (no metadata.json)")
+    if any(map(precise.is_precise, shares.parts(optimizer))):
+        make_moments(optimizer)
     with shares.in_place(optimizer):
         try:
             common = dist_checkpointing.load_common_state_dict(str(folder))
@@ -170,6 +172,9 @@ def make_moments(optimizer: MegatronOptimizer) -> None:
     for part in shares.parts(optimizer):
         inner: Any = part.optimizer
         if any(inner.state.values()):
+            continue
+        if precise.is_precise(part):
+            precise.make_state(inner)
             continue
         kept = [(group["lr"], group["weight_decay"]) for group in inner.param_groups]
         for group in inner.param_groups:

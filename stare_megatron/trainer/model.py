@@ -150,7 +150,8 @@ def build_model(
 
     `distributed`: a Megatron-Core checkpoint to take the weights from instead; the configuration is `model_path`'s.
 
-    `dtype`: of parameters and activations; gradients are accumulated and reduced in float32.
+    `dtype`: of parameters and activations; gradients are accumulated and reduced in
+    `trainer.optimizer.main_grads_dtype`.
     `window`: longest sequence, tokens. The logits of the last stage are [batch, tokens, padded vocabulary / TP], in
     `dtype`; columns from `config.shape.vocab` on are padding.
     A packed micro-batch is passed as input_ids [1, T], position_ids [1, T], attention_mask None and PackedSeqParams of
@@ -174,7 +175,8 @@ def build_model(
     if dtype is torch.float16:
         refuse_overflow(chunks, distributed or model_path)
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=trainer.distributed_optimizer
+        grad_reduce_in_fp32=trainer.optimizer.main_grads_dtype == "float32",
+        use_distributed_optimizer=trainer.distributed_optimizer,
     )
     return [
         DistributedDataParallel(config=config, ddp_config=ddp_config, module=chunk, disable_bucketing=i > 0)

@@ -16,7 +16,9 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.utils import get_model_config
 
 from stare_megatron.config import OptimizerConfig, TrainerConfig
+from stare_megatron.config.upstream import check_precision_aware
 from stare_megatron.errors import RunError
+from stare_megatron.trainer import precise
 from stare_megatron.trainer.spec import providers
 from stare_megatron.types import Measured
 
@@ -42,12 +44,14 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], trainer: TrainerC
     arXiv 1710.03740).
 
     Raises:
+        UserError: `precision_aware` without Transformer Engine's Adam.
         RuntimeError: Megatron-Core found another Adam than `spec.providers` announced.
     """
     # Upstream chooses by what can be imported, `providers` by the device; the patch's AdamW runs torch's kernels.
     origin = upstream.Adam.__module__.partition(".")[0]
     if origin.replace("stare_megatron_patches", "torch") != providers().adam:
         raise RuntimeError(f"Adam comes from {upstream.Adam.__module__}, {providers().adam} was announced")
+    check_precision_aware(trainer, providers().adam == "transformer_engine")
     settings = trainer.optimizer
     config: PolicyConfig = get_model_config(chunks[0])
     optimizer = get_megatron_optimizer(
@@ -68,6 +72,7 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], trainer: TrainerC
             hysteresis=1,
             params_dtype=config.params_dtype,
             use_distributed_optimizer=trainer.distributed_optimizer,
+            **precise.settings(settings),
         ),
         list(chunks),
         use_gloo_process_groups=False,

@@ -22,6 +22,8 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from stare_megatron.trainer import precise
+
 _KEYS = ("param", "exp_avg", "exp_avg_sq")
 
 
@@ -122,13 +124,16 @@ def in_place(optimizer: MegatronOptimizer) -> Iterator[None]:
     gc.freeze()
     changed = []
     try:
-        for part in parts(optimizer):
-            if isinstance(part, DistributedOptimizer):
-                state = _State(part)
-                part.sharded_param_state_fully_reshardable = state.sharded
-                part.load_parameter_state_from_fully_reshardable = state.loaded
-                changed.append(part)
-        yield
+        with contextlib.ExitStack() as stack:
+            for part in parts(optimizer):
+                if isinstance(part, DistributedOptimizer):
+                    state = _State(part)
+                    part.sharded_param_state_fully_reshardable = state.sharded
+                    part.load_parameter_state_from_fully_reshardable = state.loaded
+                    changed.append(part)
+                if precise.is_precise(part):
+                    stack.enter_context(precise.by_reference(part))
+            yield
     finally:
         for part in changed:
             del part.sharded_param_state_fully_reshardable, part.load_parameter_state_from_fully_reshardable
@@ -140,6 +145,7 @@ class _State:
 
     def __init__(self, part: Any) -> None:
         self._part = part
+        self._read = precise.read if precise.is_precise(part) else _references
         self._given: dict[Any, dict[str, torch.Tensor]] = {}
 
     def sharded(
@@ -151,7 +157,7 @@ class _State:
         for number, (parameter, start, stop) in enumerate(_ranges(self._part)):
             if start == stop:
                 continue
-            tensors = self._part._get_main_param_and_optimizer_states(parameter)
+            tensors = self._read(self._part, parameter)
             given = {key: tensors[key].detach().float().view(-1) for key in _KEYS}
             if any(values.numel() != stop - start for values in given.values()):
                 raise RuntimeError(f"optimizer state of other than the {stop - start} elements that belong here")
@@ -165,9 +171,16 @@ class _State:
         """For `load_parameter_state_from_fully_reshardable`. What `sharded` gave has been filled, and is the state
         itself unless the optimizer keeps that in another form."""
         for parameter, given in self._given.items():
+            if precise.is_precise(self._part):
+                precise.write(self._part, parameter, given)
+                continue
             now = self._part._get_main_param_and_optimizer_states(parameter)
             if any(now[key].data_ptr() != values.data_ptr() for key, values in given.items()):
                 self._part._set_main_param_and_optimizer_states(parameter, now | given)
+
+
+def _references(part: Any, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+    return part._get_main_param_and_optimizer_states(parameter)
 
 
 def gather_parameters(chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:

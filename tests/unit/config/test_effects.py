@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from stare_megatron.config import Config, all_keys, parse
+from stare_megatron.config import Config, OptimizerConfig, all_keys, parse
 from stare_megatron.config.methods import METHODS
 from stare_megatron.errors import UserError
 from stare_megatron.host import device
@@ -52,15 +52,15 @@ WIDE = {"algorithm.clip_cov.low": 0.01, "algorithm.clip_cov.fraction": 0.9}
 SHORT = {"algorithm.response_tokens": 60}
 CORRECTION = {"level": "sequence", "high": 1.1, "low": 0.9}
 MASK, KL = {"algorithm.correction.mode": "mask"}, {"algorithm.kl.coefficient": 0.5}
-ADAM = ("weight_decay", "beta1", "beta2", "eps", "clip_grad")
+ADAM, TYPES = ("weight_decay", "beta1", "beta2", "eps", "clip_grad"), tuple(OptimizerConfig().types)
 UNSET = {"weight_pos": 1.1, "weight_neg": 0.9}  # their defaults
 LINEAR = {"target_schedule": "linear", "target_entropy_end": 0.9}
 COSINE = {"trainer.optimizer.schedule": "cosine"}
 # Where the effect of a key is seen: in what is made of the configuration, or in a test of its own.
 TOOLS, POOL = "tests/unit/envs/test_tool_use.py::", "tests/sandbox/test_sandbox_pool.py::"
-FLEET = "tests/unit/cluster/test_fleet.py::"
+FLEET, PRECISE = "tests/unit/cluster/test_fleet.py::", "tests/unit/trainer/test_precise.py::test_what_upstream_is_told"
 LOCAL = "tests/unit/checkpoint/test_local.py::"
-JUDGE = "tests/unit/rewards/test_judge.py::"
+JUDGE, FLOAT16 = "tests/unit/rewards/test_judge.py::", "tests/invariance/test_float16.py"
 FORMAT, SUM = "tests/unit/rewards/test_format.py::", "tests/unit/rewards/test_sum.py::"
 STORE, SINKS = "tests/unit/checkpoint/test_checkpoint_store.py::", "tests/unit/metrics/test_sinks.py::"
 EFFECTS: dict[str, Seen | Refused | str] = {
@@ -231,8 +231,8 @@ EFFECTS: dict[str, Seen | Refused | str] = {
     "trainer.optimizer.schedule": Seen(probes.rates, "linear"),
     "trainer.optimizer.min_lr": Seen(probes.rates, 1e-7, COSINE),
     **{f"trainer.optimizer.{key}": Seen(probes.adam, 0.5) for key in ADAM},
-    "trainer.optimizer.initial_loss_scale": "tests/invariance/test_float16.py",
-    "trainer.optimizer.loss_scale_window": "tests/invariance/test_float16.py",
+    **{f"trainer.optimizer.{key}": PRECISE for key in ("precision_aware", *TYPES)},
+    **{f"trainer.optimizer.{k}": FLOAT16 for k in ("initial_loss_scale", "loss_scale_window")},
     "trainer.megatron": Seen(probes.megatron, {"deterministic_mode": True}),
     "inference.engines": Seen(probes.places, 3),
     "inference.tensor_parallel": Seen(probes.engine, 2),
