@@ -8,150 +8,44 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import cache
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from stare_megatron.compare.load import Run, load
-from stare_megatron.compare.stats import TOLERANCE, band
+from stare_megatron.compare.load import Run
 from stare_megatron.metrics import eval_records, jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tools.result_cells import (  # noqa: E402
+    LAST,
+    Cell,
+    Column,
+    Seeds,
+    at,
+    by_variant,
+    centre,
+    each,
+    ends_at,
+    entropy,
+    evaluated,
+    gate,
+    held,
+    kept,
+    last,
+    markdown,
+    newest,
+    runs,
+    signed,
+    spread,
+    under_the_band,
+)
+
 PAGE = ROOT / "docs" / "results.md"
 _BLOCK = re.compile(r"<!-- table: (\w+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
-LAST = 10  # steps that end values are means of
-READ: set[Path] = set()  # folders of runs that tables were made from
-
-Seeds = Sequence[Run]
-Cell = Callable[[Seeds], str]
-
-
-@dataclass(frozen=True)
-class Column:
-    """`cell`: the text for the runs of a row, one a seed."""
-
-    head: str
-    cell: Cell
-
-
-@cache
-def runs(folder: str, *names: str) -> tuple[Run, ...]:
-    """`folder`: under examples/; a name without a seed stands for its seeds 1, 2, 3, as many as there are."""
-    where = ROOT / "examples" / folder
-    found = [p for n in names for p in ([where / n] if "-seed" in n else sorted(where.glob(f"{n}-seed*")))]
-    READ.update(found)
-    return tuple(load(path, 0.0) for path in found)
-
-
-def entropy(run: Run) -> np.ndarray:
-    return run.series["policy/entropy"]
-
-
-def target(run: Run, otherwise: float) -> np.ndarray:
-    """Of each step; `otherwise`: where the method has none."""
-    goals = run.series.get("policy/target_entropy")
-    return goals if goals is not None and np.isfinite(goals).all() else np.full(len(run.steps), otherwise)
-
-
-def newest(run: Run, metric: str) -> tuple[int, float]:
-    """Step and value."""
-    values = run.series[metric]
-    at = int(np.flatnonzero(np.isfinite(values))[-1])
-    return int(run.steps[at]), float(values[at])
-
-
-def at(run: Run, metric: str, step: int) -> float:
-    return float(run.series[metric][run.steps == step][0])
-
-
-def spread(digits: int, value: Callable[[Run], float], *, with_spread: bool = True) -> Cell:
-    """Mean over the seeds, and their standard deviation where there are several."""
-
-    def cell(seeds: Seeds) -> str:
-        found = [value(run) for run in seeds]
-        if not all(np.isfinite(found)):
-            return "-"
-        text = f"{statistics.fmean(found):.{digits}f}"
-        several = with_spread and len(found) > 1
-        return f"{text} ± {statistics.stdev(found):.{digits}f}" if several else text
-
-    return cell
-
-
-def each(digits: int, value: Callable[[Run], float]) -> Cell:
-    def cell(seeds: Seeds) -> str:
-        found = [value(run) for run in seeds]
-        return ", ".join(f"{x:.{digits}f}" if np.isfinite(x) else "-" for x in found)
-
-    return cell
-
-
-def signed(digits: int, value: Callable[[Run], float]) -> Cell:
-    return lambda seeds: f"{statistics.fmean(value(run) for run in seeds):+.{digits}f}"
-
-
-def evaluated(metric: str) -> Callable[[Run], float]:
-    return lambda run: newest(run, f"eval/test/{metric}")[1]
-
-
-def last(metric: str) -> Callable[[Run], float]:
-    return lambda run: float(run.series[metric][-LAST:].mean())
-
-
-def ends_at(run: Run) -> float:
-    return float(entropy(run)[-LAST:].mean())
-
-
-def gate(run: Run) -> float:
-    open_ = run.series.get("stare/gate")
-    return float("nan") if open_ is None or run.settings["algorithm.method"] != "stare" else float(open_.mean())
-
-
-def kept(goal: float, field: str) -> Callable[[Run], float]:
-    """A field of `compare.stats.Band`."""
-
-    def value(run: Run) -> float:
-        found = band(entropy(run).tolist(), target(run, goal).tolist(), run.steps.tolist())
-        return float(vars(found)[field])
-
-    return value
-
-
-def under_the_band(goal: float) -> Callable[[Run], float]:
-    """How far the entropy fell under its lower edge, after it was first inside. Nats."""
-
-    def value(run: Run) -> float:
-        goals = target(run, goal)
-        inside = np.flatnonzero(abs(entropy(run) - goals) <= TOLERANCE * goals)
-        after = slice(int(inside[0]) + 1, None)
-        return max(0.0, float(((1 - TOLERANCE) * goals[after] - entropy(run)[after]).max()))
-
-    return value
-
-
-def held(goal: float, measure: Callable[[np.ndarray], float]) -> Callable[[Run], float]:
-    """Of H - H_tgt from the first step at which the entropy is not above the target."""
-
-    def value(run: Run) -> float:
-        off = entropy(run) - goal
-        return measure(off[int(np.argmax(off <= 0)) :])
-
-    return value
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
-
-
-def by_variant(folder: str, variants: dict[str, str], columns: Sequence[Column]) -> str:
-    head = ["variant", *(c.head for c in columns)]
-    rows = ((title, runs(folder, *name.split())) for name, title in variants.items())
-    return markdown(head, ([title, *(c.cell(seeds) for c in columns)] for title, seeds in rows))
-
 
 BAND = "entropy_band/results"
 STARE = {
@@ -175,7 +69,7 @@ SETTINGS = {
     "clip_cov": "Clip-Cov, 3 %",
 }
 
-UNDER_DELAY = (("auto", "STARE-O1, weight auto"), ("o1", "STARE-O1, the paper's rule"))
+UNDER_DELAY = (("auto", "STARE-O1, weight auto", (0, 1, 2, 4)), ("o1", "STARE-O1, the paper's rule", (0, 4)))
 
 
 def entropy_band() -> str:
@@ -183,12 +77,12 @@ def entropy_band() -> str:
         BAND,
         SETTINGS,
         [
-            Column("entropy, first step", spread(3, lambda run: float(entropy(run)[0]), with_spread=False)),
+            Column("entropy, first step", centre(3, lambda run: float(entropy(run)[0]))),
             Column(f"last {LAST} steps", spread(3, ends_at)),
             Column("in band", spread(2, kept(0.2, "share_in_band"))),
-            Column("below, nats", spread(3, under_the_band(0.2), with_spread=False)),
-            Column("rms error, nats", spread(3, kept(0.2, "rms_error"), with_spread=False)),
-            Column("gate open", spread(2, gate, with_spread=False)),
+            Column("below, nats", centre(3, under_the_band(0.2))),
+            Column("rms error, nats", centre(3, kept(0.2, "rms_error"))),
+            Column("gate open", centre(2, gate)),
         ],
     )
 
@@ -198,15 +92,11 @@ def entropy_band_held() -> str:
         BAND,
         STARE | ADAPTIVE,
         [
-            Column(
-                "rms error, nats", spread(4, held(0.2, lambda off: float(np.sqrt((off**2).mean()))), with_spread=False)
-            ),
+            Column("rms error, nats", centre(4, held(0.2, lambda off: float(np.sqrt((off**2).mean()))))),
             Column("mean error", signed(4, held(0.2, lambda off: float(off.mean())))),
-            Column(
-                "within ±15 %", spread(2, held(0.2, lambda off: float((abs(off) <= 0.03).mean())), with_spread=False)
-            ),
-            Column("farthest below", spread(3, held(0.2, lambda off: max(0.0, float(-off.min()))), with_spread=False)),
-            Column("farthest above", spread(3, held(0.2, lambda off: max(0.0, float(off.max()))), with_spread=False)),
+            Column("within ±15 %", centre(2, held(0.2, lambda off: float((abs(off) <= 0.03).mean())))),
+            Column("farthest below", centre(3, held(0.2, lambda off: max(0.0, float(-off.min()))))),
+            Column("farthest above", centre(3, held(0.2, lambda off: max(0.0, float(off.max()))))),
         ],
     )
 
@@ -217,27 +107,26 @@ def entropy_band_accuracy() -> str:
         {"grpo_ds": "GRPO-ds"} | STARE | RIVALS,
         [
             Column("avg@32", spread(2, evaluated("avg@32"))),
-            Column("greedy", spread(2, evaluated("greedy"), with_spread=False)),
-            Column("pass@4", spread(2, evaluated("pass@4"), with_spread=False)),
-            Column("pass@32", spread(2, evaluated("pass@32"), with_spread=False)),
-            Column("distinct right answers of 32", spread(1, evaluated("distinct_correct"), with_spread=False)),
+            Column("greedy", centre(2, evaluated("greedy"))),
+            Column("pass@4", centre(2, evaluated("pass@4"))),
+            Column("pass@32", centre(2, evaluated("pass@32"))),
+            Column("distinct right answers of 32", centre(1, evaluated("distinct_correct"))),
         ],
     )
 
 
 def staleness() -> str:
-    titles = {f"{name}_s{s}": f"{title}, S = {s}" for name, title in UNDER_DELAY for s in (0, 1, 2, 4)}
+    titles = {f"{name}_s{s}": f"{title}, S = {s}" for name, title, ages in UNDER_DELAY for s in ages}
     return by_variant(
         "entropy_band/results_staleness",
         titles,
         [
-            Column("updates behind, mean", spread(1, last("sync/staleness_mean"), with_spread=False)),
-            Column("reward, first 80 steps", spread(2, lambda run: float(run.series["reward/mean"][:80].mean()))),
+            Column("updates behind, mean", centre(1, last("sync/staleness_mean"))),
             Column(f"entropy, last {LAST} steps", spread(3, ends_at)),
             Column("in band", spread(2, kept(0.2, "share_in_band"))),
             Column("each seed", each(2, kept(0.2, "share_in_band"))),
             Column("rms error, nats", spread(3, kept(0.2, "rms_error"))),
-            Column("farthest below, nats", spread(3, under_the_band(0.2), with_spread=False)),
+            Column("farthest below, nats", centre(3, under_the_band(0.2))),
             Column("avg@32", spread(2, evaluated("avg@32"))),
         ],
     )

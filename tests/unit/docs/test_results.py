@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tools import make_results
+from tools import make_results, result_cells
 
 TEXT = make_results.PAGE.read_text()
 
@@ -25,8 +25,8 @@ def test_a_number_that_is_changed_by_hand_is_found() -> None:
 
 def test_every_run_that_is_kept_is_in_a_table() -> None:
     """A folder of records that no table reads is a result that nobody is told of."""
-    make_results.runs.cache_clear()
+    result_cells.runs.cache_clear()
     for make in make_results.TABLES.values():
         make()
-    kept = {p.parent for p in Path(make_results.ROOT / "examples").glob("*/results*/*/metrics.jsonl.gz")}
-    assert kept == make_results.READ
+    kept = {p.parent for p in Path(result_cells.ROOT / "examples").glob("*/results*/*/metrics.jsonl.gz")}
+    assert kept == result_cells.READ
