@@ -152,6 +152,8 @@ class Config(Section):
             settings = (a.method, a.stare, t.updates_per_batch, r.temperature, r.top_p)
             fault = fault or methods.rollout_scoring_fault(*settings)
         fault = fault or t.optimizer.type_fault(self.model.dtype)
+        bounds = (self.sync.probe_every, self.sync.probe_threshold)
+        fault = fault or self.inference.quantization_fault(self.model.dtype, a.correction.mode, t.scoring, *bounds)
         fault = fault or (a.stare.idle() if a.method == "stare" else "")
         fault = fault or self.sampling.fault(self.inference.placement, a.correction.mode, t.scoring)
         if fault:

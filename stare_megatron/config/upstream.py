@@ -169,10 +169,11 @@ ENGINE_REFUSED: tuple[tuple[str, str], ...] = (
         "the run depends on its value",
     ),
     (
-        "quantization.*|allow_deprecated_quantization|kv_cache_dtype.*|kv_sharing_fast_prefill|.*sliding_window|swa_.*"
+        "quantization_.*|allow_deprecated_quantization|kv_cache_dtype.*|kv_sharing_fast_prefill|.*sliding_window|swa_.*"
         "|hf_overrides",
         _ENGINES,
     ),
+    ("quantization", "set inference.quantization instead"),
     ("speculative_config|spec_.*", "weight pushes do not reach a draft model"),
     (
         "logits_processors|override_generation_config|return_sampling_mask|structured_.*|reasoning_.*|diffusion_.*",

@@ -84,6 +84,7 @@ class Engine:
             "worker_extension_cls": "stare_megatron.sync.worker.ChecksumExtension",
             **device.engine_args(config.placement == "colocated", config.tensor_parallel),
             **({"enable_return_routed_experts": True} if config.routing_replay else {}),
+            **({"quantization": config.quantization} if config.quantization != "none" else {}),
             **config.vllm,
         }
         self.keeps_kv = keeps_kv

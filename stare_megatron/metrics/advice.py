@@ -17,6 +17,7 @@ WINDOW = 20
 _LEAST = 5  # steps, below which nothing is said
 _MOST = 3  # pieces of advice at a time
 _SLOW_MFU = 0.15
+_QUANTIZED = 0.1  # nats a token between quantized engines and the trainer
 _BAND = 0.3  # of the target, as in the reports
 
 
@@ -32,8 +33,8 @@ class Advice:
 class Settings:
     """What the rules need to know of a configuration; the defaults are its own.
 
-    `corrected`: there is a rollout correction; `weaker`: what to do where STARE's weights are too weak, "" for another
-    method.
+    `corrected`: there is a rollout correction; `quantized`: engines are; `weaker`: what to do where STARE's weights are
+    too weak, "" for another method.
     """
 
     mode: str = "sync"
@@ -42,6 +43,7 @@ class Settings:
     group_size: int = 8
     max_response_tokens: int = 3072
     corrected: bool = False
+    quantized: bool = False
     weaker: str = ""
 
     @property
@@ -65,6 +67,7 @@ class Settings:
             group_size=number("rollout.group_size", own.group_size),
             max_response_tokens=number("rollout.max_response_tokens", own.max_response_tokens),
             corrected=flat.get("algorithm.correction.mode", "none") != "none",
+            quantized=flat.get("inference.quantization", "none") != "none",
             weaker=_weaker(flat) if flat.get("algorithm.method") == "stare" else "",
         )
 
@@ -132,7 +135,12 @@ def _ungraded(s: _Steps, c: Settings) -> str:
 def _mismatch(s: _Steps, c: Settings) -> str:
     apart = s.mean("mismatch/mean")
     # A policy that has been updated since differs for a good reason.
-    if c.mode == "sync" and apart >= 0.02:
+    if c.quantized and c.mode == "sync" and apart >= _QUANTIZED:
+        return (
+            f"quantized engines differ by {apart:.3f} nats a token from the trainer: the correction discards much of "
+            "what they sample; leave inference.quantization out where the reward falls behind"
+        )
+    if not c.quantized and c.mode == "sync" and apart >= 0.02:
         cure = "look for a setting that differs (docs/rollout_correction.md)"
         cure += "" if c.corrected else ' and set algorithm.correction.mode = "truncate"'
         return f"engine and trainer differ by {apart:.3f} nats a token with the same weights: {cure}"

@@ -104,6 +104,11 @@ def check_engine_options(config: Config, shape: ModelShape) -> None:
     table, gpus = config.inference.vllm, on_gpus(config)
     experts = shape.experts is not None
     upstream.check_engine_args(table, upstream.engine_lacking(config.inference, experts=experts, gpu=gpus))
+    if experts and config.inference.quantization != "none":
+        raise UserError(
+            f"inference.quantization = {config.inference.quantization!r}: that a push reaches quantized experts has "
+            "not been shown; leave it out for a mixture of experts"
+        )
     tokens = table.get("max_num_batched_tokens", config.window)
     whole = gpus is False or table.get("enable_chunked_prefill") is False  # a prompt is read in one step
     if whole and tokens < config.window:

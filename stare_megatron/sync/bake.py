@@ -65,6 +65,8 @@ def bake(model: torch.nn.Module, specs: Sequence[ParamSpec]) -> Needs:
     Raises:
         RuntimeError: a parameter gets nothing.
     """
+    from stare_megatron.sync.loaded import is_quantized
+
     kept = [tuple(path.rpartition(".")[::2]) for path, _ in model.named_parameters()]  # of tied ones the first
     with _without_storage(model):
         recorder = _Recorder(model)
@@ -80,7 +82,7 @@ def bake(model: torch.nn.Module, specs: Sequence[ParamSpec]) -> Needs:
     needs = [need for spec in specs for need in recorder.needs.get(spec.name, [])]
     modules = dict(model.named_modules())
     whole = set(recorder.uncut)
-    whole |= {need.box.name for need in needs if _is_quantized(modules[need.target.module])}
+    whole |= {need.box.name for need in needs if is_quantized(modules[need.target.module])}
     # A module is loaded in one way or the other.
     while True:
         spoilt = {need.target.module for need in needs if need.box.name in whole} | {
@@ -99,13 +101,6 @@ def bake(model: torch.nn.Module, specs: Sequence[ParamSpec]) -> Needs:
         tuple(spec for spec in specs if spec.name in whole),
         tuple(sorted(spoilt)),
     )
-
-
-def _is_quantized(module: torch.nn.Module) -> bool:
-    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-
-    method = module.quant_method if hasattr(module, "quant_method") else None
-    return isinstance(method, QuantizeMethodBase) and not type(method).__name__.startswith("Unquantized")
 
 
 @contextmanager

@@ -7,9 +7,16 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from stare_megatron.sync.cpu_engine import unpacked_experts
+
+
+def is_quantized(module: torch.nn.Module) -> bool:
+    """Whether a module of vLLM's keeps its weights otherwise than they are loaded, by a quantization."""
+    method = module.quant_method if hasattr(module, "quant_method") else None
+    return isinstance(method, QuantizeMethodBase) and not type(method).__name__.startswith("Unquantized")
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 
 from stare_megatron.sync.check import merge_shards, shard_sum
 from stare_megatron.sync.load import abandon
-from stare_megatron.sync.loaded import used_weight
+from stare_megatron.sync.loaded import is_quantized, used_weight
 from stare_megatron.sync.sharded_engine import ShardedWeightTransferEngine
 
 Packed = Mapping[str, list[str]]
@@ -87,7 +87,8 @@ def _merged(mine: dict[str, tuple[int, int]]) -> dict[str, str]:
 
 @torch.no_grad()
 def pieces(model: torch.nn.Module, packed: Packed, *, heads_only: bool = False) -> Iterator[Piece]:
-    """Every parameter of `model` that can be told by a Hugging Face name; of LM heads only, if so wanted."""
+    """Every parameter of `model` that can be told by a Hugging Face name and is kept as it was loaded; of LM heads
+    only, if so wanted."""
     embeddings: set[int] = set()
     for path, module in model.named_modules():
         if isinstance(module, ParallelLMHead):
@@ -100,6 +101,8 @@ def pieces(model: torch.nn.Module, packed: Packed, *, heads_only: bool = False) 
                 yield from _embedding(path, module, _stored(module))
         elif heads_only:
             continue
+        elif is_quantized(module):
+            continue  # the matrix that was sent is not kept
         elif isinstance(module, LinearBase):
             yield from _linear(path, module, packed)
         elif not isinstance(module, RoutedExperts):
