@@ -155,7 +155,7 @@ def test_offload_changes_no_bit_whole_and_in_bundles(model, optimizer) -> None:
 
 
 def test_saved_and_restored_from_every_state(model, tmp_path) -> None:
-    arguments = {"checkpoint": model, "overrides": case(2, BFLOAT16), "folder": tmp_path}
-    for seen in launch("tests.te.adam_worker:saved", 2, arguments, timeout=900, bare=True):
-        expected = seen[""][0]
-        assert all(went_on == expected for pair in seen.values() for went_on in pair)
+    arguments = {"checkpoint": model, "overrides": case(1, BFLOAT16), "folder": tmp_path}
+    (seen,) = launch("tests.te.adam_worker:saved", 1, arguments, timeout=900, bare=True)
+    expected = seen[""][0]
+    assert all(went_on == expected for pair in seen.values() for went_on in pair)
