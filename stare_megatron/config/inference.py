@@ -2,11 +2,61 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from stare_megatron.config.base import PassThrough, Section
+
+_MOST_DRAFTED = 32
+_DRAFTS = (
+    "vLLM drafts with weights of its own then, which pushes do not reach: drafts would be those of the first policy, "
+    "and fewer accepted at every step"
+)
+_UNUSABLE: dict[str, str] = {
+    **dict.fromkeys(("draft_model", "eagle", "eagle3", "medusa", "mlp_speculator", "mtp", "dflash", "dspark"), _DRAFTS),
+    "suffix": "it needs arctic-inference, which nothing here is tried with",
+    "ngram_gpu": "the policy's sampler is not held to it",
+}
+
+
+class SpeculativeConfig(Section):
+    method: Literal["off", "ngram"] = Field(
+        default="off",
+        description="`ngram`: tokens that followed the same last tokens before, in the prompt or the response, are "
+        "drafted, and checked in one pass; see docs/dispatch.md.",
+    )
+    tokens: int = Field(default=4, ge=1, le=_MOST_DRAFTED, description="Tokens drafted at a time, at most.")
+    ngram_min: int = Field(default=2, ge=1, le=_MOST_DRAFTED, description="Fewest last tokens that are looked for.")
+    ngram_max: int = Field(default=4, ge=1, le=_MOST_DRAFTED, description="Most last tokens that are looked for.")
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _drafts_without_weights(cls, value: Any) -> Any:
+        if isinstance(value, str) and value in _UNUSABLE:
+            raise ValueError(f'{value!r} does not work here: {_UNUSABLE[value]}; take "ngram" or "off"')
+        return value
+
+    @model_validator(mode="after")
+    def _has_a_length(self) -> SpeculativeConfig:
+        if self.ngram_min > self.ngram_max:
+            raise ValueError(f"ngram_min = {self.ngram_min} is more than ngram_max = {self.ngram_max}; lower it")
+        return self
+
+    @property
+    def on(self) -> bool:
+        return self.method != "off"
+
+    @property
+    def engine_args(self) -> dict[str, Any]:
+        """What vLLM's EngineArgs hold of it."""
+        settings = {
+            "method": self.method,
+            "num_speculative_tokens": self.tokens,
+            "prompt_lookup_min": self.ngram_min,
+            "prompt_lookup_max": self.ngram_max,
+        }
+        return {"speculative_config": settings} if self.on else {}
 
 
 class InferenceConfig(Section):
@@ -50,12 +100,38 @@ class InferenceConfig(Section):
         description="Seconds of silence after which an engine, or an idle trainer rank, counts as lost; after a sixth "
         "of it an engine gets no new groups.",
     )
+    speculative: SpeculativeConfig = Field(
+        default_factory=SpeculativeConfig,
+        description="Drafts: exact, and quicker where few sequences run.",
+    )
     vllm: PassThrough = Field(default_factory=dict, description="Further vLLM EngineArgs, by their upstream names.")
 
     @model_validator(mode="after")
     def _has_as_many(self) -> InferenceConfig:
         if self.min_engines > self.engines:
             raise ValueError(f"min_engines = {self.min_engines} of engines = {self.engines}; lower it")
+        return self
+
+    @model_validator(mode="after")
+    def _checks_every_draft(self) -> InferenceConfig:
+        """Where a step's tokens do not suffice some drafts are cut short, by what else runs: seeds would not repeat."""
+        if not self.speculative.on:
+            return self
+        if self.routing_replay:
+            raise ValueError(
+                'speculative.method = "ngram" does not go with routing_replay = true: vLLM returns experts from its '
+                "second model runner alone, which is not held to drafts here; turn one off"
+            )
+        sequences, tokens = self.vllm.get("max_num_seqs"), self.vllm.get("max_num_batched_tokens")
+        if (
+            isinstance(sequences, int)
+            and isinstance(tokens, int)
+            and tokens < sequences * (1 + self.speculative.tokens)
+        ):
+            raise ValueError(
+                f"vllm.max_num_batched_tokens = {tokens} is less than vllm.max_num_seqs = {sequences} sequences with "
+                f"1 + speculative.tokens = {1 + self.speculative.tokens} each; raise the one or lower the others"
+            )
         return self
 
     def quantization_fault(self, dtype: str, correction: str, scoring: str, probe_every: int, threshold: float) -> str:

@@ -174,7 +174,7 @@ ENGINE_REFUSED: tuple[tuple[str, str], ...] = (
         _ENGINES,
     ),
     ("quantization", "set inference.quantization instead"),
-    ("speculative_config|spec_.*", "weight pushes do not reach a draft model"),
+    ("speculative_config|spec_.*", "set inference.speculative instead"),
     (
         "logits_processors|override_generation_config|return_sampling_mask|structured_.*|reasoning_.*|diffusion_.*",
         _SAMPLED,

@@ -85,6 +85,7 @@ class Engine:
             **device.engine_args(config.placement == "colocated", config.tensor_parallel),
             **({"enable_return_routed_experts": True} if config.routing_replay else {}),
             **({"quantization": config.quantization} if config.quantization != "none" else {}),
+            **config.speculative.engine_args,
             **config.vllm,
         }
         self.keeps_kv = keeps_kv

@@ -224,6 +224,8 @@ _ENTRIES = (
     Entry("engine/kv_use", "fraction", R.MEAN, "KV cache in use in an engine, over its iterations."),
     Entry("engine/kv_use_max", "fraction", R.MAX, "The most, of any engine."),
     Entry("engine/preemptions", "requests", R.SUM, "Put back for want of KV cache, to be computed again."),
+    Entry("engine/draft_acceptance", "fraction", R.FRACTION, "Drafted tokens that were kept (inference.speculative)."),
+    Entry("engine/draft_gain", "tokens", R.FRACTION, "Drafted tokens kept at a time: so many passes were spared."),
     Entry("fleet/healthy", "engines", R.ONE, "That could sample when the step was recorded."),
     Entry("fleet/restarts", "count", R.ONE, "Engines started again since the step before."),
     Entry("fleet/groups_again", "groups", R.SUM, "Sampled again, since the engine that had them was lost."),

@@ -128,4 +128,6 @@ def _load(load: EngineLoad) -> tuple[Measured, ...]:
         Measured("engine/kv_use", load.kv_use, load.iterations),
         Measured("engine/kv_use_max", load.kv_use_max),
         Measured("engine/preemptions", load.preemptions),
+        Measured("engine/draft_acceptance", load.tokens_accepted, load.tokens_drafted),
+        Measured("engine/draft_gain", load.tokens_accepted, load.drafts),
     )

@@ -7,6 +7,7 @@ import threading
 import time
 
 from stare_megatron.host.stacks import write_stacks_on_signal
+from stare_megatron.sync import cpu_sampling
 
 PARENT = "STARE_ENGINE_PARENT"
 """Environment variable with the process id of an `Engine`'s process, for the processes vLLM starts from it."""
@@ -16,8 +17,9 @@ def register() -> None:
     """Make the backends `gloo`, `cuda_ipc` and `sharded` known to vLLM's weight-transfer factories. Repeated calls do
     nothing.
 
-    In a process that one of our engines started, also have SIGUSR1 write the stacks of its threads; in the engine core
-    see to it that it ends with its parent: vLLM's survives when that is killed.
+    In a process that one of our engines started, also have SIGUSR1 write the stacks of its threads, and mend what vLLM
+    checks drafts with on CPUs; in the engine core see to it that it ends with its parent: vLLM's survives when that is
+    killed.
     """
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
@@ -34,6 +36,7 @@ def register() -> None:
         )
     if PARENT in os.environ:
         write_stacks_on_signal()
+        cpu_sampling.mend()
     if os.environ.get(PARENT) == str(os.getppid()):
         threading.Thread(target=_end_with, args=(os.getppid(),), name="end-with-parent", daemon=True).start()
 

@@ -28,13 +28,17 @@ class Activity:
 @dataclass(frozen=True)
 class EngineLoad:
     """How full an engine was, summed over the iterations of its scheduler in which a request ran. `requests`: that ran;
-    `kv_use`: share of the KV cache that was taken, and the largest; `preemptions`: requests put back for want of it."""
+    `kv_use`: share of the KV cache that was taken, and the largest; `preemptions`: requests put back for want of it;
+    `drafts`: times that tokens were drafted for a request, with how many, and how many of them it kept."""
 
     iterations: int = 0
     requests: int = 0
     kv_use: float = 0.0
     kv_use_max: float = 0.0
     preemptions: int = 0
+    drafts: int = 0
+    tokens_drafted: int = 0
+    tokens_accepted: int = 0
 
 
 @dataclass(frozen=True)

@@ -5,37 +5,20 @@ from __future__ import annotations
 import ast
 import functools
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
-from stare_megatron.config import Config, OptimizerConfig, all_keys, parse
+from stare_megatron.config import OptimizerConfig, all_keys, parse
 from stare_megatron.config.methods import METHODS
 from stare_megatron.errors import UserError
 from stare_megatron.host import device
 from tests.configs import small_model
 from tests.contracts.source import ROOT
 from tests.unit.config import probes
+from tests.unit.config.engine_effects import ENGINES
+from tests.unit.config.rows import Refused, Seen
 from tests.unit.config.test_config_properties import with_value
-
-
-@dataclass(frozen=True)
-class Seen:
-    """With `value`, `probe` gives another result than without, other keys being as in `BASE` and `beside`."""
-
-    probe: Callable[[Config], Any]
-    value: Any
-    beside: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Refused:
-    """Only in a run, but at the door already: this value is refused with these words."""
-
-    value: Any
-    words: str
 
 
 def method(name: str, value: Any, **beside: Any) -> Seen:
@@ -234,16 +217,7 @@ EFFECTS: dict[str, Seen | Refused | str] = {
     **{f"trainer.optimizer.{key}": PRECISE for key in ("precision_aware", *TYPES)},
     **{f"trainer.optimizer.{k}": FLOAT16 for k in ("initial_loss_scale", "loss_scale_window")},
     "trainer.megatron": Seen(probes.megatron, {"deterministic_mode": True}),
-    "inference.engines": Seen(probes.places, 3),
-    "inference.tensor_parallel": Seen(probes.engine, 2),
-    "inference.placement": "tests/unit/run/test_preflight.py::test_colocated_engines_fit_the_trainers_gpus",
-    "inference.max_model_len": Seen(probes.engine, 50),
-    "inference.routing_replay": Seen(probes.engine, True),
-    "inference.quantization": Refused("fp8_per_channel", "is of 16-bit weights"),
-    **{f"inference.restart{k}": FLEET + "test_restarts_wait_longer_each_time_and_end" for k in ("s", "_backoff")},
-    "inference.min_engines": FLEET + "test_the_fewest_engines",
-    "inference.answer_timeout": FLEET + "test_silence",
-    "inference.vllm": Seen(probes.engine, {"max_num_seqs": 5}),
+    **ENGINES,
     "sync.method": "tests/unit/host/test_device.py::test_how_weights_travel",
     "sync.probe_every": "tests/unit/run/test_weights.py::test_probed_every_nth_version",
     "sync.push_timeout": "tests/unit/run/test_sizing.py",

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
+from stare_megatron.config import InferenceConfig
+from stare_megatron.config.inference import SpeculativeConfig
 from stare_megatron.config.upstream import ENGINE_OPTIONS, check_engine_args, engine_arg_names
 from stare_megatron.errors import UserError
 
@@ -34,8 +38,32 @@ def test_known_options_pass() -> None:
         ("max_num_sequences", "did you mean 'max_num_seqs'"),
         ("tensor_parallel_size", "inference.tensor_parallel"),
         ("logprobs_mode", "the run depends"),
+        ("speculative_config", "set inference.speculative instead"),
     ],
 )
 def test_others_are_refused_with_a_cure(key: str, cure: str) -> None:
     with pytest.raises(UserError, match=cure):
         check_engine_args({key: 1})
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"method": "eagle3"}, "weights of its own"),
+        ({"method": "suffix"}, "arctic-inference"),
+        ({"method": "ngram_gpu"}, "not held to it"),
+        ({"method": "ngram", "ngram_min": 5}, "ngram_min = 5 is more than ngram_max = 4; lower it"),
+    ],
+)
+def test_drafts_that_do_not_work_are_refused_with_why(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        SpeculativeConfig(**settings)
+
+
+def test_what_does_not_go_with_drafts_is_refused() -> None:
+    on = SpeculativeConfig(method="ngram", tokens=3)
+    with pytest.raises(ValidationError, match="does not go with routing_replay"):
+        InferenceConfig(speculative=on, routing_replay=True)
+    with pytest.raises(ValidationError, match=r"31 is less than vllm.max_num_seqs = 8 sequences with .* = 4 each"):
+        InferenceConfig(speculative=on, vllm={"max_num_seqs": 8, "max_num_batched_tokens": 31})
+    InferenceConfig(speculative=on, vllm={"max_num_seqs": 8, "max_num_batched_tokens": 32})

@@ -17,6 +17,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine import EngineCoreEventType
 from vllm.v1.engine.core_client import BackgroundResources, SyncMPClient
 from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from stare_megatron.inference import front_end
 from stare_megatron.inference.front_end import FrontEnd
@@ -61,7 +62,8 @@ class Core:
         self.steps.append(len(self.requests))
         self.requests = {name: left - 1 for name, left in self.requests.items()}
         done = [name for name, left in self.requests.items() if not left]
-        stats = SimpleNamespace(num_running_reqs=len(self.requests), kv_cache_usage=0.5)
+        drafts = SpecDecodingStats(4, num_drafts=2, num_draft_tokens=7, num_accepted_tokens=3)
+        stats = SimpleNamespace(num_running_reqs=len(self.requests), kv_cache_usage=0.5, spec_decoding_stats=drafts)
         made = [SimpleNamespace(id=name, events=[SimpleNamespace(type=EngineCoreEventType.PREEMPTED)]) for name in done]
         return SimpleNamespace(outputs=made, timestamp=0.0, weight_version="1", scheduler_stats=stats)
 
@@ -119,6 +121,7 @@ def test_requests_of_one_turn_are_in_the_same_first_step() -> None:
         assert await asyncio.gather(*(output(front, 3, name) for name in names)) == names
         load = front._meter.take()
         assert (load.iterations, load.preemptions) == (3, 50)
+        assert (load.drafts, load.tokens_drafted, load.tokens_accepted) == (6, 21, 9)
 
     core = run(case)
     assert core.steps == [50, 50, 50]

@@ -78,6 +78,7 @@ RATES = {
     for i, phase in enumerate(("rollout", "score", "update"))
     for j, unit in enumerate(("tflops", "mfu"))
 }
+LOADS = ((10, 30, 2.5, 0.5, 3, 4, 12, 3), (40, 60, 9, 0.75, 1), (5, 50, 1, 0.25, 2, 2, 8, 7))
 FLEET = {"fleet/healthy": 3, "fleet/restarts": 2, "fleet/groups_again": 5}
 OF_RANKS = (
     "time/offload",
@@ -157,7 +158,7 @@ def random_step(seed: int) -> Step:
             RANKS,
             2 << 20,
             HostMemory(8, 9),
-            [EngineLoad(10, 30, 2.5, 0.5, 3), EngineLoad(40, 60, 9.0, 0.75, 1), EngineLoad(5, 50, 1.0, 0.25, 2)],
+            [EngineLoad(*load) for load in LOADS],
             [Measured(name, *part) for name, part in RATES.items()],
             [Measured(name, value) for name, value in FLEET.items()],
         ),
@@ -301,6 +302,8 @@ def expected(step: Step) -> dict[str, float]:
             "engine/kv_use": 12.5 / 55,
             "engine/kv_use_max": 0.75,
             "engine/preemptions": 6,
+            "engine/draft_acceptance": 10 / 20,
+            "engine/draft_gain": 10 / 6,
         }
     )
 
