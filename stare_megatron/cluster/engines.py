@@ -1,4 +1,4 @@
-"""vLLM engines as Ray actors, and the driver's handle: groups go to the least loaded engine."""
+"""vLLM engines as Ray actors, and the driver's handle: what is to be sampled goes to the least loaded engine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import functools
 import gc
 import inspect
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,12 +16,13 @@ import ray
 
 from stare_megatron.cluster import runtime
 from stare_megatron.cluster.activity import ActivityLog
-from stare_megatron.cluster.dispatch import Dispatch
+from stare_megatron.cluster.dispatch import Dispatch, Limits
 from stare_megatron.cluster.doing import Answers, ray_actor
 from stare_megatron.cluster.families import Family, family
 from stare_megatron.cluster.fleet import UP, State
 from stare_megatron.cluster.keeper import Keeper
 from stare_megatron.cluster.lookout import Lookout
+from stare_megatron.cluster.parts import joined
 from stare_megatron.cluster.placement import Slot
 from stare_megatron.cluster.sandboxes import make_client
 from stare_megatron.config import Config
@@ -29,7 +30,7 @@ from stare_megatron.data.tokenizer import first_line
 from stare_megatron.errors import EngineLostError, RunError
 from stare_megatron.host import device
 from stare_megatron.sandbox.client import SandboxClient
-from stare_megatron.types import Group, GroupRequest, GroupSummary, Measured
+from stare_megatron.types import Group, GroupRequest, GroupSummary, Measured, RunGroup
 from stare_megatron.types.report import EngineReport, RunEvent
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 # Built in the composition root: the engine and, where code is run, an open sandbox go in, a function that samples and
 # scores one group comes out.
-MakeRunner = Callable[["Engine", SandboxClient | None], Callable[[GroupRequest], Awaitable[tuple[Group, GroupSummary]]]]
+MakeRunner = Callable[["Engine", SandboxClient | None], RunGroup]
 
 
 @ray_actor
@@ -93,9 +94,14 @@ class EngineActor(Answers):
         return family()
 
     @ray.method(num_returns=2)
-    async def run_group(self, request: GroupRequest) -> tuple[Group, GroupSummary]:
+    async def run_group(self, request: GroupRequest, samples: Sequence[int]) -> tuple[Group, GroupSummary]:
         with self._activity.during("sample", request.prompt.id):
-            return await self._run(request)
+            return await self._run(request, samples)
+
+    @ray.method(num_returns=2)
+    async def join(self, reflections: tuple[int, ...], *parts: Group) -> tuple[Group, GroupSummary]:
+        """A group of what several engines sampled of it; tokens do not pass through the driver."""
+        return joined(reflections, parts)
 
     async def call(self, method: str, *args: Any) -> Any:
         """A method of the engine, by its name."""
@@ -153,10 +159,10 @@ class EngineActor(Answers):
 class EngineGroup:
     """All engines, and the dispatcher that the rollout collects groups through: `submit`, `results`.
 
-    All samples of a group share an engine, hence the prefix cache of their prompt. `sandboxes`: actors that run code;
+    Which engine samples what: `dispatch`. `sandboxes`: actors that run code;
     `tell`: is told of every change of an engine's state; `pushes`: weights come from a trainer.
 
-    An engine that is lost costs nothing but time: groups that it had are sampled again, with their seeds, by others,
+    An engine that is lost costs nothing but time: what it had is sampled again, with their seeds, by others,
     and it is started again (`fleet`).
     """
 
@@ -189,8 +195,10 @@ class EngineGroup:
         self.beside: Callable[[], None] = lambda: None
         """Called every second while groups are sampled: looks after who is idle meanwhile, and may raise."""
         self.asleep = False
-        in_flight = max(_SEQUENCES_IN_FLIGHT, 2 * config.inference.vllm.get("max_num_seqs", 0))
-        self._dispatch = Dispatch(self._keeper, self._crew, in_flight)
+        inference = config.inference
+        in_flight = max(_SEQUENCES_IN_FLIGHT, 2 * inference.vllm.get("max_num_seqs", 0))
+        limits = Limits(in_flight, inference.spread_below, inference.longest_first)
+        self._dispatch = Dispatch(self._keeper, self._crew, limits)
 
     @property
     def actors(self) -> list[Any]:

@@ -100,6 +100,16 @@ class InferenceConfig(Section):
         description="Seconds of silence after which an engine, or an idle trainer rank, counts as lost; after a sixth "
         "of it an engine gets no new groups.",
     )
+    spread_below: int = Field(
+        default=0,
+        ge=0,
+        description="Prompts of fewer tokens have their samples spread over the engines; those of others share one, "
+        "and its prefix cache. 0: never; see docs/dispatch.md.",
+    )
+    longest_first: bool = Field(
+        default=True,
+        description="Of requests that come together, those are served first whose responses were the longest so far.",
+    )
     speculative: SpeculativeConfig = Field(
         default_factory=SpeculativeConfig,
         description="Drafts: exact, and quicker where few sequences run.",

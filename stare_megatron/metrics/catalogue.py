@@ -228,7 +228,12 @@ _ENTRIES = (
     Entry("engine/draft_gain", "tokens", R.FRACTION, "Drafted tokens kept at a time: so many passes were spared."),
     Entry("fleet/healthy", "engines", R.ONE, "That could sample when the step was recorded."),
     Entry("fleet/restarts", "count", R.ONE, "Engines started again since the step before."),
-    Entry("fleet/groups_again", "groups", R.SUM, "Sampled again, since the engine that had them was lost."),
+    Entry(
+        "fleet/groups_again",
+        "groups",
+        R.SUM,
+        "Sampled again, since the engine that had them was lost; of spread ones each part.",
+    ),
     Entry(
         "time/offload",
         "s",

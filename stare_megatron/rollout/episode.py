@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -158,8 +158,9 @@ async def run_group(
     tokenizer: PreTrainedTokenizerBase,
     masks: Masks = NO_MASKS,
     statuses: frozenset[Status] = ENDS,
+    samples: Sequence[int] = (),
 ) -> Group:
-    """Sample and score every trajectory of a group at once.
+    """Sample and score every trajectory of a group at once, or those of some `samples`.
 
     Sample i draws with `derive_seed(request.sampling.seed, i)`. A FAILED or INEXACT trajectory, and one whose reward
     raises `RewardError` and which becomes UNGRADED, are not graded: they score 0 with a note and carry no loss. Other
@@ -179,7 +180,7 @@ async def run_group(
             return ungraded, Score(0.0, False, f"not graded: {e}", graded=False)
         return masks.settle(trajectory), score
 
-    pairs = await _all(one(sample) for sample in range(request.group_size))
+    pairs = await _all(one(sample) for sample in samples or range(request.group_size))
     return Group(request.prompt, tuple(t for t, _ in pairs), tuple(s for _, s in pairs))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from stare_megatron import rewards
@@ -17,15 +17,13 @@ from stare_megatron.rollout.episode import Masks, run_group
 from stare_megatron.rollout.reflection import word_counter
 from stare_megatron.rollout.sampler import Sampler
 from stare_megatron.sandbox.client import SandboxClient
-from stare_megatron.types import Group, GroupRequest, GroupSummary
+from stare_megatron.types import Group, GroupRequest, GroupSummary, RunGroup
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def make_runner(
-    config: Config, sampler: Sampler, box: SandboxClient | None = None
-) -> Callable[[GroupRequest], Awaitable[tuple[Group, GroupSummary]]]:
+def make_runner(config: Config, sampler: Sampler, box: SandboxClient | None = None) -> RunGroup:
     """A function that samples and scores one group. Use it from one event loop.
 
     All trajectories of a group, and of all groups that run at once, are played as tasks of that loop: while one waits
@@ -47,7 +45,7 @@ def make_runner(
     context = EnvContext(config.env.settings, tokenizer, box)
     masks = Masks(overlong=config.rollout.overlong == "mask", void=config.env.void_turns == "mask")
 
-    async def run(request: GroupRequest) -> tuple[Group, GroupSummary]:
+    async def run(request: GroupRequest, samples: Sequence[int] = ()) -> tuple[Group, GroupSummary]:
         group = await run_group(
             request,
             make_env=lambda prompt: kind.make(prompt, context),
@@ -56,6 +54,7 @@ def make_runner(
             tokenizer=tokenizer,
             masks=masks,
             statuses=kind.statuses,
+            samples=samples,
         )
         # Here, where the tokens are: the driver gets the count.
         texts = [response_text(t, tokenizer, skip_special_tokens=True) if words else "" for t in group.trajectories]

@@ -5,8 +5,9 @@ Tensors are named by shape: `_T` tokens, `_N` sequences. What makes up a traject
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -134,6 +135,12 @@ class GroupRequest:
     prompt: Prompt
     group_size: int
     sampling: Sampling
+
+
+class RunGroup(Protocol):
+    """Samples and scores one group, or those of it that `samples` name."""
+
+    def __call__(self, request: GroupRequest, samples: Sequence[int] = ()) -> Awaitable[tuple[Group, GroupSummary]]: ...
 
 
 @dataclass(frozen=True)
