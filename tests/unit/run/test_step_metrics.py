@@ -302,8 +302,7 @@ def expected(step: Step) -> dict[str, float]:
             "engine/kv_use": 12.5 / 55,
             "engine/kv_use_max": 0.75,
             "engine/preemptions": 6,
-            "engine/draft_acceptance": 10 / 20,
-            "engine/draft_gain": 10 / 6,
+            **{"engine/draft_acceptance": 10 / 20, "engine/draft_gain": 10 / 6},
         }
     )
 
