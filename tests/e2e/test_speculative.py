@@ -73,6 +73,18 @@ def test_log_probs_of_what_was_drawn_are_the_models_own(engine: EngineProcess, m
         np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
 
 
+def test_a_response_ends_at_the_window_and_at_a_stop_string(engine: EngineProcess, model) -> None:
+    """Also where what ends it is in the middle of a draft that was kept."""
+    assert len(engine.call("sample", [5, 6] * 62 + [5], Sampling(50, 0.0, 1.0, (), 0)).token_ids) == 3
+    tokens = greedy(model, REPEATS, 24)
+    for end in range(4, 20):
+        word = f"w{tokens[end]}"
+        found = engine.call("sample", REPEATS, Sampling(24, 0.0, 1.0, (word,), 0))
+        first = next(n for n in range(24) if f"w{tokens[n]}".startswith(word))
+        assert found.token_ids.tolist() == tokens[: first + 1]
+        assert len(found.logprobs) == first + 1
+
+
 def test_seeds_repeat_whatever_runs_beside(engine: EngineProcess) -> None:
     together = [c.token_ids.tolist() for c in drawn(engine, 1.0, 1.0, 12)]
     alone = [engine.call("sample", REPEATS, Sampling(40, 1.0, 1.0, (), seed)).token_ids.tolist() for seed in range(12)]
