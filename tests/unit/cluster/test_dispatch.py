@@ -84,7 +84,7 @@ class Keeper:
             raise EngineLostError("its process died")
         if found.parts and self.lost_parts:
             self.lost_parts -= 1
-            raise ray.exceptions.ObjectLostError("0" * 56, "", "")
+            raise ray.exceptions.ObjectLostError("0" * 56, None, "")
         if not found.parts:
             self.served.append((found.engine, found.incarnation, found.request.seed))
         tokens = tuple(self.lengths.get(found.request.prompt.id, 10) for _ in found.samples)

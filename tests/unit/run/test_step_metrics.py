@@ -78,7 +78,7 @@ RATES = {
     for i, phase in enumerate(("rollout", "score", "update"))
     for j, unit in enumerate(("tflops", "mfu"))
 }
-LOADS = ((10, 30, 2.5, 0.5, 3, 4, 12, 3), (40, 60, 9, 0.75, 1), (5, 50, 1, 0.25, 2, 2, 8, 7))
+FULL, DRAFTS = ((10, 30, 2.5, 0.5, 3), (40, 60, 9.0, 0.75, 1), (5, 50, 1.0, 0.25, 2)), ((4, 12, 3), (), (2, 8, 7))
 FLEET = {"fleet/healthy": 3, "fleet/restarts": 2, "fleet/groups_again": 5}
 OF_RANKS = (
     "time/offload",
@@ -158,7 +158,7 @@ def random_step(seed: int) -> Step:
             RANKS,
             2 << 20,
             HostMemory(8, 9),
-            [EngineLoad(*load) for load in LOADS],
+            [EngineLoad(*full, *drafts) for full, drafts in zip(FULL, DRAFTS, strict=True)],
             [Measured(name, *part) for name, part in RATES.items()],
             [Measured(name, value) for name, value in FLEET.items()],
         ),
