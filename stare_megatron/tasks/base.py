@@ -125,6 +125,15 @@ class Task(Protocol):
         ...
 
 
+def parts_of(task: Task, trace: str) -> list[tuple[str, str]]:
+    """A response as pairs: what the policy writes, and what the tool answers to it ("" after the last)."""
+    if task.tool is None:
+        return [(trace, "")]
+    *calls, last = trace.split(task.tool.call_end)
+    called = [call + task.tool.call_end for call in calls]
+    return [*((call, task.tool.answer(call)) for call in called), (last, "")]
+
+
 class ArithmeticTask:
     """What tasks over small numbers have in common: their words, written with spaces, and no tool."""
 

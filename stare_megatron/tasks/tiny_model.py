@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config,
 
 from stare_megatron import tasks
 from stare_megatron.errors import RunError, UserError
-from stare_megatron.tasks.base import SPECIAL_WORDS, Task, TaskPrompt
+from stare_megatron.tasks.base import SPECIAL_WORDS, Task, TaskPrompt, parts_of
 
 _PAD, _BOS, _EOS, _UNK = range(4)
 _NO_LOSS = -100
@@ -179,7 +179,7 @@ def warm_up(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 20, 1.0))
     for done in range(1, settings.max_batches + 1):
         chosen = [prompts[rng.randrange(len(prompts))] for _ in range(settings.batch_size)]
-        input_ids, labels = _supervised(tokenizer, [(p.text, _parts(task, task.trace(p, rng))) for p in chosen])
+        input_ids, labels = _supervised(tokenizer, [(p.text, parts_of(task, task.trace(p, rng))) for p in chosen])
         model.train()
         loss = model(input_ids=input_ids, labels=labels).loss
         optimizer.zero_grad()
@@ -197,15 +197,6 @@ def warm_up(
             f"{settings.max_batches} batches; raise the number of batches or the learning rate"
         )
     return WarmedUp(settings.max_batches, time.monotonic() - started)
-
-
-def _parts(task: Task, trace: str) -> list[tuple[str, str]]:
-    """A response as pairs: what the policy writes, and what the tool answers to it ("" after the last)."""
-    if task.tool is None:
-        return [(trace, "")]
-    *calls, last = trace.split(task.tool.call_end)
-    called = [call + task.tool.call_end for call in calls]
-    return [*((call, task.tool.answer(call)) for call in called), (last, "")]
 
 
 def _supervised(

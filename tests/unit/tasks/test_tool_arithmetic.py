@@ -5,8 +5,8 @@ import torch
 
 from stare_megatron import tasks
 from stare_megatron.errors import UserError
-from stare_megatron.tasks.base import TaskPrompt
-from stare_megatron.tasks.tiny_model import _parts, _supervised, make_tokenizer
+from stare_megatron.tasks.base import TaskPrompt, parts_of
+from stare_megatron.tasks.tiny_model import _supervised, make_tokenizer
 from stare_megatron.tasks.tool_arithmetic import TASK
 
 PROMPT = TaskPrompt("p", "347*582=", "201954")
@@ -63,7 +63,7 @@ def test_the_tokenizer_keeps_text_as_it_is():
 def test_no_loss_on_what_the_tool_answers():
     tokenizer = make_tokenizer(TASK)
     trace = "<code>print(347*582)</code>201954"
-    ids, labels = _supervised(tokenizer, [(PROMPT.text, _parts(TASK, trace))])
+    ids, labels = _supervised(tokenizer, [(PROMPT.text, parts_of(TASK, trace))])
     written = ids[0][labels[0] != -100]
     assert tokenizer.decode(written) == trace + "<eos>"
     assert torch.equal(written, labels[0][labels[0] != -100])
