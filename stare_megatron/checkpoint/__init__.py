@@ -7,6 +7,7 @@
     checkpoints/step_000040/manifest.json   sizes and checksums of all of these
     checkpoints/local/step_000040/...       as above, with links to files on the nodes' own disks (`checkpoint.local`)
     checkpoints/latest                      the name of the newest whole folder
+    bank/step_000040-1f0c2a7e/...           finished groups that step 40 names and nobody has learned from (`bank.py`)
     checkpoints/left_step_000060/...        a later one of a branch that was left when the run went on from step 40
 
 A folder is written under a temporary name and renamed when complete, so a folder with its final name is whole.
@@ -14,6 +15,7 @@ A folder is written under a temporary name and renamed when complete, so a folde
 
 from stare_megatron.checkpoint.ahead import Ahead, Outstanding
 from stare_megatron.checkpoint.ahead import read as read_ahead
+from stare_megatron.checkpoint.bank import Bank, Banked
 from stare_megatron.checkpoint.local import Local, NodeDisks, home_of, is_local, newest, newest_first
 from stare_megatron.checkpoint.local import drop as drop_local
 from stare_megatron.checkpoint.saver import RankWriters, Saver
@@ -23,6 +25,8 @@ from stare_megatron.checkpoint.store import find, set_aside, verify
 
 __all__ = [
     "Ahead",
+    "Bank",
+    "Banked",
     "Local",
     "LoopState",
     "NodeDisks",

@@ -23,7 +23,7 @@ class Copies:
 
     Args:
         room: whether there is room for so many bytes of a step; says so where there is not.
-        sealed: called after each.
+        sealed: called with the step of each when it is on disk.
         warn: shows the user a line.
     """
 
@@ -32,7 +32,7 @@ class Copies:
         root: Path,
         disks: NodeDisks,
         room: Callable[[int, int], bool],
-        sealed: Callable[[], None],
+        sealed: Callable[[int], None],
         warn: Callable[[str], None],
     ) -> None:
         self._root = root
@@ -103,7 +103,7 @@ class Copies:
             self._disks.finish_copy()
             try:
                 store.finish(self._root, step, linked(self._source(step)))
-                self._sealed()
+                self._sealed(step)
             except OSError as e:
                 raise self._error(step, e) from e
         if following is not None:

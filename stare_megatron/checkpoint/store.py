@@ -17,7 +17,7 @@ from stare_megatron.checkpoint.state import LoopState
 from stare_megatron.config import CheckpointConfig
 from stare_megatron.errors import UserError
 from stare_megatron.host import manifest
-from stare_megatron.host.files import PARTIAL, STALE, take_place, write_atomic
+from stare_megatron.host.files import PARTIAL, STALE, sync_folder, take_place, write_atomic
 
 TRAINER = "trainer"
 LATEST = "latest"
@@ -64,9 +64,9 @@ def finish(root: Path, step: int, known: Mapping[str, manifest.FileEntry]) -> Pa
     final, partial = root / folder_name(step), partial_of(root, step)
     manifest.write(partial, known)
     stale = take_place(partial, final)
-    _sync_folder(root)
+    sync_folder(root)
     write_atomic(root / LATEST, final.name + "\n")
-    _sync_folder(root)
+    sync_folder(root)
     shutil.rmtree(stale, ignore_errors=True)
     return final
 
@@ -104,7 +104,7 @@ def set_aside(root: Path, folder: Path, step: int) -> list[Path]:
         os.rename(folder, own)
     if left or folder != own:
         write_atomic(root / LATEST, own.name + "\n")
-        _sync_folder(root)
+        sync_folder(root)
     return renamed
 
 
@@ -197,12 +197,3 @@ def verify(folder: Path, *, contents: bool, progress: Callable[[int], object] = 
         cure = f"run.resume={folder.parent / others[-1]}" if others else "start over under another run.name"
         fault = str(e).partition("; copy")[0]
         raise UserError(f"{fault}; restore the checkpoint from a copy, or {cure}") from e
-
-
-def _sync_folder(folder: Path) -> None:
-    """Names of a folder are on disk only after this."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

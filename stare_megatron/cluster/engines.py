@@ -10,9 +10,10 @@ import inspect
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import ray
+import ray.exceptions
 
 from stare_megatron.cluster import runtime
 from stare_megatron.cluster.activity import ActivityLog
@@ -30,7 +31,7 @@ from stare_megatron.data.tokenizer import first_line
 from stare_megatron.errors import EngineLostError, RunError
 from stare_megatron.host import device
 from stare_megatron.sandbox.client import SandboxClient
-from stare_megatron.types import Group, GroupRequest, GroupSummary, Measured, RunGroup
+from stare_megatron.types import Begun, Completion, Group, GroupRequest, GroupSummary, Measured
 from stare_megatron.types.report import EngineReport, RunEvent
 
 if TYPE_CHECKING:
@@ -39,9 +40,17 @@ if TYPE_CHECKING:
 
     from stare_megatron.inference.engine import Engine
 
-# Built in the composition root: the engine and, where code is run, an open sandbox go in, a function that samples and
-# scores one group comes out.
-MakeRunner = Callable[["Engine", SandboxClient | None], RunGroup]
+
+class Runner(Protocol):
+    """Samples and scores groups: `rollout.groups.Runner`."""
+
+    async def __call__(self, request: GroupRequest, samples: Sequence[int] = ()) -> tuple[Group, GroupSummary]: ...
+
+    def begun(self, drawn: Mapping[int, Completion]) -> dict[int, Begun]: ...
+
+
+# Built in the composition root, with the engine and, where code is run, an open sandbox.
+MakeRunner = Callable[["Engine", SandboxClient | None], Runner]
 
 
 @ray_actor
@@ -102,6 +111,10 @@ class EngineActor(Answers):
     async def join(self, reflections: tuple[int, ...], *parts: Group) -> tuple[Group, GroupSummary]:
         """A group of what several engines sampled of it; tokens do not pass through the driver."""
         return joined(reflections, parts)
+
+    async def begun(self) -> dict[int, Begun]:
+        """What there is of each group under way, by the seed of its request."""
+        return self._run.begun(await self._engine.drawn())
 
     async def call(self, method: str, *args: Any) -> Any:
         """A method of the engine, by its name."""
@@ -269,6 +282,16 @@ class EngineGroup:
         """
         return self._dispatch.results(self.renew, self.beside)
 
+    def begun(self) -> dict[int, Begun]:
+        """What there is of each group under way, by the seed of its request: of the engines that answer soon."""
+        refs = {self.actors[i].begun.remote(): i for i in self._keeper.fleet.those(*UP)}
+        found: dict[int, Begun] = {}
+        for ref in ray.wait(list(refs), num_returns=len(refs), timeout=_BEGUN_S)[0] if refs else ():
+            with contextlib.suppress(RunError, ray.exceptions.RayError):  # it costs what it has drawn
+                for seed, part in runtime.get(ref, self._crew.names[refs[ref]], EngineLostError).items():
+                    found[seed] = found.get(seed, Begun()) | part  # of a group that is spread
+        return found
+
     def give_up(self) -> None:
         """End `results` within a second, with a GivenUpError; from another thread. `forget` before more is sampled."""
         self._dispatch.give_up()
@@ -369,5 +392,6 @@ class EngineGroup:
 # never starves, and few enough that a late engine can still be given less.
 _SEQUENCES_IN_FLIGHT = 512
 _CHECK_S = 5.0
+_BEGUN_S = 20.0
 _GLANCE_S = 1.0
 _SETTLE_S = 30.0  # for calls of engines to notice that the ranks are gone

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from stare_megatron.config.base import Section
+from stare_megatron.config.base import Free, Section
 
 
 class SamplingConfig(Section):
@@ -36,6 +36,12 @@ class SamplingConfig(Section):
         "weights, or kept as the old ones made it.",
     )
 
+    bank: Free[bool] = Field(
+        default=True,
+        description="`stream`: keep what is sampled and not learned from for a resumed run, at every checkpoint: "
+        "finished groups in the run's folder, and what there is of others; else it samples them again.",
+    )
+
     @property
     def ahead(self) -> bool:
         """Whether engines sample while the trainer works, hence by weights that it has changed since."""
@@ -48,7 +54,7 @@ class SamplingConfig(Section):
 
     @model_validator(mode="after")
     def _idle(self) -> SamplingConfig:
-        own = {"max_staleness": self.max_staleness, "window": self.window, "kv": self.kv}
+        own = {"max_staleness": self.max_staleness, "window": self.window, "kv": self.kv, "bank": self.bank}
         changed = [key for key, value in own.items() if value != type(self).model_fields[key].default]
         if self.mode != "stream" and changed:
             raise ValueError(f'{changed[0]} = {own[changed[0]]!r} is for mode = "stream", it is "{self.mode}"')

@@ -75,6 +75,15 @@ def take_place(folder: Path, path: Path) -> Path:
     return stale
 
 
+def sync_folder(folder: Path) -> None:
+    """Names of a folder are on disk only after this."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def free_bytes(path: Path) -> int:
     """Free space of the disk that `path`, which need not exist yet, is or will be on."""
     there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
     from vllm.sampling_params import SamplingParams
 
-    from stare_megatron.inference.front_end import FrontEnd
+    from stare_megatron.inference.front_end import Drawn, FrontEnd
 
 T = TypeVar("T")
 
@@ -94,6 +94,7 @@ class Engine:
         self._meter = LoadMeter()
         self._children = ChildProcesses()
         self._ids = itertools.count()
+        self._seeds: dict[str, int] = {}  # of samples under way, by request
         self._asleep = False
 
     async def start(self) -> None:
@@ -163,6 +164,26 @@ class Engine:
             routed_experts=routed,
             versions=tuple((int(span.version), span.end - span.start) for span in drawn),
         )
+
+    async def drawn(self) -> dict[int, Completion]:
+        """What has been drawn so far of each sample under way, by its seed; the status says nothing.
+
+        Nothing where experts are returned: those of a request that goes on would be of the weights that it goes on by.
+
+        Raises:
+            EngineLostError: the engine died.
+        """
+        if self._routed:
+            return {}
+        found = await self._call(self._running().drawn())
+        return {seed: self._so_far(found[name]) for name, seed in self._seeds.items() if name in found}
+
+    def _so_far(self, drawn: Drawn) -> Completion:
+        ends = [*(start for _, start in drawn.starts[1:]), len(drawn.token_ids)]
+        runs = tuple((int(v), end - start) for (v, start), end in zip(drawn.starts, ends, strict=True))
+        ids, logprobs = np.asarray(drawn.token_ids, np.int32), np.asarray(drawn.logprobs, np.float32)
+        first = runs[0][0] if runs else self.version
+        return Completion(ids, logprobs, Status.TRUNCATED, first, versions=runs)
 
     async def logprobs(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """Log-prob of each token given those before it, float32 [n - 1], natural log, temperature 1; 1 < n < window."""
@@ -302,9 +323,15 @@ class Engine:
 
         async def last() -> RequestOutput:
             prompt = tokens_input([int(t) for t in token_ids], cache_salt=f"version {self.version}")
-            async for output in self._running().generate(prompt, params, f"{self.name}-{next(self._ids)}"):
-                if output.finished:
-                    return output
+            name = f"{self.name}-{next(self._ids)}"
+            if params.seed is not None:
+                self._seeds[name] = params.seed
+            try:
+                async for output in self._running().generate(prompt, params, name):
+                    if output.finished:
+                        return output
+            finally:
+                self._seeds.pop(name, None)
             raise RunError(f"{self.name}: a request ended without an output")
 
         return await self._call(last())

@@ -43,6 +43,15 @@ class _Request:
     done: asyncio.Future[RequestOutput]
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """What has been drawn of a request: tokens, their log-probs, and where each weight version begins among them."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    starts: list[tuple[str, int]]
+
+
 class FrontEnd:
     """An engine core that runs. Its methods are those of AsyncLLM, by the same names; use them from one event loop.
 
@@ -155,6 +164,10 @@ class FrontEnd:
         """Returns when the core answers, between two steps."""
         await self._call(lambda: self._utility("is_sleeping"))
 
+    async def drawn(self) -> dict[str, Drawn]:
+        """Of every request that is in the core and not finished, by its id; none that have no token yet."""
+        return await self._call(self._drawn)
+
     def shutdown(self) -> None:
         """End the core. A step or a call that goes on gets a few seconds to end. Harmless when repeated."""
         if self._closed:
@@ -253,6 +266,19 @@ class FrontEnd:
         self._deliver()
         self._stepping = False
         self._go_on()
+
+    def _drawn(self) -> dict[str, Drawn]:
+        """Of vLLM's output processor, between two steps: it has the finished output of a request from there as well."""
+        from vllm.logprobs import FlatLogprobs
+
+        found: dict[str, Drawn] = {}
+        for state in self._outputs.request_states.values():
+            tokens = state.detokenizer.output_token_ids if state.detokenizer else []
+            table = state.logprobs_processor.logprobs if state.logprobs_processor else None
+            if tokens and isinstance(table, FlatLogprobs) and len(table.logprobs) == len(tokens):
+                drawn = Drawn(list(tokens), list(table.logprobs), list(state.weight_version_starts))
+                found[state.external_req_id] = drawn
+        return found
 
     def _ended(self, step: Future[None]) -> None:
         """Whatever a step ended with, nothing is sampled any more."""

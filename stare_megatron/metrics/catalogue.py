@@ -220,6 +220,10 @@ _ENTRIES = (
     ),
     Entry("queue/running", "groups", R.ONE, "`stream`: being sampled when the batch was handed out, others than its."),
     Entry("queue/ready", "groups", R.ONE, "`stream`: finished and in no batch then."),
+    Entry("bank/groups", "groups", R.ONE, "`stream`, resumed: finished by the run before, and learned from."),
+    Entry("bank/graded", "trajectories", R.ONE, "The same: finished ones of groups that were not."),
+    Entry("bank/partial", "trajectories", R.ONE, "The same: continued where the run before had left them."),
+    Entry("bank/again", "trajectories", R.ONE, "The same: of outstanding groups, begun again."),
     Entry("engine/requests", "requests", R.MEAN, "Running at once in an engine, over its iterations."),
     Entry("engine/kv_use", "fraction", R.MEAN, "KV cache in use in an engine, over its iterations."),
     Entry("engine/kv_use_max", "fraction", R.MAX, "The most, of any engine."),
@@ -279,7 +283,7 @@ _ENTRIES = (
 
 
 # What a step took, and not what it found: equal runs differ in these alone.
-COSTS = ("time/", "memory/", "throughput/", "idle/", "engine/", "queue/", "fleet/", "rates/")
+COSTS = ("time/", "memory/", "throughput/", "idle/", "engine/", "queue/", "bank/", "fleet/", "rates/")
 
 CATALOGUE: Mapping[str, Entry] = {entry.name: entry for entry in _ENTRIES}
 FAMILIES: Mapping[str, Entry] = {entry.name: entry for entry in FAMILY_ENTRIES}

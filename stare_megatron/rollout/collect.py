@@ -46,11 +46,36 @@ class GroupDispatcher(Protocol[Ref_co]):
 
 
 @dataclass(frozen=True)
+class Resumed:
+    """What a run that goes on has of what another was sampling: finished `groups`; of the other groups the `graded`
+    trajectories, the `partial` ones that are continued, and those that are begun `again`."""
+
+    groups: int = 0
+    graded: int = 0
+    partial: int = 0
+    again: int = 0
+
+    def __add__(self, other: Resumed) -> Resumed:
+        return Resumed(
+            self.groups + other.groups,
+            self.graded + other.graded,
+            self.partial + other.partial,
+            self.again + other.again,
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.groups} finished groups, and of others {self.graded} finished and {self.partial} partial "
+            f"trajectories, go on from the run before; {self.again} trajectories start again"
+        )
+
+
+@dataclass(frozen=True)
 class Collected(Generic[Ref]):
     """The groups of one update batch, in the order of their requests. `sampled`: all groups sampled for it, dropped
     ones included; `measured` of them and of the batch; `seconds`: from the first request to the last result; `tail`: of
     those, since nine of ten groups were finished; `running`, `ready`: other groups that were being sampled, and that
-    were finished, when it was handed out."""
+    were finished, when it was handed out; `resumed`: what was taken since the batch before of an earlier run."""
 
     groups: tuple[tuple[Ref, GroupSummary], ...]
     sampled: tuple[GroupSummary, ...]
@@ -59,6 +84,7 @@ class Collected(Generic[Ref]):
     tail: float = field(default=0.0, compare=False)
     running: int = field(default=0, compare=False)
     ready: int = field(default=0, compare=False)
+    resumed: Resumed = field(default=Resumed(), compare=False)
 
     @property
     def tokens_sampled(self) -> int:

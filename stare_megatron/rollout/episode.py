@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from stare_megatron.data.tokenizer import decoder
 from stare_megatron.envs.base import ENDS, End, Env, EnvError, MakeEnv
 from stare_megatron.rewards.base import Reward, RewardError
 from stare_megatron.rollout.sampler import SampleError, Sampler
 from stare_megatron.rollout.seeds import derive_seed
+from stare_megatron.rollout.under_way import GroupUnderWay
 from stare_megatron.types import (
     Completion,
+    Graded,
     Group,
     GroupRequest,
     Prompt,
@@ -159,18 +162,23 @@ async def run_group(
     masks: Masks = NO_MASKS,
     statuses: frozenset[Status] = ENDS,
     samples: Sequence[int] = (),
+    under_way: GroupUnderWay | None = None,
 ) -> Group:
-    """Sample and score every trajectory of a group at once, or those of some `samples`.
+    """Sample and score every trajectory of a group at once, or those of some `samples`, from where `request.begun` left
+    off; `under_way`, made of the request, tells meanwhile how far it has come.
 
     Sample i draws with `derive_seed(request.sampling.seed, i)`. A FAILED or INEXACT trajectory, and one whose reward
     raises `RewardError` and which becomes UNGRADED, are not graded: they score 0 with a note and carry no loss. Other
     exceptions cancel the group and propagate. `masks` apply after grading. `statuses`: as of `run_episode`.
     """
 
-    async def one(sample: int) -> tuple[Trajectory, Score]:
+    way = under_way or GroupUnderWay(request)
+
+    async def graded(sample: int) -> tuple[Trajectory, Score]:
         own = dataclasses.replace(request.sampling, seed=derive_seed(request.sampling.seed, sample))
         env = make_env(request.prompt)
-        trajectory, note = await run_episode(request.prompt, sample, env, sampler, own, statuses)
+        turn = way.first_turn(sampler, sample, decoder(tokenizer))
+        trajectory, note = await run_episode(request.prompt, sample, env, turn, own, statuses)
         if trajectory.status in (Status.FAILED, Status.INEXACT):
             return trajectory, Score(0.0, False, note or "the engine failed the request", graded=False)
         try:
@@ -179,6 +187,11 @@ async def run_group(
             ungraded = dataclasses.replace(trajectory, status=Status.UNGRADED)
             return ungraded, Score(0.0, False, f"not graded: {e}", graded=False)
         return masks.settle(trajectory), score
+
+    async def one(sample: int) -> tuple[Trajectory, Score]:
+        if sample not in way.graded:
+            way.graded[sample] = Graded(sample, *await graded(sample))
+        return way.graded[sample].trajectory, way.graded[sample].score
 
     pairs = await _all(one(sample) for sample in samples or range(request.group_size))
     return Group(request.prompt, tuple(t for t, _ in pairs), tuple(s for _, s in pairs))

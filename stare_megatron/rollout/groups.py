@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from stare_megatron import rewards
@@ -16,51 +16,69 @@ from stare_megatron.rewards.base import response_text
 from stare_megatron.rollout.episode import Masks, run_group
 from stare_megatron.rollout.reflection import word_counter
 from stare_megatron.rollout.sampler import Sampler
+from stare_megatron.rollout.under_way import GroupUnderWay
 from stare_megatron.sandbox.client import SandboxClient
-from stare_megatron.types import Group, GroupRequest, GroupSummary, RunGroup
+from stare_megatron.types import Begun, Completion, Group, GroupRequest, GroupSummary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def make_runner(config: Config, sampler: Sampler, box: SandboxClient | None = None) -> RunGroup:
-    """A function that samples and scores one group. Use it from one event loop.
+class Runner:
+    """Samples and scores groups, and tells what there is of those under way. Use it from one event loop.
 
     All trajectories of a group, and of all groups that run at once, are played as tasks of that loop: while one waits
-    for its tool the engine samples others. `box`: an open sandbox that outlives the function, for an environment with
-    a tool or a reward that runs code.
+    for its tool the engine samples others. `box`: an open sandbox that outlives it, for an environment with a tool or
+    a reward that runs code.
 
     Raises:
         UserError: no tokenizer in the checkpoint, or one without what the environment needs.
         ValueError: an environment or a reward that needs a sandbox, without a box.
     """
-    reward = rewards.make_reward(config.reward, box, config.sandbox)
-    tokenizer = load_tokenizer(config.model.path)
-    words = config.logging.reflection_words
-    count = word_counter(words)
-    kind = ENVS[config.env.name]
-    if kind.needs_sandbox and box is None:
-        raise ValueError(f"env.name = {config.env.name!r} needs a sandbox")
-    check_env(config.env, tokenizer)
-    context = EnvContext(config.env.settings, tokenizer, box)
-    masks = Masks(overlong=config.rollout.overlong == "mask", void=config.env.void_turns == "mask")
 
-    async def run(request: GroupRequest, samples: Sequence[int] = ()) -> tuple[Group, GroupSummary]:
-        group = await run_group(
-            request,
-            make_env=lambda prompt: kind.make(prompt, context),
-            sampler=sampler,
-            reward=reward,
-            tokenizer=tokenizer,
-            masks=masks,
-            statuses=kind.statuses,
-            samples=samples,
-        )
+    def __init__(self, config: Config, sampler: Sampler, box: SandboxClient | None = None) -> None:
+        self._reward = rewards.make_reward(config.reward, box, config.sandbox)
+        self._tokenizer = load_tokenizer(config.model.path)
+        self._words = config.logging.reflection_words
+        self._count = word_counter(self._words)
+        self._kind = ENVS[config.env.name]
+        if self._kind.needs_sandbox and box is None:
+            raise ValueError(f"env.name = {config.env.name!r} needs a sandbox")
+        check_env(config.env, self._tokenizer)
+        self._context = EnvContext(config.env.settings, self._tokenizer, box)
+        self._masks = Masks(overlong=config.rollout.overlong == "mask", void=config.env.void_turns == "mask")
+        self._sampler = sampler
+        self._under_way: list[GroupUnderWay] = []
+
+    async def __call__(self, request: GroupRequest, samples: Sequence[int] = ()) -> tuple[Group, GroupSummary]:
+        """Sample and score one group, or those of it that `samples` name."""
+        under_way = GroupUnderWay(request, samples)
+        self._under_way.append(under_way)
+        try:
+            group = await run_group(
+                request,
+                make_env=lambda prompt: self._kind.make(prompt, self._context),
+                sampler=self._sampler,
+                reward=self._reward,
+                tokenizer=self._tokenizer,
+                masks=self._masks,
+                statuses=self._kind.statuses,
+                samples=samples,
+                under_way=under_way,
+            )
+        finally:
+            self._under_way.remove(under_way)
         # Here, where the tokens are: the driver gets the count.
-        texts = [response_text(t, tokenizer, skip_special_tokens=True) if words else "" for t in group.trajectories]
-        return group, group.summary(tuple(map(count, texts)))
+        texts = [
+            response_text(t, self._tokenizer, skip_special_tokens=True) if self._words else ""
+            for t in group.trajectories
+        ]
+        return group, group.summary(tuple(map(self._count, texts)))
 
-    return run
+    def begun(self, drawn: Mapping[int, Completion]) -> dict[int, Begun]:
+        """What there is of each group under way, by the seed of its request. `drawn`: what the engine has drawn so far
+        of its requests, by their seeds."""
+        return {group.seed: group.begun(drawn) for group in self._under_way}
 
 
 def check_prompts(config: Config, prompts: PromptSet | None, benchmarks: Iterable[Benchmark]) -> None:

@@ -100,6 +100,20 @@ class Window:
         self._number, self._order = self._number + 1, self._order + 1
         return place
 
+    def hasten(self, number: int, since: int) -> bool:
+        """Make a running group due as if it had been admitted under version `since`; False where it is too old for
+        that, or not every group could be in time then."""
+        due = since + self._staleness
+        if due < self._version:
+            return False
+        others = [*self._ready.values(), *(d for n, d in self._running.items() if n != number)]
+        free = self._size - len(self._taken)
+        for version in range(due, self._version + self._staleness):
+            if sum(d <= version for d in others) >= free + (version - self._version) * self._size:
+                return False
+        self._running[number] = due
+        return True
+
     def finish(self, number: int, *, useful: bool) -> None:
         """A running group is finished. One that is not useful gives its place to another, or fills the batch."""
         due = self._running.pop(number)

@@ -50,6 +50,7 @@ _CHECKPOINT_BYTES = 16
 _SLACK_MB = 256
 
 CHECKPOINTS = "checkpoints"
+BANK = "bank"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from stare_megatron.cluster.trainers import TrainerGroup
 from stare_megatron.config import Config
 from stare_megatron.host import device
 from stare_megatron.models.families import read_hf_config
-from stare_megatron.rollout.groups import make_runner
+from stare_megatron.rollout.groups import Runner
 from stare_megatron.run import sizing
 from stare_megatron.types.report import RunEvent
 
@@ -106,7 +106,7 @@ def open_session(
         stack.callback(sandboxes.close)
         lookout.add("sandboxes", sandboxes.crew, sandboxes.actors)
         status("starting engines and trainer ranks" if trainers else "starting engines")
-        runner = functools.partial(make_runner, config)
+        runner = functools.partial(Runner, config)
 
         def start_ranks() -> TrainerGroup:
             group = TrainerGroup(config, places.trainers, logs, lookout, shape.sequence_cost)

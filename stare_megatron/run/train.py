@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
@@ -33,6 +32,7 @@ from stare_megatron.rollout.groups import check_env, check_prompts
 from stare_megatron.rollout.window import Window
 from stare_megatron.run import folder as run_folder
 from stare_megatron.run import forecast, loop, preflight, resuming, sizing
+from stare_megatron.run.banking import Banking
 from stare_megatron.run.ending import ended
 from stare_megatron.run.evaluation import Evaluations, Evaluator
 from stare_megatron.run.rates import rates_of
@@ -205,7 +205,9 @@ def _assemble(
         warn=sinks.note,
         local=_local(config, folder, trainers),
     )
-    sampler = _sampler(prepared, session, sinks.note)
+    sampler, banking = _sampler(prepared, session, sinks)
+    if banking is not None:
+        saver.durable = banking.durable
     controller = EntropyController(config.algorithm, ALGORITHMS[config.algorithm.method])
     under_way = min(config.window - 1, _PROBE_PREFIX) if config.sampling.mode == "stream" else 0
     weights = Weights(config.sync, config.model.dtype, trainers, engines, functools.cache(stream.probe), under_way)
@@ -240,21 +242,29 @@ def _local(config: Config, folder: run_folder.RunFolder, trainers: checkpoint.No
     return checkpoint.Local(folder.checkpoints, checkpoint.home_of(config), config.checkpoint, trainers)
 
 
-def _sampler(prepared: Prepared, session: Session, note: Callable[[str], None]) -> Sampler[Collected[runtime.Ref]]:
+def _sampler(
+    prepared: Prepared, session: Session, sinks: Sinks
+) -> tuple[Sampler[Collected[runtime.Ref]], Banking[runtime.Ref] | None]:
+    """The sampler, and who keeps what it samples ahead in the run's bank, if anyone does."""
     config, stream, engines = prepared.config, prepared.stream, session.engines
-    collector = Collector(config, engines, stream)
+    collector, store = Collector(config, engines, stream), Store(runtime.fetch, runtime.put)
     if config.sampling.mode == "sync":
-        return SynchronousSampler(collector, stream)
+        return SynchronousSampler(collector, stream), None
     if config.sampling.mode == "stream":
-        sampler = StreamSampler(collector, stream, _window(config), engines)
+        banking = None
+        if config.sampling.bank:
+            bank = checkpoint.Bank(config.folder / run_folder.BANK)
+            banking = Banking(bank, store, sinks.note, experts=config.inference.routing_replay)
+        streaming = StreamSampler(collector, stream, _window(config), engines, banking)
         if isinstance(prepared.ahead, checkpoint.Outstanding):
-            sampler.restore(prepared.ahead)
-        return sampler
-    store = Store(runtime.fetch, runtime.put)
-    sampler = OneStepSampler(collector, stream, store, config.run.steps, engines, note)
+            resumed = streaming.restore(prepared.ahead, prepared.restored)
+            if prepared.ahead.requests:
+                sinks.note(str(resumed))
+        return streaming, banking
+    sampler = OneStepSampler(collector, stream, store, config.run.steps, engines, sinks.note)
     if isinstance(prepared.ahead, checkpoint.Ahead):
         sampler.restore(prepared.ahead)
-    return sampler
+    return sampler, None
 
 
 def _window(config: Config) -> Window:

@@ -5,14 +5,22 @@ Tensors are named by shape: `_T` tokens, `_N` sequences. What makes up a traject
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from stare_megatron.types.measured import Measured
-from stare_megatron.types.trajectory import EpisodeCounts, Prompt, Sampling, Status, Trajectory, VersionRuns
+from stare_megatron.types.trajectory import (
+    Completion,
+    EpisodeCounts,
+    Prompt,
+    Sampling,
+    Status,
+    Trajectory,
+    VersionRuns,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -123,24 +131,55 @@ class GroupSummary:
         return len(rewards) < 2 or min(rewards) == max(rewards)
 
 
+@dataclass(frozen=True, eq=False)
+class Graded:
+    """A sample of a group that is finished while others of it are not."""
+
+    sample: int
+    trajectory: Trajectory
+    score: Score
+
+
+@dataclass(frozen=True, eq=False)
+class Partial:
+    """What is `drawn` of the first turn of a sample that is not finished, after `prompt_ids` int32 [n]. `ended`: the
+    turn is over; else the status of `drawn` says nothing."""
+
+    sample: int
+    prompt_ids: npt.NDArray[np.int32]
+    drawn: Completion
+    ended: bool
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What there is of a group that is not finished; of samples that are in neither there is nothing."""
+
+    graded: tuple[Graded, ...] = ()
+    partial: tuple[Partial, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.graded or self.partial)
+
+    def __or__(self, other: Begun) -> Begun:
+        """With what there is of its other samples."""
+        return Begun(self.graded + other.graded, self.partial + other.partial)
+
+
 @dataclass(frozen=True)
 class GroupRequest:
     """An order for one group: sample `group_size` trajectories of `prompt`.
 
     `order`: position in the generation batch, by which results are sorted, so that the batch does not depend on which
-    engine was faster. Sample i draws with a seed derived from (`sampling.seed`, i).
+    engine was faster. Sample i draws with a seed derived from (`sampling.seed`, i). `begun`: what there is already of
+    its samples, which are gone on with.
     """
 
     order: int
     prompt: Prompt
     group_size: int
     sampling: Sampling
-
-
-class RunGroup(Protocol):
-    """Samples and scores one group, or those of it that `samples` name."""
-
-    def __call__(self, request: GroupRequest, samples: Sequence[int] = ()) -> Awaitable[tuple[Group, GroupSummary]]: ...
+    begun: Begun = Begun()
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from launch import launch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from stare_megatron.config import InferenceConfig, parse
-from stare_megatron.rollout.groups import make_runner
+from stare_megatron.rollout.groups import Runner
 from stare_megatron.sandbox.result import Result
 from stare_megatron.sandbox.result import Status as Outcome
 from stare_megatron.types import Completion, Group, GroupRequest, Prompt, Sampling, SpanKind, Status
@@ -122,7 +122,7 @@ def play(checkpoint: Path, recorder: Recorder) -> list[Group]:
         "rollout": {"max_response_tokens": RESPONSE},
         "env": {"name": "tool_use", "max_turns": 6, "max_observation_tokens": 24},
     }
-    run = make_runner(parse(tree, "test"), recorder, Box())
+    run = Runner(parse(tree, "test"), recorder, Box())
     rng = np.random.default_rng(0)
 
     async def several() -> list[Group]:

@@ -14,7 +14,7 @@ import ray
 from stare_megatron import config, tasks
 from stare_megatron.cluster.sandboxes import PoolBox, Sandboxes, make_client
 from stare_megatron.config.sandbox import SandboxConfig
-from stare_megatron.rollout.groups import make_runner
+from stare_megatron.rollout.groups import Runner
 from stare_megatron.sandbox.result import Result, Status
 from stare_megatron.tasks.tiny_model import default_settings, make_model, make_tokenizer, save
 from stare_megatron.types import Completion, GroupRequest, Prompt, Sampling, SpanKind
@@ -195,7 +195,7 @@ def test_episodes_play_in_the_pool(pool, tmp_path):
     request = GroupRequest(0, prompt, len(scripts), Sampling(128, 1.0, 1.0, (), 1))
 
     async def scene(box):
-        run = make_runner(made, Scripted(tokenizer, scripts, len(prompt.token_ids)), box)
+        run = Runner(made, Scripted(tokenizer, scripts, len(prompt.token_ids)), box)
         group, summary = await run(request)
         assert summary.rewards == (1.0, 0.0, 0.0, 1.0)
         assert [(e.turns, e.calls, e.call_errors) for e in summary.episodes] == [

@@ -110,6 +110,7 @@ EFFECTS: dict[str, Seen | Refused | str] = {
     "sampling.max_staleness": Refused(1, 'is for mode = "stream"'),
     "sampling.window": Refused(0.5, 'is for mode = "stream"'),
     "sampling.kv": Refused("keep", 'is for mode = "stream"'),
+    "sampling.bank": Refused(False, 'is for mode = "stream"'),
     "sampling.mode": Refused("one_step", 'set inference.placement = "separate"'),
     "env.name": "tests/unit/rollout/test_runner_env.py::test_a_tool_needs_a_sandbox_and_one_turn_needs_none",
     "env.parser": TOOLS + "test_forms_within_an_answer",

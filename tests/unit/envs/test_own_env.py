@@ -13,7 +13,7 @@ import pytest
 from stare_megatron import config
 from stare_megatron.envs.base import End
 from stare_megatron.rollout.episode import run_episode
-from stare_megatron.rollout.groups import check_env, make_runner
+from stare_megatron.rollout.groups import Runner, check_env
 from stare_megatron.types import Completion, GroupRequest, Prompt, Sampling, SpanKind, Status
 from tests import byte_tokenizer
 from tests.guide import blocks
@@ -54,7 +54,7 @@ def made(tmp_path, monkeypatch):
 
 
 def played(run_config, answer="41"):
-    run = make_runner(run_config, Bisecting())
+    run = Runner(run_config, Bisecting())
     prompt = Prompt("p", "s", "Guess!", tuple(TOKENIZER.encode("Guess!\n")), answer)
     return asyncio.run(run(GroupRequest(0, prompt, 2, SAMPLING)))
 

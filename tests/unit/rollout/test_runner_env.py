@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from stare_megatron.config import parse
-from stare_megatron.rollout.groups import check_env, make_runner
+from stare_megatron.rollout.groups import Runner, check_env
 from stare_megatron.run.folder import to_toml
 from stare_megatron.sandbox.result import Result
 from stare_megatron.sandbox.result import Status as Outcome
@@ -70,7 +70,7 @@ def folder(tmp_path):
 
 
 def statuses(made):
-    run = make_runner(made, Sampler(), Box())
+    run = Runner(made, Sampler(), Box())
     request = GroupRequest(0, Prompt("p", "s", "q", (40, 41), "4"), 12, Sampling(900, 1.0, 1.0, (), 5))
     _, summary = asyncio.run(run(request))
     seen = {"answered": set(), "void": set(), "looped": set()}
@@ -101,10 +101,10 @@ def test_settings_reach_the_episodes(folder):
 
 def test_a_tool_needs_a_sandbox_and_one_turn_needs_none(folder):
     with pytest.raises(ValueError, match="needs a sandbox"):
-        make_runner(config(folder), Sampler())
+        Runner(config(folder), Sampler())
     plain = config(folder, env={"name": "single_turn", "max_turns": 8, "final_answer": ""})
     check_env(plain.env, byte_tokenizer.make("no template"))
-    make_runner(plain, Sampler())
+    Runner(plain, Sampler())
 
 
 def test_a_runs_folder_can_be_read_again(folder):

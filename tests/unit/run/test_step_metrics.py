@@ -13,7 +13,7 @@ from stare_megatron.host.memory import HostMemory, host_memory
 from stare_megatron.metrics import catalogue
 from stare_megatron.metrics import reduce as reduction
 from stare_megatron.metrics.catalogue import Reduction, by_name
-from stare_megatron.rollout.collect import Collected, _measure_kept, age_quantile, measure
+from stare_megatron.rollout.collect import Collected, Resumed, _measure_kept, age_quantile, measure
 from stare_megatron.run import step_metrics as module
 from stare_megatron.run.step_metrics import Progress, StepCosts, late_metrics, observed, step_metrics
 from stare_megatron.types import (
@@ -115,7 +115,9 @@ class Step:
         parts += [part for group in self.kept for part in _measure_kept(group, VERSION - 1)]
         parts.append(Measured("sync/staleness_p95", age_quantile(self.kept, VERSION - 1, 0.95)))
         parts.append(Measured("fleet/groups_again", 6))  # a batch that was given up
-        batch = Collected((), tuple(group for group, _ in self.groups), tuple(parts), SAMPLING_S, TAIL_S, 3, 5)
+        batch = Collected(
+            (), tuple(group for group, _ in self.groups), tuple(parts), SAMPLING_S, TAIL_S, 3, 5, Resumed(4, 9, 7, 6)
+        )
         stats = (batch, self.scores, self.control, self.updates, 1e-6, self.costs, self.progress)
         idle = [Measured(f"idle/{kind}", *part) for kind, parts in IDLE.items() for part in parts]
         others = [*idle, Measured("throughput/tokens_per_second_per_device", 90.0, 12.0)]
@@ -283,6 +285,10 @@ def expected(step: Step) -> dict[str, float]:
             "engine/tail_seconds": TAIL_S,
             "queue/running": 3,
             "queue/ready": 5,
+            "bank/groups": 4,
+            "bank/graded": 9,
+            "bank/partial": 7,
+            "bank/again": 6,
             "throughput/trained_tokens_total": 12345,
             "time/step": 4.0,
             "time/save": 1.5,

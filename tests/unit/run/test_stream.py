@@ -132,7 +132,7 @@ def test_every_prompt_is_learned_from_or_dropped_once_also_across_a_stop(made, s
     sampler.next_batch(3)  # in hand when the run dies: nobody learns from it
     sampler.close()
     again, _, stream = made(staleness, seed=5)
-    again.restore(kept)
+    again.restore(kept, 3)
     batches += [again.next_batch(step) for step in range(3, STEPS)]
     assert len(set(ids(batches))) == STEPS * P
     assert STEPS * P + dropped(batches) == stream.state().cursor
