@@ -15,7 +15,7 @@ A folder is written under a temporary name and renamed when complete, so a folde
 
 from stare_megatron.checkpoint.ahead import Ahead, Outstanding
 from stare_megatron.checkpoint.ahead import read as read_ahead
-from stare_megatron.checkpoint.bank import Bank, Banked
+from stare_megatron.checkpoint.bank import Bank, Banked, shelf_name
 from stare_megatron.checkpoint.local import Local, NodeDisks, home_of, is_local, newest, newest_first
 from stare_megatron.checkpoint.local import drop as drop_local
 from stare_megatron.checkpoint.saver import RankWriters, Saver
@@ -45,6 +45,7 @@ __all__ = [
     "read_ahead",
     "set_aside",
     "settings_of",
+    "shelf_name",
     "verify",
     "with_date",
 ]

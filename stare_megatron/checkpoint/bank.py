@@ -23,8 +23,6 @@ from stare_megatron.checkpoint import typed
 from stare_megatron.host.files import PARTIAL, sync_folder
 from stare_megatron.types import Group, GroupSummary
 
-FOLDER = "bank"
-
 
 @dataclass(frozen=True)
 class Banked:
@@ -35,22 +33,23 @@ class Banked:
     summary: GroupSummary
 
 
+def shelf_name(step: int) -> str:
+    """A name for the shelf of a checkpoint of a step."""
+    return f"step_{step:06d}-{secrets.token_hex(4)}"
+
+
 class Bank:
     """Raises OSError where something cannot be written. `root`: the folder `bank/` of a run, made when it is needed."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
 
-    def open(self, step: int) -> str:
-        """A new shelf, for a checkpoint of a step; returns its name."""
-        name = f"step_{step:06d}-{secrets.token_hex(4)}"
-        (self._root / name).mkdir(parents=True)
-        sync_folder(self._root)
-        return name
-
     def put(self, shelf: str, banked: Banked) -> None:
         """On disk on return: whole, or not at all."""
         path = self._path(shelf, banked.seed)
+        if not path.parent.exists():
+            path.parent.mkdir(parents=True)
+            sync_folder(self._root)
         partial = path.with_name(path.name + PARTIAL)
         typed.write(partial, banked)
         os.replace(partial, path)

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from stare_megatron.checkpoint import Bank, Banked, Outstanding
+from stare_megatron.checkpoint import Bank, Banked, Outstanding, shelf_name
 from stare_megatron.errors import RunError
 from stare_megatron.run.sampling import Store
 from stare_megatron.types import Begun, GroupRequest, GroupSummary, Trajectory
@@ -70,15 +70,11 @@ class Banking(Generic[Ref]):
         return found
 
     def open(self, step: int, named: Mapping[int, tuple[Ref, GroupSummary] | None]) -> str:
-        """A shelf for a checkpoint of `step`, which names the groups of these seeds, some of which are finished; its
-        name, or "" where there can be none."""
-        if not named or self._failed:
+        """The name of a shelf for a checkpoint of `step`, which names the groups of these seeds, some of which are
+        finished; "" where none is named."""
+        if not named:
             return ""
-        try:
-            shelf = self._bank.open(step)
-        except OSError as e:
-            self._fail(e)
-            return ""
+        shelf = shelf_name(step)
         self._shelves[shelf] = step, frozenset(seed for seed, done in named.items() if done is None)
         for seed, done in named.items():
             if done is not None:
@@ -95,8 +91,7 @@ class Banking(Generic[Ref]):
     def durable(self, step: int) -> None:
         """A checkpoint of `step` is on disk: shelves of older ones are removed."""
         self._shelves = {name: held for name, held in self._shelves.items() if held[0] >= step}
-        keep = set(self._shelves)
-        self._submit(functools.partial(self._bank.clear, keep))
+        self._submit(self._clear)
 
     def close(self) -> None:
         """Wait, for a minute at most, until all is on disk; what comes later is written at once."""
@@ -127,6 +122,10 @@ class Banking(Generic[Ref]):
         if not self._failed:
             self._note(f"what is sampled ahead cannot be kept, and would be sampled again: {error}")
         self._failed = True
+
+    def _clear(self) -> None:
+        # As they are when it runs: a shelf that was opened meanwhile gets its groups after it, by the same thread.
+        self._bank.clear(set(self._shelves))
 
     def _put(self, shelf: str, seed: int, ref: Ref, summary: GroupSummary) -> None:
         if shelf in self._shelves:

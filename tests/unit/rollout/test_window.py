@@ -142,6 +142,53 @@ def test_a_narrow_window_keeps_the_order():
     assert made.groups == (0,)
 
 
+@bounded(200)
+@given(batch=st.integers(1, 4), staleness=st.integers(0, 4), seed=st.integers(0, 2**32), stop=st.integers(1, STEPS - 1))
+def test_outstanding_groups_keep_their_age_in_another_window(batch, staleness, seed, stop):
+    """A run that stops after some updates, and one that goes on: every group is in time by the age that it has."""
+    rng = random.Random(seed)
+    window = Window(batch, staleness, 6, 0, STEPS)
+    since: dict[int, int] = {}
+
+    def admit() -> None:
+        since.update({place.number: place.version for place in admitted(window)})
+
+    def learn(version: int) -> None:
+        window.begin(version)
+        admit()
+        while (made := window.draw()) is None:
+            running = [n for n in window.ahead if n in window._running]
+            window.finish(rng.choice(running), useful=True)
+        assert all(version - since[n] <= staleness for n in made.groups)
+
+    for version in range(stop):
+        learn(version)
+    old = [since[n] for n in window.ahead]
+    window, since = Window(batch, staleness, 6, 0, STEPS), {}
+    window.begin(stop)
+    for begun in old:
+        place = window.admit()
+        assert place is not None
+        assert window.hasten(place.number, begun)
+        since[place.number] = begun
+        if rng.random() < 0.5:
+            window.finish(place.number, useful=True)
+    for version in range(stop, STEPS):
+        learn(version)
+
+
+def test_a_group_is_not_made_older_than_can_be_in_time():
+    window = Window(batch=1, staleness=2, window=4, refills=0, end=STEPS)
+    window.begin(4)
+    numbers = [place.number for place in admitted(window)]
+    assert not window.hasten(numbers[0], 1)  # it would have been due in the batch of version 3
+    assert window.hasten(numbers[0], 2)
+    assert not window.hasten(numbers[1], 2)  # the batch of version 4 has one place
+    assert window.hasten(numbers[1], 3)
+    assert not window.hasten(numbers[2], 3)
+    assert window.hasten(numbers[2], 4)
+
+
 P, G = 32, 8
 # Decoding at 20 ms a token and somewhat slower with many sequences; learning takes a third of a synchronous step.
 MACHINE = Machine(slots=256, step=0.02, more=2e-5, learn=300.0, push=10.0)
