@@ -392,6 +392,6 @@ class EngineGroup:
 # never starves, and few enough that a late engine can still be given less.
 _SEQUENCES_IN_FLIGHT = 512
 _CHECK_S = 5.0
-_BEGUN_S = 20.0
+_BEGUN_S = 10.0
 _GLANCE_S = 1.0
 _SETTLE_S = 30.0  # for calls of engines to notice that the ranks are gone
