@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
@@ -115,19 +116,18 @@ class Banking(Generic[Ref]):
     def _guarded(self, job: Callable[[], None]) -> None:
         try:
             job()
-        except (OSError, RunError) as e:
-            self._fail(e)
-
-    def _fail(self, error: Exception) -> None:
-        if not self._failed:
-            self._note(f"what is sampled ahead cannot be kept, and would be sampled again: {error}")
-        self._failed = True
+        except OSError as e:
+            if not self._failed:
+                self._note(f"what is sampled ahead cannot be kept, and would be sampled again: {e}")
+            self._failed = True
 
     def _clear(self) -> None:
         # As they are when it runs: a shelf that was opened meanwhile gets its groups after it, by the same thread.
         self._bank.clear(set(self._shelves))
 
     def _put(self, shelf: str, seed: int, ref: Ref, summary: GroupSummary) -> None:
-        if shelf in self._shelves:
+        if shelf not in self._shelves:
+            return
+        with contextlib.suppress(RunError):  # it is lost with its node: sampled again
             (group,) = self._store.fetch([ref])
             self._bank.put(shelf, Banked(seed, group, summary))

@@ -38,6 +38,7 @@ MASK, KL = {"algorithm.correction.mode": "mask"}, {"algorithm.kl.coefficient": 0
 ADAM, TYPES = ("weight_decay", "beta1", "beta2", "eps", "clip_grad"), tuple(OptimizerConfig().types)
 UNSET = {"weight_pos": 1.1, "weight_neg": 0.9}  # their defaults
 LINEAR = {"target_schedule": "linear", "target_entropy_end": 0.9}
+OF_A_STREAM = {"max_staleness": 1, "window": 0.5, "kv": "keep", "bank": False}
 COSINE = {"trainer.optimizer.schedule": "cosine"}
 # Where the effect of a key is seen: in what is made of the configuration, or in a test of its own.
 TOOLS, POOL = "tests/unit/envs/test_tool_use.py::", "tests/sandbox/test_sandbox_pool.py::"
@@ -107,10 +108,7 @@ EFFECTS: dict[str, Seen | Refused | str] = {
     "rollout.top_p": Seen(probes.sampled, 0.5),
     "rollout.stop": Seen(probes.sampled, ["\n"]),
     "rollout.overlong": "tests/unit/rollout/test_runner_env.py::test_settings_reach_the_episodes",
-    "sampling.max_staleness": Refused(1, 'is for mode = "stream"'),
-    "sampling.window": Refused(0.5, 'is for mode = "stream"'),
-    "sampling.kv": Refused("keep", 'is for mode = "stream"'),
-    "sampling.bank": Refused(False, 'is for mode = "stream"'),
+    **{f"sampling.{key}": Refused(value, 'is for mode = "stream"') for key, value in OF_A_STREAM.items()},
     "sampling.mode": Refused("one_step", 'set inference.placement = "separate"'),
     "env.name": "tests/unit/rollout/test_runner_env.py::test_a_tool_needs_a_sandbox_and_one_turn_needs_none",
     "env.parser": TOOLS + "test_forms_within_an_answer",

@@ -12,12 +12,19 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from vllm.exceptions import VLLMValidationError
-from vllm.v1.engine import EngineCoreEventType
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.core_client import BackgroundResources, SyncMPClient
 from vllm.v1.engine.exceptions import EngineDeadError
+<<<<<<< HEAD
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
+=======
+from vllm.v1.engine.output_processor import OutputProcessor
+from vllm.v1.outputs import LogprobsLists
+>>>>>>> 6d0c697 (What vLLM's output processor has drawn is read as its end brings it: a test with the real one)
 
 from stare_megatron.inference import front_end
 from stare_megatron.inference.front_end import FrontEnd
@@ -223,3 +230,38 @@ def test_it_answers_while_it_samples_and_says_when_it_is_gone() -> None:
             await front.answer()
 
     assert "is_sleeping" in run(case).asked
+
+
+def test_what_is_drawn_of_unfinished_requests_is_what_their_end_brings() -> None:
+    """vLLM's own output processor, fed as its core would: tokens, log-probs and where versions begin, at every step."""
+    params = SamplingParams(
+        logprobs=0, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, max_tokens=5
+    )
+    processor, finished = OutputProcessor(None, log_stats=False), []
+    for name in ("a", "b"):
+        order = EngineCoreRequest(f"{name}-0", [1, 2], None, params, None, 0.0, None, None, None, external_req_id=name)
+        future: Any = SimpleNamespace()
+        processor.add_request(order, None, None, 0, front_end._Collector(finished, future))  # type: ignore[arg-type]
+
+    async def made() -> FrontEnd:
+        return FrontEnd(LoadMeter())
+
+    front = asyncio.run(made())
+    vars(front).update(_outputs=processor)
+    assert front._drawn() == {}
+    for step, version in enumerate(["3", "3", "4", "4", "6"]):
+        token, logprob = np.array([[7 + step]]), np.array([[-0.5 * step]], np.float32)
+        drawn = LogprobsLists(token, logprob, np.array([1]))
+        end = FinishReason.LENGTH if step == 4 else None
+        output = EngineCoreOutput("a-0", [7 + step], new_logprobs=drawn, finish_reason=end)
+        processor.process_outputs([output], weight_version=version)
+        found = front._drawn()
+        assert list(found) == ([] if end else ["a"])  # the other one waits
+        for drawn_of in found.values():
+            assert drawn_of.token_ids == list(range(7, 8 + step))
+            assert drawn_of.logprobs == [-0.5 * n for n in range(step + 1)]
+            assert drawn_of.starts == [("3", 0), ("4", 2)][: 1 + (step > 1)]
+    ((_, whole),) = finished
+    assert list(whole.outputs[0].token_ids) == list(range(7, 12))
+    assert list(whole.outputs[0].logprobs.logprobs) == [-0.5 * n for n in range(5)]
+    assert [(s.version, s.start) for s in whole.outputs[0].weight_versions] == [("3", 0), ("4", 2), ("6", 4)]

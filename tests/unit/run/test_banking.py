@@ -69,7 +69,7 @@ class Engines:
                 for graded in request.begun.graded:
                     drawn[graded.sample] = tokens_of(graded.trajectory.spans[1].logprobs, graded.trajectory.versions())
                 for partial in request.begun.partial:
-                    versions = np.repeat(*zip(*partial.drawn.versions, strict=True))
+                    versions = [v for v, n in partial.drawn.versions for _ in range(n)]
                     drawn[partial.sample] = tokens_of(partial.drawn.logprobs, versions)
                 assert request.sampling.seed not in self._under_way
                 self._under_way[request.sampling.seed] = request, drawn

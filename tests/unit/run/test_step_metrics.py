@@ -64,6 +64,7 @@ SINGLE = (
 )
 
 # Idle seconds, of seconds.
+BANK = ("groups", "graded", "partial", "again")
 SAMPLING_S = 1.75
 TAIL_S = 0.625
 AGES = (
@@ -115,9 +116,8 @@ class Step:
         parts += [part for group in self.kept for part in _measure_kept(group, VERSION - 1)]
         parts.append(Measured("sync/staleness_p95", age_quantile(self.kept, VERSION - 1, 0.95)))
         parts.append(Measured("fleet/groups_again", 6))  # a batch that was given up
-        batch = Collected(
-            (), tuple(group for group, _ in self.groups), tuple(parts), SAMPLING_S, TAIL_S, 3, 5, Resumed(4, 9, 7, 6)
-        )
+        sampled = tuple(group for group, _ in self.groups)
+        batch = Collected((), sampled, tuple(parts), SAMPLING_S, TAIL_S, 3, 5, Resumed(4, 9, 7, 6))
         stats = (batch, self.scores, self.control, self.updates, 1e-6, self.costs, self.progress)
         idle = [Measured(f"idle/{kind}", *part) for kind, parts in IDLE.items() for part in parts]
         others = [*idle, Measured("throughput/tokens_per_second_per_device", 90.0, 12.0)]
@@ -285,10 +285,7 @@ def expected(step: Step) -> dict[str, float]:
             "engine/tail_seconds": TAIL_S,
             "queue/running": 3,
             "queue/ready": 5,
-            "bank/groups": 4,
-            "bank/graded": 9,
-            "bank/partial": 7,
-            "bank/again": 6,
+            **{f"bank/{name}": value for name, value in zip(BANK, (4, 9, 7, 6), strict=True)},
             "throughput/trained_tokens_total": 12345,
             "time/step": 4.0,
             "time/save": 1.5,
