@@ -64,7 +64,7 @@ SINGLE = (
 )
 
 # Idle seconds, of seconds.
-BANK = ("groups", "graded", "partial", "again")
+RESUMED = Resumed(groups=4, graded=9, partial=7, again=6)
 SAMPLING_S = 1.75
 TAIL_S = 0.625
 AGES = (
@@ -116,8 +116,7 @@ class Step:
         parts += [part for group in self.kept for part in _measure_kept(group, VERSION - 1)]
         parts.append(Measured("sync/staleness_p95", age_quantile(self.kept, VERSION - 1, 0.95)))
         parts.append(Measured("fleet/groups_again", 6))  # a batch that was given up
-        sampled = tuple(group for group, _ in self.groups)
-        batch = Collected((), sampled, tuple(parts), SAMPLING_S, TAIL_S, 3, 5, Resumed(4, 9, 7, 6))
+        batch = Collected((), tuple(g for g, _ in self.groups), tuple(parts), SAMPLING_S, TAIL_S, 3, 5, RESUMED)
         stats = (batch, self.scores, self.control, self.updates, 1e-6, self.costs, self.progress)
         idle = [Measured(f"idle/{kind}", *part) for kind, parts in IDLE.items() for part in parts]
         others = [*idle, Measured("throughput/tokens_per_second_per_device", 90.0, 12.0)]
@@ -285,7 +284,7 @@ def expected(step: Step) -> dict[str, float]:
             "engine/tail_seconds": TAIL_S,
             "queue/running": 3,
             "queue/ready": 5,
-            **{f"bank/{name}": value for name, value in zip(BANK, (4, 9, 7, 6), strict=True)},
+            **{f"bank/{name}": value for name, value in vars(RESUMED).items()},
             "throughput/trained_tokens_total": 12345,
             "time/step": 4.0,
             "time/save": 1.5,
