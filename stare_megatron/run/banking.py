@@ -18,7 +18,7 @@ from stare_megatron.types import Begun, GroupRequest, GroupSummary, Trajectory
 
 Ref = TypeVar("Ref")
 
-_FLUSH_S = 60.0
+_FLUSH_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Banking(Generic[Ref]):
         self._submit(self._clear)
 
     def close(self) -> None:
-        """Wait, for a minute at most, until all is on disk; what comes later is written at once."""
+        """Wait, for 20 s at most, until all is on disk; what comes later is written at once."""
         concurrent.futures.wait(self._under_way, _FLUSH_S)
         self._closed = True
         self._thread.shutdown(wait=False, cancel_futures=True)
