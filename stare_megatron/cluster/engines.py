@@ -289,7 +289,7 @@ class EngineGroup:
         for ref in ray.wait(list(refs), num_returns=len(refs), timeout=_BEGUN_S)[0] if refs else ():
             with contextlib.suppress(RunError, ray.exceptions.RayError):  # it costs what it has drawn
                 for seed, part in runtime.get(ref, self._crew.names[refs[ref]], EngineLostError).items():
-                    found[seed] = found.get(seed, Begun()) | part  # of a group that is spread
+                    found[seed] = found.get(seed, Begun()) + part  # of a group that is spread
         return found
 
     def give_up(self) -> None:

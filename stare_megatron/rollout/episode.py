@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -161,11 +161,10 @@ async def run_group(
     tokenizer: PreTrainedTokenizerBase,
     masks: Masks = NO_MASKS,
     statuses: frozenset[Status] = ENDS,
-    samples: Sequence[int] = (),
     under_way: GroupUnderWay | None = None,
 ) -> Group:
-    """Sample and score every trajectory of a group at once, or those of some `samples`, from where `request.begun` left
-    off; `under_way`, made of the request, tells meanwhile how far it has come.
+    """Sample and score every trajectory of a group at once, from where `request.begun` left off. `under_way`, made of
+    the request, says which of them, if not all, and tells meanwhile how far they have come.
 
     Sample i draws with `derive_seed(request.sampling.seed, i)`. A FAILED or INEXACT trajectory, and one whose reward
     raises `RewardError` and which becomes UNGRADED, are not graded: they score 0 with a note and carry no loss. Other
@@ -193,7 +192,7 @@ async def run_group(
             way.graded[sample] = Graded(sample, *await graded(sample))
         return way.graded[sample].trajectory, way.graded[sample].score
 
-    pairs = await _all(one(sample) for sample in samples or range(request.group_size))
+    pairs = await _all(one(sample) for sample in way.samples)
     return Group(request.prompt, tuple(t for t, _ in pairs), tuple(s for _, s in pairs))
 
 

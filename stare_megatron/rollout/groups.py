@@ -63,7 +63,6 @@ class Runner:
                 tokenizer=self._tokenizer,
                 masks=self._masks,
                 statuses=self._kind.statuses,
-                samples=samples,
                 under_way=under_way,
             )
         finally:

@@ -86,15 +86,15 @@ class FirstTurn:
 
 
 class GroupUnderWay:
-    """A group while it is sampled, or those of its `samples` that are sampled here: which are `graded`, and the `turns`
-    of those that have begun, by number."""
+    """A group while it is sampled, or those of it that `samples` name: which are `graded`, and the `turns` of those
+    that have begun, by number."""
 
     def __init__(self, request: GroupRequest, samples: Sequence[int] = ()) -> None:
         self.seed = request.sampling.seed
-        here = samples or range(request.group_size)
-        self.graded: dict[int, Graded] = {of.sample: of for of in request.begun.graded if of.sample in here}
+        self.samples = tuple(samples) or tuple(range(request.group_size))
+        self.graded: dict[int, Graded] = {of.sample: of for of in request.begun.graded if of.sample in self.samples}
         self.turns: dict[int, FirstTurn] = {}
-        self._before = {of.sample: of for of in request.begun.partial if of.sample in here}
+        self._before = {of.sample: of for of in request.begun.partial if of.sample in self.samples}
 
     def first_turn(self, sampler: Sampler, sample: int, decode: Decode) -> FirstTurn:
         """The sampler of a sample's episode."""

@@ -161,9 +161,8 @@ class Begun:
     def __bool__(self) -> bool:
         return bool(self.graded or self.partial)
 
-    def __or__(self, other: Begun) -> Begun:
-        """With what there is of its other samples."""
-        return Begun(self.graded + other.graded, self.partial + other.partial)
+    def __add__(self, other: Begun) -> Begun:
+        return Begun((*self.graded, *other.graded), (*self.partial, *other.partial))
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,9 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.core_client import BackgroundResources, SyncMPClient
 from vllm.v1.engine.exceptions import EngineDeadError
-<<<<<<< HEAD
-from vllm.v1.spec_decode.metrics import SpecDecodingStats
-=======
 from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.outputs import LogprobsLists
->>>>>>> 6d0c697 (What vLLM's output processor has drawn is read as its end brings it: a test with the real one)
+from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from stare_megatron.inference import front_end
 from stare_megatron.inference.front_end import FrontEnd
