@@ -77,9 +77,9 @@ def make(folder: Path, layers: int, seed: int) -> None:
     torch.manual_seed(seed)
     model = Qwen2ForCausalLM(config)
     with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.down_proj.weight.zero_()
+        for name, weight in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight.zero_()
         model.model.embed_tokens.weight.zero_()
         model.lm_head.weight.zero_()
         size = math.sqrt(config.hidden_size)  # of a unit vector after the norm
