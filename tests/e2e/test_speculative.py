@@ -109,7 +109,10 @@ def test_tokens_are_drawn_as_often_as_the_model_says(engine: EngineProcess, mode
         new, before = ids[len(REPEATS) :], ids[len(REPEATS) - 4 : -4]
         entropy = -(p * logp).sum(-1)
         repeat = p.gather(1, before[:, None])[:, 0]
-        sums += (float((-logp.gather(1, new[:, None])[:, 0] - entropy).sum()), float(((new == before) - repeat).sum()))
+        sums += (
+            float((-logp.gather(1, new[:, None])[:, 0] - entropy).sum()),
+            float(((new == before).double() - repeat).sum()),
+        )
         variances += (float(((p * logp**2).sum(-1) - entropy**2).sum()), float((repeat * (1 - repeat)).sum()))
     assert accepted > 20
     assert (np.abs(sums) < 4 * np.sqrt(variances)).all(), (sums, np.sqrt(variances))
