@@ -92,6 +92,7 @@ def test_seeds_repeat_whatever_runs_beside(engine: EngineProcess) -> None:
     assert len({tuple(tokens) for tokens in together}) == 12
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("temperature", [0.3, 1.0])
 def test_tokens_are_drawn_as_often_as_the_model_says(engine: EngineProcess, model, temperature: float) -> None:
     """Two sums over all tokens that have mean 0 whatever the tokens before: surprisal less entropy, and repetitions of
