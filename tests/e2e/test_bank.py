@@ -25,7 +25,7 @@ SETTINGS: dict[str, object] = (
     STREAM
     | EVERY_VERSION
     | {
-        "inference.vllm.max_num_seqs": 12,  # so that there is always one in flight, and others wait
+        "inference.vllm.max_num_seqs": 12,
         "rollout.dynamic_sampling": False,  # so that what goes on is learned from
         "run.resume": "auto",
     }
