@@ -134,11 +134,6 @@ def of_layout(run: SftConfig, config: Config, shape: ModelShape, gpu: Gpu, nodes
             f"sft.max_tokens = {run.sft.max_tokens}; the model's max_position_embeddings = {shape.max_positions}: "
             "lower it"
         )
-    if nodes and t.world_size > nodes * gpu.per_node:
-        found.append(
-            f"the run takes {t.world_size} GPUs, --nodes {nodes} of {gpu.per_node} are {nodes * gpu.per_node}; lower "
-            "trainer.world_size, or add nodes"
-        )
-    if t.tensor_parallel > gpu.per_node:
-        found.append(f"trainer.tensor_parallel = {t.tensor_parallel} crosses a node of {gpu.per_node} GPUs; lower it")
+    found += violations.too_many(t.world_size, gpu, nodes, f"{t.world_size}")
+    found += violations.crossing(gpu, {"trainer": t.tensor_parallel})
     return found

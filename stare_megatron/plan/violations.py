@@ -63,17 +63,24 @@ def _placing(config: Config, gpu: Gpu, nodes: int) -> Iterator[str]:
             f"colocated engines share the trainer's {t.world_size} (trainer.world_size); lower one, or set "
             "inference.placement=separate"
         )
-    if nodes and (need := gpus_needed(config)) > nodes * gpu.per_node:
+    yield from too_many(gpus_needed(config), gpu, nodes, f"{t.world_size} or inference.engines {i.engines}")
+    yield from crossing(gpu, {"trainer": t.tensor_parallel, "inference": i.tensor_parallel})
+
+
+def too_many(need: int, gpu: Gpu, nodes: int, lower: str) -> Iterator[str]:
+    """A run that takes more GPUs than its nodes have. `lower`: what to lower, after `trainer.world_size`."""
+    if nodes and need > nodes * gpu.per_node:
         yield (
             f"the run takes {need} GPUs, --nodes {nodes} of {gpu.per_node} are {nodes * gpu.per_node}; lower "
-            f"trainer.world_size {t.world_size} or inference.engines {i.engines}, or add nodes"
+            f"trainer.world_size {lower}, or add nodes"
         )
-    for key, size in (
-        ("trainer.tensor_parallel", t.tensor_parallel),
-        ("inference.tensor_parallel", i.tensor_parallel),
-    ):
+
+
+def crossing(gpu: Gpu, sizes: Mapping[str, int]) -> Iterator[str]:
+    """Tensor parallelism, by its table, that does not stay within a node."""
+    for table, size in sizes.items():
         if size > gpu.per_node:
-            yield f"{key} = {size} crosses a node of {gpu.per_node} GPUs; lower it"
+            yield f"{table}.tensor_parallel = {size} crosses a node of {gpu.per_node} GPUs; lower it"
 
 
 def gpus_needed(config: Config) -> int:
