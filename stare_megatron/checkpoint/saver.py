@@ -74,7 +74,7 @@ class Saver:
         self._values = values
         self._warn = warn
         self._local = local
-        self._copies = local and Copies(root, local.disks, self._room_for_copy, self._prune, warn)
+        self._copies = local and Copies(root, local.disks, self._room_for_copy, self._sealed, warn)
         self._pending: tuple[Path, int] | None = None
         self.durable: Callable[[int], None] = lambda _: None
         """Is told of every step in `root` once it is on disk."""
@@ -178,7 +178,7 @@ class Saver:
             try:
                 store.finish(root, step, {f"{store.TRAINER}/{name}": e for name, e in entries.items()})
                 if root == self._root:
-                    self._prune(step)
+                    self._sealed(step)
             except OSError as e:
                 raise RunError(f"{root}: cannot save step {step}: {e}") from e
         if self._local is None or self._copies is None:
@@ -190,7 +190,7 @@ class Saver:
             self._copies.want(step)
         self._local.prune(self._copies.steps)
 
-    def _prune(self, step: int) -> None:
+    def _sealed(self, step: int) -> None:
         """After a step is on disk."""
         self.durable(step)
         store.prune(self._root, self._config, self._values() if self._config.best_metric else {})

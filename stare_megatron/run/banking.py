@@ -17,6 +17,7 @@ from stare_megatron.run.sampling import Store
 from stare_megatron.types import Begun, GroupRequest, GroupSummary, Trajectory
 
 Ref = TypeVar("Ref")
+Done = tuple[Ref, GroupSummary]
 
 _FLUSH_S = 20.0
 
@@ -27,7 +28,7 @@ class Restored(Generic[Ref]):
 
     request: GroupRequest
     since: int
-    done: tuple[Ref, GroupSummary] | None = None
+    done: Done[Ref] | None = None
 
 
 class Banking(Generic[Ref]):
@@ -70,7 +71,7 @@ class Banking(Generic[Ref]):
             self._shelves[kept.bank] = step, frozenset(of.request.sampling.seed for of in found if of.done is None)
         return found
 
-    def open(self, step: int, named: Mapping[int, tuple[Ref, GroupSummary] | None]) -> str:
+    def open(self, step: int, named: Mapping[int, Done[Ref] | None]) -> str:
         """The name of a shelf for a checkpoint of `step`, which names the groups of these seeds, some of which are
         finished; "" where none is named."""
         if not named:

@@ -16,13 +16,12 @@ from stare_megatron.checkpoint import Outstanding
 from stare_megatron.data.prompts import PromptStream, StreamState
 from stare_megatron.rollout.collect import Collected, Collector, Resumed
 from stare_megatron.rollout.window import Batch, Window
-from stare_megatron.run.banking import Banking, Restored
+from stare_megatron.run.banking import Banking, Done, Restored
 from stare_megatron.run.sampling import Engines, Kept
 from stare_megatron.types import Begun, GroupRequest, GroupSummary
 
 Ref = TypeVar("Ref")
 Ref_co = TypeVar("Ref_co", covariant=True)
-Done = tuple[Ref, GroupSummary]
 
 
 class StreamEngines(Engines[Ref_co], Protocol[Ref_co]):
