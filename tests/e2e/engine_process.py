@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import psutil
 
+from stare_megatron.config import InferenceConfig
 from stare_megatron.host import device
 from stare_megatron.inference.engine import Engine
 
@@ -78,6 +80,17 @@ class EngineProcess:
         except (EOFError, OSError):
             for future in self._waiting.values():
                 future.set_exception(EOFError("the engine's process has ended"))
+
+
+@contextmanager
+def started(folder: Path, config: InferenceConfig, window: int, timeout: float = 120) -> Iterator[EngineProcess]:
+    """A float32 engine of a checkpoint that has started in so many seconds; it is stopped afterwards."""
+    process = EngineProcess("engine 0", folder, "float32", config, window, 0, "gloo")
+    try:
+        process.call("start", timeout=timeout)
+        yield process
+    finally:
+        process.stop()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from stare_megatron.config import InferenceConfig
 from stare_megatron.errors import RunError
 from stare_megatron.sync.check import checksum, first_difference
 from stare_megatron.types import Sampling, Status
-from tests.e2e.engine_process import EngineProcess
+from tests.e2e.engine_process import EngineProcess, started
 from tests.e2e.tiny_qwen2 import EOS, make_model, reference_logprobs, save
 
 WINDOW = 128
@@ -36,12 +36,8 @@ def model():
 @pytest.fixture(scope="module")
 def engine(model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
     folder = save(model, tmp_path_factory.mktemp("checkpoint"))
-    process = EngineProcess("engine 0", folder, "float32", NARROW, WINDOW, 0, "gloo")
-    try:
-        process.call("start")
+    with started(folder, NARROW, WINDOW) as process:
         yield process
-    finally:
-        process.stop()
 
 
 def test_sampled_logprobs_are_those_of_transformers_at_temperature_1(engine: EngineProcess, model) -> None:

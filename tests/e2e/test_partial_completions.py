@@ -13,7 +13,7 @@ import pytest
 from stare_megatron.config import InferenceConfig
 from stare_megatron.rollout.under_way import FirstTurn
 from stare_megatron.types import Completion, Partial, Sampling, Status
-from tests.e2e.engine_process import EngineProcess
+from tests.e2e.engine_process import EngineProcess, started
 from tests.e2e.tiny_qwen2 import EOS, make_model, reference_logprobs, save
 
 WINDOW, BUDGET = 512, 480  # of the tiny model
@@ -32,12 +32,8 @@ def model():
 def engine(model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
     folder = save(model, tmp_path_factory.mktemp("checkpoint"))
     config = InferenceConfig(vllm={"max_num_batched_tokens": WINDOW, "max_num_seqs": 12})
-    process = EngineProcess("engine 0", folder, "float32", config, WINDOW, 0, "gloo")
-    try:
-        process.call("start")
+    with started(folder, config, WINDOW) as process:
         yield process
-    finally:
-        process.stop()
 
 
 class Through:

@@ -11,7 +11,7 @@ import torch
 from stare_megatron.config import InferenceConfig
 from stare_megatron.config.inference import SpeculativeConfig
 from stare_megatron.types import Completion, Sampling
-from tests.e2e.engine_process import EngineProcess
+from tests.e2e.engine_process import EngineProcess, started
 from tests.e2e.tiny_qwen2 import make_model, reference_logprobs, save
 
 WINDOW = 128
@@ -37,12 +37,8 @@ def folder(model, tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="module")
 def engine(folder) -> Iterator[EngineProcess]:
-    process = EngineProcess("engine 0", folder, "float32", settings(NGRAM), WINDOW, 0, "gloo")
-    try:
-        process.call("start", timeout=480)
+    with started(folder, settings(NGRAM), WINDOW, 480) as process:
         yield process
-    finally:
-        process.stop()
 
 
 def drawn(engine: EngineProcess, temperature: float, top_p: float, count: int) -> list[Completion]:

@@ -21,7 +21,7 @@ from stare_megatron.sandbox.result import Result
 from stare_megatron.sandbox.result import Status as Outcome
 from stare_megatron.types import Completion, Group, GroupRequest, Prompt, Sampling, SpanKind, Status
 from tests import qwen_tokenizer
-from tests.e2e.engine_process import EngineProcess
+from tests.e2e.engine_process import EngineProcess, started
 
 VOCAB = 151_936
 WINDOW = 320
@@ -72,12 +72,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(checkpoint: Path) -> Iterator[EngineProcess]:
-    process = EngineProcess("engine 0", checkpoint, "float32", InferenceConfig(), WINDOW, 0, "gloo")
-    try:
-        process.call("start", timeout=300)
+    with started(checkpoint, InferenceConfig(), WINDOW, 300) as process:
         yield process
-    finally:
-        process.stop()
 
 
 class Recorder:

@@ -26,22 +26,11 @@ CONFIG = SandboxConfig(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    ray.init(
-        address="local",
-        num_cpus=2,
-        object_store_memory=80 * 2**20,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="error",
-    )
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("local_ray")
 
 
 @pytest.fixture(scope="module")
-def pool(cluster, tmp_path_factory):
+def pool(local_ray, tmp_path_factory):
     """One for all tests: each leaves it whole."""
     sandboxes = Sandboxes(
         CONFIG, tmp_path_factory.mktemp("pool") / "logs", [{"num_cpus": CONFIG.actor_cpus}] * CONFIG.actors

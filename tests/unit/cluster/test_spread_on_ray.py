@@ -46,22 +46,11 @@ def group(request: GroupRequest, samples: Sequence[int]) -> Group:
     return Group(request.prompt, tuple(made), scores)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    ray.init(
-        address="local",
-        num_cpus=2,
-        object_store_memory=80 * 2**20,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="error",  # pyright: ignore[reportArgumentType]
-    )
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("local_ray")
 
 
 @pytest.fixture(scope="module")
-def actors(cluster, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+def actors(local_ray, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     made: Any = EngineActor
     base: Any = made.__ray_metadata__.modified_class
     of_group = group
