@@ -142,8 +142,9 @@ wandb = "disabled"
 
 @dataclass(frozen=True)
 class Ran:
-    """A run after its first steps. `rate`: samples an hour; `length`: mean of the trained tokens of a sample; `idle`:
-    share of the time in which ranks wait; `staleness`: the most."""
+    """A run after its first steps. `rate`: samples an hour; `length`: mean of the trained tokens of a sample;
+    `rollout`, `learn`: seconds of a step in which ranks wait for samples, and score and update; `staleness`: the
+    most."""
 
     rate: float
     length: float
