@@ -21,7 +21,6 @@ STAMP := $(VENV)/.made
 BIN := $(VENV)/bin
 DEMO := .cache/demo
 PYTEST_ARGS ?=
-BESIDE := checkpoint cluster compare data metrics rewards trainer
 
 .PHONY: demo smollm2 test test-unit test-runs test-slow fuzz test-cluster test-te lint docs venv clean
 
@@ -37,14 +36,13 @@ smollm2: $(STAMP)
 	$(BIN)/python tools/make_smollm2.py --out .cache/smollm2 --pad-heads
 	$(BIN)/stare-megatron train examples/smollm2_arithmetic/run.toml run.name=smollm2-$$(date +%Y%m%d-%H%M%S)
 
-# Of the layouts, as many as make both lanes equally long.
-BESIDE_RUNS := $(wildcard tests/invariance/test_[f-z]*.py)
-
+# Two lanes; what comes last is shared between them, so that both end at about the same time.
 test: $(STAMP)
-	@$(BIN)/python -m pytest --beside="tests/contracts tests/unit tests/sandbox tests/patches $(BESIDE_RUNS)" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest --beside="tests/contracts tests/unit tests/sandbox tests/patches" \
+	    --shared=tests/invariance $(PYTEST_ARGS)
 
 test-unit: $(STAMP)
-	@$(BIN)/python -m pytest --beside="$(addprefix tests/unit/,$(BESIDE))" tests/contracts tests/unit $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest --shared="tests/contracts tests/unit" tests/contracts tests/unit $(PYTEST_ARGS)
 
 test-runs: $(STAMP)
 	@$(BIN)/python -m pytest -m "runs and not slow" tests/invariance tests/e2e $(PYTEST_ARGS)

@@ -1,18 +1,21 @@
-"""`--beside=PATHS`: two lanes of tests at a time, one report. The tests of these paths run in a process beside this
-one.
+"""`--beside=PATHS --shared=PATHS`: two lanes of tests at a time, one report. The tests of `beside` run in a process
+beside this one. Those of `shared` run last, a file at a time in whichever lane comes to it first: this one begins with
+the first file, the other with the last.
 
 The other process sends its reports through a file; they are shown, counted and timed here like those of this process.
+A file is taken by making a file of its own in a folder that both lanes know.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,37 +25,89 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--beside", default="", help="paths, separated by spaces: run these in a process beside this one")
-    parser.addoption("--reports-to", help="for the process beside: the file to write reports to")
+    parser.addoption("--shared", default="", help="paths, separated by spaces: run each file in the lane that is free")
+    parser.addoption("--lane-of", type=Path, help="for the process beside: the folder where lanes meet")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if path := config.getoption("--reports-to"):
-        config.pluginmanager.register(_Sender(config, Path(path)))
-        return
     asked = [config.rootpath / a for a in config.args]
-    beside = [
-        p for p in config.getoption("--beside").split() if any((config.rootpath / p).is_relative_to(a) for a in asked)
-    ]
+
+    def given(option: str) -> list[str]:
+        paths = config.getoption(option).split()
+        return [p for p in paths if any((config.rootpath / p).is_relative_to(a) for a in asked)]
+
+    shared = given("--shared")
+    if folder := config.getoption("--lane-of"):
+        of_both = _Shared(config.rootpath, shared, folder, backwards=True)
+        config.pluginmanager.register(of_both)
+        config.pluginmanager.register(_Sender(config, folder, of_both))
+        return
+    beside = given("--beside")
     here = [a for a in config.args if a not in beside]
-    if beside and here:
+    if shared or (beside and here):
         config.option.ignore = [*(config.option.ignore or ()), *beside]
-        config.pluginmanager.register(_Beside(config, beside))
+        lane = _Beside(config, beside, shared)
+        config.pluginmanager.register(lane)
+        config.pluginmanager.register(_Shared(config.rootpath, shared, lane.folder))
         config.args = here
 
 
-class _Sender:
-    """What the process beside tells."""
+class _Shared:
+    """Tests of which either lane takes a file when it comes to it."""
 
-    def __init__(self, config: pytest.Config, path: Path) -> None:
+    def __init__(self, root: Path, paths: Sequence[str], folder: Path, backwards: bool = False) -> None:
+        self._paths = [root / p for p in paths]
+        self._folder = folder
+        self._backwards = backwards
+        self._taken: dict[Path, bool] = {}  # of the files met so far: whether this lane runs them
+
+    def has(self, item: pytest.Item) -> bool:
+        return any(item.path.is_relative_to(p) for p in self._paths)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        files: dict[Path, list[pytest.Item]] = {}
+        for item in filter(self.has, items):
+            files.setdefault(item.path, []).append(item)
+        order = reversed(files.values()) if self._backwards else files.values()
+        items[:] = [i for i in items if not self.has(i)] + [i for file in order for i in file]
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+        if not self.has(item):
+            return None
+        if item.path not in self._taken:
+            self._taken[item.path] = self._take(item.path)
+        if self._taken[item.path]:
+            return None
+        item.session._setupstate.teardown_exact(nextitem)  # as after a test that ran
+        return True
+
+    def _take(self, path: Path) -> bool:
+        try:
+            (self._folder / hashlib.sha256(bytes(path)).hexdigest()).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+
+class _Sender:
+    """What the process beside tells. What is shared is counted by the other process, which collects it too."""
+
+    def __init__(self, config: pytest.Config, folder: Path, shared: _Shared) -> None:
         self._config = config
-        self._file = path.open("w")
+        self._shared = shared
+        self._file = (folder / "reports").open("w")
         self._deselected = 0
 
-    def pytest_deselected(self, items: list[Any]) -> None:
-        self._deselected += len(items)
+    def _own(self, items: Sequence[pytest.Item]) -> int:
+        return sum(not self._shared.has(item) for item in items)
+
+    def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
+        self._deselected += self._own(items)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        self._send({"collected": len(session.items), "deselected": self._deselected})
+        self._send({"collected": self._own(session.items), "deselected": self._deselected})
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self._send(self._config.hook.pytest_report_to_serializable(config=self._config, report=report))
@@ -65,11 +120,12 @@ class _Sender:
 class _Beside:
     """Starts the other process, and shows its reports between the tests of this one."""
 
-    def __init__(self, config: pytest.Config, paths: list[str]) -> None:
+    def __init__(self, config: pytest.Config, beside: list[str], shared: list[str]) -> None:
         self._config = config
-        self._folder = tempfile.TemporaryDirectory(prefix="lanes-")
-        self._log = Path(self._folder.name, "log")
-        reports = Path(self._folder.name, "reports")
+        self._temporary = tempfile.TemporaryDirectory(prefix="lanes-")
+        self.folder = Path(self._temporary.name)
+        self._log = self.folder / "log"
+        reports = self.folder / "reports"
         reports.touch()
         self._reports = reports.open()
         self._line = ""
@@ -77,7 +133,7 @@ class _Beside:
         options = [a for a in given if a not in config.args and not a.startswith("--beside")]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "pytest", *options, "--reports-to", str(reports), *paths],
+                [sys.executable, "-m", "pytest", *options, "--lane-of", str(self.folder), *beside, *shared],
                 cwd=config.rootpath,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -114,7 +170,7 @@ class _Beside:
                 self._process.kill()
                 self._process.wait()
         self._reports.close()
-        self._folder.cleanup()
+        self._temporary.cleanup()
 
     def _show(self, session: pytest.Session) -> None:
         while part := self._reports.readline():

@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -280,8 +281,10 @@ def test_another_token_is_told_from_a_cluster_that_does_not_answer(tmp_path, mon
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with head(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="a" * 32) as address:
         assert join(address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="a" * 32)[0] == "joined\n"
-        other = join(address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="b" * 32)
-        none = join(address, RAY_AUTH_MODE="token", HOME=str(tmp_path))
+        with ThreadPoolExecutor() as pool:  # each waits long
+            told = pool.submit(join, address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="b" * 32)
+            none = join(address, RAY_AUTH_MODE="token", HOME=str(tmp_path))
+        other = told.result()
     for said, errors in (other, none):
         assert said.startswith(f"cluster.address = '{address}': Ray refuses this process's token")
         assert "RAY_AUTH_MODE=disabled everywhere" in said

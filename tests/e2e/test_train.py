@@ -180,6 +180,7 @@ def test_an_evaluation_alone_is_the_one_of_the_run(material: Path, trained: Path
     assert mine == runs
 
 
+@pytest.mark.runs
 def test_interrupt_saves_and_resume_goes_on(material: Path, trained: Path, tmp_path: Path) -> None:
     """SIGTERM, for which Ray has a handler too, ends the step as Ctrl-C does, saves, and leaves no process;
     `run.resume=auto` goes on from there at another layout, and without a scoring pass.

@@ -123,7 +123,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
         stop(engines)
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [pytest.param(True, marks=pytest.mark.runs), False])
 def test_engines_follow_what_is_sent_in_shards(tied: bool, tmp_path: Path) -> None:
     """Two engines with a tied head, then one of two workers."""
     count, workers = (2, 1) if tied else (1, 2)

@@ -52,6 +52,10 @@ def busy(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_a_process_that_keeps_pythons_lock_writes_its_stacks(busy):
+    (sleeper,) = psutil.Process(busy.pid).children()
+    until = time.monotonic() + 10
+    while sleeper.status() != psutil.STATUS_SLEEPING and time.monotonic() < until:
+        time.sleep(0.05)
     time.sleep(0.2)
     (tree,) = processes.examine([busy.pid]).trees.values()
     parent, child = tree.processes

@@ -18,7 +18,8 @@ def test_the_first_asks_its_echo_says_nothing_and_the_second_ends(number, monkey
     monkeypatch.setattr("stare_megatron.run.stop.time", SimpleNamespace(monotonic=lambda: now[0]))
     notes: list[str] = []
     stop = StopSignal(notes.append)
-    before = signal.getsignal(number)
+    before = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    restored = signal.signal(number, before)  # the tests themselves may run under nohup, which stays in force
     with stop.installed():
         assert not stop.asked
         os.kill(os.getpid(), number)
@@ -28,7 +29,7 @@ def test_the_first_asks_its_echo_says_nothing_and_the_second_ends(number, monkey
         now[0] += 1
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), number)
-    assert signal.getsignal(number) is before
+    assert signal.signal(number, restored) is before
 
 
 def test_a_thread_installs_nothing():
