@@ -19,6 +19,9 @@ _DEEPEST = 100
 # Of what the recorder has, what is sent on: hundreds of ranks may answer one driver at once.
 _NEWEST = 200
 _CALLS = 8
+_DUMPS = ("_dump_fr_trace", "_dump_nccl_trace")
+# The entry that ends operations which NCCL was given together.
+_TOGETHER = "nccl:coalesced"
 _PEER = re.compile(r"(\d+)\s*(?:->|<-)\s*(\d+)")
 
 
@@ -45,8 +48,8 @@ def _frames(top: FrameType | None) -> list[Frame]:
 
 
 def flight() -> Flight | None:
-    """Of this rank; None where the process has not joined torch.distributed. torch records if TORCH_FR_BUFFER_SIZE, the
-    operations to keep, is set (`device.trainer_environment`): on gloo collectives, on NCCL messages too."""
+    """Of this rank; None where the process has not joined torch.distributed. torch keeps as many operations as
+    TORCH_FR_BUFFER_SIZE says (`device.trainer_environment`): on gloo collectives, on NCCL messages too."""
     if "torch" not in sys.modules:
         return None
     import torch
@@ -60,33 +63,60 @@ def flight() -> Flight | None:
         for group, ranks in list(world.pg_group_ranks.items())
         if group in world.pg_names  # a mark stands for the groups that others are in
     )
-    recorder: Any = sys.modules["torch._C._distributed_c10d"]
-    recorded = pickle.loads(recorder._dump_fr_trace())
-    return read_flight(recorded, torch.distributed.get_rank(), groups)
+    return read_flight(_recorded(), torch.distributed.get_rank(), groups)
+
+
+def _recorded() -> dict[str, Any]:
+    """Of all of torch's recorders in the order of time: there is one for gloo, and one for NCCL in builds that have
+    NCCL."""
+    recorder = vars(sys.modules["torch._C._distributed_c10d"])
+    dumps = [pickle.loads(recorder[name]()) for name in _DUMPS if name in recorder]
+    entries = [entry for dump in dumps for entry in dump.get("entries", ())]
+    return {"entries": sorted(entries, key=lambda entry: entry["time_created_ns"])}
 
 
 def read_flight(recorded: Mapping[str, Any], rank: int, groups: Sequence[GroupMembers]) -> Flight:
     """From what torch's flight recorder writes (format 2.10; gloo and NCCL). `groups`: of this rank, which the recorder
     of gloo does not know. What is not finished, the newest of each group and the newest 200 of all are taken, with the
     innermost calls of their stacks.
+
+    Operations that NCCL was given together (a pipeline's batch of messages) have one number and an entry that ends
+    them. Only that entry is ever finished, and says so for all of them.
     """
     by_name = {group.name: group for group in groups}
-    every = [_operation(entry, rank, by_name) for entry in recorded.get("entries", ())]
+    entries = recorded.get("entries", ())
+    ended = {_place(entry): _finished(entry) for entry in entries if entry["profiling_name"] == _TOGETHER}
+    every = [
+        _operation(entry, rank, by_name, ended.get(_place(entry), False))
+        for entry in entries
+        if entry["profiling_name"] != _TOGETHER
+    ]
     last = {(o.group, o.peer is None): n for n, o in enumerate(every)}
     kept = {*last.values(), *range(len(every) - _NEWEST, len(every))}
     return Flight(rank, tuple(groups), tuple(o for n, o in enumerate(every) if n in kept or not o.finished))
 
 
-def _operation(entry: Mapping[str, Any], rank: int, groups: Mapping[str, GroupMembers]) -> Operation:
-    name = str(entry["process_group"][0])
-    kind = str(entry["profiling_name"]).partition(":")[2] or str(entry["profiling_name"])
+def _place(entry: Mapping[str, Any]) -> tuple[str, bool, int]:
+    """The group, whether it is a message, and the number: what operations that were given together share."""
     message = bool(entry["is_p2p"])
+    return str(entry["process_group"][0]), message, int(entry["p2p_seq_id" if message else "collective_seq_id"])
+
+
+def _finished(entry: Mapping[str, Any]) -> bool:
+    return bool(entry["retired"]) or entry["state"] == "completed"
+
+
+def _operation(
+    entry: Mapping[str, Any], rank: int, groups: Mapping[str, GroupMembers], ended_together: bool
+) -> Operation:
+    name, message, number = _place(entry)
+    kind = str(entry["profiling_name"]).partition(":")[2] or str(entry["profiling_name"])
     return Operation(
         group=name,
-        number=int(entry["p2p_seq_id" if message else "collective_seq_id"]),
+        number=number,
         kind=kind.split()[0] if message else kind,
         sizes=tuple(tuple(size) for size in entry["input_sizes"]),
-        finished=bool(entry["retired"]) or entry["state"] == "completed",
+        finished=ended_together or _finished(entry),
         peer=_peer(kind, rank, groups.get(name)) if message else None,
         frames=tuple(Frame(f["name"], f["filename"], int(f["line"])) for f in entry.get("frames", ())[:_CALLS]),
     )
