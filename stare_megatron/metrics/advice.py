@@ -75,9 +75,11 @@ class Settings:
 def _weaker(flat: Mapping[str, object]) -> str:
     if flat.get("algorithm.stare.weight") == "auto":
         return "raise algorithm.stare.weight_bound"
-    if flat.get("algorithm.stare.controller", "on_off") != "on_off":
+    if flat.get("algorithm.stare.adaptive", False):
         return "raise algorithm.stare.weight_pos_max"
-    return 'raise algorithm.stare.weight_pos, or set algorithm.stare.weight = "auto"'
+    if flat.get("algorithm.stare.controller", "on_off") != "on_off":
+        return "raise algorithm.stare.weight_pos"  # the controller's bound
+    return 'raise algorithm.stare.weight_pos, or set algorithm.stare.weight = "auto" in its place'
 
 
 class _Steps:

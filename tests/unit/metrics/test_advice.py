@@ -179,21 +179,39 @@ def test_a_tail_is_only_what_the_trainer_waited_for():
     assert advise(rows(beside), Settings(mode="one_step", corrected=True)) == []
 
 
+TREE = {
+    "run": {"name": "u", "steps": 3},
+    "model": {"path": "m"},
+    "data": {"train": ["a"]},
+    "reward": {"name": "math"},
+}
+
+
+def of(**tables):
+    return Settings.of(flatten(parse(TREE | tables, "test").model_dump(mode="json")))
+
+
+@pytest.mark.parametrize(
+    ("stare", "named"),
+    [
+        ({}, ["weight_pos", "weight"]),
+        ({"weight_pos": 3.0, "controller": "proportional"}, ["weight_pos"]),
+        ({"weight_pos": 3.0, "controller": "proportional_integral"}, ["weight_pos"]),
+        ({"adaptive": True}, ["weight_pos_max"]),
+        ({"weight": "auto"}, ["weight_bound"]),
+    ],
+)
+def test_a_weight_that_is_to_be_raised_is_one_that_the_controller_has(stare, named):
+    weaker = of(algorithm={"stare": stare}).weaker
+    assert re.findall(r"algorithm\.stare\.(\w+)", weaker) == named
+    for key in named:
+        settled = parse(TREE | {"algorithm": {"stare": stare | {key: "auto" if key == "weight" else 60.0}}}, "test")
+        assert settled.algorithm.stare.idle() == ""
+
+
 def test_settings_are_those_of_a_configuration():
-    tree = {
-        "run": {"name": "u", "steps": 3},
-        "model": {"path": "m"},
-        "data": {"train": ["a"]},
-        "reward": {"name": "math"},
-    }
-
-    def of(**tables):
-        return Settings.of(flatten(parse(tree | tables, "test").model_dump(mode="json")))
-
     plain = of(rollout={"group_size": 4, "max_response_tokens": 100})
     assert (plain.mode, plain.group_size, plain.max_response_tokens, plain.corrected) == ("sync", 4, 100, False)
-    assert "weight_pos" in plain.weaker
-    assert "weight_bound" in of(algorithm={"stare": {"weight": "auto"}}).weaker
     assert of(algorithm={"method": "grpo"}).weaker == ""
     assert of(algorithm={"correction": {"mode": "truncate"}}).corrected
 
