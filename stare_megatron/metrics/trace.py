@@ -23,6 +23,9 @@ _MOST_BYTES = 64 << 20  # of the two files together
 _DETAIL = 80  # characters
 _DIGITS = 10
 
+Event = dict[str, Any]
+"""A trace event as the format has it: its fields depend on its phase."""
+
 
 @dataclass(frozen=True)
 class StepTrace:
@@ -110,13 +113,15 @@ def write_chrome(folder: Path, out: Path, steps: tuple[int, int] | None = None) 
     return len(chosen)
 
 
-def events(steps: Sequence[StepTrace]) -> list[dict[str, Any]]:
-    """The events of these steps: a process a track; an arrow from each group to the update that used it."""
+def events(steps: Sequence[StepTrace]) -> list[Event]:
+    """The events of these steps: a process a track; an arrow from each group to the update that used it, which is of a
+    later step where engines sample ahead."""
     names = sorted({name for s in steps for name in s.tracks}, key=lambda name: (name != DRIVER, _natural(name)))
     pids = {name: pid for pid, name in enumerate(names)}
     starts = [a.start for s in steps for activities in s.tracks.values() for a in activities]
     origin = min(starts, default=0.0)
-    made: list[dict[str, Any]] = []
+    made: list[Event] = []
+    sampled: dict[str, list[_Sampled]] = {}
     for name, pid in pids.items():
         made.append({"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": name}})
         made.append({"ph": "M", "name": "process_sort_index", "pid": pid, "tid": 0, "args": {"sort_index": pid}})
@@ -126,11 +131,13 @@ def events(steps: Sequence[StepTrace]) -> list[dict[str, Any]]:
             for activity, lane in zip(activities, lanes[name], strict=True):
                 place = {"pid": pids[name], "tid": lane}
                 made.append(_complete(activity, s.step, origin) | place)
-        made += _flows(s, lanes, pids, origin, first=len(made))
+                if activity.name == "sample":
+                    sampled.setdefault(activity.detail, []).append(_Sampled(activity, pids[name], lane))
+        made += _flows(s, sampled, pids.get(DRIVER, 0), origin, first=len(made))
     return made
 
 
-def _complete(a: Activity, step: int, origin: float) -> dict[str, Any]:
+def _complete(a: Activity, step: int, origin: float) -> Event:
     return {
         "ph": "X",
         "name": a.name,
@@ -141,20 +148,34 @@ def _complete(a: Activity, step: int, origin: float) -> dict[str, Any]:
     }
 
 
-def _flows(
-    s: StepTrace, lanes: Mapping[str, Sequence[int]], pids: Mapping[str, int], origin: float, first: int
-) -> list[dict[str, Any]]:
-    updates = [a for a in s.tracks.get(DRIVER, ()) if a.name == "update"]
-    if not updates:
+@dataclass(frozen=True)
+class _Sampled:
+    """An activity that sampled a group, and where it is drawn."""
+
+    activity: Activity
+    pid: int
+    lane: int
+
+
+def _flows(s: StepTrace, sampled: dict[str, list[_Sampled]], driver: int, origin: float, first: int) -> list[Event]:
+    """Arrows to this step's update from what sampled its groups, in this step or in one before; that is taken out of
+    `sampled`. Of a prompt that was sampled more than once it is the newest group, whose parts overlap in time."""
+    update = next((a for a in s.tracks.get(DRIVER, ()) if a.name == "update"), None)
+    if update is None:
         return []
-    trained, made = set(s.trained), []
-    for name, activities in s.tracks.items():
-        for a, lane in zip(activities, lanes[name], strict=True):
-            if a.name != "sample" or a.detail not in trained or a.start > updates[0].end:
+    made: list[Event] = []
+    for name in dict.fromkeys(s.trained):
+        before = [one for one in sampled.get(name, ()) if one.activity.start <= update.end]
+        if not before:
+            continue
+        sampled[name] = [one for one in sampled[name] if one.activity.start > update.end]
+        newest = max(before, key=lambda one: one.activity.end).activity
+        for one in before:
+            if one.activity.end < newest.start:
                 continue
-            same: dict[str, Any] = {"name": "trained on", "cat": "groups", "id": first + len(made)}
-            at_end = {"ph": "s", "pid": pids[name], "tid": lane, "ts": _us(a.end - origin)}
-            at_update = {"ph": "f", "bp": "e", "pid": pids[DRIVER], "tid": 0, "ts": _us(updates[0].start - origin)}
+            same: Event = {"name": "trained on", "cat": "groups", "id": first + len(made)}
+            at_end = {"ph": "s", "pid": one.pid, "tid": one.lane, "ts": _us(one.activity.end - origin)}
+            at_update = {"ph": "f", "bp": "e", "pid": driver, "tid": 0, "ts": _us(update.start - origin)}
             made += [same | at_end, same | at_update]
     return made
 

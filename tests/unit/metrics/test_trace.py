@@ -57,6 +57,28 @@ def test_an_arrow_leads_from_each_group_that_was_trained_on_to_its_update():
         assert ends[key]["ts"] in (5e6, 15e6)
 
 
+def test_an_arrow_leads_to_the_update_of_a_later_step_where_engines_sample_ahead():
+    """As in `one_step` and `stream`: what step 2 learns from was sampled in step 1, one group in two parts."""
+    update = Activity("update", START + 10, 3.0)
+    parts = Activity("sample", START + 4, 3.0, "a"), Activity("sample", START + 5, 6.0, "a")
+    before = Activity("sample", START, 1.0, "a")  # of an earlier epoch, and dropped
+    after = Activity("sample", START + 15, 1.0, "b")
+    steps = [
+        StepTrace(1, {"driver": [], "engine 0": [before, parts[0], Activity("sample", START + 3, 1.0, "b")]}, []),
+        StepTrace(2, {"driver": [update], "engine 1": [parts[1], after]}, ["a", "b"]),
+        StepTrace(3, {"driver": [Activity("update", START + 20, 3.0)], "engine 0": []}, ["b"]),
+    ]
+    made = events(steps)
+    ends = {(e["pid"], e["ts"]): e["id"] for e in of(made, "s")}
+    updates = {e["id"]: e["ts"] for e in of(made, "f")}
+    assert {place: updates[key] for place, key in ends.items()} == {
+        (1, 7e6): 10e6,
+        (2, 11e6): 10e6,
+        (1, 4e6): 10e6,
+        (2, 16e6): 20e6,
+    }
+
+
 def test_a_trace_takes_no_more_than_it_may_and_loses_the_oldest(tmp_path):
     file = TraceFile(tmp_path, most_bytes=4000)
     for number in range(1, 60):
