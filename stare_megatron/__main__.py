@@ -1,6 +1,7 @@
 """The command line: `stare-megatron train run.toml key.sub=value ...`.
 
-Exit codes: 0 done; 1 the run had to stop; 2 the user's configuration, files or machine; 130 interrupted.
+Exit codes: 0 done; 1 the run had to stop; 2 the user's configuration, files or machine; 75 it had to stop since
+processes were lost, and may be started again; 130 interrupted.
 """
 
 from __future__ import annotations

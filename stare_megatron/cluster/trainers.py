@@ -54,7 +54,7 @@ _RETURN_SECONDS = 60.0  # for all ranks to end what an engine's failure has ende
 
 @ray_actor
 class TrainerActor(Answers, HasDisk):
-    """One rank. Megatron and vLLM's transfer classes are imported in this process only."""
+    """One rank. Megatron-Core is imported in this process and not in the driver's."""
 
     _sharded: ShardedRank | None = None
 

@@ -12,7 +12,8 @@ class WatchdogConfig(Section):
         default=10.0,
         ge=0,
         description="A run whose ranks and engines are silent for this many times the median of their longest silence "
-        "in the same phase of earlier steps hangs: it ends, and says who is at fault (docs/hangs.md). 0: never.",
+        "in the same phase of earlier steps hangs: it says who is at fault and ends that; ranks are started again as "
+        "often as `run.restarts` says (docs/hangs.md). 0: never.",
     )
     floor: float = Field(default=120.0, gt=0, description="Silence that is no hang in any case, seconds.")
     first: float = Field(

@@ -215,7 +215,7 @@ def _properties(of: torch.device) -> Any:
 
 
 def trainer_environment() -> dict[str, str]:
-    """Environment variables of a trainer rank's process. (Rank 0 imports vLLM's transfer classes.)"""
+    """Environment variables of a trainer rank's process. (On GPUs ranks import vLLM's transfer classes.)"""
     common = {
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
         "VLLM_NO_USAGE_STATS": "1",

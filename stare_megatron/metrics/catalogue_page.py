@@ -13,8 +13,9 @@ def markdown() -> str:
         "One line a step in `metrics.jsonl`, the same names in TensorBoard and Weights & Biases. Written by "
         "`python tools/make_metric_docs.py` from `stare_megatron/metrics/catalogue.py`.",
         "",
-        "Step n is what the n-th optimizer step did: its rollout was sampled, and its entropy measured, by version "
-        "n - 1 of the policy. In JSON a value that is not finite is the string `NaN`, `Infinity` or `-Infinity`.",
+        "Step n is what the n-th optimizer step did: its entropy was measured by version n - 1 of the policy, which "
+        "also sampled its rollout, unless batches are [sampled ahead](sampling.md): `sync/staleness` says how far. In "
+        "JSON a value that is not finite is the string `NaN`, `Infinity` or `-Infinity`.",
         "",
         "| name | unit | reduction | meaning |",
         "|---|---|---|---|",

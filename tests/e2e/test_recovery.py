@@ -1,4 +1,6 @@
-"""Processes of a real run are killed and stopped in every phase: what the run makes of it, and that nothing is left.
+"""Processes of a real run are killed and stopped: what the run makes of it, and that nothing is left. Which and
+when: TABLE has an engine's actor and core in a rollout, an update and a push, ranks in these and (killed) in a scoring
+pass.
 
 Two engines, two ranks that split layers, a checkpoint every second step.
 """
