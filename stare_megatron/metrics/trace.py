@@ -6,6 +6,7 @@ names (`M`); times in microseconds.
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -159,19 +160,20 @@ class _Sampled:
 
 def _flows(s: StepTrace, sampled: dict[str, list[_Sampled]], driver: int, origin: float, first: int) -> list[Event]:
     """Arrows to this step's update from what sampled its groups, in this step or in one before; that is taken out of
-    `sampled`. Of a prompt that was sampled more than once it is the newest group, whose parts overlap in time."""
+    `sampled`. Of a prompt that was sampled more than once it is the newest group, whose parts overlap in time, or all
+    where the step used the prompt more than once."""
     update = next((a for a in s.tracks.get(DRIVER, ()) if a.name == "update"), None)
     if update is None:
         return []
     made: list[Event] = []
-    for name in dict.fromkeys(s.trained):
+    for name, times in collections.Counter(s.trained).items():
         before = [one for one in sampled.get(name, ()) if one.activity.start <= update.end]
         if not before:
             continue
         sampled[name] = [one for one in sampled[name] if one.activity.start > update.end]
         newest = max(before, key=lambda one: one.activity.end).activity
         for one in before:
-            if one.activity.end < newest.start:
+            if times == 1 and one.activity.end < newest.start:
                 continue
             same: Event = {"name": "trained on", "cat": "groups", "id": first + len(made)}
             at_end = {"ph": "s", "pid": one.pid, "tid": one.lane, "ts": _us(one.activity.end - origin)}
