@@ -6,6 +6,7 @@ transformers', where vLLM gives the same. Headers only, but for a tied head. Pur
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -196,6 +197,7 @@ def _seek(file: IO[bytes], name: str) -> int:
     return end - begin
 
 
+@functools.lru_cache(maxsize=64)
 def parameters(shape: ModelShape) -> int:
     """Number of the model's parameters; a tied head is no further one."""
     return sum(math.prod(want) * entry.experts(shape) for entry in entries(shape) for want in entry.wants(shape))

@@ -14,6 +14,7 @@ from rich.table import Table
 from stare_megatron.config import Config, TrainerConfig
 from stare_megatron.models.shape import ModelShape
 from stare_megatron.plan.activations import Layers
+from stare_megatron.plan.cures import value_text
 from stare_megatron.plan.estimate import Plan
 from stare_megatron.plan.memory import Phase, Use
 from stare_megatron.plan.moves import HostMemory
@@ -210,17 +211,13 @@ def show_search(found: Sequence[Proposal], console: Console) -> None:
             f"{_seconds(proposal.plan.seconds):>8}  {layout}  {engines:<11}{t.recompute:<11}"
             f"{t.micro_batch_tokens:>6}  {proposal.why}"
         )
-    settings = " ".join(f"{key}={_value(value)}" for key, value in found[0].changes.items())
+    settings = " ".join(f"{key}={_argument(value)}" for key, value in found[0].changes.items())
     say(f"the first: {settings}")
 
 
-def _value(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, dict):
-        inner = ", ".join(f"{key} = {_value(v)}" for key, v in value.items())
-        return f"'{{ {inner} }}'"
-    return str(value)
+def _argument(value: Any) -> str:
+    """As a shell passes it on."""
+    return f"'{value_text(value)}'" if isinstance(value, list | dict) else value_text(value)
 
 
 def as_json(plan: Plan, found: Sequence[Proposal]) -> dict[str, Any]:

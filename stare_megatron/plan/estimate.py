@@ -10,6 +10,7 @@ from stare_megatron.config import Config
 from stare_megatron.errors import UserError
 from stare_megatron.models.shape import ModelShape
 from stare_megatron.plan import violations
+from stare_megatron.plan.cures import Cures, Outcome
 from stare_megatron.plan.hardware import Gpu
 from stare_megatron.plan.lengths import Lengths
 from stare_megatron.plan.memory import (
@@ -109,13 +110,17 @@ def sized(config: Config, shape: ModelShape, memory: int) -> tuple[Config, float
 
 
 def memory_of(config: Config, shape: ModelShape, given: Given) -> tuple[Config, Sequence[Use], EngineRoom, list[str]]:
-    """Memory alone: sized configuration, uses, the engines' room, and what is wrong with their share."""
+    """Memory alone: sized configuration, uses, the engines' room, and what these lack."""
     m = given.machine
     config, share, wrong = sized(config, shape, m.gpu.memory)
     room = engine_room(config, shape, m.gpu, given.lengths, share)
     count = max(map(len, Ranks(config, shape, m, given.lengths).batches()))
     rank = RankInput(m.layers, largest_pack(config, given.lengths, given.copies), count, residency(config))
-    return config, uses(config, shape, m.gpu, m.constants, rank, room), room, [wrong] if wrong else []
+    used = uses(config, shape, m.gpu, m.constants, rank, room)
+    if wrong:
+        return config, used, room, [wrong]
+    left = roomiest_share(used, m.gpu) if config.inference.placement == "colocated" else 0.0
+    return config, used, room, violations.of_engines(config, room, left)
 
 
 def ranks_fit(config: Config, shape: ModelShape, given: Given) -> bool:
@@ -145,17 +150,24 @@ def roomiest_share(used: Sequence[Use], gpu: Gpu) -> float:
 def make(config: Config, shape: ModelShape, given: Given, *, cures: bool = True) -> Plan:
     """The plan of a configuration. Where the model cannot be split so, sizes are of the split's next smaller part.
     `cures`: violations say what mends them."""
-    wrong = violations.of_layout(config, shape, given.machine.gpu, given.nodes)
+    m = given.machine
+    wrong = violations.of_layout(config, shape, m.gpu, given.nodes)
     layout = len(wrong)
 
-    def again(changed: Config) -> Sequence[Use]:
-        worse = len(violations.of_layout(changed, shape, given.machine.gpu, given.nodes)) > layout
-        return () if worse else memory_of(changed, shape, given)[1]
+    def outcome(changed: Config) -> Outcome | None:
+        if len(violations.of_layout(changed, shape, m.gpu, given.nodes)) > layout:
+            return None
+        changed, used, _, lacking = memory_of(changed, shape, given)
+        left = len(lacking) + len(violations.of_memory(used, None))
+        ranks = Ranks(changed, shape, m, given.lengths)
+        seconds = ranks.score().seconds + ranks.update().seconds + moves(changed, shape, m).seconds
+        return Outcome(used, not lacking, left, seconds)
 
-    config, used, room, engines = memory_of(config, shape, given)
-    share = roomiest_share(used, given.machine.gpu) if config.inference.placement == "colocated" else 0.0
-    wrong += engines or violations.of_engines(config, room, share)
-    wrong += violations.of_memory(config, used, again if cures else None)
+    tries = Cures(config, m.layers, outcome) if cures else None
+    config, used, room, lacking = memory_of(config, shape, given)
+    if lacking and tries and (cure := tries.of(None)):
+        lacking = [f"{problem}; or {cure}" for problem in lacking]
+    wrong += lacking + violations.of_memory(used, tries)
     ranks = Ranks(config, shape, given.machine, given.lengths)
     engine = Engine(config, shape, given.machine, room, room.running)
     return Plan(

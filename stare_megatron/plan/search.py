@@ -9,6 +9,7 @@ from typing import Any
 from stare_megatron.config import Config
 from stare_megatron.models.shape import ModelShape
 from stare_megatron.plan import violations
+from stare_megatron.plan.cures import changed_config
 from stare_megatron.plan.estimate import Given, Plan, make, memory_of, ranks_fit, roomiest_share
 from stare_megatron.plan.timing import Ranks
 
@@ -40,7 +41,7 @@ def search(config: Config, shape: ModelShape, given: Given) -> list[Proposal]:
     micro-batches and chunks, and the engines' TP vary."""
     ranked = []
     for changes in _layouts(config, shape, given):
-        changed = violations.changed_config(config, changes)
+        changed = changed_config(config, changes)
         if violations.of_layout(changed, shape, given.machine.gpu, given.nodes):
             continue
         if not ranks_fit(changed, shape, given):
@@ -53,11 +54,11 @@ def search(config: Config, shape: ModelShape, given: Given) -> list[Proposal]:
             whole = changes | engines
             # With `offload` the run itself chooses nearly all that ranks leave.
             if config.inference.placement == "colocated" and not config.trainer.offload:
-                used = memory_of(violations.changed_config(config, whole), shape, given)[1]
+                used = memory_of(changed_config(config, whole), shape, given)[1]
                 whole[_SHARE] = roomiest_share(used, given.machine.gpu)
             if not whole.get(_SHARE, 1.0):
                 continue
-            plan = make(violations.changed_config(config, whole), shape, given, cures=False)
+            plan = make(changed_config(config, whole), shape, given, cures=False)
             if not plan.violations and plan.tightest().free >= 0:
                 found[repr(sorted(whole.items()))] = Proposal(_differing(config, whole), plan)
     return sorted(found.values(), key=lambda proposal: proposal.plan.seconds)

@@ -14,6 +14,7 @@ from stare_megatron.metrics.console import mean
 from stare_megatron.models.layout import check_experts, check_layout
 from stare_megatron.models.shape import ModelShape
 from stare_megatron.plan import violations
+from stare_megatron.plan.cures import Cures, Outcome
 from stare_megatron.plan.estimate import Given
 from stare_megatron.plan.hardware import Gpu
 from stare_megatron.plan.lengths import Lengths, assumed
@@ -100,11 +101,16 @@ def make(run: SftConfig, shape: ModelShape, given: Given) -> SupervisedPlan:
     layout = len(wrong)
 
     def used(changed: Config) -> Sequence[Use]:
-        if len(of_layout(run, changed, shape, m.gpu, given.nodes)) > layout:
-            return ()
         count = max(map(len, Ranks(changed, shape, m, given.lengths).batches()))
         rank = RankInput(m.layers, largest_pack(changed, given.lengths, given.copies), count, residency(changed))
         return [Use("rank", Phase.UPDATE, fullest_rank(changed, shape, m.constants, rank, Phase.UPDATE), m.gpu.memory)]
+
+    def outcome(changed: Config) -> Outcome | None:
+        if len(of_layout(run, changed, shape, m.gpu, given.nodes)) > layout:
+            return None
+        seconds = Ranks(changed, shape, m, given.lengths).update().seconds + moves(changed, shape, m).update
+        found = used(changed)
+        return Outcome(found, True, len(violations.of_memory(found, None)), seconds)
 
     uses = used(config)
     return SupervisedPlan(
@@ -116,7 +122,7 @@ def make(run: SftConfig, shape: ModelShape, given: Given) -> SupervisedPlan:
         moved=moves(config, shape, m).update,
         save=save_time(config, shape, m),
         host=host_memory(config, shape, m),
-        violations=(*wrong, *violations.of_memory(config, uses, used)),
+        violations=(*wrong, *violations.of_memory(uses, Cures(config, m.layers, outcome))),
     )
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 from stare_megatron.config import Config, TrainerConfig
 from stare_megatron.errors import UserError
 from stare_megatron.models.layout import check_experts, check_layout
 from stare_megatron.models.shape import ModelShape
+from stare_megatron.plan.cures import Cures
 from stare_megatron.plan.hardware import Gpu
-from stare_megatron.plan.memory import EngineRoom, Phase, Use
+from stare_megatron.plan.memory import EngineRoom, Use
 from stare_megatron.run.preflight import check_engine_layout, check_window
 
 _GIB = 2**30
+_NOTHING_ELSE = (
+    "no setting that was tried is enough: raise trainer.tensor_parallel and trainer.pipeline_parallel, or take more "
+    "GPUs (trainer.world_size), which split the optimizer's state further"
+)
 
 
 def of_layout(config: Config, shape: ModelShape, gpu: Gpu, nodes: int) -> list[str]:
@@ -112,67 +116,17 @@ def of_engines(config: Config, room: EngineRoom, share: float) -> list[str]:
     return []
 
 
-def of_memory(config: Config, uses: Sequence[Use], again: Callable[[Config], Sequence[Use]] | None) -> list[str]:
-    """GPUs too small in a phase. `again`: the uses of another configuration, by which cures are
-    tried; empty where it cannot be."""
+def of_memory(uses: Sequence[Use], cures: Cures | None) -> list[str]:
+    """GPUs too small in a phase, each with its cure where there are `cures`."""
     found = []
     for use in uses:
         if use.free >= 0:
             continue
         parts = ", ".join(f"{name} {size / _GIB:.1f}" for name, size in _largest(use.parts))
         what = f"{use.phase.value}: {use.role} takes {use.total / _GIB:.1f} of {use.capacity / _GIB:.1f} GiB ({parts})"
-        found.append(f"{what}; {_cure(config, use, again)}" if again else what)
+        found.append(f"{what}; {cures.of(use.phase) or _NOTHING_ELSE}" if cures else what)
     return found
 
 
 def _largest(parts: Mapping[str, float]) -> list[tuple[str, float]]:
     return sorted(parts.items(), key=lambda item: -item[1])[:3]
-
-
-def _cure(config: Config, use: Use, again: Callable[[Config], Sequence[Use]]) -> str:
-    """The first change that makes it fit, or what to change."""
-    for changes in _candidates(config, use.phase):
-        changed = changed_config(config, changes)
-        now = [u for u in again(changed) if u.phase is use.phase]
-        if now and all(u.free >= 0 for u in now):
-            return "set " + ", ".join(f"{key}={value}" for key, value in changes.items())
-    more = "more GPUs (trainer.world_size), which split the optimizer's state further"
-    return f"no single setting is enough: raise trainer.tensor_parallel and trainer.pipeline_parallel, or take {more}"
-
-
-def _candidates(config: Config, phase: Phase) -> Iterator[dict[str, Any]]:
-    t = config.trainer
-    logits = {} if t.logits_chunk_tokens else {"trainer.logits_chunk_tokens": 4096}
-    full = {} if t.recompute == "full" else {"trainer.recompute": "full"}
-    if phase in (Phase.UPDATE, Phase.SCORE):
-        if t.recompute == "none":
-            yield {"trainer.recompute": "selective"}
-        for change in (logits, full, logits | full):
-            if change:
-                yield change
-        tokens = t.micro_batch_tokens // 2
-        while tokens >= config.window:
-            yield logits | full | {"trainer.micro_batch_tokens": tokens}
-            tokens //= 2
-    elif config.inference.placement == "colocated":
-        yield {"inference.placement": "separate"}
-    for tensor in (2 * t.tensor_parallel, 4 * t.tensor_parallel, 8 * t.tensor_parallel):
-        if tensor <= 8 and t.world_size % (tensor * t.pipeline_parallel * t.context_parallel) == 0:
-            yield {"trainer.tensor_parallel": tensor, "trainer.sequence_parallel": True}
-            yield logits | full | {"trainer.tensor_parallel": tensor, "trainer.sequence_parallel": True}
-
-
-def changed_config(config: Config, changes: Mapping[str, Any]) -> Config:
-    """`config` with keys of its tables set, by their dotted names. Not checked again."""
-    tables: dict[str, dict[str, Any]] = {}
-    for key, value in changes.items():
-        table, _, name = key.partition(".")
-        tables.setdefault(table, {})[name] = value
-    known = {"trainer": config.trainer, "inference": config.inference}
-    changed = {}
-    for name, keys in tables.items():
-        inner = {key.partition(".")[2]: keys.pop(key) for key in list(keys) if key.startswith("vllm.")}
-        if inner:
-            keys["vllm"] = config.inference.vllm | inner
-        changed[name] = known[name].model_copy(update=keys)
-    return config.model_copy(update=changed)

@@ -15,13 +15,13 @@ from stare_megatron.config import TrainerConfig
 from stare_megatron.data.packing import num_micro_batches
 from stare_megatron.plan import lengths
 from stare_megatron.plan.activations import Layers, Pack, in_flight, update_peak
+from stare_megatron.plan.cures import changed_config
 from stare_megatron.plan.estimate import Plan, make
 from stare_megatron.plan.memory import Phase
 from stare_megatron.plan.parameters import Layout, held, largest
 from stare_megatron.plan.sampling import Engine, decode
 from stare_megatron.plan.search import search
 from stare_megatron.plan.timing import Ranks
-from stare_megatron.plan.violations import changed_config
 from tests.properties import bounded
 from tests.unit.plan.models import config_of, given_for, shape_of
 
@@ -32,6 +32,7 @@ TRAINER = {
     "logits_chunk_tokens": 4096, "recompute": "full",
 }  # fmt: skip
 ENGINES = {"engines": 8, "tensor_parallel": 4}
+BASE = {"trainer": TRAINER, "inference": ENGINES}
 
 
 def plan_of(name: str = "qwen3-32b", *, gpu: str = "h100", nodes: int = 0, **tables: Any) -> Plan:
@@ -83,11 +84,50 @@ def test_a_cure_of_memory_is_tried_before_it_is_named() -> None:
     assert [p for p in cured.violations if p.startswith("update")] == []
 
 
-def test_engines_that_find_no_room_beside_ranks_are_placed_apart() -> None:
+def test_engines_that_find_no_room_beside_ranks_have_these_give_their_states_away() -> None:
     trainer = {"world_size": 8, "tensor_parallel": 1, "sequence_parallel": False}
     plan = plan_of("qwen2.5-7b", trainer=trainer, inference={"engines": 8, "tensor_parallel": 1})
     (problem,) = [p for p in plan.violations if p.startswith("rollout")]
-    assert problem.endswith("; set inference.placement=separate")
+    assert problem.endswith('; set trainer.offload=["optimizer"]')
+    cured = plan_of(
+        "qwen2.5-7b", trainer=trainer | {"offload": ["optimizer"]}, inference={"engines": 8, "tensor_parallel": 1}
+    )
+    assert cured.violations == ()
+
+
+def test_engines_that_want_nearly_a_whole_gpu_are_placed_apart() -> None:
+    trainer = {"world_size": 8, "tensor_parallel": 1, "sequence_parallel": False}
+    engines = {"engines": 8, "tensor_parallel": 1, "vllm": {"gpu_memory_utilization": 0.97}}
+    plan = plan_of("qwen2.5-7b", trainer=trainer, inference=engines)
+    assert plan.violations
+    assert all("set inference.placement=separate" in problem for problem in plan.violations)
+
+
+ONE_NODE: dict[str, dict[str, Any]] = {
+    "trainer": {"world_size": 8, "micro_batch_tokens": 20480},
+    "inference": {"engines": 1, "tensor_parallel": 8},
+}
+
+
+def test_32b_on_one_node_is_cured_by_offload() -> None:
+    """68.6 GiB of states a GPU, of which 45.8 are the optimizer's: these leave but for its step."""
+    plan = plan_of(**ONE_NODE)
+    assert [problem.partition(":")[0] for problem in plan.violations[1:]] == ["rollout", "push"]
+    assert all(problem.endswith('set trainer.offload=["optimizer"]') for problem in plan.violations)
+    away = {"offload": ["optimizer"]}
+    assert plan_of(**ONE_NODE | {"trainer": ONE_NODE["trainer"] | away}).violations == ()
+
+
+def test_a_step_too_large_for_a_gpu_is_cured_by_bundles() -> None:
+    """A GPU of 64 GiB does not hold the 68.6 at once."""
+    config = config_of("qwen3-32b", rollout=ROLLOUT, **{k: base | ONE_NODE[k] for k, base in BASE.items()})
+    given = given_for(config)
+    small = dataclasses.replace(given.machine.gpu, memory=64 * GIB)
+    given = dataclasses.replace(given, machine=dataclasses.replace(given.machine, gpu=small))
+    problems = make(config, shape_of("qwen3-32b"), given).violations
+    assert problems
+    assert all("trainer.offload=" in problem for problem in problems)
+    assert all(problem.endswith("trainer.offload_step_mb=4096") for problem in problems)
 
 
 def test_no_cure_is_named_that_the_model_cannot_have() -> None:
