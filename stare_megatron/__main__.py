@@ -18,6 +18,7 @@ from stare_megatron.compare import arguments as compare_arguments
 from stare_megatron.convert import arguments
 from stare_megatron.data.prepare import arguments as prepare_data
 from stare_megatron.errors import LOST, LostError, RunError, UserError
+from stare_megatron.host import program
 from stare_megatron.launch import arguments as launch_arguments
 from stare_megatron.plan.arguments import ABOUT, EXAMPLES, add_plan
 from stare_megatron.scaling import arguments as scale_arguments
@@ -241,9 +242,9 @@ def _prepare_data(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 _START = """start here, on a machine without a GPU:
-  stare-megatron make-tiny-model --out .cache/demo
-  stare-megatron example demo_cpu/run.toml > demo.toml
-  stare-megatron train demo.toml
+  {called} make-tiny-model --out .cache/demo
+  {called} example demo_cpu/run.toml > demo.toml
+  {called} train demo.toml
 """
 
 
@@ -251,7 +252,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="stare-megatron",
         description="Reinforcement learning of language models with STARE.",
-        epilog=_START,
+        epilog=_START.format(called=program.called()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=__version__)
@@ -298,7 +299,8 @@ _SHIPPED = {"docs": "checkpoints", "example": "demo_cpu/run.toml > demo.toml"}
 
 def _command(commands: Any, name: str, handler: Handler, about: str, *examples: str, **defaults: str) -> Any:
     """Add a command; returns its parser."""
-    lines = "\n".join(f"  stare-megatron {example}" for example in examples)
+    called = program.called()
+    lines = "\n".join(f"  {called} {example}" for example in examples)
     parser = commands.add_parser(
         name,
         help=about,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from stare_megatron.data.chat import ChatTemplate
 from stare_megatron.data.tokenizer import load_tokenizer
 from stare_megatron.errors import UserError
-from stare_megatron.host import device
+from stare_megatron.host import device, program
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,7 +60,7 @@ def hf_folder(policy: Path, say: Callable[[str], None]) -> Iterator[Path]:
     from stare_megatron.convert.source import resolve
 
     what = resolve(policy).what
-    say(f"{what}, converted for this once; `stare-megatron convert {policy} FOLDER` keeps it")
+    say(f"{what}, converted for this once; `{program.called()} convert {policy} FOLDER` keeps it")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "hf"
         convert(Options(source=policy, out=out), Console(quiet=True))

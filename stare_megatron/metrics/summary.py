@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stare_megatron.config import Config
-from stare_megatron.host import device
+from stare_megatron.host import device, program
 from stare_megatron.metrics import jsonl
 from stare_megatron.metrics.advice import Settings, advise
 from stare_megatron.metrics.console import clock, last_checkpoint, mean
@@ -96,7 +96,7 @@ def opening(config: Config, parameters: int, prompts: int, benchmarks: Mapping[s
             f"{prompts:,} prompts, {r.prompts_per_step} x {r.group_size} samples per step; benchmarks: {held_out}",
         ),
         ("run folder", str(config.folder)),
-        ("live page", f"stare-megatron watch {shlex.quote(str(config.folder))}"),
+        ("live page", f"{program.called()} watch {shlex.quote(str(config.folder))}"),
     )
     return "\n".join(f"{label:<11}{text}" for label, text in rows)
 
@@ -128,13 +128,13 @@ def opening_notes(config: Config, prompts: int, dropped: int) -> list[str]:
 
 def next_steps(config: Config, finished: bool) -> str:
     """Commands that follow on a run that is over, a line each."""
-    run = shlex.quote(str(config.folder))
+    run, called = shlex.quote(str(config.folder)), program.called()
     commands = {
         "curves": f"tensorboard --logdir {run}/tensorboard" if config.logging.tensorboard else "",
         "upload": f"wandb sync {run}/wandb/offline-run-*" if config.logging.wandb == "offline" else "",
-        "report": f"stare-megatron compare {run}",
-        "ask it": f"stare-megatron sample {run}",
-        "evaluate": f"stare-megatron eval {run}/config.toml --model {run}" if config.eval.benchmarks else "",
+        "report": f"{called} compare {run}",
+        "ask it": f"{called} sample {run}",
+        "evaluate": f"{called} eval {run}/config.toml --model {run}" if config.eval.benchmarks else "",
     }
     lines = [f"{label:<11}{command}" for label, command in commands.items() if command]
     return "\n".join([*lines, how_to_go_on(config, finished=finished)])
@@ -144,7 +144,7 @@ def how_to_go_on(config: Config, *, finished: bool) -> str:
     """The last lines of every run: its logs, its newest checkpoint or that it has none, and the command that goes on,
     or starts over. `finished`: all steps are done, so that going on takes more of them."""
     folder, saved = config.folder, last_checkpoint(config.folder)
-    command = f"stare-megatron train {shlex.quote(str(folder))}/config.toml run.resume=auto"
+    command = f"{program.called()} train {shlex.quote(str(folder))}/config.toml run.resume=auto"
     if finished:
         command += f" run.steps={2 * config.run.steps}"
         if config.trainer.optimizer.schedule != "constant":  # another length is another schedule

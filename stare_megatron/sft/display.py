@@ -13,7 +13,7 @@ from rich.table import Table
 
 from stare_megatron.config import SftConfig
 from stare_megatron.data.supervised import SequenceSet
-from stare_megatron.host import device
+from stare_megatron.host import device, program
 from stare_megatron.metrics import eval_records, jsonl
 from stare_megatron.metrics.console import clock, last_checkpoint, mean
 
@@ -69,10 +69,10 @@ def how_to_go_on(config: SftConfig, *, finished: bool) -> str:
     rows = {"logs": f"{folder}/logs", "saved": str(saved or "no checkpoint was saved")}
     path = shlex.quote(str(folder))
     if finished:
-        rows["train"] = f"stare-megatron train RUN.toml model.path={path}/hf"
+        rows["train"] = f"{program.called()} train RUN.toml model.path={path}/hf"
     else:
         label = "resume" if saved else "start over"
-        rows[label] = f"stare-megatron sft {path}/config.toml run.resume=auto"
+        rows[label] = f"{program.called()} sft {path}/config.toml run.resume=auto"
     return "\n".join(f"{label:<11}{text}" for label, text in rows.items())
 
 

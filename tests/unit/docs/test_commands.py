@@ -64,6 +64,12 @@ def test_paths_of_the_repository_exist(command):
             assert list(ROOT.glob(word.partition("::")[0].rstrip("/"))), word
 
 
+@pytest.mark.parametrize("page", sorted(ROOT.glob("examples/*/README.md")), ids=lambda p: p.parent.name)
+def test_an_example_says_which_environment_has_its_commands(page):
+    text = page.read_text()
+    assert "source .venv" in text or "../base/README.md" in text
+
+
 @pytest.mark.parametrize("command", of("stare-megatron"), ids=str)
 def test_the_program_takes_it(command, monkeypatch):
     monkeypatch.chdir(ROOT)

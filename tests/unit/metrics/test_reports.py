@@ -1,5 +1,8 @@
 import io
 import math
+import os
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,12 @@ from stare_megatron.metrics.catalogue import metrics
 from stare_megatron.metrics.jsonl import JsonlSink
 from stare_megatron.metrics.samples import choose, excerpt, pick, write_samples
 from stare_megatron.types import QUADRANTS, Group, Prompt, Score, Span, SpanKind, Status, Trajectory
+
+
+@pytest.fixture(autouse=True)
+def on_path(monkeypatch):
+    """As in an activated environment: commands are printed by their name alone."""
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 
 
 def dynamics(step):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,12 @@ from stare_megatron.metrics.summary import how_to_go_on
 from stare_megatron.run import train
 from stare_megatron.run.forecast import Forecast
 from tests.configs import configuration
+
+
+@pytest.fixture(autouse=True)
+def on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in an activated environment: commands are printed by their name alone."""
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 
 
 @pytest.fixture
