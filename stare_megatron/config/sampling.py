@@ -21,7 +21,14 @@ class SamplingConfig(Section):
         ge=0,
         le=64,
         description="`stream`: updates between the policy that a group was begun with and the one that learns from it, "
-        "at most; so many batches and one more are outstanding. 0: as `sync`.",
+        "at most; so many batches and one more are outstanding, or fewer by `over_sampling`. 0: as `sync`.",
+    )
+    over_sampling: float = Field(
+        default=0,
+        ge=0,
+        le=64,
+        description="`stream`: batches that are sampled beyond the one that the trainer takes next, in parts of one "
+        "too; at most `max_staleness`. 0: as many as that.",
     )
     window: float = Field(
         default=0.3,
@@ -52,12 +59,27 @@ class SamplingConfig(Section):
         """How many updates a trained token's policy may be behind."""
         return {"sync": 0, "one_step": 1, "stream": self.max_staleness}[self.mode]
 
+    def outstanding(self, batch: int) -> int:
+        """`stream`: groups that are admitted and not learned from, at most, where an update learns from `batch`."""
+        return batch + round((self.over_sampling or self.max_staleness) * batch)
+
     @model_validator(mode="after")
     def _idle(self) -> SamplingConfig:
-        own = {"max_staleness": self.max_staleness, "window": self.window, "kv": self.kv, "bank": self.bank}
+        own = {
+            "max_staleness": self.max_staleness,
+            "over_sampling": self.over_sampling,
+            "window": self.window,
+            "kv": self.kv,
+            "bank": self.bank,
+        }
         changed = [key for key, value in own.items() if value != type(self).model_fields[key].default]
         if self.mode != "stream" and changed:
             raise ValueError(f'{changed[0]} = {own[changed[0]]!r} is for mode = "stream", it is "{self.mode}"')
+        if self.over_sampling > self.max_staleness:
+            raise ValueError(
+                f"over_sampling = {self.over_sampling:g} batches cannot be learned from within max_staleness = "
+                f"{self.max_staleness} updates; set over_sampling to that at most, or raise max_staleness"
+            )
         return self
 
     def fault(self, placement: str, correction: str, scoring: str) -> str:
@@ -66,10 +88,15 @@ class SamplingConfig(Section):
         if not self.ahead:
             return ""
         key = f'sampling.mode = "{self.mode}"'
-        if placement != "separate":
+        if placement != "separate" and self.mode == "one_step":
             return (
                 f"{key} samples while the trainer works, so engines need devices of their own; set "
-                'inference.placement = "separate", or sampling.mode = "sync"'
+                'inference.placement = "separate", or sampling.mode = "sync" or "stream"'
+            )
+        if placement != "separate" and self.kv == "keep":
+            return (
+                'sampling.kv = "keep" keeps nothing where engines give their memory up to the trainer; set '
+                'sampling.kv = "recompute", or inference.placement = "separate"'
             )
         if scoring == "rollout":
             return (

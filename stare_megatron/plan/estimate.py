@@ -66,9 +66,11 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Of a step without saving. Who samples while the trainer works takes the longer of the two."""
+        """Of a step without saving. Who samples while the trainer works, on devices of its own, takes the longer of the
+        two."""
         rollout, learning = self.phase(Phase.ROLLOUT), self.phase(Phase.SCORE) + self.phase(Phase.UPDATE)
-        both = max(rollout, learning) if self.config.sampling.ahead else rollout + learning
+        at_once = self.config.sampling.ahead and self.config.inference.placement == "separate"
+        both = max(rollout, learning) if at_once else rollout + learning
         return both + self.phase(Phase.PUSH)
 
     def phase(self, phase: Phase) -> float:

@@ -3,7 +3,8 @@
 A windowed first-in-first-out queue (MiniMax, arXiv 2605.26494, sec. 6.2.4; in torchtitan's RL experiments), with a
 bound on staleness that holds for every group:
 
-* A group is admitted while fewer than (S + 1) batches are outstanding: admitted and not learned from.
+* A group is admitted while fewer than (S + 1) batches, or a smaller number of groups, are outstanding: admitted and not
+  learned from.
 * One that was admitted when engines held version v is due: it must be in the batch of version v + S at the latest.
 * A batch takes finished groups, the oldest first, from a window that begins at the oldest outstanding one and is not
   moved by what is taken out of its middle; never one whose place another is going to need to be in time.
@@ -45,14 +46,18 @@ class Window:
     """Args:
     batch: P, groups in a batch.
     staleness: S, updates between the version that a group was begun with and the one that learns from it, at most.
+    outstanding: groups that are admitted and not learned from, at most: from P to (S + 1) P.
     window: groups that may be taken out of turn are less than so many numbers after the oldest outstanding one.
     refills: groups of a batch that may be dropped and replaced; further ones count as finished, to fill the batch.
     end: version that the last batch makes; nothing is admitted for batches after it.
     """
 
-    def __init__(self, batch: int, staleness: int, window: int, refills: int, end: int) -> None:
+    def __init__(self, batch: int, staleness: int, outstanding: int, window: int, refills: int, end: int) -> None:
+        if not batch <= outstanding <= (staleness + 1) * batch:
+            raise ValueError(f"{outstanding} outstanding groups, batches of {batch}, {staleness} updates")
         self._size = batch
         self._staleness = staleness
+        self._outstanding = outstanding
         self._window = window
         self._refills = refills
         self._end = end
@@ -93,7 +98,7 @@ class Window:
     def admit(self) -> Place | None:
         """The next group, if there is room for one."""
         taken = len(self._running) + len(self._ready) + len(self._taken) + len(self._learning)
-        if taken >= min(self._staleness + 1, self._end - self._version) * self._size:
+        if taken >= min(self._outstanding, (self._end - self._version) * self._size):
             return None
         place = Place(self._number, self._version, self._order)
         self._running[place.number] = self._version + self._staleness

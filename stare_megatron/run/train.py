@@ -269,5 +269,6 @@ def _sampler(
 
 def _window(config: Config) -> Window:
     size, s = config.rollout.prompts_per_step, config.sampling
-    width = max(1, int(s.window * (s.max_staleness + 1) * size))
-    return Window(size, s.max_staleness, width, config.rollout.refills, config.run.steps)
+    outstanding = s.outstanding(size)
+    width = max(1, int(s.window * outstanding))
+    return Window(size, s.max_staleness, outstanding, width, config.rollout.refills, config.run.steps)

@@ -125,3 +125,24 @@ def test_a_stream_that_is_killed_learns_from_every_prompt_once(material: Path, t
     state = json.loads((runs / f"e2e/checkpoints/step_{STEPS:06d}/loop.json").read_text())["stream"]
     assert state["epoch"] == 0
     assert state["cursor"] == 32 * STEPS + sum(row["groups/dropped"] for row in rows)
+
+
+@pytest.mark.runs
+def test_on_shared_devices_what_is_sampled_beyond_a_batch_goes_on_in_the_next_step(
+    material: Path, tmp_path: Path
+) -> None:
+    """Engines that give their devices up to the trainer keep what they are at, and half a batch more is begun."""
+    shared: dict[str, object] = {
+        "inference.placement": "colocated",
+        "sampling.max_staleness": 1,
+        "sampling.over_sampling": 0.5,
+    }
+    rows = trained(material, tmp_path, **STREAM | shared)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert {row["sync/staleness"] for row in rows} == {0, 1}
+    assert any(row["sync/version_spans_max"] > 1 for row in rows)
+    assert all(row["sync/probe"] < 1e-3 for row in rows)
+    assert all(row["age/0/mismatch"] < 1e-3 for row in rows if "age/0/mismatch" in row)
+    files = sorted((tmp_path / "e2e/samples").glob("step_*.jsonl"))
+    groups = [{sample["prompt_id"] for sample in demo.prompts_of(file)} for file in files]
+    assert len(set().union(*groups)) == 32 * STEPS

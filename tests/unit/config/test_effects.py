@@ -38,7 +38,7 @@ MASK, KL = {"algorithm.correction.mode": "mask"}, {"algorithm.kl.coefficient": 0
 ADAM, TYPES = ("weight_decay", "beta1", "beta2", "eps", "clip_grad"), tuple(OptimizerConfig().types)
 UNSET = {"weight_pos": 1.1, "weight_neg": 0.9}  # their defaults
 LINEAR = {"target_schedule": "linear", "target_entropy_end": 0.9}
-OF_A_STREAM = {"max_staleness": 1, "window": 0.5, "kv": "keep", "bank": False}
+OF_A_STREAM = {"max_staleness": 1, "over_sampling": 0.5, "window": 0.5, "kv": "keep", "bank": False}
 COSINE = {"trainer.optimizer.schedule": "cosine"}
 # Where the effect of a key is seen: in what is made of the configuration, or in a test of its own.
 TOOLS, POOL = "tests/unit/envs/test_tool_use.py::", "tests/sandbox/test_sandbox_pool.py::"

@@ -59,7 +59,7 @@ def test_a_string_is_a_list_of_one(tmp_path):
 @pytest.mark.parametrize(
     ("others", "answer"),
     [
-        ((), 'set inference.placement = "separate", or sampling.mode = "sync"'),
+        ((), 'set inference.placement = "separate", or sampling.mode = "sync" or "stream"'),
         (("inference.placement=separate",), 'set algorithm.correction.mode = "truncate" or "mask"'),
         (
             ("inference.placement=separate", "algorithm.correction.mode=mask", "trainer.scoring=rollout"),
@@ -73,3 +73,20 @@ def test_sampling_ahead_is_refused_without_what_it_needs(tmp_path, others, answe
     assert answer in str(refused.value)
     assert load(tmp_path, *others).sampling.mode == "sync"
     load(tmp_path, "sampling.mode=one_step", "inference.placement=separate", "algorithm.correction.mode=mask")
+
+
+@pytest.mark.parametrize(
+    ("settings", "answer"),
+    [
+        (("sampling.kv=keep",), 'set sampling.kv = "recompute", or inference.placement = "separate"'),
+        (("sampling.max_staleness=1", "sampling.over_sampling=1.5"), "set over_sampling to that at most"),
+    ],
+)
+def test_a_stream_on_shared_devices_is_refused_what_it_cannot_keep(tmp_path, settings, answer):
+    stream = ("sampling.mode=stream", "algorithm.correction.mode=mask")
+    with pytest.raises(UserError) as refused:
+        load(tmp_path, *stream, *settings)
+    assert answer in str(refused.value)
+    read = load(tmp_path, *stream, "sampling.over_sampling=0.5")
+    assert read.inference.placement == "colocated"
+    assert read.sampling.outstanding(32) == 48

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stare_megatron.config.sampling import SamplingConfig
 from stare_megatron.rollout.window import Batch, Place, Window
 from tests.properties import bounded
 from tests.unit.rollout.simulated_engines import Machine, all_lengths, long_tailed, run
@@ -27,16 +28,18 @@ def admitted(window: Window) -> list[Place]:
 @given(
     batch=st.integers(1, 5),
     staleness=st.integers(0, 4),
+    over=st.floats(0, 1),
     width=st.integers(1, 12),
     refills=st.integers(0, 6),
     seed=st.integers(0, 2**32),
     drop=st.sampled_from([0.0, 0.3, 0.9, 1.0]),
     lazy=st.floats(0, 1),
 )
-def test_no_group_is_too_old_lost_or_learned_from_twice(batch, staleness, width, refills, seed, drop, lazy):
+def test_no_group_is_too_old_lost_or_learned_from_twice(batch, staleness, over, width, refills, seed, drop, lazy):
     """Groups end in any order, some while the trainer works; every admitted one is learned from or dropped once."""
     rng = random.Random(seed)
-    window = Window(batch, staleness, width, refills, STEPS)
+    outstanding = batch + round(over * staleness * batch)
+    window = Window(batch, staleness, outstanding, width, refills, STEPS)
     places: dict[int, Place] = {}
     running: set[int] = set()
     used: list[int] = []
@@ -63,7 +66,7 @@ def test_no_group_is_too_old_lost_or_learned_from_twice(batch, staleness, width,
         window.begin(version)
         admit()
         # Engines are never without work they could have, and do none that nobody learns from.
-        assert len(window.ahead) == min(staleness + 1, STEPS - version) * batch
+        assert len(window.ahead) == min(outstanding, (STEPS - version) * batch)
         while (made := window.draw()) is None:
             assert running, "the trainer waits, and nothing is sampled"
             finish_one()
@@ -98,7 +101,7 @@ def test_without_staleness_a_batch_does_not_depend_on_time(batch, refills, seed,
     bad = [n for n in range(number) if not useful[n]]
     want = sorted(good + bad[: batch - len(good)])
     for shuffle in range(3):
-        rng, window = random.Random(shuffle), Window(batch, 0, 1, refills, STEPS)
+        rng, window = random.Random(shuffle), Window(batch, 0, batch, 1, refills, STEPS)
         window.begin(0)
         running = admitted(window)
         while (made := window.draw()) is None:
@@ -109,7 +112,7 @@ def test_without_staleness_a_batch_does_not_depend_on_time(batch, refills, seed,
 
 
 def test_the_oldest_is_waited_for_where_its_time_has_come():
-    window = Window(batch=2, staleness=1, window=4, refills=0, end=STEPS)
+    window = Window(batch=2, staleness=1, outstanding=4, window=4, refills=0, end=STEPS)
     window.begin(0)
     assert [p.number for p in admitted(window)] == [0, 1, 2, 3]
     for number in (1, 2):
@@ -131,7 +134,7 @@ def test_the_oldest_is_waited_for_where_its_time_has_come():
 
 
 def test_a_narrow_window_keeps_the_order():
-    window = Window(batch=1, staleness=3, window=1, refills=0, end=STEPS)
+    window = Window(batch=1, staleness=3, outstanding=4, window=1, refills=0, end=STEPS)
     window.begin(0)
     for place in admitted(window)[1:]:
         window.finish(place.number, useful=True)
@@ -147,7 +150,7 @@ def test_a_narrow_window_keeps_the_order():
 def test_outstanding_groups_keep_their_age_in_another_window(batch, staleness, seed, stop):
     """A run that stops after some updates, and one that goes on: every group is in time by the age that it has."""
     rng = random.Random(seed)
-    window = Window(batch, staleness, 6, 0, STEPS)
+    window = Window(batch, staleness, (staleness + 1) * batch, 6, 0, STEPS)
     since: dict[int, int] = {}
 
     def admit() -> None:
@@ -164,7 +167,7 @@ def test_outstanding_groups_keep_their_age_in_another_window(batch, staleness, s
     for version in range(stop):
         learn(version)
     old = [since[n] for n in window.ahead]
-    window, since = Window(batch, staleness, 6, 0, STEPS), {}
+    window, since = Window(batch, staleness, (staleness + 1) * batch, 6, 0, STEPS), {}
     window.begin(stop)
     for begun in old:
         place = window.admit()
@@ -178,7 +181,7 @@ def test_outstanding_groups_keep_their_age_in_another_window(batch, staleness, s
 
 
 def test_a_group_is_not_made_older_than_can_be_in_time():
-    window = Window(batch=1, staleness=2, window=4, refills=0, end=STEPS)
+    window = Window(batch=1, staleness=2, outstanding=3, window=4, refills=0, end=STEPS)
     window.begin(4)
     numbers = [place.number for place in admitted(window)]
     assert not window.hasten(numbers[0], 1)  # it would have been due in the batch of version 3
@@ -194,16 +197,34 @@ P, G = 32, 8
 MACHINE = Machine(slots=256, step=0.02, more=2e-5, learn=300.0, push=10.0)
 
 
+def rate(staleness: int, over_sampling: float, *, shared: bool = False, share: float = 0.3) -> float:
+    """Samples per hour. `shared`: engines wait while the trainer learns, and go on with what they were at; `share`:
+    `sampling.window`."""
+    sampling = SamplingConfig(
+        mode="stream" if staleness else "sync",
+        **{"max_staleness": staleness, "over_sampling": over_sampling} if staleness else {},
+    )
+    outstanding = sampling.outstanding(P) if staleness else P
+    window = Window(P, staleness, outstanding, max(1, int(share * outstanding)), 0, 60)
+    done = run(MACHINE, window, long_tailed(1, G), 60, ahead=staleness > 0 and not shared)
+    assert all(0 <= learned - begun <= staleness for _, begun, learned in done.groups)
+    return 60 * P * G * 3600 / done.seconds
+
+
 @pytest.fixture(scope="module")
 def rates() -> dict[int, float]:
     """Samples per hour by S."""
-    found = {}
-    for staleness in (0, 1, 2, 4):
-        window = Window(P, staleness, max(1, int(0.3 * (staleness + 1) * P)), 0, 60)
-        done = run(MACHINE, window, long_tailed(1, G), 60, ahead=staleness > 0)
-        assert all(0 <= learned - begun <= staleness for _, begun, learned in done.groups)
-        found[staleness] = 60 * P * G * 3600 / done.seconds
-    return found
+    return {staleness: rate(staleness, 0) for staleness in (0, 1, 2, 4)}
+
+
+def test_samples_per_hour_where_engines_and_trainer_take_turns(rates):
+    """Half a batch more than is needed, whose rest goes on in the next step, makes up for part of the tail."""
+    found = {
+        (s, over): rate(s, over, shared=True, share=1.0) / rates[0] for s, over in ((1, 0.5), (1, 0), (2, 1), (2, 0))
+    }
+    print({case: f"{r:.2f}x" for case, r in found.items()})
+    assert found[1, 0.5] > 1.2
+    assert found[2, 0] < rates[2] / rates[0]
 
 
 def test_samples_per_hour_of_a_long_tailed_task(rates):
@@ -217,7 +238,7 @@ def test_long_groups_are_learned_from_as_often_as_they_are_sampled():
     """The lengths learned from are those admitted, by Kolmogorov and Smirnov over some 2,000 groups; were slow groups
     passed over, as where what is late is dropped, they would not be."""
     steps = 64
-    window = Window(P, 2, max(1, int(0.3 * 3 * P)), 0, steps)
+    window = Window(P, 2, 3 * P, max(1, int(0.3 * 3 * P)), 0, steps)
     done = run(MACHINE, window, long_tailed(2, G), steps, ahead=True)
     assert sorted(number for number, _, _ in done.groups) == list(range(steps * P))
     used = [number for number, _, learned in done.groups if learned < steps // 2]  # while others are outstanding

@@ -179,7 +179,7 @@ class World:
         engines = Engines(self.rng.randrange(2**32), step, self.weights[step])
         store = Store(lambda refs: [engines.refs[ref] for ref in refs], engines.put)
         banking = Banking(Bank(self.folder / "bank"), store, self.notes.append) if bank else None
-        window = Window(P, self.staleness, 4, 5 * P, STEPS)
+        window = Window(P, self.staleness, (self.staleness + 1) * P, 4, 5 * P, STEPS)
         sampler = StreamSampler(Collector(settings(), engines, stream), stream, window, engines, banking)
         learned = None
         try:

@@ -90,7 +90,7 @@ def made(tmp_path):
 
     def make(staleness: int, seed: int = 0) -> tuple[StreamSampler[int], Engines, PromptStream]:
         engines, stream = Engines(seed), PromptStream(prompts, seed=0, shuffle=True)
-        window = Window(P, staleness, 3, 5 * P, STEPS)
+        window = Window(P, staleness, (staleness + 1) * P, 3, 5 * P, STEPS)
         samplers.append(StreamSampler(Collector(settings(), engines, stream), stream, window, engines))
         return samplers[-1], engines, stream
 
