@@ -19,12 +19,13 @@ COLUMNS = ("rollout_logprobs", "logprobs", "raw_logprobs", "entropies", "weights
 @dataclass(frozen=True)
 class SampledSpan:
     """`kind`: prompt, action or observation; `pieces`: text of each token; `columns`: of `COLUMNS` those the file has,
-    one value a token, None: not finite."""
+    one value a token, None: not finite; `versions`: of the policies that drew the tokens, if the file has them."""
 
     kind: str
     pieces: tuple[str, ...]
     token_ids: tuple[int, ...]
     columns: Mapping[str, tuple[float | None, ...]]
+    versions: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,11 @@ def _record(file: Path, number: int, line: str) -> Sample:
             for turn in record["turns"]
         )
         actions = sum(len(span.token_ids) for span in spans if span.kind == "action")
+        versions = sorted({version for span in spans for version in span.versions}) or [record["policy_version"]]
+        drawn = f"s {versions[0]} to {versions[-1]}" if versions[1:] else f" {versions[0]}"
         facts = (
             f"{'correct' if record['correct'] else 'wrong'}, {record['status']}, {actions} action tokens, "
-            f"policy version {record['policy_version']}, seed {record['seed']}"
+            f"policy version{drawn}, seed {record['seed']}"
         )
         return Sample(
             prompt=record["prompt_id"],
@@ -120,7 +123,9 @@ def _span(span: Mapping[str, Any]) -> SampledSpan:
     columns = {name: tuple(span[name]) for name in COLUMNS if name in span}
     if kind not in _KINDS:
         raise ValueError(f"kind {kind!r}")
-    wrong = [name for name, values in {"pieces": pieces, **columns}.items() if len(values) != len(ids)]
+    versions = tuple(v for version, count in span.get("policy_versions", ()) for v in [int(version)] * int(count))
+    lists = {"pieces": pieces, **columns} | ({"policy_versions": versions} if versions else {})
+    wrong = [name for name, values in lists.items() if len(values) != len(ids)]
     if wrong:
         raise ValueError(f"{wrong[0]}: not one value for each of {len(ids)} token_ids")
-    return SampledSpan(kind, pieces, ids, columns)
+    return SampledSpan(kind, pieces, ids, columns, versions)

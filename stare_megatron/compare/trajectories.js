@@ -60,9 +60,10 @@
       const ids = decode(span.ids);
       const engine = column("rollout_logprobs"), logprob = column("logprobs"), raw = column("raw_logprobs");
       const entropy = column("entropies"), weight = column("weights"), selection = column("selection");
+      const version = column("versions");
       return span.pieces.map((text, i) => ({
         text, kind: span.kind, id: ids[i], position: position++, engine: engine?.[i], logprob: logprob?.[i],
-        raw: raw?.[i], entropy: entropy?.[i], weight: weight?.[i], selection: selection?.[i],
+        raw: raw?.[i], entropy: entropy?.[i], weight: weight?.[i], selection: selection?.[i], version: version?.[i],
         advantage: logprob ? trajectory.advantage : undefined,
         surprisal: logprob ? -logprob[i] : engine ? -engine[i] : undefined,
         difference: raw && engine ? raw[i] - engine[i] : undefined,
@@ -207,6 +208,7 @@
     add("engine log-prob", token.engine);
     add("trainer log-prob", token.raw);
     add("difference", token.difference);
+    add("policy version", token.version);
     const shown = make("code", "", JSON.stringify(token.text));
     place.replaceChildren(shown, ...facts.filter(([, v]) => v !== undefined).map(([name, value]) => {
       const fact = make("span", "fact", name ? `${name} ` : "");

@@ -58,14 +58,17 @@ def _newest_first(samples: Mapping[str, Sequence[SampledStep]]) -> Iterator[tupl
 
 
 def _item(sample: Sample) -> dict[str, Any]:
+    several = len({version for span in sample.spans for version in span.versions}) > 1
     return vars(sample) | {
         "turns": [{"calls": [vars(call) for call in turn.calls], "void": turn.void} for turn in sample.turns],
-        "spans": [_span(span) for span in sample.spans],
+        "spans": [_span(span, versions=several) for span in sample.spans],
     }
 
 
-def _span(span: SampledSpan) -> dict[str, Any]:
+def _span(span: SampledSpan, *, versions: bool) -> dict[str, Any]:
     columns = {name: encode(_float32(values)) for name, values in span.columns.items()}
+    if versions and span.versions:  # one that is the same everywhere is among the facts of the sample
+        columns["versions"] = encode(np.array(span.versions, "<f8"))
     return {"kind": span.kind, "pieces": list(span.pieces), "ids": encode(np.array(span.token_ids, "<f8")), **columns}
 
 

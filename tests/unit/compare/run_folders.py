@@ -126,9 +126,10 @@ def write_sample_records(run: Path, step: int, pieces: list[str]) -> Path:
     def span(kind: str, texts: list[str], first: int, **columns: list) -> dict:
         return {"kind": kind, "token_ids": [first + i for i in range(len(texts))], "pieces": texts, **columns}
 
-    def action(texts: list[str], first: int, trained: bool) -> dict:
+    def action(texts: list[str], first: int, trained: bool, versions: list[list[int]] | None = None) -> dict:
         engine = [round(-rng.expovariate(0.8), 5) for _ in texts]
         columns: dict[str, list] = {"rollout_logprobs": [*engine[:-1], None]}
+        columns["policy_versions"] = versions or [[0, len(texts)]]
         if trained:
             columns |= {
                 "logprobs": [round(x - 0.01, 5) for x in engine],
@@ -153,7 +154,7 @@ def write_sample_records(run: Path, step: int, pieces: list[str]) -> Path:
             span("prompt", ["What is", " 6", " times", " 7?", "\n"], 1),
             action(pieces, 100, True),
             span("observation", ["<tool_response>", "\n", "42", "\n", "</tool_response>"], 100 + n),
-            action(["The", " answer", " is", " 4", "2", ".", "<|im_end|>"], 500, True),
+            action(["The", " answer", " is", " 4", "2", ".", "<|im_end|>"], 500, True, [[0, 2], [1, 5]]),
         ],
     }
     failed = {

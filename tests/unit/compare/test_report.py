@@ -141,6 +141,8 @@ def test_samples_as_data(tmp_path):
     action = data.samples[0].spans[1]
     assert (action.kind, action.pieces, action.token_ids) == ("action", ("x", "\u2028", "y"), (100, 101, 102))
     assert action.columns["rollout_logprobs"][2] is None
+    assert [span.versions for span in data.samples[0].spans] == [(), (0, 0, 0), (), (0, 0, 1, 1, 1, 1, 1)]
+    assert [sample.facts.split(", ")[-2] for sample in data.samples] == ["policy versions 0 to 1", "policy version 0"]
     assert data.samples[0].turns[0].calls[0].outcome == "ok"
     file = path / "samples" / "step_000002.jsonl"
     line = json.loads(file.read_text().split("\n")[0])
