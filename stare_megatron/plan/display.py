@@ -201,15 +201,18 @@ def show_search(found: Sequence[Proposal], console: Console) -> None:
     if not found:
         say("no layout of these GPUs fits; take more, or shorter sequences", "red")
         return
-    say(f"{'s a step':>8}  TP PP CP EP  DP  {'engines':<11}{'recompute':<11}{'tokens':>6}  why", "bold")
+    say(
+        f"{'s a step':>8}  TP PP VP CP EP  DP  {'engines':<17}{'recompute':<11}{'tokens':>6}  {'offload':<9}why", "bold"
+    )
     for proposal in found[:_SHOWN]:
         t, i = proposal.plan.config.trainer, proposal.plan.config.inference
-        sizes = (t.tensor_parallel, t.pipeline_parallel, t.context_parallel, t.expert_parallel)
+        sizes = (t.tensor_parallel, t.pipeline_parallel, t.virtual_pipeline, t.context_parallel, t.expert_parallel)
         layout = " ".join(f"{n:>2}" for n in sizes) + f" {t.data_parallel:>3}"
-        engines = f"{i.engines} x TP {i.tensor_parallel}"
+        engines = f"{i.engines} x TP {i.tensor_parallel}" + (", apart" if i.placement == "separate" else "")
+        offload = ("bundles" if t.offload_step_mb else "yes") if t.offload else "-"
         say(
-            f"{_seconds(proposal.plan.seconds):>8}  {layout}  {engines:<11}{t.recompute:<11}"
-            f"{t.micro_batch_tokens:>6}  {proposal.why}"
+            f"{_seconds(proposal.plan.seconds):>8}  {layout}  {engines:<17}{t.recompute:<11}"
+            f"{t.micro_batch_tokens:>6}  {offload:<9}{proposal.why}"
         )
     settings = " ".join(f"{key}={_argument(value)}" for key, value in found[0].changes.items())
     say(f"the first: {settings}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 from stare_megatron.config import Config
 from stare_megatron.models.shape import ModelShape
 from stare_megatron.plan import violations
-from stare_megatron.plan.cures import changed_config
+from stare_megatron.plan.cures import BUNDLE_MB, CHUNK_TOKENS, can_be_precise, changed_config
 from stare_megatron.plan.estimate import Given, Plan, make, memory_of, ranks_fit, roomiest_share
+from stare_megatron.plan.moves import moves
 from stare_megatron.plan.timing import Ranks
 
-_FINALISTS = 6  # layouts of the ranks that are tried with several layouts of the engines
+# Layouts of the ranks, for each offload, that are tried with several of the engines; with another placement, fewer.
+_FINALISTS, _FINALISTS_ELSEWHERE = 12, 4
 _SHARE = "inference.vllm.gpu_memory_utilization"
 _SIZES = (1, 2, 4, 8, 16, 32)
 
@@ -37,31 +40,89 @@ class Proposal:
 
 
 def search(config: Config, shape: ModelShape, given: Given) -> list[Proposal]:
-    """Those that fit, fastest first. GPUs, placement and batch stay; TP, PP, CP, EP of the ranks, their recomputation,
-    micro-batches and chunks, and the engines' TP vary."""
-    ranked = []
-    for changes in _layouts(config, shape, given):
-        changed = changed_config(config, changes)
-        if violations.of_layout(changed, shape, given.machine.gpu, given.nodes):
-            continue
-        if not ranks_fit(changed, shape, given):
-            continue
-        ranks = Ranks(changed, shape, given.machine, given.lengths)
-        ranked.append((ranks.score().seconds + ranks.update().seconds, len(ranked), changes))
+    """Those that fit, fastest first. The number of GPUs and the batch stay; of the ranks TP, PP and its virtual stages,
+    CP, EP, recomputation, micro-batches, chunks of logits and offload vary, and an Adam in fewer bytes where a layout
+    fits with it alone; of the engines TP; and the placement, where sampling allows both. What is wrong with the
+    configuration as it stands, such as a window too long, leaves nothing to propose."""
     found: dict[str, Proposal] = {}
-    for _, _, changes in _distinct(sorted(ranked)):
-        for engines in _engines(config, shape):
-            whole = changes | engines
-            # With `offload` the run itself chooses nearly all that ranks leave.
-            if config.inference.placement == "colocated" and not config.trainer.offload:
-                used = memory_of(changed_config(config, whole), shape, given)[1]
-                whole[_SHARE] = roomiest_share(used, given.machine.gpu)
-            if not whole.get(_SHARE, 1.0):
-                continue
-            plan = make(changed_config(config, whole), shape, given, cures=False)
-            if not plan.violations and plan.tightest().free >= 0:
-                found[repr(sorted(whole.items()))] = Proposal(_differing(config, whole), plan)
+    for placed in _placements(config):
+        for away in _offloads(placed, config):
+            count = _FINALISTS_ELSEWHERE if placed else _FINALISTS
+            for changes in _finalists(changed_config(config, placed | away), shape, given)[:count]:
+                for engines in _engines(changed_config(config, placed), shape):
+                    whole = placed | away | changes | engines
+                    plan = _planned(config, whole, shape, given)
+                    if plan is not None:
+                        found[repr(sorted(whole.items()))] = Proposal(_differing(config, whole), plan)
     return sorted(found.values(), key=lambda proposal: proposal.plan.seconds)
+
+
+def _planned(config: Config, whole: dict[str, Any], shape: ModelShape, given: Given) -> Plan | None:
+    """Its plan, None where it does not fit. `whole`: gets the engines' share."""
+    changed = changed_config(config, whole)
+    # With `offload` the run itself chooses nearly all that ranks leave.
+    if changed.inference.placement == "colocated" and not changed.trainer.offload:
+        whole[_SHARE] = roomiest_share(memory_of(changed, shape, given)[1], given.machine.gpu)
+        if not whole[_SHARE]:
+            return None
+        changed = changed_config(config, whole)
+    plan = make(changed, shape, given, cures=False)
+    return plan if not plan.violations and plan.tightest().free >= 0 else None
+
+
+def _placements(config: Config) -> Iterator[dict[str, Any]]:
+    """The same GPUs, shared or a part of them for the engines alone."""
+    i, gpus = config.inference, violations.gpus_needed(config)
+    yield {}
+    if i.placement == "separate" and not config.sampling.ahead:
+        yield {
+            "inference.placement": "colocated", "inference.engines": gpus, "inference.tensor_parallel": 1,
+            "trainer.world_size": gpus,
+        }  # fmt: skip
+    for engines in sorted({gpus // 4, gpus // 2, 3 * gpus // 4} - {0}):
+        if i.placement == "separate" and engines == i.engines * i.tensor_parallel:
+            continue
+        yield {
+            "inference.placement": "separate", "inference.engines": engines, "inference.tensor_parallel": 1,
+            "trainer.world_size": gpus - engines,
+        }  # fmt: skip
+
+
+def _offloads(placed: dict[str, Any], config: Config) -> Iterator[dict[str, Any]]:
+    """Nothing, and all that may leave."""
+    colocated = placed.get("inference.placement", config.inference.placement) == "colocated"
+    yield {"trainer.offload": [], "trainer.offload_step_mb": 0}
+    classes = ["gradients", "optimizer", *(["parameters"] if colocated else [])]
+    yield {"trainer.offload": classes, "trainer.offload_step_mb": 0}
+
+
+def _finalists(config: Config, shape: ModelShape, given: Given) -> list[dict[str, Any]]:
+    """The fastest layouts of the ranks that fit in scoring and update, one of each split of the model."""
+    ranked: list[tuple[float, int, dict[str, Any]]] = []
+    for layout in _layouts(config, shape, given):
+        if violations.of_layout(changed_config(config, layout), shape, given.machine.gpu, given.nodes):
+            continue
+        fitting = (m for m in _measures(config, given) if ranks_fit(changed_config(config, layout | m), shape, given))
+        measure = next(fitting, None)
+        if measure is not None:
+            changed = changed_config(config, layout | measure)
+            ranks = Ranks(changed, shape, given.machine, given.lengths)
+            seconds = ranks.score().seconds + ranks.update().seconds + moves(changed, shape, given.machine).seconds
+            ranked.append((seconds, len(ranked), layout | measure))
+    return [changes for _, _, changes in _distinct(sorted(ranked))]
+
+
+def _measures(config: Config, given: Given) -> Iterator[dict[str, Any]]:
+    """What saves memory, by what it costs in time: bundles nothing, an Adam in fewer bytes Transformer Engine, chunks
+    of logits the head once more, recomputation a part of every layer."""
+    states: list[dict[str, Any]] = [{}]
+    if "optimizer" in config.trainer.offload:
+        states.append({"trainer.offload_step_mb": BUNDLE_MB})
+    if can_be_precise(config, given.machine.layers):
+        states += [state | {"trainer.optimizer.precision_aware": True} for state in states]
+    for recompute, chunk in itertools.product(("none", "selective", "full"), (0, CHUNK_TOKENS)):
+        for state in states:
+            yield {"trainer.recompute": recompute, "trainer.logits_chunk_tokens": chunk} | state
 
 
 def _differing(config: Config, changes: dict[str, Any]) -> dict[str, Any]:
@@ -69,17 +130,21 @@ def _differing(config: Config, changes: dict[str, Any]) -> dict[str, Any]:
     have = {f"trainer.{key}": value for key, value in config.trainer} | {
         f"inference.{key}": value for key, value in config.inference
     }
+    have |= {f"trainer.optimizer.{key}": value for key, value in config.trainer.optimizer}
     have |= {f"inference.vllm.{key}": value for key, value in config.inference.vllm.items()}
     return {key: value for key, value in changes.items() if have.get(key) != value}
 
 
+def _split(changes: dict[str, Any]) -> tuple[int, ...]:
+    return tuple(changes[f"trainer.{size}_parallel"] for size in ("tensor", "pipeline", "context", "expert"))
+
+
 def _distinct(ranked: list[tuple[float, int, dict[str, Any]]]) -> list[tuple[float, int, dict[str, Any]]]:
-    """The fastest of each split of the model, the first few."""
-    best: dict[tuple[Any, ...], tuple[float, int, dict[str, Any]]] = {}
+    """The fastest of each split of the model."""
+    best: dict[tuple[int, ...], tuple[float, int, dict[str, Any]]] = {}
     for entry in ranked:
-        split = tuple(entry[2][f"trainer.{size}_parallel"] for size in ("tensor", "pipeline", "context", "expert"))
-        best.setdefault(split, entry)
-    return list(best.values())[:_FINALISTS]
+        best.setdefault(_split(entry[2]), entry)
+    return list(best.values())
 
 
 def _layouts(config: Config, shape: ModelShape, given: Given) -> Iterator[dict[str, Any]]:
@@ -89,6 +154,7 @@ def _layouts(config: Config, shape: ModelShape, given: Given) -> Iterator[dict[s
     budgets = sorted({max(config.window, n) for n in (8192, 16384, 32768)})
     for tensor in (n for n in _SIZES if n <= given.machine.gpu.per_node and shape.heads % n == 0):
         for pipeline in (n for n in _SIZES if shape.layers % n == 0):
+            chunks = [n for n in (1, 2, 4) if n == 1 or (pipeline > 1 and shape.layers // pipeline % n == 0)]
             for context in (1, 2, 4, 8):
                 ranks = tensor * pipeline * context
                 if world % ranks or world // ranks > sequences:
@@ -96,22 +162,19 @@ def _layouts(config: Config, shape: ModelShape, given: Given) -> Iterator[dict[s
                 for expert in experts:
                     if (world // pipeline) % expert:
                         continue
-                    for recompute in ("none", "selective", "full"):
-                        for tokens in budgets:
-                            yield _changes(config, tensor, pipeline, context, expert, recompute, tokens)
+                    for virtual, tokens in itertools.product(chunks, budgets):
+                        yield _changes(config, (tensor, pipeline, context, expert), virtual, tokens)
 
 
-def _changes(
-    config: Config, tensor: int, pipeline: int, context: int, expert: int, recompute: str, tokens: int
-) -> dict[str, Any]:
+def _changes(config: Config, sizes: tuple[int, int, int, int], virtual: int, tokens: int) -> dict[str, Any]:
+    tensor, pipeline, context, expert = sizes
     changes: dict[str, Any] = {
         "trainer.tensor_parallel": tensor,
         "trainer.pipeline_parallel": pipeline,
-        "trainer.virtual_pipeline": 1,
+        "trainer.virtual_pipeline": virtual,
         "trainer.context_parallel": context,
         "trainer.expert_parallel": expert,
         "trainer.sequence_parallel": tensor > 1,
-        "trainer.recompute": recompute,
         "trainer.recompute_modules": [],
         "trainer.micro_batch_tokens": tokens,
     }
