@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import socket
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -18,12 +20,17 @@ from stare_megatron.config import CheckpointConfig
 from stare_megatron.errors import UserError
 from stare_megatron.host import manifest
 from stare_megatron.host.files import PARTIAL, STALE, sync_folder, take_place, write_atomic
+from stare_megatron.host.node_disk import file_rank
 
 TRAINER = "trainer"
 LATEST = "latest"
 LEFT = "left_"
 LOCAL = "local"  # under which those on the nodes' own disks are, see `local`, each with a file `PLACE`
 PLACE = "place.json"
+
+_SEEN_WITHIN_S = 10.0
+_LOOK_S = 0.2
+_NAMED = 3
 
 
 def folder_name(step: int) -> str:
@@ -59,9 +66,10 @@ def finish(root: Path, step: int, known: Mapping[str, manifest.FileEntry]) -> Pa
     `known`: entries of files that were hashed by who wrote them, by path relative to the folder.
 
     Raises:
-        OSError: a file cannot be read, or not written.
+        OSError: a file is not there, cannot be read, or not written.
     """
     final, partial = root / folder_name(step), partial_of(root, step)
+    _await_files(partial, known)
     manifest.write(partial, known)
     stale = take_place(partial, final)
     sync_folder(root)
@@ -69,6 +77,26 @@ def finish(root: Path, step: int, known: Mapping[str, manifest.FileEntry]) -> Pa
     sync_folder(root)
     shutil.rmtree(stale, ignore_errors=True)
     return final
+
+
+def _await_files(folder: Path, known: Mapping[str, manifest.FileEntry]) -> None:
+    """Returns when all that ranks say they have written is seen from here, which may take a network file system a
+    moment.
+
+    Raises:
+        OSError: a file is not: the folder of some node is not this one.
+    """
+    deadline = time.monotonic() + _SEEN_WITHIN_S
+    while names := manifest.unseen(folder, known):
+        if time.monotonic() > deadline:
+            ranks = ", ".join(str(rank) for rank in sorted({file_rank(name) for name in names}))
+            rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            raise OSError(
+                f"{socket.gethostname()} does not see {', '.join(names[:_NAMED])}{rest} in the size that trainer rank "
+                f"{ranks} wrote; see whether the file system of {folder.parent} is mounted on that rank's host (the "
+                "first line of logs/trainer_N.log) and on this one; nothing older is removed"
+            )
+        time.sleep(_LOOK_S)
 
 
 def sweep(root: Path) -> None:

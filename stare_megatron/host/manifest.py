@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import os
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -93,6 +95,26 @@ def write(folder: Path, known: Mapping[str, FileEntry] | None = None, threads: i
     tree = {"algorithm": ALGORITHM, "files": {name: asdict(entries[name]) for name in sorted(entries)}}
     write_atomic(folder / NAME, json.dumps(tree, indent=1))
     return entries
+
+
+def unseen(folder: Path, entries: Mapping[str, FileEntry]) -> list[str]:
+    """Those of `entries` that `folder` does not have in their size. Links are not followed: they may lead to what
+    another node has.
+
+    Raises:
+        OSError: the folder, or one of its own, cannot be listed.
+    """
+    for parent in {(folder / name).parent for name in entries}:
+        os.listdir(parent)  # network file systems look again at a folder that is opened
+    return [name for name, entry in entries.items() if not _has(folder / name, entry.bytes)]
+
+
+def _has(file: Path, size: int) -> bool:
+    try:
+        found = file.lstat()
+    except FileNotFoundError:
+        return False
+    return stat.S_ISLNK(found.st_mode) or found.st_size == size
 
 
 def read(folder: Path) -> dict[str, FileEntry] | None:

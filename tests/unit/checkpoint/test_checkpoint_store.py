@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import socket
+import threading
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -101,6 +103,46 @@ def test_a_saved_checkpoint_is_whole_and_found(tmp_path):
         "trainer/common.pt",
         "trainer/__0_0.distcp",
     }
+
+
+class Elsewhere(Ranks):
+    """Rank 0, and a rank 1 whose node sees another folder under the path: the file system is not mounted there."""
+
+    def __init__(self, arrives_after: float = math.inf) -> None:
+        super().__init__()
+        self._after = arrives_after
+
+    def finish_save(self) -> dict[str, manifest.FileEntry]:
+        file = self.folder / "__1_0.distcp"
+        if self._after < math.inf:
+            threading.Timer(self._after, lambda: file.write_bytes(bytes(200))).start()
+        file.write_bytes(b"a part")
+        return super().finish_save() | {"__1_0.distcp": manifest.FileEntry(200, ""), "__1_1.distcp": self._gone()}
+
+    def _gone(self) -> manifest.FileEntry:
+        if self._after < math.inf:
+            (self.folder / "__1_1.distcp").symlink_to("/on/another/node")
+        return manifest.FileEntry(300, "")
+
+
+def test_a_checkpoint_without_the_files_of_a_rank_is_not_sealed_and_nothing_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "_SEEN_WITHIN_S", 0.0)
+    saved(tmp_path, 1, 2)
+    writes = saver(tmp_path, KEEP.model_copy(update={"keep_last": 1}), Elsewhere())
+    with pytest.raises(RunError) as e:
+        writes.save(state(3))
+    assert f"{socket.gethostname()} does not see trainer/__1_0.distcp, trainer/__1_1.distcp" in str(e.value)
+    assert "trainer rank 1 wrote" in str(e.value)
+    assert f"{tmp_path}: cannot save step 3: " in str(e.value)
+    assert "\n" not in str(e.value)
+    assert names(tmp_path) == ["latest", "step_000001", "step_000002"]
+    assert (tmp_path / "latest").read_text() == "step_000002\n"
+
+
+def test_a_file_that_is_seen_a_moment_later_is_waited_for_and_links_lead_elsewhere(tmp_path):
+    writes = saver(tmp_path, ranks=Elsewhere(arrives_after=0.5))
+    writes.save(state(3))
+    assert (manifest.read(tmp_path / "step_000003") or {})["trainer/__1_0.distcp"].bytes == 200
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):
