@@ -323,7 +323,8 @@ def get(ref: ray.ObjectRef, name: str, lost: type[LostError] = LostError) -> Any
         return ray.get(ref)
     except ray.exceptions.RayTaskError as e:
         if isinstance(e.cause, UserError | RunError):
-            raise type(e.cause)(f"{name}: {e.cause}") from e
+            said = str(e.cause).removeprefix(f"{name.partition(' on ')[0]}: ")  # who knows its own name says it
+            raise type(e.cause)(f"{name}: {said}") from e
         raise
     except ray.exceptions.ActorUnavailableError as e:
         raise lost(

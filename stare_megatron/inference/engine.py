@@ -21,6 +21,7 @@ from stare_megatron.config.upstream import check_engine_args
 from stare_megatron.errors import EngineLostError, RunError
 from stare_megatron.host import device
 from stare_megatron.inference.load import LoadMeter
+from stare_megatron.inference.output import Output
 from stare_megatron.inference.processes import ChildProcesses
 from stare_megatron.types import Completion, Sampling, Status
 from stare_megatron.types.report import EngineLoad
@@ -93,6 +94,7 @@ class Engine:
         self._llm: FrontEnd | None = None
         self._meter = LoadMeter()
         self._children = ChildProcesses()
+        self._output = Output()
         self._ids = itertools.count()
         self._seeds: dict[str, int] = {}  # of samples under way, by request
         self._asleep = False
@@ -101,7 +103,8 @@ class Engine:
         """Load the checkpoint and get ready to sample.
 
         Raises:
-            RunError: vLLM refuses the model or the settings, or its process dies. Nothing is left running.
+            RunError: vLLM refuses the model or the settings, or its process dies; the message has the exception of the
+                process that failed, and the file of its output. Nothing is left running.
         """
         from stare_megatron.inference.front_end import FrontEnd
 
@@ -113,7 +116,7 @@ class Engine:
             await self._llm.update_weight_version(str(UNPUSHED))
         except RuntimeError as e:
             await self.close()
-            raise RunError(f"{self.name}: vLLM did not start: {e}") from e
+            raise RunError(f"{self.name}: vLLM did not start: {self._output.explained(str(e))}") from e
         except BaseException:
             await self.close()
             raise
@@ -349,4 +352,4 @@ class Engine:
         except EngineDeadError as e:
             if self._llm is None:
                 raise RunError(f"{self.name}: it was closed") from e
-            raise EngineLostError(f"{self.name}: its vLLM process died; the cause is in its output above") from e
+            raise EngineLostError(f"{self.name}: its vLLM process {self._output.died()}") from e

@@ -155,3 +155,16 @@ def test_ray_itself_says_nothing(tmp_path):
         env=os.environ | {"PYTHONPATH": os.getcwd()},
     )
     assert (done.stdout, done.stderr) == ("ours: actor 0: its process\n", "")
+
+
+@pytest.mark.parametrize("said", ["engine 0: no room", "no room"])
+def test_who_knows_its_own_name_is_named_once(monkeypatch, said):
+    def get(ref: Any) -> Any:
+        raise ray.exceptions.RayTaskError("start", "a traceback", RunError(said))
+
+    monkeypatch.setattr(ray, "get", get)
+    reference: Any = object()
+    for name in ("engine 0", "engine 0 on node-b (10.0.0.2)"):
+        with pytest.raises(RunError) as e:
+            runtime.get(reference, name)
+        assert str(e.value) == f"{name}: no room"

@@ -10,6 +10,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from stare_megatron.errors import EngineLostError, RunError
 from stare_megatron.inference.engine import Engine
+from stare_megatron.inference.output import Output
 
 
 def heard(*, closed: bool) -> RunError:
@@ -17,7 +18,7 @@ def heard(*, closed: bool) -> RunError:
         raise EngineDeadError
 
     made: Any = Engine.__new__(Engine)
-    made.name, made._llm = "engine 0", None if closed else object()
+    made.name, made._llm, made._output = "engine 0", None if closed else object(), Output()
     with pytest.raises(RunError) as e:
         asyncio.run(made._call(dead()))
     return e.value
