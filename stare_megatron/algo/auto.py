@@ -5,34 +5,43 @@ weight 1, D+ and D- the parts of it that L+ and L- make, for a unit step on the 
 and known before the update). g, the gain, is what the real step makes of that: learning rate, optimizer, clipping,
 tokens that share parameters. It is learned from what was measured after each step.
 
-    wanted    d = ((H_tgt - H) / T + I) / (g + standard error of g)      T: time constant, steps
-    strength  the u >= 0 with  D + u D+ + u / (1 + u) |D-| = d;          W = 1 + u,  M = 1 / (1 + u)
-    integral  I <- clip(I + (H_tgt - H) / (8 T^2), +-H_tgt / T)          while u is not at a bound
+A batch's mean entropy H is a noisy reading: it depends on which prompts and responses were drawn. The controller acts
+on an estimate h of it, by a steady Kalman filter whose model is the expected change, with a drift b that no token
+foretells:
 
-Not in the paper. An uncertain gain counts as a large one, so that the first weights are small; u grows at most by half
-a step. docs/algorithms/stare.md says what the gain absorbs and what it does not.
+    predicted  p = h + g x + b;   h <- p + 0.5 (H - p);   b <- clip(b + 0.03 (H - p), +-H_tgt / 5)
+    wanted     d = ((H_tgt - h) / T - b) / (g + standard error of g)      T: time constant, steps
+    strength   the u >= 0 with  D + u D+ + u / (1 + u) |D-| = d;          W = 1 + u,  M = 1 / (1 + u)
+
+x is of the last step, as it was taken: b does not wind up while u is at a bound. Not in the paper. An uncertain gain
+counts as a large one, so that the first weights are small; u grows at most by half of what it lately was.
+docs/algorithms/stare.md says what the gain absorbs and what it does not.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from stare_megatron.types import EntropyForces
 
 FORGET = 0.99  # of what was learned of the gain, a step: it remembers some hundred
-_INTEGRAL = 8.0  # time constants by which the integral is slower than the proportional part
+_TRUST, _LEARN = 0.5, 0.03  # of the difference between a reading and its prediction: what h and b take over
+_DRIFT = 5.0  # steps in which a drift may at most amount to the target
 _GROWTH, _FIRST = 1.5, 0.25  # most that u grows by in a step, and what it may be from nothing
+_FADE = 0.95  # a step, of the largest u that its growth is measured by
 _LEAST_STEPS = 2
 
 
 @dataclass(frozen=True)
 class Gain:
     """What was expected and measured so far, and the last step's own: sums with forgetting of x^2, x y, y^2 and 1, x
-    expected at gain 1, y measured, nats. `expected`: of the step that was taken from mean entropy `entropy`; `steps`
-    taken; `integral`: I, nats a step; `strength`: u.
+    expected at gain 1, y measured less h, nats. `entropy`: h, of the policy that the last step was taken from;
+    `expected`: x of that step; `steps` taken; `drift`: b, nats a step; `strength`: u; `reached`: the largest u, fading.
 
-    `dataclasses.asdict` writes it, `Gain(**d)` reads it.
+    `dataclasses.asdict` writes it, `Gain.read` reads it.
     """
 
     xx: float = 0.0
@@ -42,25 +51,46 @@ class Gain:
     entropy: float = 0.0
     expected: float = 0.0
     steps: int = 0
-    integral: float = 0.0
+    drift: float = 0.0
     strength: float = 0.0
+    reached: float = 0.0
+
+    @classmethod
+    def read(cls, tree: Mapping[str, Any]) -> Gain:
+        """What `asdict` wrote, or an earlier version of it, with an integral term where there is a drift now.
+
+        Raises:
+            TypeError, ValueError: it is something else.
+        """
+        if "integral" not in tree:
+            return cls(**tree)
+        rest = {key: value for key, value in tree.items() if key != "integral"}
+        return cls(**rest, drift=-tree["integral"], reached=tree["strength"])
 
     def __post_init__(self) -> None:
         if not all(map(math.isfinite, vars(self).values())) or self.steps < 0:
             raise ValueError(f"what is known of the gain must be finite, and of no negative number of steps: {self}")
 
-    def learned(self, entropy: float) -> Gain:
-        """With what the last step turned out to do."""
+    def learned(self, reading: float, most: float) -> Gain:
+        """With what the last step turned out to do: the entropy's `reading` after it, nats; |drift| is at most `most`.
+
+        The change is measured from h, not from the last reading: that one's noise is in x too, by u, and would look
+        like gain.
+        """
         if not self.steps:
-            return self
-        x, y = self.expected, entropy - self.entropy
-        return replace(
+            return replace(self, entropy=reading)
+        x, y = self.expected, reading - self.entropy
+        after = replace(
             self,
             xx=FORGET * self.xx + x * x,
             xy=FORGET * self.xy + x * y,
             yy=FORGET * self.yy + y * y,
             count=FORGET * self.count + 1.0,
         )
+        predicted = self.entropy + after.estimate()[0] * x + self.drift
+        missed = reading - predicted
+        drift = min(max(self.drift + _LEARN * missed, -most), most)
+        return replace(after, entropy=predicted + _TRUST * missed, drift=drift)
 
     def estimate(self) -> tuple[float, float]:
         """The gain, at least 0, and its standard error; both 0 before there is anything to tell them by."""
@@ -90,19 +120,15 @@ def strength(wanted: float, forces: EntropyForces, damped: bool) -> float:
 
 
 def observe(
-    gain: Gain, entropy: float, target: float, forces: EntropyForces, *, time_constant: float, most: float, damped: bool
+    gain: Gain, reading: float, target: float, forces: EntropyForces, *, time_constant: float, most: float, damped: bool
 ) -> Gain:
-    """One step's strength u, 0 to `most`, in the new state. Entropies and forces in nats per action token."""
-    gain = gain.learned(entropy)
-    gap = target - entropy
+    """One step's strength u, 0 to `most`, in the new state. The entropy's reading and the forces in nats a token."""
+    gain = gain.learned(reading, target / _DRIFT)
     known, error = gain.estimate()
-    integral, u = gain.integral, 0.0
+    u = 0.0
     if known + error > 0.0:  # not before something was learned
-        asked = strength((gap / time_constant + integral) / (known + error), forces, damped)
-        u = min(asked, most, max(_GROWTH * gain.strength, _FIRST))
-        if u == asked > 0.0 or (asked > u and gap < 0.0) or (asked == 0.0 and gap > 0.0):
-            integral += gap / (_INTEGRAL * time_constant**2)
-        bound = target / time_constant
-        integral = min(max(integral, -bound), bound)
+        wanted = ((target - gain.entropy) / time_constant - gain.drift) / (known + error)
+        u = min(strength(wanted, forces, damped), most, max(_GROWTH * gain.reached, _FIRST))
     expected = forces.all_tokens + u * forces.chosen_pos - (u / (1.0 + u) * forces.chosen_neg if damped else 0.0)
-    return replace(gain, entropy=entropy, expected=expected, steps=gain.steps + 1, integral=integral, strength=u)
+    reached = max(u, _FADE * gain.reached)
+    return replace(gain, expected=expected, steps=gain.steps + 1, strength=u, reached=reached)

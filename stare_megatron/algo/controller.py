@@ -38,12 +38,12 @@ class ControllerState:
 
     @classmethod
     def read(cls, tree: Mapping[str, Any]) -> ControllerState:
-        """What `asdict` wrote, or an earlier version of it without a gain.
+        """What `asdict` wrote, or an earlier version of it without a gain, or with another.
 
         Raises:
             TypeError, ValueError: it is something else.
         """
-        return cls(**{**tree, "gain": Gain(**tree.get("gain", {}))})
+        return cls(**{**tree, "gain": Gain.read(tree.get("gain", {}))})
 
     def __post_init__(self) -> None:
         numbers = (self.weight_pos, self.weight_neg, self.entropy_coefficient, self.integral)

@@ -112,7 +112,7 @@ class StareConfig(Section):
         "need to hold the entropy at its target.",
     )
     time_constant: float = Field(
-        default=5.0, ge=1, description="`auto`: steps in which a gap between entropy and target is to close."
+        default=3.0, ge=1, description="`auto`: steps in which a gap between entropy and target is to close."
     )
     weight_bound: float = Field(default=50.0, gt=1, description="`auto`: upper bound of W; M is at least 1 / W.")
     weight_pos: float = Field(default=1.1, gt=0, description="W: weight of L+ (initial value when adaptive).")
