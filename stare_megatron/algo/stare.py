@@ -12,17 +12,18 @@ A selector says which tokens are most critical; for both subsets it is the same 
                   them), in T- they lower it most (M damps them)
 
 High surprisal stands for low S in all of them: S < 0 exactly where s exceeds the token's critical surprisal
-(`algo.dynamics`).
+(`algo.dynamics`). Weights that set themselves need no selector and no P: L+ and L- are all tokens with S < 0
+(`raising`), and the weight follows from what these do.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from stare_megatron.algo.comm import Comm
-from stare_megatron.algo.selection import NEGATIVE, POSITIVE, Selection, select_top, subset_codes
+from stare_megatron.algo.selection import NEGATIVE, NEITHER, POSITIVE, Selection, select_top, subset_codes
 from stare_megatron.config import Selector, StareConfig
 from stare_megatron.types import Control
 
@@ -85,17 +86,25 @@ def criticality(tokens: Candidates, selector: Selector) -> torch.Tensor:
     return -scored.sensitivity_T
 
 
+def raising(tokens: ScoredCandidates) -> torch.Tensor:
+    """bool [T]: the action tokens with S < 0 and an advantage. In T+ a weight above 1 on them raises the entropy, in T-
+    one below 1 spares it; on all others of T+ and T- it does the opposite. Each token answers for itself, so no layout
+    changes the choice."""
+    return tokens.action_T & (tokens.advantage_T != 0) & (tokens.sensitivity_T < UNLIKELY)
+
+
 def _choose(tokens: Candidates, config: StareConfig, comm: Comm) -> tuple[torch.Tensor, Selection]:
-    """Subset codes and the chosen tokens, L+ and L-. Of a weight that sets itself, only those with S < 0 among the most
-    critical: in T+ those whose weight raises the entropy, in T- those whose damping spares it. A collective."""
+    """Subset codes and the chosen tokens, L+ and L-. A collective."""
     subset_T = subset_codes(tokens.advantage_T, tokens.action_T)
-    key_T = criticality(tokens, config.selector)
-    chosen = select_top(key_T, subset_T, tokens.global_id_T, config.fraction, comm)
     if config.weight == "fixed":
-        return subset_T, chosen
-    taken_T = chosen.selected_T & (require_scores(tokens, 'weight = "auto"').sensitivity_T < UNLIKELY)
-    taken_S = comm.sum(torch.stack([(taken_T & (subset_T == code)).sum() for code in (POSITIVE, NEGATIVE)]))
-    return subset_T, replace(chosen, selected_T=taken_T, selected_S=taken_S)
+        key_T = criticality(tokens, config.selector)
+        return subset_T, select_top(key_T, subset_T, tokens.global_id_T, config.fraction, comm)
+    scored = require_scores(tokens, 'weight = "auto"')
+    taken_T, nan_T = raising(scored), scored.sensitivity_T.isnan()
+    subsets = [subset_T == code for code in (POSITIVE, NEGATIVE)]
+    masks = [x_T & ~nan_T for x_T in subsets] + [x_T & taken_T for x_T in subsets] + [nan_T & (subset_T != NEITHER)]
+    count = comm.sum(torch.stack([mask_T.sum() for mask_T in masks]))
+    return subset_T, Selection(taken_T, count_S=count[:2], selected_S=count[2:4], nan=count[4])
 
 
 def weigh(tokens: Candidates, control: Control, config: StareConfig, comm: Comm) -> Weights:

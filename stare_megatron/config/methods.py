@@ -22,7 +22,10 @@ SELECTORS: dict[Selector, frozenset[TokenValue]] = {  # what each reads of a tok
     "relative": frozenset({"entropy"}),
     "sensitivity": frozenset({"sensitivity"}),
 }
-_FIXED = ("weight_pos", "weight_neg", "scope", "controller", "adaptive", "alpha", "weight_pos_max", "weight_neg_min")
+_FIXED = (
+    *("fraction", "selector", "scope"),
+    *("weight_pos", "weight_neg", "controller", "adaptive", "alpha", "weight_pos_max", "weight_neg_min"),
+)
 _AUTO = ("time_constant", "weight_bound")
 CONTROLLER_OF = {"band": "proportional", "kp": "proportional_integral", "ki": "proportional_integral"}
 
@@ -100,7 +103,9 @@ class WReinforceConfig(Section):
 
 class StareConfig(Section):
     variant: Literal["O1", "C2"] = Field(default="O1", description="O1: W on L+. C2: W on L+ and M on L-.")
-    fraction: float = Field(default=0.1, gt=0, le=1, description="P: share of each subset taken as entropy-critical.")
+    fraction: float = Field(
+        default=0.1, gt=0, le=1, description="P: share of each subset taken as entropy-critical. Not for `auto`."
+    )
     selector: Selector = Field(
         default="surprisal",
         description="Which tokens are critical: highest `surprisal` (the paper), highest surprisal less entropy "
@@ -108,8 +113,8 @@ class StareConfig(Section):
     )
     weight: Literal["fixed", "auto"] = Field(
         default="fixed",
-        description="`fixed`: the weights below (the paper). `auto`: each step the weights that the batch's own tokens "
-        "need to hold the entropy at its target.",
+        description="`fixed`: the weights below, on a share P of the tokens (the paper). `auto`: each step the weights "
+        "that the batch's own tokens need to hold the entropy at its target, on all tokens that can raise it.",
     )
     time_constant: float = Field(
         default=3.0, ge=1, description="`auto`: steps in which a gap between entropy and target is to close."
@@ -170,7 +175,8 @@ class StareConfig(Section):
         other, keys = ("auto", _AUTO) if self.weight == "fixed" else ("fixed", (*_FIXED, *CONTROLLER_OF))
         for key in keys:
             if key in self.model_fields_set and getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f'stare.{key} is for stare.weight = "{other}"')
+                default = type(self).model_fields[key].default
+                raise ValueError(f'stare.{key} is for stare.weight = "{other}"; leave it at its default, {default!r}')
         return self
 
     @model_validator(mode="after")

@@ -19,7 +19,7 @@ from stare_megatron.algo.kl import with_kl
 from stare_megatron.algo.losses.types import LossInputs, Reported, Sequences, TokenLoss
 from stare_megatron.algo.registry import Algorithm
 from stare_megatron.algo.selection import NEGATIVE, POSITIVE
-from stare_megatron.algo.stare import Candidates, ScoredCandidates, Weights
+from stare_megatron.algo.stare import Candidates, ScoredCandidates, Weights, raising
 from stare_megatron.algo.surrogate import kl_estimate
 from stare_megatron.config import AlgorithmConfig
 from stare_megatron.trainer.ages import Ages, weigh_by_age
@@ -52,15 +52,15 @@ def weigh(
     """Token weights of all optimizer steps, selected ONCE over the whole update batch of all data- and
     context-parallel ranks, from what was known before the update. A collective of the last pipeline stage.
 
-    `tokens`: of all steps, end to end. STARE selects within the tokens of each of the `ages`. (The reference re-selects
-    for every mini-batch under the weights of that moment.)
+    `tokens`: of all steps, end to end. STARE's quantile is taken within the tokens of each of the `ages`. (The
+    reference re-selects for every mini-batch under the weights of that moment.)
     """
     sizes = [d.batch.token_ids_T.shape[0] for d in data]
 
     def chosen(part: Candidates) -> Weights:
         return algorithm.weigh(part, control, config, runner.comm)
 
-    by_age = ages.oldest > 0 and config.method == "stare"
+    by_age = ages.oldest > 0 and config.method == "stare" and config.stare.weight == "fixed"
     whole = weigh_by_age(tokens, ages, chosen) if by_age else chosen(tokens)
     return [
         Weights(weight_T, subset_T, selection)
@@ -86,9 +86,13 @@ def entropy_reading(
 def exact_sets(
     runner: Runner, data: Sequence[RankBatch], scored: Sequence[Scored], config: AlgorithmConfig
 ) -> list[torch.Tensor]:
-    """What selection by exact sensitivity would choose of the whole update batch, bool [T] of each optimizer step. A
-    collective of the last pipeline stage."""
-    whole_T = dynamics.exact_set(candidates(data, scored), config.stare.fraction, runner.comm)
+    """What selection by exact sensitivity would choose of the whole update batch, bool [T] of each optimizer step; it
+    is the choice itself where the weight sets itself. A collective of the last pipeline stage."""
+    tokens = candidates(data, scored)
+    if config.method == "stare" and config.stare.weight == "auto":
+        whole_T = raising(tokens)
+    else:
+        whole_T = dynamics.exact_set(tokens, config.stare.fraction, runner.comm)
     return list(whole_T.split([d.batch.token_ids_T.shape[0] for d in data]))
 
 

@@ -26,7 +26,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "high_entropy_tokens": {},
     "w_reinforce": {},
     "grpo": {"correction": ROLLOUT_MISMATCH},
-    "stare": {"stare": {"weight": "auto", "variant": "C2", "fraction": 0.3}},
+    "stare": {"stare": {"weight": "auto", "variant": "C2"}},
 }
 
 

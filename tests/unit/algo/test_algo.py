@@ -171,6 +171,22 @@ def test_selectors(selector, plus, minus):
     assert got.selection.selected_T.nonzero()[:, 0].tolist() == plus + minus
 
 
+@pytest.mark.parametrize(("variant", "minus"), [("O1", 1), ("C2", 0.25)])
+def test_weights_that_set_themselves_are_of_all_tokens_that_can_raise_the_entropy(variant, minus):
+    """S < 0 and an advantage; which of them is most critical does not matter, and P is not read."""
+    stare = STARE.stare.model_copy(update={"weight": "auto", "variant": variant, "fraction": 0.01})
+    config = STARE.model_copy(update={"stare": stare})
+    tokens = _tokens()
+    got = ALGORITHMS["stare"].weigh(tokens, Control(True, 4.0, 0.25, 0.2, 0.3), config, OneRank())
+    assert got.weight_T.tolist() == [4, 4, 1, 1, minus, 1, minus, 1]
+    assert got.selection.selected_T.nonzero()[:, 0].tolist() == [0, 1, 4, 6]
+    assert (got.selection.count_S.tolist(), got.selection.selected_S.tolist()) == ([3, 3], [2, 2])
+    broken = dataclasses.replace(tokens, sensitivity_T=torch.where(torch.arange(8) < 1, math.nan, tokens.sensitivity_T))
+    left = ALGORITHMS["stare"].weigh(broken, Control(True, 4.0, 0.25, 0.2, 0.3), config, OneRank())
+    assert left.weight_T.tolist() == [1, 4, 1, 1, minus, 1, minus, 1]
+    assert (left.selection.count_S.tolist(), int(left.selection.nan)) == ([2, 3], 1)
+
+
 def test_sensitivity_chooses_the_largest_predicted_entropy_changes():
     """dH = -eta A S: L+ are the tokens of T+ that raise the entropy most, L- those of T- that lower it most, for one
     |A|; so amplifying L+ and damping L- both raise it more than any other choice of as many tokens."""

@@ -230,9 +230,10 @@ def test_it_needs_a_scoring_pass():
         controller.observe(config, controller.initial(config), EntropyReading(9, 0.1))
 
 
-@pytest.mark.parametrize("key", ["weight_pos", "adaptive", "controller", "scope"])
+@pytest.mark.parametrize("key", ["weight_pos", "adaptive", "controller", "scope", "fraction", "selector"])
 def test_what_it_sets_itself_cannot_be_set_beside_it(key):
-    value = {"weight_pos": 2.0, "adaptive": True, "controller": "proportional", "scope": "microbatch"}[key]
+    values = {"weight_pos": 2.0, "adaptive": True, "controller": "proportional", "scope": "microbatch"}
+    value = (values | {"fraction": 0.03, "selector": "sensitivity"})[key]
     with pytest.raises(UserError, match=rf'stare.{key} is for stare.weight = "fixed"'):
         settings(**{key: value})
     with pytest.raises(UserError, match=r'stare.time_constant is for stare.weight = "auto"'):
