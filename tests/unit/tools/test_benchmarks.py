@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from stare_megatron.algo.comm import OneRank
+from stare_megatron.algo.dynamics import critical_surprisal
 from stare_megatron.algo.selection import NEITHER
 from stare_megatron.host import device
 from tests.unit.plan.models import config_of
-from tools import bench_logprobs, bench_selection, bench_trainer
+from tools import bench_logprobs, bench_selection, bench_stare, bench_trainer
 
 
 def test_forms_agree_with_float64(monkeypatch):
@@ -57,6 +58,15 @@ def test_selections(number):
         chosen = choose(value, subset, ids, 0.1, OneRank())
         assert set(ids[chosen].tolist()) == want, name  # alone, approximate thresholds are exact too
         assert not chosen[subset == NEITHER].any()
+
+
+def test_a_sensitivity_is_what_a_step_does_to_the_entropy():
+    """Of the tokens that STARE's rules are timed on: S < 0 where a token is less likely than the critical one."""
+    tokens = bench_stare.candidates(400, 0)
+    critical_T = critical_surprisal(tokens.surprisal_T, tokens.entropy_T, tokens.sensitivity_T)
+    clear_T = (tokens.surprisal_T - critical_T).abs() > 1e-3
+    assert torch.equal((tokens.sensitivity_T < 0)[clear_T], (tokens.surprisal_T > critical_T)[clear_T])
+    assert 0.02 < (tokens.sensitivity_T < 0).double().mean() < 0.9
 
 
 def test_a_rank_is_set_against_its_plan(monkeypatch):
