@@ -192,15 +192,14 @@ class EngineGroup:
         tell: Callable[[RunEvent], None] = lambda _: None,
         pushes: bool = True,
     ) -> None:
-        def make(i: int) -> Any:
-            slot = slots[i]
+        def make(i: int, slot: Slot) -> Any:
             options = EngineActor.options(**slot.options, runtime_env={"env_vars": slot.environment})
             return options.remote(config, i, transport, make_runner, sandboxes, logs)
 
         names = [f"engine {i}" for i in range(len(slots))]
         cluster = config.cluster.address != "local"
         self._crew = runtime.Crew(names, lookout.say, named_hosts=cluster, lost=EngineLostError, lookout=lookout)
-        self._keeper = Keeper(config, self._crew, make, tell, pushes=pushes)
+        self._keeper = Keeper(config, self._crew, make, slots, tell, pushes=pushes)
         lookout.add("engines", self._crew, self._keeper.actors)
         self._shares_gpus = device.engine_sleeps() and config.inference.placement == "colocated"
         self.renew: Callable[[Sequence[int]], None] = lambda _: None
@@ -221,6 +220,10 @@ class EngineGroup:
     def ready(self) -> None:
         """Wait until every engine can be called."""
         self._keeper.ready()
+
+    def move(self, slots: Sequence[Slot]) -> None:
+        """Engines that are started from now on have these."""
+        self._keeper.move(slots)
 
     def tick(self) -> None:
         """Look after the engines; for who waits for something else."""

@@ -13,6 +13,7 @@ import ray.exceptions
 
 from stare_megatron.cluster import families, runtime
 from stare_megatron.cluster.fleet import UP, Change, Fleet, State
+from stare_megatron.cluster.placement import Slot
 from stare_megatron.config import Config
 from stare_megatron.errors import EngineLostError, RunError, UserError
 from stare_megatron.types.report import RunEvent
@@ -38,7 +39,8 @@ class Keeper:
     """Keeps a run's engines.
 
     Args:
-        make: starts the actor of the engine with that number.
+        make: starts the actor of the engine with that number in a slot.
+        slots: one for each engine.
         tell: is told of every change of an engine's state.
         pushes: weights come from a trainer.
     """
@@ -47,7 +49,8 @@ class Keeper:
         self,
         config: Config,
         crew: runtime.Crew,
-        make: Callable[[int], Any],
+        make: Callable[[int, Slot], Any],
+        slots: Sequence[Slot],
         tell: Callable[[RunEvent], None],
         *,
         pushes: bool,
@@ -58,8 +61,9 @@ class Keeper:
         self._timeout = config.cluster.start_timeout
         self._crew = crew
         self._make = make
+        self._slots = list(slots)
         self._tell = tell
-        self.actors: list[Any] = [make(i) for i in range(config.inference.engines)]
+        self.actors: list[Any] = [make(i, slot) for i, slot in enumerate(slots)]
         self._hello = [actor.hello.remote() for actor in self.actors]
         self._starting = [actor.start.remote() for actor in self.actors]
         self._begun = [0.0] * len(self.actors)
@@ -99,6 +103,15 @@ class Keeper:
             if self.actors[engine] is actor:
                 self._lost(engine, str(error))
 
+    def move(self, slots: Sequence[Slot]) -> None:
+        """Engines that are started from now on have these slots. One that was started in another, of a lost node, may
+        see a GPU that is not its own: it is ended, and started again as one that is lost."""
+        with self._lock:
+            before, self._slots = self._slots, list(slots)
+            for i, slot in enumerate(slots):
+                if slot != before[i] and self.fleet.state(i) in (State.RESTARTING, *UP):
+                    self._lost(i, "its place was on a node that is lost, and is another now")
+
     def pushed(self, engines: Sequence[int], version: int) -> None:
         """These, and nobody else, got the weights of `version`."""
         with self._lock:
@@ -131,7 +144,7 @@ class Keeper:
     def _restart(self, engine: int, now: float) -> None:
         self._say(self.fleet.restarted(engine))
         self.restarts += 1
-        actor = self.actors[engine] = self._make(engine)
+        actor = self.actors[engine] = self._make(engine, self._slots[engine])
         self._hello[engine], self._starting[engine] = actor.hello.remote(), actor.start.remote()
         self._begun[engine] = now
 

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import collections
 import contextlib
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -18,7 +20,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from stare_megatron.cluster.bundles import Bundle, own_engines, reserved, sandbox, sandbox_cpus
+from stare_megatron.cluster.bundles import Bundle, reserved, sandbox, sandbox_cpus
 from stare_megatron.cluster.nodes import nodes
 from stare_megatron.config import Config
 from stare_megatron.errors import RanksLostError, UserError
@@ -30,47 +32,19 @@ _FREE_S = 10.0  # what an ended run leaves is free within seconds
 
 @dataclass(frozen=True)
 class Slot:
-    """Ray options for one actor, and its rank among the actors of its node (a trainer rank's GPU index)."""
+    """Ray options for one actor, and its rank among the actors of its node (a trainer rank's GPU index). `bundle`: of
+    the placement group, which it is in. Slots are equal that see the same."""
 
-    options: dict[str, Any]
+    options: dict[str, Any] = field(compare=False)
     environment: dict[str, str]
     local_rank: int
+    bundle: int
 
 
 @dataclass(frozen=True)
-class Placement:
-    """A slot for each trainer rank and each engine; Ray options for each actor that runs code. What `groups` hold (the
-    first is that of ranks and engines) is freed by `release`; `gpu_bytes`: memory of the smallest GPU, 0 on CPUs or
-    where it is not known."""
-
-    trainers: tuple[Slot, ...]
-    engines: tuple[Slot, ...]
-    sandboxes: tuple[dict[str, Any], ...]
-    groups: tuple[PlacementGroup, ...]
-    gpu_bytes: int
-
-    def release(self) -> None:
-        for group in self.groups:
-            remove_placement_group(group)
-
-    def require(self) -> None:
-        """Before something is started again in a slot: a node that is lost takes its slots along, until Ray finds
-        others for them.
-
-        Raises:
-            RanksLostError: it does not within a minute.
-        """
-        if not self.groups[0].wait(_ROOM_S):
-            free = "; ".join(f"{n.name}: {n.free_gpus or n.free_cpus:g} free" for n in nodes())
-            raise RanksLostError(
-                f"a node is lost, and the cluster has no room for what the run had there ({free}); start the run again "
-                "when there is"
-            )
-
-
-@dataclass(frozen=True)
-class _Bundle:
-    """`gpu`: as CUDA_VISIBLE_DEVICES names it: an index, or the UUID of a GPU or a MIG instance."""
+class Found:
+    """A rank's bundle, and where it is. `gpu`: as CUDA_VISIBLE_DEVICES names it: an index, or the UUID of a GPU or a
+    MIG instance."""
 
     index: int
     node: str
@@ -79,6 +53,60 @@ class _Bundle:
 
     def order(self) -> tuple[str, int, str]:
         return self.node, int(self.gpu) if self.gpu.isdigit() else -1, self.gpu
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A slot for each trainer rank and each engine; Ray options for each actor that runs code. What `groups` hold (the
+    first is that of ranks and engines) is freed by `release`; `found`: the ranks' bundles, a rank each; `gpu_bytes`:
+    memory of the smallest GPU, 0 on CPUs or where it is not known."""
+
+    config: Config
+    trainers: tuple[Slot, ...]
+    engines: tuple[Slot, ...]
+    sandboxes: tuple[dict[str, Any], ...]
+    groups: tuple[PlacementGroup, ...]
+    found: tuple[Found, ...]
+    gpu_bytes: int
+
+    def release(self) -> None:
+        for group in self.groups:
+            remove_placement_group(group)
+
+    def renewed(self) -> Placement:
+        """Before ranks are started again: a lost node takes slots along, for which Ray finds others. The ranks are
+        gone, engines may run.
+
+        Raises:
+            RanksLostError: it does not within a minute, or ranks that split layers, or the GPUs of an engine, would
+                be on two nodes then.
+        """
+        group = self.groups[0]
+        if not group.wait(_ROOM_S):
+            free = "; ".join(f"{n.name}: {n.free_gpus or n.free_cpus:g} free" for n in nodes())
+            raise RanksLostError(
+                f"a node is lost, and the cluster has no room for what the run had there ({free}); start the run again "
+                "when there is"
+            )
+        node_of = _node_of(group)
+        if all(node_of[b.index] == b.node for b in self.found):
+            return self
+        try:
+            found = tuple(in_place(self.found, _find(group, len(self.found), _ROOM_S)))
+            trainers, engines = _slots(self.config, group, found, len(self.engines))
+        except ray.exceptions.GetTimeoutError as e:
+            raise RanksLostError(f"a node is lost, and what was found for it does not start within {_ROOM_S} s") from e
+        except UserError as e:
+            raise RanksLostError(f"a node is lost, and what was found for it does not do: {e}") from e
+        return dataclasses.replace(self, trainers=trainers, engines=engines, found=found)
+
+
+def in_place(before: Sequence[Found], now: Sequence[Found]) -> list[Found]:
+    """Bundles that did not move keep their places, and with them the ranks and engines there theirs; those that moved
+    share the other places, in the order of nodes. `now`: of the same bundles, in any order."""
+    at = {b.index: b for b in now}
+    moved = iter(sorted((at[b.index] for b in before if at[b.index] != b), key=Found.order))
+    return [b if at[b.index] == b else next(moved) for b in before]
 
 
 @ray.remote(num_cpus=0, num_gpus=1)
@@ -110,57 +138,42 @@ def plan(config: Config, *, trainers: bool = True) -> Placement:
             "trainer.world_size, inference.engines x inference.tensor_parallel",
         )
         stack.callback(remove_placement_group, group)
-        slots, gpu_bytes = (
-            _on_gpus(config, group, ranks, own_engines(config, trainers=trainers))
-            if gpus
-            else (_on_cpus(config, group, ranks), 0)
-        )
+        found = tuple(sorted(_find(group, ranks), key=Found.order))
+        slots = _slots(config, group, found, config.inference.engines)
         groups, boxes = [group], sandbox(config)
         if any(boxes):
             groups.append(_reserve(boxes, "SPREAD", "sandbox.actors x sandbox.actor_cpus, sandbox.node_resource"))
             stack.callback(remove_placement_group, groups[-1])
         stack.pop_all()  # nothing was found wrong: they stay
     options = tuple(_box(bundle, groups[-1], k) for k, bundle in enumerate(boxes))
-    return Placement(slots[:ranks], slots[ranks:], options, tuple(groups), gpu_bytes)
+    gpu_bytes = min((b.bytes for b in found), default=0)
+    return Placement(config, *slots, options, tuple(groups), found, gpu_bytes)
 
 
-def _on_cpus(config: Config, group: PlacementGroup, ranks: int) -> tuple[Slot, ...]:
-    """Those of ranks, by node as on GPUs, then those of engines."""
-    node_of = placement_group_table(group)["bundles_to_node_id"]
-    bundles = [*sorted(range(ranks), key=lambda k: (node_of[k], k)), *range(ranks, ranks + config.inference.engines)]
-    trainers = [(device.trainer_environment(), rank) for rank in range(ranks)]
-    engines = [(device.engine_environment(), 0)] * config.inference.engines
-    return tuple(
-        Slot({"num_cpus": 1, "scheduling_strategy": _strategy(group, k)}, environment, local)
-        for k, (environment, local) in zip(bundles, trainers + engines, strict=True)
-    )
+def _slots(
+    config: Config, group: PlacementGroup, found: Sequence[Found], engines: int
+) -> tuple[tuple[Slot, ...], tuple[Slot, ...]]:
+    """Those of ranks, which have the bundles `found` in this order, and those of engines.
 
-
-def _on_gpus(config: Config, group: PlacementGroup, ranks: int, own: int) -> tuple[tuple[Slot, ...], int]:
-    """Those of ranks, then those of engines; memory of the smallest GPU. `own`: engines with GPUs of their own, whose
-    bundles follow those of the ranks."""
-    i = config.inference
-    bundles = _sorted_bundles(group, ranks)
-    _check_one_node(bundles, config.trainer.tensor_parallel, "trainer.tensor_parallel", "ranks that split layers")
+    Raises:
+        UserError: ranks that split layers, or the GPUs of an engine, would be on two nodes.
+    """
+    on_gpus = device.current() is device.Device.CUDA
+    if on_gpus:
+        _check_one_node(found, config.trainer.tensor_parallel, "trainer.tensor_parallel", "ranks that split layers")
     # Ray shows a rank its own GPU only, so its local index is 0.
-    trainers = [
-        Slot({"num_gpus": 1, "scheduling_strategy": _strategy(group, b.index)}, device.trainer_environment(), 0)
-        for b in bundles
-    ]
-    if own:
-        engines = [
-            Slot(
-                {"num_gpus": i.tensor_parallel, "scheduling_strategy": _strategy(group, ranks + k)},
-                device.engine_environment(),
-                0,
-            )
-            for k in range(own)
-        ]
-    else:
-        used = bundles[: i.engines * i.tensor_parallel]
-        _check_one_node(used, i.tensor_parallel, "inference.tensor_parallel", "the GPUs of a colocated engine")
-        engines = [_colocated(group, used[k : k + i.tensor_parallel]) for k in range(0, len(used), i.tensor_parallel)]
-    return (*trainers, *engines), min((b.bytes for b in bundles), default=0)
+    need, environment = {"num_gpus" if on_gpus else "num_cpus": 1}, device.trainer_environment()
+    trainers = tuple(_slot(group, b.index, need, environment, 0 if on_gpus else rank) for rank, b in enumerate(found))
+    tensor_parallel, environment = config.inference.tensor_parallel, device.engine_environment()
+    if on_gpus and config.inference.placement == "colocated" and found:
+        used = found[: engines * tensor_parallel]
+        _check_one_node(used, tensor_parallel, "inference.tensor_parallel", "the GPUs of a colocated engine")
+        return trainers, tuple(
+            _colocated(group, used[k : k + tensor_parallel]) for k in range(0, len(used), tensor_parallel)
+        )
+    need = {"num_gpus": tensor_parallel} if on_gpus else {"num_cpus": 1}
+    own = range(len(found), len(found) + engines)
+    return trainers, tuple(_slot(group, k, need, environment, 0) for k in own)
 
 
 def _box(bundle: Bundle, group: PlacementGroup, index: int) -> dict[str, Any]:
@@ -172,7 +185,7 @@ def _box(bundle: Bundle, group: PlacementGroup, index: int) -> dict[str, Any]:
     }
 
 
-def _check_one_node(bundles: list[_Bundle], size: int, key: str, what: str) -> None:
+def _check_one_node(bundles: Sequence[Found], size: int, key: str, what: str) -> None:
     """Raises: UserError: consecutive bundles, `size` at a time, are not all of one node."""
     for first in range(0, len(bundles), size):
         nodes = [b.node for b in bundles[first : first + size]]
@@ -189,14 +202,19 @@ def _strategy(group: PlacementGroup, bundle: int) -> PlacementGroupSchedulingStr
     return PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
 
 
-def _colocated(group: PlacementGroup, mine: list[_Bundle]) -> Slot:
+def _slot(
+    group: PlacementGroup, bundle: int, need: Mapping[str, int], environment: dict[str, str], local_rank: int
+) -> Slot:
+    return Slot({**need, "scheduling_strategy": _strategy(group, bundle)}, environment, local_rank, bundle)
+
+
+def _colocated(group: PlacementGroup, mine: Sequence[Found]) -> Slot:
     # The trainer's actors own these GPUs in Ray's books; the engine sees them by its environment.
     environment = device.engine_environment() | {
         "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
         "CUDA_VISIBLE_DEVICES": ",".join(b.gpu for b in mine),
     }
-    options = {"num_gpus": 0, "num_cpus": 0, "scheduling_strategy": _strategy(group, mine[0].index)}
-    return Slot(options, environment, 0)
+    return _slot(group, mine[0].index, {"num_gpus": 0, "num_cpus": 0}, environment, 0)
 
 
 def _reserve(bundles: list[Bundle], strategy: str, keys: str) -> PlacementGroup:
@@ -229,6 +247,14 @@ def _reserve(bundles: list[Bundle], strategy: str, keys: str) -> PlacementGroup:
     )
 
 
-def _sorted_bundles(group: PlacementGroup, count: int) -> list[_Bundle]:
+def _node_of(group: PlacementGroup) -> Mapping[int, str]:
+    return placement_group_table(group)["bundles_to_node_id"]
+
+
+def _find(group: PlacementGroup, count: int, timeout: float | None = None) -> list[Found]:
+    """Where its first bundles are, on GPUs by a task in each, for which it waits `timeout` seconds."""
+    if device.current() is not device.Device.CUDA:
+        node_of = _node_of(group)
+        return [Found(i, node_of[i], "", 0) for i in range(count)]
     refs = [_where.options(scheduling_strategy=_strategy(group, i)).remote() for i in range(count)]
-    return sorted((_Bundle(i, *found) for i, found in enumerate(ray.get(refs))), key=_Bundle.order)
+    return [Found(i, *where) for i, where in enumerate(ray.get(refs, timeout=timeout))]

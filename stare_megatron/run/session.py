@@ -120,7 +120,9 @@ def open_session(
             return group
 
         def again() -> TrainerGroup:
-            places.require()
+            nonlocal places
+            places = places.renewed()
+            engines.move(places.engines)
             status("starting the trainer ranks again")
             group = start_ranks()
             group.ready()

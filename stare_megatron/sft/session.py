@@ -57,7 +57,8 @@ def open_ranks(config: Config, logs: Path, status: Callable[[str], None]) -> Ite
             status(f"trainer.offload: {kept:.2f} GiB of host memory for each of {ranks} trainer ranks")
 
         def start() -> SupervisedGroup:
-            places.require()
+            nonlocal places
+            places = places.renewed()
             status("starting trainer ranks")
             group = SupervisedGroup(config, places.trainers, logs, lookout, shape.sequence_cost)
             stack.callback(group.close)

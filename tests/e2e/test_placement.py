@@ -42,7 +42,7 @@ def run(tmp_path: Path, code: str, **environment: str) -> Any:
         env=os.environ | {"PATH": path, "STARE_DEVICE": "cuda", "RAY_DEDUP_LOGS": "0"} | environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -89,6 +89,74 @@ ray.shutdown(); nodes.shutdown()
     assert "would span nodes, of which the run gets" in trainer
     assert held == 0
     assert engine.startswith("inference.tensor_parallel = 2: the GPUs of a colocated engine, ")
+
+
+LOST = """
+nodes = ray.cluster_utils.Cluster()
+def add(gpus, **resources):
+    return nodes.add_node(num_cpus=8, num_gpus=gpus, resources=resources, include_dashboard=False)
+add(0)  # the driver's, which lives
+first, second = add(2, first=1), add(2, second=1)
+ray.init(address=nodes.address, **{k: v for k, v in quiet.items() if k != "include_dashboard"})
+config = configuration(
+    trainer={"world_size": 4, "tensor_parallel": 2}, inference={"engines": 2, "tensor_parallel": 2}
+)
+places = placement.plan(config)
+def seen(places):
+    found = [(b.index, b.node, b.gpu) for b in places.found]
+    return found, [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in places.engines]
+before = seen(places)
+assert places.renewed() is places
+"""
+
+
+def test_after_a_node_is_lost_places_are_those_of_the_nodes_that_there_are(tmp_path):
+    """The new node has three GPUs, of which another's task holds the first: an engine of a rank there must see others
+    than its number says."""
+    code = (
+        LOST
+        + """
+third = add(3, third=1)
+ray.get(ray.util.placement_group([{"GPU": 1, "third": 1}]).ready())
+nodes.remove_node(second)
+places = places.renewed()
+after = seen(places)
+@ray.remote(num_gpus=1, num_cpus=0)
+def gpu():
+    return str(ray.get_runtime_context().get_accelerator_ids()["GPU"][0])
+strategies = [slot.options["scheduling_strategy"] for slot in places.trainers]
+ranks = ray.get([gpu.options(scheduling_strategy=strategy).remote() for strategy in strategies])
+out = [before, after, ranks]
+"""
+    )
+    (before, _), (after, engines), ranks = run(tmp_path, code)
+    stayed = [place for place, old in enumerate(before) if old in after]
+    assert len(stayed) == 2
+    assert [after[place] for place in stayed] == [before[place] for place in stayed]
+    moved = [after[place] for place in range(4) if place not in stayed]
+    assert [gpu for _, _, gpu in moved] == ["1", "2"]
+    assert len({node for _, node, _ in moved}) == 1
+    assert [gpu for _, _, gpu in after] == ranks
+    assert engines == [",".join(ranks[:2]), ",".join(ranks[2:])]
+
+
+def test_places_that_would_split_what_splits_layers_end_the_run(tmp_path):
+    code = (
+        LOST
+        + """
+from stare_megatron.errors import RanksLostError
+add(1), add(1)
+nodes.remove_node(second)
+try:
+    places.renewed()
+except RanksLostError as e:
+    out = str(e)
+"""
+    )
+    said = run(tmp_path, code)
+    assert said.startswith(
+        "a node is lost, and what was found for it does not do: trainer.tensor_parallel = 2: ranks that split layers, "
+    )
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

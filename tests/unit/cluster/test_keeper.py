@@ -11,11 +11,16 @@ from stare_megatron.cluster import families
 from stare_megatron.cluster import keeper as module
 from stare_megatron.cluster.fleet import State
 from stare_megatron.cluster.keeper import Keeper
+from stare_megatron.cluster.placement import Slot
 from stare_megatron.errors import EngineLostError, RunError
 from stare_megatron.types.report import RunEvent
 from tests.configs import configuration
 
 FAMILY = families.Family("node", ((7, 1.0),))
+
+
+def slot(gpu: str) -> Slot:
+    return Slot({}, {"CUDA_VISIBLE_DEVICES": gpu}, 0, 0)
 
 
 class World:
@@ -26,6 +31,7 @@ class World:
         self.answers: dict[int, Any] = {0: "", 1: ""}
         self.starts: Any = FAMILY
         self.made: list[int] = []
+        self.slots: dict[int, Slot] = {}
         self.killed: list[Any] = []
         self.ended: list[families.Family] = []
         self.events: list[RunEvent] = []
@@ -45,13 +51,14 @@ class World:
         config = configuration(
             inference={"engines": 2, "answer_timeout": 60.0} | inference, cluster={"start_timeout": 300.0}
         )
-        self.keeper = Keeper(config, crew, self.make, self.events.append, pushes=True)
+        self.keeper = Keeper(config, crew, self.make, [slot("0"), slot("1")], self.events.append, pushes=True)
         self.keeper.ready()
         self.keeper.pushed([0, 1], 0)
         self.events.clear()
 
-    def make(self, i: int) -> Any:
+    def make(self, i: int, slot: Slot) -> Any:
         self.made.append(i)
+        self.slots[i] = slot
         return SimpleNamespace(
             hello=SimpleNamespace(remote=lambda: ("hello", i)),
             start=SimpleNamespace(remote=lambda: ("start", i)),
@@ -203,3 +210,30 @@ def test_answers_from_before_are_no_news(world):
     made.keeper.ask_anew([0, 1])
     assert made.keeper.has_answered(0)
     assert not made.keeper.has_answered(1)
+
+
+def test_an_engine_of_a_lost_node_is_started_where_its_place_is_now(monkeypatch):
+    """The one on the node that lives goes on. The other had begun to start with the GPU that it had, which may be
+    another rank's where its place has come to."""
+    world = World(monkeypatch)
+    world.answers[1], world.starts = EngineLostError("engine 1 on b: its process died"), None
+    world.go(6)
+    assert (world.state(1), world.slots[1]) == (State.RESTARTING, slot("1"))
+    world.keeper.move([slot("0"), slot("3")])
+    assert world.state(1) is State.DEAD
+    world.go(10)
+    assert (world.state(1), world.slots[1]) == (State.RESTARTING, slot("3"))
+    assert world.made == [0, 1, 1, 1]
+    assert world.state(0) is State.HEALTHY
+
+
+def test_an_engine_that_is_lost_already_is_started_once_in_its_new_place(monkeypatch):
+    world = World(monkeypatch)
+    world.keeper.may_start = False
+    world.answers[1] = EngineLostError("engine 1 on b: its process died")
+    world.go(6)
+    assert world.state(1) is State.DEAD
+    world.keeper.move([slot("0"), slot("3")])
+    world.keeper.may_start = True
+    world.go(2)
+    assert (world.made, world.slots[1]) == ([0, 1, 1], slot("3"))

@@ -31,6 +31,7 @@ def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
                 connect=lambda *_: said.append("connect") or [],
                 check=lambda: said.append("check"),
                 settle=lambda: said.append(f"{name} settle"),
+                move=lambda slots: said.append(f"{name} move"),
                 actors=[],
                 crew=SimpleNamespace(names=[]),
             )
@@ -42,7 +43,12 @@ def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(session.doctor, "short", lambda *_: None)
     monkeypatch.setattr(session.runtime, "cluster", lambda *_: contextlib.nullcontext())
     places = SimpleNamespace(
-        trainers=(), engines=(), sandboxes=(), gpu_bytes=0, release=lambda: None, require=lambda: said.append("room")
+        trainers=(),
+        engines=(),
+        sandboxes=(),
+        gpu_bytes=0,
+        release=lambda: None,
+        renewed=lambda: said.append("room") or places,
     )
     monkeypatch.setattr(session.placement, "plan", lambda *_, **__: places)
     monkeypatch.setattr(session, "read_hf_config", lambda _: SimpleNamespace(sequence_cost=None))
@@ -87,7 +93,15 @@ def test_ranks_that_were_lost_are_started_again_and_engines_stay(monkeypatch, or
         first, engines = opened.trainers, opened.engines
         order.clear()
         opened.restart_trainers()
-        assert order == ["ranks close", "engines settle", "room", "ranks start", "ranks ready", "connect"]
+        assert order == [
+            "ranks close",
+            "engines settle",
+            "room",
+            "engines move",
+            "ranks start",
+            "ranks ready",
+            "connect",
+        ]
         assert opened.trainers is not first
         assert opened.engines is engines
         order.clear()
