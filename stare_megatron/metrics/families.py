@@ -21,6 +21,8 @@ FAMILY_ENTRIES = (
     Entry("age/{age}/tokens", "tokens", R.ONE, "Trained action tokens of a policy so many versions behind."),
     Entry("age/{age}/entropy", "nats/token", R.TOKEN_MEAN, "Entropy there of the policy about to be updated."),
     Entry("age/{age}/mismatch", "nats/token", R.TOKEN_MEAN, "|trainer - engine| log-prob of these tokens."),
+    Entry("age/{age}/ess", "fraction", R.ONE, "Effective share of these tokens under their ratios, as `mismatch/ess`."),
+    Entry("age/{age}/bounded", "fraction", R.FRACTION, "Of these tokens: correction truncated, or masked (rejected)."),
     Entry("age/{age}/selected", "fraction", R.FRACTION, "Of those with A != 0: in L+ or L-."),
     *_with_interval(
         "eval/{benchmark}/avg@{k}", "Accuracy of k samples a prompt: correct by graded, averaged over prompts."

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 
 import torch
 
+from stare_megatron.algo.correction import correct
+from stare_megatron.algo.losses.types import Sequences
 from stare_megatron.algo.reduce import fixed_point_sum, from_fixed_point
 from stare_megatron.algo.selection import Selection
 from stare_megatron.algo.stare import Candidates, Weights
+from stare_megatron.config import CorrectionConfig
 from stare_megatron.trainer.model_runner import RankBatch, Runner
-from stare_megatron.trainer.scoring import Scored
+from stare_megatron.trainer.scoring import MAX_RATIO_TERM, Scored, effective_share
 from stare_megatron.types import Measured
 
 
@@ -60,31 +63,47 @@ def measure(
     scored: Sequence[Scored],
     selected: Sequence[torch.Tensor],
     ages: Ages,
+    config: CorrectionConfig,
 ) -> tuple[Measured, ...]:
-    """Of the action tokens of each age that the update batch has: how many, their entropy and mismatch, and which share
-    of those with an advantage was selected (`selected`, bool [T] of each optimizer step). Exact sums, the same bits for
+    """Of the action tokens of each age that the update batch has: how many, their entropy and mismatch, their effective
+    share under the ratios of trainer and engine and the share whose correction is at its bound, and which share of
+    those with an advantage was selected (`selected`, bool [T] of each optimizer step). Exact sums, the same bits for
     every layout. A collective. Nothing where nobody samples ahead."""
     if not ages.oldest:
         return ()
     owned_T = torch.cat([d.owned_T for d in data])
     age_T = ages.age_T[owned_T]
     entropy_T = torch.cat([s.scores.entropy_T for s in scored])[owned_T]
-    gap_T = torch.cat([(s.raw_logprob_T - d.batch.rollout_logprob_T).abs() for d, s in zip(data, scored, strict=True)])
+    apart_T = torch.cat([s.raw_logprob_T - d.batch.rollout_logprob_T for d, s in zip(data, scored, strict=True)])
+    ratio_T = apart_T[owned_T].double().exp().clamp(max=MAX_RATIO_TERM)
+    bounded_T = torch.cat([_bounded(runner, d, s, config) for d, s in zip(data, scored, strict=True)])
     chosen_T = torch.cat(list(selected))[owned_T]
     told_T = torch.cat([d.batch.advantage_T for d in data])[owned_T] != 0
     rows = []
     for value in range(ages.oldest + 1):
         here_T = age_T == value
-        sums = [fixed_point_sum(x_T[here_T])[0] for x_T in (entropy_T, gap_T[owned_T])]
-        rows.append(torch.stack([*sums, here_T.sum(), (here_T & told_T).sum(), (here_T & chosen_T).sum()]))
+        summed = (entropy_T, apart_T[owned_T].abs(), ratio_T, ratio_T**2)
+        counted = (here_T, here_T & bounded_T, here_T & told_T, here_T & chosen_T)
+        sums = [fixed_point_sum(x_T[here_T])[0] for x_T in summed]
+        rows.append(torch.stack([*sums, *(x_T.sum() for x_T in counted)]))
     totals = torch.stack(rows)
     if runner.is_last_stage:
         totals = runner.comm.sum(totals)
     found: list[Measured] = []
-    for value, (entropy, gap, tokens, told, chosen) in enumerate(runner.from_last_stage(totals).tolist()):
+    for value, (*sums, tokens, bounded, told, chosen) in enumerate(runner.from_last_stage(totals).tolist()):
+        entropy, gap, ratios, squares = map(from_fixed_point, sums)
         if tokens:
             found.append(Measured(f"age/{value}/tokens", tokens))
-            found.append(Measured(f"age/{value}/entropy", from_fixed_point(entropy), tokens))
-            found.append(Measured(f"age/{value}/mismatch", from_fixed_point(gap), tokens))
+            found.append(Measured(f"age/{value}/entropy", entropy, tokens))
+            found.append(Measured(f"age/{value}/mismatch", gap, tokens))
+            found.append(Measured(f"age/{value}/ess", effective_share(ratios, squares, tokens)))
+            found.append(Measured(f"age/{value}/bounded", bounded, tokens))
             found.append(Measured(f"age/{value}/selected", chosen, told))
     return tuple(found)
+
+
+def _bounded(runner: Runner, data: RankBatch, scored: Scored, config: CorrectionConfig) -> torch.Tensor:
+    """Of the action tokens counted on this rank: whether the correction is truncated or masked, bool. A collective."""
+    batch, own_T = data.batch, data.owned_T
+    sequences = Sequences(batch.sequence_T[own_T], batch.global_sequence_N.shape[0], runner.context_comm)
+    return correct(scored.raw_logprob_T[own_T], batch.rollout_logprob_T[own_T], sequences, config).bounded_T

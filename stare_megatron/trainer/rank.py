@@ -225,7 +225,7 @@ class TrainerRank:
             updates.append(self._optimizer_step(data, seen, exact_T))
             passes.append(seen)
         selected = [seen.applied.selected_T for seen in passes]
-        by_age = measure(self._runner, known.data, known.scored, selected, self._ages)
+        by_age = measure(self._runner, known.data, known.scored, selected, self._ages, config.correction)
         return ScoreSummary((*known.summary.measured, *by_age), known.summary.num_action_tokens), updates, passes
 
     def token_records(self, first_tokens: Collection[int]) -> dict[int, TokenRecord]:

@@ -173,15 +173,15 @@ def summarize(runner: Runner, data: Sequence[RankBatch], scored: Sequence[Scored
         Measured("mismatch/max", mismatch_max),
         Measured("mismatch/kl", kl, tokens),
         Measured("mismatch/ratio_max", ratio_max),
-        Measured("mismatch/ess", _effective(ratios, squares, tokens)),
+        Measured("mismatch/ess", effective_share(ratios, squares, tokens)),
         Measured("mismatch/sequence_ratio_max", sequence_ratio_max),
-        Measured("mismatch/sequence_ess", _effective(sequence_ratios, sequence_squares, sequences)),
+        Measured("mismatch/sequence_ess", effective_share(sequence_ratios, sequence_squares, sequences)),
     )
     return ScoreSummary(measured, tokens)
 
 
-def _effective(total: float, squares: float, count: int) -> float:
-    """(sum w)^2 / (n sum w^2); 0 when every weight is below the resolution of the sums, 2^-12."""
+def effective_share(total: float, squares: float, count: int) -> float:
+    """(sum w)^2 / (n sum w^2) of n samples with weights w; 0 when all are below the resolution of the sums, 2^-12."""
     return total**2 / (count * squares) if squares else 0.0
 
 

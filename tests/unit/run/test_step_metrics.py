@@ -71,6 +71,8 @@ AGES = (
     Measured("age/1/tokens", 90),
     Measured("age/1/entropy", 30.0, 90),
     Measured("age/1/mismatch", 1.5, 90),
+    Measured("age/1/ess", 0.75),
+    Measured("age/1/bounded", 9, 90),
     Measured("age/1/selected", 8, 64),
 )
 IDLE = {"engines": [(1.0, 4.5), (3.0, 4.25)], "trainers": [(2.0, 4.5), (0.5, 4.0), (2.5, 4.25)]}
@@ -211,6 +213,8 @@ def sampled(step: Step) -> dict[str, float]:
         "age/1/tokens": 90,
         "age/1/entropy": 30.0 / 90,
         "age/1/mismatch": 1.5 / 90,
+        "age/1/ess": 0.75,
+        "age/1/bounded": 0.1,
         "age/1/selected": 0.125,
         "sync/staleness_mean": mean(ages),
         "sync/staleness_p95": ages[math.ceil(0.95 * len(ages)) - 1],

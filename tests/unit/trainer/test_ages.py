@@ -13,7 +13,7 @@ from stare_megatron.algo.comm import OneRank
 from stare_megatron.algo.registry import ALGORITHMS
 from stare_megatron.algo.selection import NEGATIVE, POSITIVE
 from stare_megatron.algo.stare import ScoredCandidates, Weights
-from stare_megatron.config import AlgorithmConfig
+from stare_megatron.config import AlgorithmConfig, CorrectionConfig
 from stare_megatron.trainer.ages import Ages, ages, measure, weigh_by_age
 from stare_megatron.types import Control
 
@@ -78,14 +78,16 @@ def data() -> Any:
         version_T=torch.tensor([-1, 4, 4, 3, 3, 1, 1]),
         rollout_logprob_T=torch.tensor([0.0, -1, -1, -1, -1, -1, -1]),
         advantage_T=torch.tensor([0.0, 1, 1, -1, 0, 1, 1]),
+        sequence_T=torch.tensor([0, 0, 0, 0, 1, 1, 1]),
+        global_sequence_N=torch.tensor([0, 1]),
     )
     return SimpleNamespace(batch=batch, owned_T=torch.tensor([0, 1, 1, 1, 1, 1, 0]).bool())
 
 
-RUNNER: Any = SimpleNamespace(is_last_stage=True, comm=OneRank(), from_last_stage=lambda x: x)
+RUNNER: Any = SimpleNamespace(is_last_stage=True, comm=OneRank(), from_last_stage=lambda x: x, context_comm=OneRank())
 SCORED: Any = SimpleNamespace(
     scores=SimpleNamespace(entropy_T=torch.tensor([9.0, 1, 2, 3, 4, 5, 6])),
-    raw_logprob_T=torch.tensor([9.0, -1, -1.5, -2, -2, -4, -9]),
+    raw_logprob_T=torch.tensor([9.0, -1, -1.5, -2, -2, -4, -9]),  # less than the engine's: 0, 0.5, 1, 1, 3, 8
 )
 
 
@@ -93,25 +95,44 @@ def test_what_is_measured_of_each_age():
     selected = [torch.tensor([1, 1, 0, 1, 0, 0, 1]).bool()]
     of = ages([data()], version=4, oldest=OLDEST)
     assert of.age_T.tolist() == [0, 0, 0, 1, 1, 3, 3]
-    found = {part.name: (part.total, part.weight) for part in measure(RUNNER, [data()], [SCORED], selected, of)}
+    mask = CorrectionConfig(mode="mask", low=0.5)
+    measured = measure(RUNNER, [data()], [SCORED], selected, of, mask)
+    found = {part.name: (part.total, part.weight) for part in measured if not part.name.endswith("ess")}
     assert found == {
         "age/0/tokens": (2, 1),
         "age/0/entropy": (3.0, 2),
         "age/0/mismatch": (0.5, 2),
+        "age/0/bounded": (0, 2),
         "age/0/selected": (1, 2),
         "age/1/tokens": (2, 1),
         "age/1/entropy": (7.0, 2),
         "age/1/mismatch": (2.0, 2),
+        "age/1/bounded": (2, 2),
         "age/1/selected": (1, 1),
         "age/3/tokens": (1, 1),
         "age/3/entropy": (5.0, 1),
         "age/3/mismatch": (3.0, 1),
+        "age/3/bounded": (1, 1),
         "age/3/selected": (0, 1),
     }
+    effective = {part.name: part.total for part in measured if part.name.endswith("ess")}
+    unequal = (1 + math.exp(-0.5)) ** 2 / (2 * (1 + math.exp(-1)))
+    assert effective == pytest.approx(
+        {"age/0/ess": unequal, "age/1/ess": 1, "age/3/ess": 1}, rel=1e-4
+    )  # of squares in fixed point
+
+
+def test_what_is_rejected_by_whole_sequences_is_counted_so():
+    """The first's ratio is e^-1.5, at its third token; the second's e^-4 of those counted here."""
+    of = ages([data()], version=4, oldest=OLDEST)
+    mask = CorrectionConfig(mode="mask", level="sequence", low=math.exp(-2))
+    measured = measure(RUNNER, [data()], [SCORED], [torch.zeros(7).bool()], of, mask)
+    found = {part.name: part.total for part in measured if part.name.endswith("bounded")}
+    assert found == {"age/0/bounded": 0, "age/1/bounded": 1, "age/3/bounded": 1}
 
 
 @pytest.mark.parametrize("version", [4, 9])
 def test_nothing_is_measured_where_nobody_samples_ahead(version):
     of = ages([data()], version, oldest=0)
     assert not of.age_T.any()
-    assert measure(RUNNER, [data()], [SCORED], [torch.zeros(7).bool()], of) == ()
+    assert measure(RUNNER, [data()], [SCORED], [torch.zeros(7).bool()], of, CorrectionConfig()) == ()
