@@ -155,7 +155,8 @@ class Config(Section):
         bounds = (self.sync.probe_every, self.sync.probe_threshold)
         fault = fault or self.inference.quantization_fault(self.model.dtype, a.correction.mode, t.scoring, *bounds)
         fault = fault or (a.stare.idle() if a.method == "stare" else "")
-        fault = fault or self.sampling.fault(self.inference.placement, a.correction.mode, t.scoring)
+        scope = a.stare.scope if a.method == "stare" else "batch"
+        fault = fault or self.sampling.fault(self.inference.placement, a.correction.mode, t.scoring, scope)
         if fault:
             raise ValueError(fault)
         reward, env = self.reward, self.env

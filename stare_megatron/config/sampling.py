@@ -82,9 +82,9 @@ class SamplingConfig(Section):
             )
         return self
 
-    def fault(self, placement: str, correction: str, scoring: str) -> str:
-        """Why the mode cannot be, or would be wrong, with `inference.placement`, `algorithm.correction.mode` and
-        `trainer.scoring`; with the cure. "" where it is right."""
+    def fault(self, placement: str, correction: str, scoring: str, scope: str) -> str:
+        """Why the mode cannot be, or would be wrong, with `inference.placement`, `algorithm.correction.mode`,
+        `trainer.scoring` and `algorithm.stare.scope`; with the cure. "" where it is right."""
         if not self.ahead:
             return ""
         key = f'sampling.mode = "{self.mode}"'
@@ -107,5 +107,10 @@ class SamplingConfig(Section):
             return (
                 f'{key} trains on samples of an older policy, and algorithm.correction.mode = "none" learns from them '
                 'as if they were new; set algorithm.correction.mode = "truncate" or "mask" (docs/rollout_correction.md)'
+            )
+        if scope == "microbatch" and self.mode == "stream":  # a batch of `one_step` has tokens of one age
+            return (
+                f'{key} mixes tokens of several ages, of which algorithm.stare.scope = "microbatch" would select the '
+                'old ones; set algorithm.stare.scope = "batch", which selects within each age'
             )
         return ""

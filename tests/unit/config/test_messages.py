@@ -90,3 +90,13 @@ def test_a_stream_on_shared_devices_is_refused_what_it_cannot_keep(tmp_path, set
     read = load(tmp_path, *stream, "sampling.over_sampling=0.5")
     assert read.inference.placement == "colocated"
     assert read.sampling.outstanding(32) == 48
+
+
+def test_a_micro_batch_is_not_selected_from_where_it_has_tokens_of_several_ages(tmp_path):
+    ahead = ("inference.placement=separate", "algorithm.correction.mode=mask", "algorithm.stare.scope=microbatch")
+    with pytest.raises(UserError) as refused:
+        load(tmp_path, "sampling.mode=stream", *ahead)
+    assert 'set algorithm.stare.scope = "batch", which selects within each age' in str(refused.value)
+    for more in (("sampling.mode=one_step",), ("sampling.mode=stream", "sampling.max_staleness=0")):
+        assert load(tmp_path, *more, *ahead).algorithm.stare.scope == "microbatch"
+    assert load(tmp_path, "sampling.mode=stream", *ahead, "algorithm.method=grpo").sampling.ahead
