@@ -76,6 +76,10 @@ class Window:
         return self._version
 
     @property
+    def staleness(self) -> int:
+        return self._staleness
+
+    @property
     def running(self) -> int:
         """Groups that are admitted and not finished."""
         return len(self._running)

@@ -14,6 +14,7 @@ from typing import Generic, Protocol, TypeVar
 
 from stare_megatron.checkpoint import Outstanding
 from stare_megatron.data.prompts import PromptStream, StreamState
+from stare_megatron.errors import RunError
 from stare_megatron.rollout.collect import Collected, Collector, Resumed
 from stare_megatron.rollout.window import Batch, Window
 from stare_megatron.run.banking import Banking, Done, Restored
@@ -214,6 +215,8 @@ class StreamSampler(Generic[Ref]):
 
     def _collected(self, version: int, made: Batch) -> Collected[Ref]:
         groups = [self._finished[n] for n in made.groups]
+        for _, summary in groups:
+            self._require_in_time(version, summary)
         sampled = [self._finished[n][1] for n in made.finished]
         self._in_hand = {n: self._finished.pop(n) for n in (*made.groups, *made.dropped)}
         for number in self._in_hand:
@@ -223,6 +226,15 @@ class StreamSampler(Generic[Ref]):
         resumed, self._resumed = self._resumed, Resumed()
         running, ready = self._window.running, self._window.ready
         return dataclasses.replace(made_of, running=running, ready=ready, resumed=resumed)
+
+    def _require_in_time(self, version: int, group: GroupSummary) -> None:
+        """Raises: RunError: a policy that drew a part of it is older than the bound allows."""
+        age = version - min(group.weight_versions)
+        if age > self._window.staleness:
+            raise RunError(
+                f"prompt {group.prompt_id!r}: a sample was drawn {age} updates ago, and sampling.max_staleness = "
+                f"{self._window.staleness}; this is a fault of the program: report it, and go on with run.resume=auto"
+            )
 
 
 def _kept_of(old: Restored[Ref]) -> Resumed:

@@ -6,7 +6,7 @@ import json
 import queue
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -26,45 +26,46 @@ P, STEPS = 4, 6
 
 
 class Engines:
-    """Serve whenever asked, in an order of their own. A reference is the request's seed."""
+    """Serve whenever asked, in an order of their own. A reference is the request's seed. `version`: what they hold."""
 
     def __init__(self, seed: int = 0) -> None:
         self._rng = random.Random(seed)
-        self._waiting: list[GroupRequest] = []
+        self._waiting: list[tuple[GroupRequest, int]] = []
         self._lock = threading.Lock()
         self.go = threading.Semaphore(10**6)
         self.dead: BaseException | None = None
         self.given_up = False
+        self.version: Callable[[], int] = lambda: 0
 
     def submit(self, requests: Any) -> None:
         with self._lock:
-            self._waiting += requests
+            self._waiting += [(request, self.version()) for request in requests]
 
     def results(self) -> Iterator[tuple[GroupRequest, int, GroupSummary]]:
         while True:
             with self._lock:
                 if not self._waiting:
                     return
-                request = self._waiting.pop(self._rng.randrange(len(self._waiting)))
+                request, since = self._waiting.pop(self._rng.randrange(len(self._waiting)))
             while not self.go.acquire(timeout=0.01):
                 if self.given_up:
                     raise RunError("given up")
             if self.dead:
                 raise self.dead
-            yield request, request.sampling.seed, summary(request)
+            yield request, request.sampling.seed, summary(request, since)
 
     def give_up(self) -> None:
         self.given_up = True
 
 
-def summary(request: GroupRequest) -> GroupSummary:
-    """Two of three prompts teach nothing."""
+def summary(request: GroupRequest, since: int) -> GroupSummary:
+    """Of the policy of version `since`. Two of three prompts teach nothing."""
     useful = int(request.prompt.text.split()[0]) % 3 == 0
     rewards = (1.0, 0.0) if useful else (1.0, 1.0)
     done = (Status.COMPLETED,) * 2
     return GroupSummary(
-        request.prompt.id, request.prompt.source, rewards, (True,) * 2, (9,) * 2, (3, 5), done, (0,) * 2, (True,) * 2,
-        (0,) * 2, 0,
+        request.prompt.id, request.prompt.source, rewards, (True,) * 2, (9,) * 2, (3, 5), done, (since,) * 2,
+        (True,) * 2, (0,) * 2, 0,
     )  # fmt: skip
 
 
@@ -91,11 +92,13 @@ def made(tmp_path):
     def make(staleness: int, seed: int = 0) -> tuple[StreamSampler[int], Engines, PromptStream]:
         engines, stream = Engines(seed), PromptStream(prompts, seed=0, shuffle=True)
         window = Window(P, staleness, (staleness + 1) * P, 3, 5 * P, STEPS)
+        engines.version = lambda: window.version
         samplers.append(StreamSampler(Collector(settings(), engines, stream), stream, window, engines))
         return samplers[-1], engines, stream
 
-    def synchronous() -> Collector[int]:
-        return Collector(settings(), Engines(9), PromptStream(prompts, seed=0, shuffle=True))
+    def synchronous() -> tuple[Collector[int], Engines]:
+        engines = Engines(9)
+        return Collector(settings(), engines, PromptStream(prompts, seed=0, shuffle=True)), engines
 
     make.synchronous = synchronous  # type: ignore[attr-defined]
     yield make
@@ -104,8 +107,11 @@ def made(tmp_path):
 
 
 def test_without_staleness_batches_are_the_synchronous_ones(made):
-    sync = made.synchronous()
-    want = [sync.collect(step) for step in range(STEPS)]
+    sync, held = made.synchronous()
+    want = []
+    for step in range(STEPS):
+        held.version = lambda step=step: step
+        want.append(sync.collect(step))
     for seed in range(4):
         sampler, _, stream = made(0, seed)
         got = []
@@ -142,6 +148,14 @@ def test_every_prompt_is_learned_from_or_dropped_once_also_across_a_stop(made, s
     assert {r.sampling.seed for r in kept.requests} >= {
         ref for b in batches[3:] for ref, g in b.groups if g.prompt_id in {r.prompt.id for r in kept.requests}
     }
+
+
+def test_a_batch_that_breaks_the_bound_ends_the_run(made):
+    sampler, engines, _ = made(1)
+    engines.version = lambda: 0  # they say so whatever they hold
+    assert [len(sampler.next_batch(step).groups) for step in range(2)] == [P, P]
+    with pytest.raises(RunError, match=r"a sample was drawn 2 updates ago, and sampling\.max_staleness = 1; this is a"):
+        sampler.next_batch(2)
 
 
 def test_it_waits_for_nobody_while_the_trainer_learns_and_for_all_before_an_evaluation(made):
