@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from stare_megatron.errors import UserError
 from stare_megatron.host.files import disguise, read_object
 from stare_megatron.models.entries import entries, hf_tensors
+from stare_megatron.models.layout import element_bytes
 from stare_megatron.models.shape import ModelShape
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -201,3 +202,17 @@ def _seek(file: IO[bytes], name: str) -> int:
 def parameters(shape: ModelShape) -> int:
     """Number of the model's parameters; a tied head is no further one."""
     return sum(math.prod(want) * entry.experts(shape) for entry in entries(shape) for want in entry.wants(shape))
+
+
+@functools.lru_cache(maxsize=64)
+def engine_bytes(shape: ModelShape, dtype: str, quantization: str) -> int:
+    """What an engine keeps of the model. `quantization`: `inference.quantization`; float8 is of the layers' matrices,
+    with a float32 scale for each output."""
+    byte = element_bytes(dtype)
+    size = parameters(shape) * byte
+    if quantization == "none":
+        return size
+    matrices = [
+        want for entry in entries(shape) if entry.layer is not None for want in entry.wants(shape) if len(want) == 2
+    ]
+    return size - sum((byte - 1) * math.prod(want) - 4 * want[0] for want in matrices)

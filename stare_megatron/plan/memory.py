@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from stare_megatron.config import Config
 from stare_megatron.models.layout import element_bytes, kv_token_bytes, push_buffers
 from stare_megatron.models.shape import ModelShape
-from stare_megatron.models.weights import parameters
+from stare_megatron.models.weights import engine_bytes
 from stare_megatron.plan.activations import Layers, Pack, score_peak, update_peak
 from stare_megatron.plan.hardware import Constants, Gpu
 from stare_megatron.plan.lengths import Lengths
@@ -103,7 +103,7 @@ def engine_room(config: Config, shape: ModelShape, gpu: Gpu, lengths: Lengths, s
     table, i = config.inference.vllm, config.inference
     byte = element_bytes(config.model.dtype)
     sequences, tokens = int(table.get("max_num_seqs", 128)), int(table.get("max_num_batched_tokens", 8192))
-    weights = parameters(shape) * byte / i.tensor_parallel
+    weights = engine_bytes(shape, config.model.dtype, i.quantization) / i.tensor_parallel
     width = 4 * shape.hidden + 4 * shape.active_ffn / i.tensor_parallel
     # Of a batch of tokens, and the sampler's float32 logits with a copy.
     work = byte * tokens * width + 8.0 * sequences * shape.vocab

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from stare_megatron.config import Config
 from stare_megatron.config.trainer import StateClass
 from stare_megatron.errors import UserError
-from stare_megatron.models.layout import element_bytes, push_buffers
+from stare_megatron.models.layout import push_buffers
 from stare_megatron.models.shape import ModelShape
-from stare_megatron.models.weights import parameters as count
+from stare_megatron.models.weights import engine_bytes
 from stare_megatron.plan import parameters
 from stare_megatron.run import folder as run_folder
 
@@ -145,7 +145,7 @@ def _share(config: Config, shape: ModelShape, gpu_bytes: int) -> float:
     if not gpu_bytes:
         return given if given is not None else _UNKNOWN_SHARE
     rank = resident_bytes(config, shape)
-    engine = count(shape) * element_bytes(config.model.dtype) / i.tensor_parallel
+    engine = engine_bytes(shape, config.model.dtype, i.quantization) / i.tensor_parallel
     free = gpu_bytes - rank - _CONTEXTS_BYTES
     part = _SHARE_BESIDE_OFFLOAD if config.trainer.offload else 0.5
     if not config.trainer.offload:

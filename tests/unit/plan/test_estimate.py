@@ -32,10 +32,9 @@ TRAINER = {
     "logits_chunk_tokens": 4096, "recompute": "full",
 }  # fmt: skip
 ENGINES = {"engines": 8, "tensor_parallel": 4}
-BASE = {"trainer": TRAINER, "inference": ENGINES}
 
 
-def plan_of(name: str = "qwen3-32b", *, gpu: str = "h100", nodes: int = 0, **tables: Any) -> Plan:
+def plan_of(name: str = "qwen3-32b", *, gpu: str = "h100", nodes: int = 0, **tables: dict[str, Any]) -> Plan:
     base = {"rollout": ROLLOUT, "trainer": TRAINER, "inference": ENGINES}
     config = config_of(name, **tables | {k: base[k] | tables.get(k, {}) for k in base})
     return make(config, shape_of(name), given_for(config, gpu, nodes=nodes))
@@ -111,16 +110,19 @@ ONE_NODE: dict[str, dict[str, Any]] = {
 
 def test_32b_on_one_node_is_cured_by_offload() -> None:
     """68.6 GiB of states a GPU, of which 45.8 are the optimizer's: these leave but for its step."""
-    plan = plan_of(**ONE_NODE)
+    engines = ONE_NODE["inference"]
+    plan = plan_of(trainer=ONE_NODE["trainer"], inference=engines)
     assert [problem.partition(":")[0] for problem in plan.violations[1:]] == ["rollout", "push"]
     assert all(problem.endswith('set trainer.offload=["optimizer"]') for problem in plan.violations)
     away = {"offload": ["optimizer"]}
-    assert plan_of(**ONE_NODE | {"trainer": ONE_NODE["trainer"] | away}).violations == ()
+    assert plan_of(trainer=ONE_NODE["trainer"] | away, inference=engines).violations == ()
 
 
 def test_a_step_too_large_for_a_gpu_is_cured_by_bundles() -> None:
     """A GPU of 64 GiB does not hold the 68.6 at once."""
-    config = config_of("qwen3-32b", rollout=ROLLOUT, **{k: base | ONE_NODE[k] for k, base in BASE.items()})
+    config = config_of(
+        "qwen3-32b", rollout=ROLLOUT, trainer=TRAINER | ONE_NODE["trainer"], inference=ONE_NODE["inference"]
+    )
     given = given_for(config)
     small = dataclasses.replace(given.machine.gpu, memory=64 * GIB)
     given = dataclasses.replace(given, machine=dataclasses.replace(given.machine, gpu=small))
@@ -138,6 +140,25 @@ def test_no_cure_is_named_that_the_model_cannot_have() -> None:
     (problem,) = [p for p in plan.violations if p.startswith("update")]
     assert "tensor_parallel=8" not in problem
     assert re.search("set trainer|no single setting", problem)
+
+
+def test_quantized_engines_take_a_byte_of_a_matrix() -> None:
+    """By hand: Qwen2.5-7B's layers, whose matrices have a float32 scale for each output."""
+    quantized = {
+        "inference": ENGINES | {"tensor_parallel": 1, "quantization": "fp8_per_channel"},
+        "algorithm": {"correction": {"mode": "truncate"}},
+        "sync": {"probe_threshold": 0.2},
+    }
+    trainer = {"tensor_parallel": 4, "offload": ["gradients", "optimizer", "parameters"]}
+    plain = plan_of("qwen2.5-7b", trainer=trainer, inference=ENGINES | {"tensor_parallel": 1})
+    small = plan_of("qwen2.5-7b", trainer=trainer, **quantized)
+    hidden, ffn, keys = 3584, 18944, 512
+    matrices = hidden * (2 * hidden + 2 * keys + 3 * ffn)
+    scales = (hidden + 2 * keys) + hidden + 2 * ffn + hidden
+    assert plain.room.weights - small.room.weights == 28 * (matrices - 4 * scales)
+    assert small.room.kv > plain.room.kv
+    assert small.rollout.seconds < plain.rollout.seconds
+    assert small.push == plain.push  # what is sent is not quantized
 
 
 def test_a_larger_gpu_has_room_for_more() -> None:
