@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,21 +69,30 @@ def hf_folder(policy: Path, say: Callable[[str], None]) -> Iterator[Path]:
 
 def asks_by_template(policy: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether its prompts are messages: of a run, as it was trained; else where there is a chat template."""
+    data = _data(policy)
+    return bool(tokenizer.chat_template) if data is None else bool(data.get("chat_template", False))
+
+
+def template_variables(policy: Path) -> dict[str, Any]:
+    """What the chat template of a run's policy finds set, as it was trained."""
+    return (_data(policy) or {}).get("chat_template_kwargs", {})
+
+
+def _data(policy: Path) -> dict[str, Any] | None:
+    """The table `[data]` of the policy's run; None where it is of none."""
     file = next((f for f in [p / "config.toml" for p in (policy, *policy.parents[:2])] if f.is_file()), None)
-    if file is not None:
-        return bool(tomllib.loads(file.read_text()).get("data", {}).get("chat_template", False))
-    return bool(tokenizer.chat_template)
+    return None if file is None else tomllib.loads(file.read_text()).get("data", {})
 
 
 class Policy:
-    """A model and its tokenizer.
+    """A model and its tokenizer. `variables`: for its chat template.
 
     Raises:
         UserError: no such model, or one that does not fit its configuration.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.tokenizer = load_tokenizer(folder)
+    def __init__(self, folder: Path, variables: Mapping[str, Any]) -> None:
+        self.tokenizer = load_tokenizer(folder, variables)
         import transformers
 
         transformers.utils.logging.set_verbosity_error()

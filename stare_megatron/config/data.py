@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -18,6 +19,24 @@ def _iso(text: str) -> str:
 
 
 Date = Annotated[str, AfterValidator(_iso)]
+
+# What a chat template is given by whoever renders it.
+_GIVEN = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception")
+
+
+def _variables(given: dict[str, Any]) -> dict[str, Any]:
+    for name, value in given.items():
+        if not name.isidentifier() or name in _GIVEN or name.endswith("_token"):
+            raise ValueError(f"{name!r} is no variable that can be given to a chat template")
+        if not isinstance(value, str | int | float) or (isinstance(value, float) and not math.isfinite(value)):
+            raise ValueError(f"{name} = {value!r}; want true, false, a text or a finite number")
+    return given
+
+
+TemplateVariables = Annotated[dict[str, Any], AfterValidator(_variables)]
+TEMPLATE_VARIABLES = (
+    "Variables for the chat template, as `enable_thinking = false` for Qwen3's; refused where it names no such."
+)
 
 
 class DataConfig(Section):
@@ -36,6 +55,7 @@ class DataConfig(Section):
     chat_template: bool = Field(
         default=False, description="Wrap a string prompt as a user message in the chat template."
     )
+    chat_template_kwargs: TemplateVariables = Field(default_factory=dict, description=TEMPLATE_VARIABLES)
     date: Date = Field(
         default="",
         description="Date, YYYY-MM-DD, for chat templates that write today's; empty: of the run's first start, also "

@@ -11,7 +11,7 @@ from stare_megatron.config.base import Free, Section, Text
 from stare_megatron.config.checkpoint import CheckpointConfig
 from stare_megatron.config.cluster import ClusterConfig
 from stare_megatron.config.config import Config
-from stare_megatron.config.data import Date
+from stare_megatron.config.data import TEMPLATE_VARIABLES, Date, TemplateVariables
 from stare_megatron.config.logging import LoggingConfig
 from stare_megatron.config.model import ModelConfig
 from stare_megatron.config.run import RunConfig
@@ -52,6 +52,7 @@ class SftDataConfig(Section):
     chat_template: bool = Field(
         default=False, description="Write a string prompt and its completion as messages in the chat template."
     )
+    chat_template_kwargs: TemplateVariables = Field(default_factory=dict, description=TEMPLATE_VARIABLES)
     date: Date = Field(
         default="",
         description="Date, YYYY-MM-DD, for chat templates that write today's; empty: of the run's first start.",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from stare_megatron.errors import UserError
@@ -20,6 +23,7 @@ FILES = (
     *("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
 )
 
+_NONE: Mapping[str, Any] = MappingProxyType({})
 _MODEL = ("config.json", "generation_config.json")
 
 
@@ -28,16 +32,17 @@ def has_tokenizer(model: Path) -> bool:
     return any((model / name).is_file() for name in _VOCABULARIES)
 
 
-def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: Path, variables: Mapping[str, Any] = _NONE) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face checkpoint folder: its tokenizer.json as it is, else what AutoTokenizer makes.
 
     It is the model's: every id has a row in the embedding, and at least half of the rows have a token (padding of a
     vocabulary is a few per cent); its special tokens are in its vocabulary, and so are those that config.json and
-    generation_config.json name, of which one that ends a sequence is special.
+    generation_config.json name, of which one that ends a sequence is special. `variables`: what its chat template
+    finds set (`data.chat_template_kwargs`), whoever calls it.
 
     Raises:
         UserError: no such folder, no config.json or tokenizer in it, a damaged file, no end-of-sequence token, or a
-            tokenizer that is another model's ("vocabulary mismatch").
+            tokenizer that is another model's ("vocabulary mismatch"); a variable that its chat template does not name.
     """
     vocab_size = read_vocab_size(model)
     trees = read_files(model)
@@ -63,7 +68,24 @@ def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
             f"{model}: the tokenizer has {len(vocabulary):,} tokens, the embedding {vocab_size:,} rows; it is another "
             "model's"
         )
+    if variables:
+        tokenizer.chat_template = _with_variables(model, tokenizer.chat_template, variables)
     return tokenizer
+
+
+def _with_variables(model: Path, template: Any, variables: Mapping[str, Any]) -> str:
+    """The chat template behind statements that set the variables. Raises: UserError: it does not name one of them."""
+    if not isinstance(template, str):
+        raise UserError(
+            f"{model}: data.chat_template_kwargs is set, but the tokenizer has no chat template; leave it out"
+        )
+    for name in variables:
+        if not re.search(rf"\b{name}\b", template):
+            raise UserError(
+                f"{model}: data.chat_template_kwargs has {name!r}, which the chat template does not name; take it out"
+            )
+    # JSON's texts, numbers, true and false are Jinja's too.
+    return "".join(f"{{%- set {n} = {json.dumps(v)} %}}" for n, v in variables.items()) + "{{- '' }}" + template
 
 
 def read_files(model: Path) -> dict[str, dict[str, Any]]:

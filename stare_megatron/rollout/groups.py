@@ -38,7 +38,7 @@ class Runner:
 
     def __init__(self, config: Config, sampler: Sampler, box: SandboxClient | None = None) -> None:
         self._reward = rewards.make_reward(config.reward, box, config.sandbox)
-        self._tokenizer = load_tokenizer(config.model.path)
+        self._tokenizer = load_tokenizer(config.model.path, config.data.chat_template_kwargs)
         self._words = config.logging.reflection_words
         self._count = word_counter(self._words)
         self._kind = ENVS[config.env.name]

@@ -99,7 +99,7 @@ def evaluate(config: Config, *, model: Path | None, out: Path | None) -> Path:
         checkpoint.verify(policy.checkpoint, contents=config.checkpoint.verify)
     for note in notes:
         say(f"note: {note}", style="yellow")
-    tokenizer = load_tokenizer(config.model.path)
+    tokenizer = load_tokenizer(config.model.path, config.data.chat_template_kwargs)
     config = today(checkpoint.with_date(config, policy.run), tokenizer)
     check_env(config.env, tokenizer)
     benchmarks = load_benchmarks(config, tokenizer)

@@ -105,7 +105,7 @@ def prepare(config: Config, console: Console) -> Prepared:
     settings = checkpoint.settings_of(config)
     if resume_from is not None:
         checkpoint.check_settings(resume_from, settings, config.run.resume_allow)
-    tokenizer = load_tokenizer(config.model.path)
+    tokenizer = load_tokenizer(config.model.path, config.data.chat_template_kwargs)
     check_reference_tokenizer(config, tokenizer)
     config = today(config, tokenizer)
     check_env(config.env, tokenizer)

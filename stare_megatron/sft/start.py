@@ -98,7 +98,7 @@ def prepare(config: SftConfig, console: Console) -> Prepared:
     resume_from = resuming.find(config, console)
     config = checkpoint.with_date(config, resume_from)
     settings = checkpoint.settings_of(config)
-    tokenizer = load_tokenizer(config.model.path)
+    tokenizer = load_tokenizer(config.model.path, config.data.chat_template_kwargs)
     config = today(config, tokenizer)
     train = load_sequences("data.train", config.data.train, config, tokenizer)
     held_out = load_sequences("data.eval", config.data.eval, config, tokenizer) if config.data.eval else None

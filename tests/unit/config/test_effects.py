@@ -66,6 +66,7 @@ EFFECTS: dict[str, Seen | Refused | str] = {
     "data.source_key": Seen(probes.prompts, "group"),
     "data.extra_keys": Seen(probes.prompts, ["group"]),
     "data.chat_template": "tests/unit/data/test_prompts.py",
+    "data.chat_template_kwargs": "tests/unit/data/test_template_kwargs.py",
     "data.date": "tests/unit/run/test_dated_resume.py",
     "data.shuffle": Seen(probes.prompts, False),
     "data.max_prompt_tokens": Seen(probes.engine, 17),
