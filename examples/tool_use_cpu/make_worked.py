@@ -1,4 +1,4 @@
-"""Worked answers of the task for `stare-megatron sft`, in the form that tools/prepare_retool.py writes: a prompt, and
+"""Worked answers of the task for `stare-megatron sft`, in the form that `prepare-data retool-sft` writes: a prompt, and
 parts of which what the interpreter says is not learned.
 
 python examples/tool_use_cpu/make_worked.py --out .cache/tool_use/worked.jsonl

@@ -6,6 +6,7 @@ import argparse
 
 from stare_megatron import paths
 from stare_megatron.data.prepare.recipes import RECIPES
+from stare_megatron.data.prepare.retool import SFT
 from stare_megatron.data.prepare.settings import INSTRUCTION
 
 ABOUT = (
@@ -22,7 +23,9 @@ EXAMPLES = (
 def add_prepare_data(parser: argparse.ArgumentParser) -> None:
     """The options of `prepare-data`."""
     add = parser.add_argument
-    add("dataset", choices=RECIPES, metavar="DATASET", help=f"one of: {', '.join(RECIPES)}")
+    names = (*RECIPES, SFT.name)
+    what = f"one of: {', '.join(names)}; the last is of conversations, for `sft`"
+    add("dataset", choices=names, metavar="DATASET", help=what)
     add("--out", type=paths.argument, required=True, metavar="FILE", help="prompt file to write, JSONL")
     add("--file", type=paths.argument, nargs="+", help="published files, instead of the hub's")
     add("--hub", metavar="REPOSITORY", help="repository on the hub (default: the data set's)")

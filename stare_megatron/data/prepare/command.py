@@ -7,10 +7,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from stare_megatron.data.prepare import retool
 from stare_megatron.data.prepare.hub import Source, download
 from stare_megatron.data.prepare.pipeline import prepare
 from stare_megatron.data.prepare.recipes import RECIPES
-from stare_megatron.data.prepare.settings import Settings
+from stare_megatron.data.prepare.settings import INSTRUCTION, Settings
 from stare_megatron.data.prepare.types import Counts
 from stare_megatron.data.rows import is_blank
 from stare_megatron.errors import UserError
@@ -22,12 +23,32 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> str:
     Raises:
         UserError: options that contradict each other, and as `hub.download` and `pipeline.prepare`.
     """
-    recipe, settings = RECIPES[args.dataset], _settings(args)
+    conversations = args.dataset == retool.SFT.name
+    if conversations:
+        _check_conversations(args)
+    recipe, settings = retool.SFT if conversations else RECIPES[args.dataset], _settings(args)
     if args.file:
         source = Source("", tuple(args.file))
     else:
         source = download(recipe, args.hub or recipe.hub, args.revision, args.split or recipe.split)
-    return f"{args.out}: {_told(prepare(recipe, source, settings, args.out, say))}"
+    if conversations:
+        counts = retool.prepare(source, settings, args.out, say)
+    else:
+        counts = prepare(recipe, source, settings, args.out, say)
+    return f"{args.out}: {_told(counts)}"
+
+
+def _check_conversations(args: argparse.Namespace) -> None:
+    """Raises: UserError: an option that is for prompts, or no system message."""
+    given = {"split": args.split, "against": args.against, "source": args.source}
+    given["instruction"] = args.instruction not in (INSTRUCTION, "")
+    for name in (name for name, value in given.items() if value):
+        raise UserError(f"--{name} is for prompts, and {retool.SFT.name} has conversations; leave it out")
+    if args.form != "chat" or not args.system:
+        raise UserError(
+            f"{retool.SFT.name} has conversations: give --form chat, and with --system the system message of the run "
+            "that follows; `stare-megatron example tool_use_7b/system.txt` prints one"
+        )
 
 
 def _settings(args: argparse.Namespace) -> Settings:

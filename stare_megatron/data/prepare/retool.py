@@ -8,15 +8,54 @@ training must not teach a policy to write the latter: the interpreter does, in e
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from stare_megatron.data.prepare.types import MalformedField, RawRow
+from stare_megatron.data.prepare import store
+from stare_megatron.data.prepare.hub import Source
+from stare_megatron.data.prepare.read import read
+from stare_megatron.data.prepare.settings import Settings
+from stare_megatron.data.prepare.types import Counts, Malformed, MalformedField, RawRow, Recipe
+from stare_megatron.errors import UserError
 
+SFT = Recipe("retool-sft", "JoeYing/ReTool-SFT", ("data/*.parquet", "*.parquet", "*.jsonl"), layouts=())
 QUESTION = "*user question:*"
 _TOOL_OUTPUT = re.compile(r"\n?<interpreter>\n?(.*?)\n?</interpreter>\n?", re.DOTALL)
 _TAGS = re.compile(r"</?(?:code|interpreter)>")
 _ONCE = ("<code>", "</code>", "<interpreter>", "</interpreter>")  # the order of a call's tags
 _ANSWER = re.compile(r"\s*<answer>\s*(.*?)\s*</answer>\s*\Z", re.DOTALL)
+
+
+def prepare(source: Source, settings: Settings, out: Path, report: Callable[[str], None]) -> Counts:
+    """Write the conversations, with `settings.system` before each. `report` gets a line for each malformed row.
+
+    Raises:
+        UserError: unreadable files, malformed rows without `settings.skip_malformed`, no rows.
+    """
+    found: list[dict[str, Any]] = []
+    malformed: list[Malformed] = []
+    for row in (row for path in source.files for row in read(path)):
+        if isinstance(row, Malformed):
+            malformed.append(row)
+            continue
+        try:
+            found.append(conversation(row, settings.system))
+        except MalformedField as e:
+            malformed.append(Malformed(row.place, e.field, e.problem, ""))
+    for broken in malformed:
+        report(broken.line())
+    rows = len(found) + len(malformed)
+    if malformed and not settings.skip_malformed:
+        raise UserError(
+            f"{len(malformed)} of {rows} rows are malformed; fix the file, or leave them out (and have them listed) "
+            "with --skip-malformed"
+        )
+    if not found:
+        raise UserError(f"{source.files[0]}: no conversations")
+    counts = Counts(rows, len(malformed), 0, 0, 0, 0, 0, written=len(found))
+    store.write(out, found, [], malformed, SFT, source, settings, counts)
+    return counts
 
 
 def conversation(row: RawRow, system: str) -> dict[str, Any]:

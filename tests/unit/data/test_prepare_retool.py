@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import runpy
+from pathlib import Path
 
 import pytest
 
+from stare_megatron.__main__ import main
 from stare_megatron.data.prepare.retool import conversation
 from stare_megatron.data.prepare.types import MalformedField, RawRow
-from tests.contracts.source import ROOT
 
 CALL = "<code>\n```python\nprint(2 ** 70)\n```\n</code>"
 RESULT = "<interpreter>\n1180591620717411303424\n</interpreter>"
@@ -66,14 +66,46 @@ def test_other_rows_are_malformed(broken, message):
         conversation(broken, "s")
 
 
-def test_the_tool_reports_rows_and_writes_all_or_nothing(tmp_path, capsys):
-    main = runpy.run_path(str(ROOT / "tools" / "prepare_retool.py"))["main"]
+def prepare(file: Path, out: Path, *more: str) -> int:
+    words = ["--file", str(file), "--form", "chat", "--system", "Be brief.", "--out", str(out)]
+    return main(["prepare-data", "retool-sft", *words, *more])
+
+
+def test_rows_are_reported_and_all_or_nothing_is_written(tmp_path, capsys):
     file, out = tmp_path / "sft.jsonl", tmp_path / "out.jsonl"
     rows = [row(ANSWER).fields, row("<code>1</code>").fields]
     file.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    assert main(["--file", str(file), "--out", str(out)]) == 2
-    assert "sft.jsonl:2: field 'messages': tags" in capsys.readouterr().err
+    assert prepare(file, out) == 2
+    said = capsys.readouterr().err
+    assert "sft.jsonl:2: field 'messages': tags" in said
+    assert "1 of 2 rows are malformed" in said
     assert not out.exists()
-    assert main(["--file", str(file), "--out", str(out), "--skip-malformed"]) == 0
+    assert prepare(file, out, "--skip-malformed") == 0
     (line,) = out.read_text().splitlines()
-    assert json.loads(line)["messages"][0]["content"].startswith("Solve the problem step by step.")
+    assert json.loads(line) == conversation(row(ANSWER), "Be brief.")
+    assert "1 of 2 rows; left out: 1 malformed" in capsys.readouterr().out
+    (broken,) = (tmp_path / "out.jsonl.malformed.jsonl").read_text().splitlines()
+    assert json.loads(broken)["place"].endswith("sft.jsonl:2")
+    assert json.loads((tmp_path / "out.jsonl.manifest.json").read_text())["dataset"] == "retool-sft"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--system", ""], "give --form chat, and with --system the system message"),
+        (["--form", "text"], "give --form chat"),
+        (["--against", "p.jsonl"], "--against is for prompts"),
+        (["--instruction", "Box it."], "--instruction is for prompts"),
+    ],
+)
+def test_options_of_prompts_are_refused(tmp_path, capsys, words, says):
+    (tmp_path / "sft.jsonl").write_text(json.dumps(row(ANSWER).fields))
+    assert prepare(tmp_path / "sft.jsonl", tmp_path / "out.jsonl", *words) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_file_without_rows_is_refused(tmp_path, capsys):
+    (tmp_path / "sft.jsonl").write_text("")
+    assert prepare(tmp_path / "sft.jsonl", tmp_path / "out.jsonl") == 2
+    assert "sft.jsonl" in capsys.readouterr().err
