@@ -6,13 +6,22 @@ import ast
 import re
 import tomllib
 
-from tests.contracts.source import ROOT, files, nodes, relative, tree
+import pytest
 
+from tests.contracts.source import ROOT, files, nodes, relative, tree
+from tests.shellcheck import complaints
+
+SCRIPTS = [ROOT / ".ci/run", *sorted(ROOT.glob("tools/*.sh"))]
 PRODUCT = ("stare_megatron", "patches", "tools")
 
 
 def places(match) -> list[str]:
     return [f"{relative(f)}:{node.lineno}" for f in files(*PRODUCT) for node in nodes(f) if match(node)]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_shellcheck_has_nothing_to_say_of_our_scripts(script):
+    assert complaints(script) == ""
 
 
 def test_no_getattr_with_a_default():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from stare_megatron.plan.command import Options, given_of
 from stare_megatron.plan.estimate import Plan, make
 from stare_megatron.run import machine, preflight
 from tests.contracts.source import ROOT
+from tests.shellcheck import complaints
 from tests.unit.examples.recipes import MODELS, RECIPES, Recipe
 from tests.unit.launch.kuberay import ConfigMap, RayJob
 
@@ -90,13 +90,13 @@ def test_the_baseline_is_the_same_run_without_the_weights(folder: Path) -> None:
 
 @each
 def test_its_job_is_rendered(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """For Slurm as a script that bash takes, for KubeRay in its shape, on this machine as a command."""
+    """For Slurm as a script that shellcheck takes, for KubeRay in its shape, on this machine as a command."""
     words = [str(recipe.path), f"model.path={MODELS / recipe.model}", "run.dir=/shared/runs"]
     local = recipe.load().cluster.address == "local"
     assert main(["launch", "slurm", *words, "--dry-run"]) == 0
     script = tmp_path / "job.sbatch"
     script.write_text(capsys.readouterr().out)
-    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert complaints(script) == ""
     nodes = -(-recipe.gpus // 8)
     assert f"#SBATCH --nodes={nodes}\n" in script.read_text()
     assert f"#SBATCH --gpus-per-node={min(recipe.gpus, 8)}\n" in script.read_text()
