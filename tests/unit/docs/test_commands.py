@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import json
 import re
 import runpy
 import shutil
@@ -16,7 +17,10 @@ import pytest
 
 from stare_megatron import __main__, config
 from stare_megatron.launch import job
+from stare_megatron.metrics.trace import StepTrace, TraceFile
 from stare_megatron.study import spec
+from stare_megatron.types.report import Activity
+from tests.shellcheck import complaints
 from tests.unit.convert import hf_folders
 from tests.unit.docs.commands import PROGRAMS, ROOT, Command, commands, pages
 
@@ -223,6 +227,60 @@ def test_inspect_as_written(reader, capsys):
     assert __main__.main(as_written("stare-megatron inspect FOLDER --verify")) == 0
     assert __main__.main(as_written("stare-megatron inspect FOLDER --tensors")) == 0
     assert "model.embed_tokens.weight" in capsys.readouterr().out
+
+
+def test_plan_as_written(reader, capsys):
+    shape = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "max_position_embeddings": 512}
+    shape |= {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    shape |= {"intermediate_size": 192, "vocab_size": 112, "rms_norm_eps": 1e-6, "rope_theta": 1e4}
+    folder = reader / ".cache/demo/model"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(shape))
+    assert __main__.main(as_written("stare-megatron plan run.toml --search")) == 0
+    assert "\nthe first: trainer.micro_batch_tokens=" in capsys.readouterr().out
+    assert __main__.main(as_written("stare-megatron plan run.toml --json")) == 0
+    assert json.loads(capsys.readouterr().out)["gpus"] == 2
+
+
+def test_launch_as_written(reader, capsys):
+    assert __main__.main(as_written("stare-megatron launch slurm run.toml --dry-run")) == 0
+    (reader / "job.sbatch").write_text(capsys.readouterr().out)
+    assert complaints(reader / "job.sbatch") == ""
+    assert not (reader / "runs/launch").exists()
+
+
+def test_trace_as_written(reader, capsys):
+    tracks = {"driver": [Activity("step 1", 1.8e9, 9.0), Activity("rollout", 1.8e9, 4.0)]}
+    TraceFile(reader / "runs/NAME").append(StepTrace(1, tracks, []))
+    assert __main__.main(as_written("stare-megatron trace runs/NAME")) == 0
+    assert "trace.json: 1 step(s)" in capsys.readouterr().out
+    names = {event["name"] for event in json.loads((reader / "runs/NAME/trace.json").read_text())["traceEvents"]}
+    assert {"step 1", "rollout"} <= names
+
+
+def test_watch_as_written(reader):
+    assert __main__.main(as_written("stare-megatron watch runs/NAME --once x.html")) == 0
+    assert "policy/entropy" in (reader / "x.html").read_text()
+
+
+def test_a_study_of_sizes_as_written(reader, capsys):
+    words = as_written("stare-megatron scale examples/scaling_qwen2_5/study.toml --dry-run")
+    assert __main__.main(words) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert len([line for line in listed if "model.path=models/Qwen2.5-" in line]) == 18
+
+
+def test_scale_as_written(reader, capsys):
+    shutil.copytree(ROOT / "examples/scaling_cpu/results", reader / "runs/scaling_cpu")
+    words = as_written("stare-megatron scale runs/scaling_cpu --out report --json numbers.json")
+    assert __main__.main(words) == 0
+    assert json.loads((reader / "numbers.json").read_text())
+    assert list((reader / "report").glob("*.html"))
+
+
+def test_config_as_written(capsys):
+    assert __main__.main(as_written("stare-megatron config trainer.scoring")) == 0
+    assert capsys.readouterr().out.startswith("trainer.scoring")
 
 
 def test_tool_prints_the_picture_as_written(tmp_path):
