@@ -57,6 +57,8 @@ def _ask(config: Config | None, shared: Path | None, nonce: str, *, full: bool) 
     paths = {"model.path": model} | {key: file.absolute() for key, file in config.own_files().items()}
     if config.model.weights:
         paths["model.weights"] = Path(config.model.weights).absolute()
+    if config.algorithm.kl.on and config.algorithm.kl.reference:
+        paths["algorithm.kl.reference"] = Path(config.algorithm.kl.reference)
     return Ask("", "", {f"{key} = {path}": path for key, path in paths.items()}, model, shared, nonce, full, local)
 
 

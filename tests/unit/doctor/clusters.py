@@ -12,6 +12,7 @@ from tests.configs import configuration
 
 GIB = 2**30
 MODEL = "model.path = /models/m"
+REFERENCE = "algorithm.kl.reference = /models/r"
 H100 = Gpu("NVIDIA H100 80GB HBM3", 80 * GIB, 0, "Default")
 _COMMON = {"stare_megatron": "0.1.0 (code 12345678)", "torch": "2.13.0", "ray": "2.60.0", "megatron-core": "0.19.2"}
 

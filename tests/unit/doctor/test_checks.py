@@ -16,7 +16,18 @@ from stare_megatron.doctor.facts import ClusterFacts, Gpu, Resources
 from stare_megatron.errors import UserError
 from stare_megatron.host.packages import MISSING
 from tests.configs import configuration, small_model
-from tests.unit.doctor.clusters import GIB, H100, MODEL, gpu_node, node, on_cpu, on_gpus, one_machine, two_gpu_nodes
+from tests.unit.doctor.clusters import (
+    GIB,
+    H100,
+    MODEL,
+    REFERENCE,
+    gpu_node,
+    node,
+    on_cpu,
+    on_gpus,
+    one_machine,
+    two_gpu_nodes,
+)
 
 Change = Callable[[ClusterFacts], ClusterFacts]
 
@@ -38,6 +49,12 @@ def every(**changes: Any) -> Change:
 
 def driver(**changes: Any) -> Change:
     return lambda f: dataclasses.replace(f, driver=dataclasses.replace(f.driver, **changes))
+
+
+def without_reference(f: ClusterFacts) -> ClusterFacts:
+    """The second node lacks the reference policy, which the driver has."""
+    seen = f.driver.paths | {REFERENCE: "def"}
+    return second(paths=seen | {REFERENCE: MISSING})(driver(paths=seen)(f))
 
 
 def whole(**changes: Any) -> Change:
@@ -116,6 +133,12 @@ GPU_FAULTS: list[tuple[str, Change, str, str]] = [
     ("shared_writable", driver(shared_error="Read-only file system"), "node1 (10.0.0.1): ", "Ray's user may write"),
     ("paths_missing", second(paths={MODEL: MISSING}), f"node2 (10.0.0.2): {MODEL} is not there", "same path"),
     ("paths_missing", every(paths={MODEL: MISSING}), f"this machine: {MODEL} is not there", "same path"),
+    (
+        "paths_missing",
+        second(paths={MODEL: "abc", REFERENCE: MISSING}),
+        f"node2 (10.0.0.2): {REFERENCE} is",
+        "same path",
+    ),
     ("paths_differ", second(paths={MODEL: "def"}), "not what the driver has", "copy the driver's"),
     ("shared_memory", second(shm_bytes=64 * 2**20), "/dev/shm has 0.06 GiB", "--shm-size"),
     ("locked_memory", second(memlock=8 * 2**20), "lock 8 MiB", "ulimit -l unlimited"),

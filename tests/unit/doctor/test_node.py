@@ -74,6 +74,18 @@ def test_a_folder_that_is_not_shared(ask, tmp_path):
     assert problems(node.gather(dataclasses.replace(ask, nonce="another"))) == ["shared_folder"]
 
 
+def test_a_reference_policy_is_looked_for_where_one_is_used(tmp_path, model):
+    gone = tmp_path / "gone"
+
+    def asked(coefficient: float) -> dict[str, str]:
+        kl = {"kl": {"coefficient": coefficient, "reference": str(gone)}}
+        return survey.short(configuration(model={"path": str(model)}, algorithm=kl), None).driver.paths
+
+    key = f"algorithm.kl.reference = {gone}"
+    assert key not in asked(0.0)
+    assert asked(0.1)[key] == MISSING
+
+
 def test_a_local_folder(ask, tmp_path):
     local = tmp_path / "local/stare"
     found = node.gather(dataclasses.replace(ask, local=local))
