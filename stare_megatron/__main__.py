@@ -149,7 +149,7 @@ def _scale(args: argparse.Namespace, rest: list[str]) -> int:
 
     by = tuple(args.by)
     options = command.Options(Axis(args.axis), args.benchmark, args.skip, by, args.title, args.out, args.json)
-    study = command.StudyOptions(args.form, args.only, args.jobs, args.dry_run)
+    study = command.StudyOptions(args.form, tuple(args.only), args.jobs, args.dry_run)
     return command.run(args.runs, options, study, Console())
 
 

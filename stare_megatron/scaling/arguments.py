@@ -31,6 +31,12 @@ def add_scale(parser: argparse.ArgumentParser) -> None:
     add("--title", default="", help="title of the report")
     add("--json", type=paths.argument, metavar="FILE", help="write all numbers there")
     add("--form", default="", metavar="NAME", help="of a study: a smaller form of it")
-    add("--only", default="*", metavar="PATTERN", help="of a study: only runs whose name matches")
+    add(
+        "--only",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="of a study: only runs whose name matches; given again, also those that match another",
+    )
     add("--jobs", type=int, default=0, metavar="N", help="of a study: runs at a time (default: as many as fit)")
     add("--dry-run", action="store_true", help="of a study: list the runs and their settings, run nothing")

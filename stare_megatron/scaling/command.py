@@ -45,7 +45,7 @@ class StudyOptions:
     """Of a study's runs, as `stare-megatron study` takes them."""
 
     form: str = ""
-    only: str = "*"
+    only: tuple[str, ...] = ()
     jobs: int = 0
     dry_run: bool = False
 

@@ -20,6 +20,12 @@ def add_study(parser: argparse.ArgumentParser) -> None:
     add("study", type=paths.argument, help="TOML file; `stare-megatron docs studies` describes it")
     add("--form", default="", metavar="NAME", help="a smaller form of the study, e.g. quick")
     add("--dir", type=paths.argument, metavar="FOLDER", help="where run folders go (default: the study's dir)")
-    add("--only", default="*", metavar="PATTERN", help="only runs whose name matches, e.g. 'stare*'")
+    add(
+        "--only",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="only runs whose name matches, e.g. 'stare*'; given again, also those that match another",
+    )
     add("--jobs", type=int, default=0, metavar="N", help="runs at a time (default: as many as fit)")
     add("--dry-run", action="store_true", help="list the runs and their settings, run nothing")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -16,7 +17,7 @@ from stare_megatron.study.jobs import Progress, Runner, State, default_jobs, log
 INTERRUPTED = 130
 
 
-def run(file: Path, *, form: str, only: str, jobs: int, folder: Path | None, dry_run: bool) -> int:
+def run(file: Path, *, form: str, only: Sequence[str], jobs: int, folder: Path | None, dry_run: bool) -> int:
     """Run what is not done; returns the exit code: 0, 1 if a run failed, 130 if stopped.
 
     `dry_run`: only list the runs and their settings.

@@ -25,6 +25,7 @@ import fnmatch
 import shlex
 import sys
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,10 +98,11 @@ class Study:
     by_seed: tuple[str, ...]
 
 
-def load(file: Path, form: str, only: str, folder: Path | None = None) -> Study:
+def load(file: Path, form: str, only: Sequence[str] = (), folder: Path | None = None) -> Study:
     """Read a study file.
 
-    `form`: one of its forms, or "" for the whole study; `only`: pattern of run names; `folder`: instead of its `dir`.
+    `form`: one of its forms, or "" for the whole study; `only`: patterns of run names, none: every run; `folder`:
+    instead of its `dir`.
 
     Every run's settings are resolved here, so that a mistake in the last of them stops before the first starts.
 
@@ -119,10 +121,10 @@ def load(file: Path, form: str, only: str, folder: Path | None = None) -> Study:
     for seed in chosen.seeds or spec.seeds:
         for name in chosen.variants or spec.variants:
             job = _job(base, folder, spec, chosen, name, seed)
-            if fnmatch.fnmatchcase(job.name, only):
+            if not only or any(fnmatch.fnmatchcase(job.name, pattern) for pattern in only):
                 jobs.append(job)
     if not jobs:
-        raise UserError(f"{file}: no run matches --only {only!r}")
+        raise UserError(f"{file}: no run matches --only {' --only '.join(map(repr, only))}")
     commands = {seed: _commands(spec, [j for j in jobs if j.seed == seed], seed) for seed in {j.seed for j in jobs}}
     every = [*spec.settings, *chosen.settings, *(s for v in spec.variants.values() for s in v.settings)]
     by_seed = tuple(sorted({s.partition("=")[0] for s in every if "{seed}" in s}))

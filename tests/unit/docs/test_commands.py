@@ -126,7 +126,7 @@ def test_settings_named_exist(page):
         for name in named
         if name.split(".")[0] in tables
         and not name.endswith((".jsonl", ".toml", ".json", ".py", ".safetensors"))
-        and not name.startswith(("trainer.megatron.", "inference.vllm."))
+        and not name.startswith(("trainer.megatron.", "inference.vllm.", "data.chat_template_kwargs."))
         and name not in keys | dict.fromkeys(groups) | dict.fromkeys(own)
     }
     assert unknown == set()
