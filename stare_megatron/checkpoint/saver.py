@@ -118,14 +118,14 @@ class Saver:
         """Finish a save under way, and save the state unless it is saved already; does not return before all is on
         disk. A failure is only told, for the run has another error."""
         try:
-            if self._is_saved(state.step) and not self.pending:
+            if self.is_saved(state.step) and not self.pending:
                 return
             held = self._writers.held_step()  # first: who waits for a rank that is gone waits long
             self.wait()
-            if self._local and self._copies and self._local.find(state.step) and not self._is_saved(state.step):
+            if self._local and self._copies and self._local.find(state.step) and not self.is_saved(state.step):
                 self._copies.want(state.step)
                 self._copies.wait()
-            if self._is_saved(state.step):
+            if self.is_saved(state.step):
                 return
             if held != state.step:
                 raise RunError("the update after it has changed weights already")
@@ -137,18 +137,19 @@ class Saver:
 
     def give_up(self, step: int, why: str) -> None:
         """Say that a step is not saved, if it is not."""
-        if self._is_saved(step):
+        if self.is_saved(step):
             return
         alone = self._local is not None and self._local.find(step) is not None
         what = "saved on the nodes' own disks alone" if alone else "not saved"
         self._warn(f"step {step} is {what}: {why}")
 
-    def _is_saved(self, step: int) -> bool:
+    def is_saved(self, step: int) -> bool:
+        """Whether the run's folder has a checkpoint of it."""
         return step in map(store.step_of, store.complete(self._root))
 
     def goes_on_from(self, folder: Path) -> None:
         """The run does; a local checkpoint that has no copy yet gets one."""
-        if self._copies and is_local(folder) and not self._is_saved(store.step_of(folder)):
+        if self._copies and is_local(folder) and not self.is_saved(store.step_of(folder)):
             self._copies.want(store.step_of(folder))
 
     def poll(self) -> None:

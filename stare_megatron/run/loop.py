@@ -75,6 +75,10 @@ def train(run: Run[Ref]) -> int:
         while step < run.steps and not stopping:
             with run.recorder.phase("rollout"):
                 batch = run.sampler.next_batch(step)
+                if batch is None:
+                    run.residency.to_checkpoint()
+                    run.saving.stopped(step)
+                    break
                 run.residency.to_trainer()
             with run.recorder.phase("score"):
                 run.trainers.load(batch)

@@ -40,8 +40,9 @@ Raises:
 class Sampler(Protocol[Batch_co]):
     """Samples the update batches of a run."""
 
-    def next_batch(self, version: int) -> Batch_co:
-        """Groups with rewards, for the update of the policy of `version`, which the engines hold.
+    def next_batch(self, version: int) -> Batch_co | None:
+        """Groups with rewards, for the update of the policy of `version`, which the engines hold; None where an end is
+        wanted before they are whole, and what there is of them can be kept.
 
         Raises:
             RunError: an engine failed.

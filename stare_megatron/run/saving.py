@@ -98,6 +98,14 @@ class Saving:
         if last:
             self._saver.wait()
 
+    def stopped(self, step: int) -> None:
+        """An end is wanted while the batch after `step` is sampled, which the ranks know nothing of: save `step` with
+        what there is of that batch; where it is saved already, its shelf in the bank has what was finished since."""
+        self._recorder.note(f"the batch of step {step + 1} is not waited for; what there is of it goes on with the run")
+        self._saver.wait()
+        if not self._saver.is_saved(step):
+            self.save(step, last=True)
+
     def poll(self) -> None:
         if self._saver.pending:
             with self._recorder.phase("save"):

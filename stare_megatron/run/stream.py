@@ -7,7 +7,7 @@ import concurrent.futures
 import dataclasses
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -20,6 +20,8 @@ from stare_megatron.rollout.window import Batch, Window
 from stare_megatron.run.banking import Banking, Done, Restored
 from stare_megatron.run.sampling import Engines, Kept
 from stare_megatron.types import Begun, GroupRequest, GroupSummary
+
+_GLANCE_S = 1.0
 
 Ref = TypeVar("Ref")
 Ref_co = TypeVar("Ref_co", covariant=True)
@@ -50,7 +52,8 @@ class StreamSampler(Generic[Ref]):
 
     Seeds derive from the version that engines held when a group was admitted, and its number among those: without
     staleness they are those of the synchronous sampler, and so is everything else. `banking`: keeps what is sampled and
-    not learned from for a run that goes on; None: it samples that again.
+    not learned from for a run that goes on; None: it samples that again. `stop`: whether an end is wanted: with
+    `banking` nobody waits for a batch then, but for the first.
     """
 
     def __init__(
@@ -60,12 +63,16 @@ class StreamSampler(Generic[Ref]):
         window: Window,
         engines: StreamEngines[Ref],
         banking: Banking[Ref] | None = None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self._collector = collector
         self._stream = stream
         self._window = window
         self._engines = engines
         self._banking = banking
+        self._stop = stop
+        self._handed_out = 0  # batches
+        self._learned = 0  # updates, when that of the batch handed out last is done
         self._again: collections.deque[Restored[Ref]] = collections.deque()
         self._resumed = Resumed()
         self._ordered: dict[int, _Ordered] = {}  # of groups in no batch
@@ -89,14 +96,18 @@ class StreamSampler(Generic[Ref]):
             self._again.extend(self._banking.restore(kept, step))
         return sum((_kept_of(of) for of in self._again), Resumed())
 
-    def next_batch(self, version: int) -> Collected[Ref]:
+    def next_batch(self, version: int) -> Collected[Ref] | None:
         """As `Sampler`; waits until enough groups are finished that may be learned from."""
         with self._changed:
-            self._held = False
+            self._held, self._learned = False, version
             self._window.begin(version)
             self._admit()
             while (made := self._draw()) is None:
-                self._changed.wait()
+                if self._stop() and self._handed_out and self._banking is not None:
+                    return None
+                self._changed.wait(_GLANCE_S)
+            self._handed_out += 1
+            self._learned = version + 1
             return self._collected(version, made)
 
     @property
@@ -119,9 +130,9 @@ class StreamSampler(Generic[Ref]):
         return self._stream.state()
 
     def ahead(self) -> Kept:
-        """As `Sampler`, after the update of the version that batches were drawn for last."""
+        """As `Sampler`, after the update of the batch handed out last."""
         with self._changed:
-            step, after = self._window.version + 1, self._stream.state()
+            step, after = self._learned, self._stream.state()
             ordered, again = {n: self._ordered[n] for n in sorted(self._ordered)}, tuple(self._again)
         return lambda: self._kept(step, ordered, again, after)
 

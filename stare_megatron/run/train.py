@@ -205,7 +205,7 @@ def _assemble(
         warn=sinks.note,
         local=_local(config, folder, trainers),
     )
-    sampler, banking = _sampler(prepared, session, sinks)
+    sampler, banking = _sampler(prepared, session, sinks, stop)
     if banking is not None:
         saver.durable = banking.durable
     controller = EntropyController(config.algorithm, ALGORITHMS[config.algorithm.method])
@@ -243,7 +243,7 @@ def _local(config: Config, folder: run_folder.RunFolder, trainers: checkpoint.No
 
 
 def _sampler(
-    prepared: Prepared, session: Session, sinks: Sinks
+    prepared: Prepared, session: Session, sinks: Sinks, stop: StopSignal
 ) -> tuple[Sampler[Collected[runtime.Ref]], Banking[runtime.Ref] | None]:
     """The sampler, and who keeps what it samples ahead in the run's bank, if anyone does."""
     config, stream, engines = prepared.config, prepared.stream, session.engines
@@ -255,7 +255,7 @@ def _sampler(
         if config.sampling.bank:
             bank = checkpoint.Bank(config.folder / run_folder.BANK)
             banking = Banking(bank, store, sinks.note, experts=config.inference.routing_replay)
-        streaming = StreamSampler(collector, stream, _window(config), engines, banking)
+        streaming = StreamSampler(collector, stream, _window(config), engines, banking, lambda: stop.asked)
         if isinstance(prepared.ahead, checkpoint.Outstanding):
             resumed = streaming.restore(prepared.ahead, prepared.restored)
             if prepared.ahead.requests:

@@ -167,9 +167,11 @@ class World:
         self.saved: list[tuple[int, Path]] = []
         self.notes: list[str] = []
         self.resumed = [0, 0, 0, 0]
+        self.given_up = 0  # batches
 
-    def life(self, ends: int, *, bank: bool = True) -> PromptStream:
-        """A process: from the newest checkpoint until it is killed with so many updates done, or to the end."""
+    def life(self, ends: int, *, bank: bool = True, stop: int = STEPS) -> PromptStream:
+        """A process: from the newest checkpoint until it is killed with so many updates done, or an end is wanted when
+        `stop` are, or to the end."""
         step, kept = 0, None
         if self.saved:
             step, folder = self.saved[-1]
@@ -180,15 +182,24 @@ class World:
         store = Store(lambda refs: [engines.refs[ref] for ref in refs], engines.put)
         banking = Banking(Bank(self.folder / "bank"), store, self.notes.append) if bank else None
         window = Window(P, self.staleness, (self.staleness + 1) * P, 4, 5 * P, STEPS)
-        sampler = StreamSampler(Collector(settings(), engines, stream), stream, window, engines, banking)
+        collector, wanted = Collector(settings(), engines, stream), threading.Event()
+        sampler = StreamSampler(collector, stream, window, engines, banking, wanted.is_set)
         learned = None
         try:
             if isinstance(kept, Outstanding):
                 sampler.restore(kept, step)
             while step < STEPS:
-                engines.waited_for = True
+                if step == stop:
+                    wanted.set()
+                engines.waited_for = not wanted.is_set()
                 batch = sampler.next_batch(step)
                 engines.waited_for = False
+                if batch is None:
+                    learned = None  # nobody sees an error
+                    if not self.saved or self.saved[-1][0] != step:
+                        self.save(banking, step, sampler.ahead())
+                    self.given_up += 1
+                    break
                 for ref, _ in batch.groups:
                     self.check(step, engines.refs[ref])
                 r = batch.resumed
@@ -204,6 +215,10 @@ class World:
                 self.weights.append(self.pushed)
                 engines.push(step, self.pushed)
                 time.sleep(self.rng.choice([0, 0.002, 0.01]))
+                if wanted.is_set():  # the batch was there: its step is done, and the last
+                    self.save(banking, step, sampler.ahead())
+                    learned = None
+                    break
                 if self.rng.random() < 0.5:
                     self.save(banking, step, sampler.ahead())
         finally:
@@ -264,6 +279,43 @@ def test_killed_at_any_moment_every_prompt_is_learned_from_once(
         world.lose(share)
     world.finished(world.life(-1))
     assert all("damaged" in note for note in world.notes)
+
+
+@bounded(25)
+@given(stops=st.lists(st.integers(0, STEPS - 1), max_size=4), staleness=st.integers(0, 3), seed=st.integers(0, 2**32))
+def test_stopped_while_a_batch_is_sampled_every_prompt_is_learned_from_once(
+    tmp_path_factory, prompts, stops, staleness, seed
+):
+    world = World(tmp_path_factory.mktemp("world"), prompts, staleness, seed)
+    for stop in stops:
+        world.life(-1, stop=stop)
+    world.finished(world.life(-1))
+    assert not world.notes
+
+
+def test_a_batch_is_not_waited_for_when_an_end_is_wanted(tmp_path, prompts):
+    """But for the first of a process, without which it would come no further; what there was of it goes on. In as many
+    worlds as it takes: a batch may be whole by then."""
+    given_up = went_on = 0
+    for n in range(20):
+        (tmp_path / str(n)).mkdir()
+        world = World(tmp_path / str(n), prompts, 3, n)
+        world.life(-1, stop=0)
+        assert (world.given_up, len(world.learned)) == (0, 1)
+        for stop in (3, 5):
+            world.life(-1, stop=stop)
+        world.finished(world.life(-1))
+        given_up, went_on = given_up + world.given_up, went_on + sum(world.resumed[:3])
+        if given_up and went_on:
+            break
+    assert given_up
+    assert went_on
+
+
+def test_a_batch_is_waited_for_where_nothing_would_keep_it(tmp_path, prompts):
+    world = World(tmp_path, prompts, 3, 1)
+    world.life(-1, bank=False, stop=2)
+    assert (world.given_up, len(world.learned)) == (0, 3)
 
 
 def test_what_was_sampled_is_used(tmp_path, prompts):

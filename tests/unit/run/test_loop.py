@@ -13,17 +13,17 @@ SUMMARY = ScoreSummary((), 10)
 class Everything:
     """Every part of a run at once; writes down what is asked of it."""
 
-    def __init__(self, restored=0, stop_at=None, evaluate=(), save=(), export=(), offload=False):
+    def __init__(self, restored=0, stop_at=None, evaluate=(), save=(), export=(), offload=False, none_at=None):
         self.said: list[str] = []
         self._offload, self.engines_sleep = offload, False
         self.asked = False
         self._restored, self._stop_at = restored, stop_at
-        self._evaluate, self._save, self._export = evaluate, save, export
+        self._evaluate, self._save, self._export, self._none_at = evaluate, save, export, none_at
 
     # sampler
     def next_batch(self, version):
         self.said.append(f"sample {version}")
-        return f"batch {version}"
+        return None if version == self._none_at else f"batch {version}"
 
     def drain(self):
         self.said.append("drain")
@@ -106,6 +106,9 @@ class Everything:
 
     def learned(self, step):
         self.said.append(f"learned {step}")
+
+    def stopped(self, step):
+        self.said.append(f"stopped {step}")
 
     def poll(self):
         self.said.append("poll")
@@ -219,6 +222,12 @@ def test_a_wish_to_stop_is_granted_after_the_step_which_is_saved_and_not_evaluat
     parts = Everything(stop_at=1, evaluate=(0, 1))
     assert run(parts, steps=5) == 1
     assert parts.said[-len(STEP_1) - 4 :] == [*STEP_1, "devices: checkpoint", "save 1 last", "close 1", "give up"]
+
+
+def test_a_batch_that_is_not_waited_for_ends_the_run():
+    parts = Everything(none_at=1)
+    assert run(parts, steps=5) == 1
+    assert parts.said[-5:] == ["close 1", "sample 1", "devices: checkpoint", "stopped 1", "give up"]
 
 
 def test_engines_that_slept_for_a_save_get_their_weights_again_if_anybody_samples():
