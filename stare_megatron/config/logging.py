@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from stare_megatron.config.base import Section, Text
+from stare_megatron.config.base import Section, Text, explained
+from stare_megatron.paths import absolute
 
 REFLECTION_WORDS = (
     "wait",
@@ -57,10 +58,21 @@ class LoggingConfig(Section):
     trace: bool = Field(
         default=True, description="Write what each process does when, for `stare-megatron trace RUN`; at most 64 MB."
     )
+    plan_constants: str = Field(
+        default="",
+        description="File of `plan --calibrate` whose constants the plan has that a run says at its start and its end; "
+        "empty: the package's.",
+    )
     reflection_words: list[str] = Field(
         default_factory=lambda: list(REFLECTION_WORDS),
         description="Words and phrases counted in responses, whole and in any case; empty: nothing is counted.",
     )
+
+    @field_validator("plan_constants")
+    @classmethod
+    def _where(cls, file: str) -> str:
+        with explained():
+            return str(absolute(file)) if file else ""
 
     @model_validator(mode="after")
     def _words(self) -> LoggingConfig:

@@ -25,6 +25,7 @@ _IDLE = {
     ("checkpoint", "local"): "its checkpoints go to the run's folder",
     ("logging", "samples_every"): "nothing is sampled",
     ("logging", "reflection_words"): "nothing is sampled",
+    ("logging", "plan_constants"): "no plan is said; plan sft.toml --constants FILE reads it",
 }
 
 

@@ -8,6 +8,7 @@ nothing is taken to overlap. `Constants` says where the rates come from.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,6 +23,9 @@ from stare_megatron.plan.lengths import Lengths
 from stare_megatron.plan.parameters import Layout, largest
 from stare_megatron.plan.work import work_of
 
+# Seconds of a chunk of whole tensors beside its copies: its handle made, sent and opened, and answers. Fitted to the
+# one push measured, of two chunks between two processes (docs/planning.md).
+_CHUNK, _CHUNK_BYTES = 2.4e-3, 2**30
 _WORD = 0.5e-3  # seconds of a message of a sharded push beside its bytes: launches, and two words over gloo; assumed
 
 
@@ -274,11 +278,17 @@ def push_time(config: Config, shape: ModelShape, machine: Machine) -> PushTime:
         return PushTime(_sharded_push(config, size, machine), size)
     split = t.tensor_parallel * t.pipeline_parallel * t.expert_parallel
     gather = size / machine.link(split) if split > 1 else 0.0
-    copies = 3 * size / machine.memory
+    # Gathered by whole tensors, which are written once more; what comes is put into the engine's layers.
+    copies = (1 + 2) * size / machine.memory + handed_on(size, machine)
     sent = 0.0
     if i.placement == "separate":
         sent = size / machine.link(t.world_size + i.engines * i.tensor_parallel)
     return PushTime(gather + copies + sent, size)
+
+
+def handed_on(size: float, machine: Machine) -> float:
+    """Seconds in which whole tensors of `size` bytes are packed into chunks and taken out of them on one GPU."""
+    return 4 * size / machine.memory + _CHUNK * math.ceil(size / _CHUNK_BYTES)
 
 
 def _sharded_push(config: Config, size: float, machine: Machine) -> float:

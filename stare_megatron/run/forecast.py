@@ -62,6 +62,9 @@ class Forecast:
         for phase in Phase:
             planned, measured = plan.phase(phase), mean(warm, f"time/{phase.value}")
             found.append(("plan" if not found else "", f"{phase.value} {compared(planned, measured, 's')}"))
+        waited = [row["time/save"] for row in rows if row.get("time/save", 0.0) > 0]
+        if waited:
+            found.append(("", f"save, waited for {compared(plan.save.seconds, sum(waited) / len(waited), 's')}"))
         peak = max((row.get("memory/trainer_peak", 0.0) for row in rows), default=0.0) * _MB
         found.append(("", f"rank's memory {compared(allocated(plan) / _GIB, peak / _GIB, 'GiB')}"))
         return found
@@ -81,7 +84,11 @@ def allocated(plan: Plan) -> float:
 
 
 def forecast(config: Config) -> Forecast:
-    """Of the GPUs that this process sees, which are taken to be those of the run."""
+    """Of the GPUs that this process sees, which are taken to be those of the run.
+
+    Raises:
+        UserError: `logging.plan_constants` cannot be read.
+    """
     shape = read_hf_config(config.model.path)
     if on_gpus(config) is False:
         return Forecast(config, None, cpu_memory_bytes(config, shape))
@@ -89,7 +96,9 @@ def forecast(config: Config) -> Forecast:
     if gpu is None:
         return Forecast(config, None, 0)
     engine = importlib.util.find_spec("transformer_engine") is not None
-    machine = Machine(gpu, hardware.CONSTANTS, Layers.ENGINE if engine else Layers.LOCAL)
+    file = config.logging.plan_constants
+    constants = hardware.read_constants(Path(file)) if file else hardware.CONSTANTS
+    machine = Machine(gpu, constants, Layers.ENGINE if engine else Layers.LOCAL)
     count = config.rollout.prompts_per_step * config.rollout.group_size
     known = lengths.assumed(
         count, longest=config.rollout.max_response_tokens, longest_prompt=config.data.max_prompt_tokens

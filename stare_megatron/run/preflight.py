@@ -26,6 +26,7 @@ from stare_megatron.metrics import prometheus
 from stare_megatron.models import layout, weights
 from stare_megatron.models.families import read_hf_config
 from stare_megatron.models.shape import ModelShape
+from stare_megatron.plan import hardware
 from stare_megatron.run.machine import check_engine_machine, check_machine, kv_cache_bytes, on_gpus
 from stare_megatron.run.reference import check_reference
 from stare_megatron.sandbox.detect import detect
@@ -55,6 +56,7 @@ def check(config: Config) -> tuple[str, ...]:
     check_layout(config, shape)
     check_window(config, shape)
     check_cluster(config)
+    check_plan(config)
     if config.logging.prometheus_port:
         prometheus.listen(config.logging).close()
     check_engine_options(config, shape)
@@ -256,6 +258,12 @@ def check_weights(model: Path, shape: ModelShape) -> None:
     read_files(model)
     if not has_tokenizer(model):
         raise UserError(f"model.path = {str(model)!r}: no tokenizer; copy the tokenizer's files beside config.json")
+
+
+def check_plan(config: Config) -> None:
+    """Raises: UserError: `logging.plan_constants` is no file of `plan --calibrate`."""
+    if config.logging.plan_constants:
+        hardware.read_constants(Path(config.logging.plan_constants))
 
 
 def check_initial(folder: str) -> None:

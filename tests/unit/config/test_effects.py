@@ -247,6 +247,7 @@ EFFECTS: dict[str, Seen | Refused | str] = {
     ),
     "logging.samples_every": Seen(probes.saved, 2),
     "logging.trace": "tests/unit/run/test_recorder.py::test_without_a_trace_nothing_is_kept_of_it",
+    "logging.plan_constants": "tests/unit/run/test_forecast.py::test_measured_constants_are_those_of_the_plan",
     "logging.samples": "tests/unit/run/test_recorder.py",
     "logging.reflection_words": Seen(probes.reflections, ["so"]),
     "eval.every": Seen(probes.questions, 2),

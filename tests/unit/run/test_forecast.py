@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from stare_megatron.host import device
+from stare_megatron.plan import hardware
 from stare_megatron.run import forecast as module
 from stare_megatron.run.forecast import allocated, compared, forecast, peak_flops
 from stare_megatron.run.machine import cpu_memory_bytes
@@ -54,6 +55,28 @@ def test_gpus_have_times_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "10.0 measured" in said[2][1]
     # Shorter responses than those assumed: the plan is made again with them.
     assert f"{found.plan.update.seconds:,.1f} s planned" not in said[2][1]
+
+
+def test_saves_are_compared_as_far_as_the_loop_waited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "on_gpus", lambda _: True)
+    monkeypatch.setattr(device, "gpus", lambda: (H100,))
+    found = forecast(config_of("qwen2.5-1.5b", **TABLES))
+    assert found.plan is not None
+    said = [text for _, text in found.against(write(tmp_path, time__update=10.0, time__save=4.0))]
+    assert f"save, waited for {compared(found.plan.save.seconds, 4.0, 's')}" in said
+
+
+def test_measured_constants_are_those_of_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "on_gpus", lambda _: True)
+    monkeypatch.setattr(device, "gpus", lambda: (H100,))
+    file = tmp_path / "gpu.json"
+    hardware.write_constants(file, {"gemm": 0.35})
+    slow = forecast(config_of("qwen2.5-1.5b", logging={"plan_constants": str(file)}, **TABLES)).plan
+    plain = forecast(config_of("qwen2.5-1.5b", **TABLES)).plan
+    assert slow is not None
+    assert plain is not None
+    assert slow.update.parts.products == pytest.approx(2 * plain.update.parts.products)
+    assert slow.update.parts.memory == plain.update.parts.memory
 
 
 def test_what_torch_allocates_is_compared_with_what_torch_says(monkeypatch: pytest.MonkeyPatch) -> None:
