@@ -8,7 +8,6 @@ the same layout; nothing in the trainer draws from them while dropout is 0.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from stare_megatron.config import TrainerConfig
 from stare_megatron.errors import MissingFilesError, UserError
+from stare_megatron.host import cpus
 from stare_megatron.trainer import model_state, parallel, precise, shares
 from stare_megatron.trainer.writing import Writer, Writing
 
@@ -38,9 +38,10 @@ CONTENT = {
 
 
 def writer(trainer: TrainerConfig) -> Writer:
-    """What this rank writes its checkpoints with: as many threads as it has cores of its node. A collective."""
+    """What this rank writes its checkpoints with: as many threads as it has of its node's cores, as far as it may use
+    them. A collective."""
     replicas = None if trainer.distributed_optimizer else parallel.dp_cp_group()
-    return Writer((os.cpu_count() or 1) // parallel.ranks_of_node(), replicas)
+    return Writer(cpus.usable() // parallel.ranks_of_node(), replicas)
 
 
 def begin_save(
