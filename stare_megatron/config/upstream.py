@@ -2,7 +2,8 @@
 
 What is not listed is refused with a reason: an option that the policy's layers ignore would do nothing, and one that
 changes what the policy computes would set engine and trainer apart. A new option is a line here and a row of
-tests/unit/config/test_upstream_effects.py, which shows what it does.
+tests/invariance/options_worker.py (Megatron-Core's) or tests/e2e/test_engine_options.py (vLLM's), which shows what it
+does.
 
 Field names are read from the source of upstream's configuration dataclasses, which is parsed and not run: importing
 Megatron-Core costs seconds and, without a GPU, needs patches; importing vLLM costs ten seconds.
