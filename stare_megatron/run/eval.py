@@ -21,6 +21,7 @@ from stare_megatron.data.tokenizer import decoder, load_tokenizer
 from stare_megatron.errors import RunError, UserError
 from stare_megatron.metrics import eval_records, eval_results, events
 from stare_megatron.rollout.groups import check_env, check_prompts
+from stare_megatron.rollout.own import check_own
 from stare_megatron.run import folder as run_folder
 from stare_megatron.run import preflight, sizing
 from stare_megatron.run.evaluation import Evaluation, Evaluator, fingerprint
@@ -104,6 +105,7 @@ def evaluate(config: Config, *, model: Path | None, out: Path | None) -> Path:
     check_env(config.env, tokenizer)
     benchmarks = load_benchmarks(config, tokenizer)
     check_prompts(config, None, benchmarks)
+    check_own(config, tokenizer, benchmarks[0].prompts[0])
     folder = out or config.folder.with_name(f"{config.folder.name}-eval")
     partial = _make(folder)
     try:

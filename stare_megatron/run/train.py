@@ -29,6 +29,7 @@ from stare_megatron.metrics.summary import how_to_go_on, next_steps, opening, op
 from stare_megatron.models.families import read_hf_config
 from stare_megatron.rollout.collect import Collected, Collector
 from stare_megatron.rollout.groups import check_env, check_prompts
+from stare_megatron.rollout.own import check_own
 from stare_megatron.rollout.window import Window
 from stare_megatron.run import folder as run_folder
 from stare_megatron.run import forecast, loop, preflight, resuming, sizing
@@ -113,6 +114,7 @@ def prepare(config: Config, console: Console) -> Prepared:
     notes += opening_notes(config, len(prompts), prompts.dropped)
     benchmarks = load_benchmarks(config, tokenizer)
     check_prompts(config, prompts, benchmarks)
+    check_own(config, tokenizer, prompts[0])
     stream = PromptStream(prompts, seed=config.run.seed, shuffle=config.data.shuffle)
     if config.sync.probe_every:
         stream.probe()  # refuses a data set without a prompt to probe with

@@ -1,0 +1,152 @@
+"""What users bring is refused before engines start, with what is missing and the page that tells."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stare_megatron.config import Config, parse
+from stare_megatron.errors import UserError
+from stare_megatron.rollout.own import check_own, is_async
+from stare_megatron.types import Prompt
+from tests import byte_tokenizer
+from tests.configs import tables
+
+TOKENIZER = byte_tokenizer.make()
+PROMPT = Prompt("p", "s", "Hi", tuple(TOKENIZER.encode("Hi")), "1")
+HEAD = """
+import numpy as np
+from stare_megatron.envs import End, EnvKind
+from stare_megatron.rewards import RewardKind
+from stare_megatron.types import Score, Status
+"""
+ENV = (
+    HEAD
+    + """
+class Mine:
+    stop = ()
+    turns = ()
+    def __init__(self, prompt, context):
+        self.ids = np.asarray(prompt.token_ids, np.int32)
+    async def reset(self):
+        return self.ids
+    async def step(self, action):
+        return End(Status.COMPLETED)
+    async def close(self):
+        return None
+ENV = EnvKind(make=Mine, needs_sandbox=False)
+"""
+)
+REWARD = (
+    HEAD
+    + """
+class Grader:
+    def __init__(self, settings):
+        self.settings = settings
+    async def __call__(self, prompt, trajectory, tokenizer):
+        return Score(1.0, True)
+REWARD = RewardKind(make=Grader)
+"""
+)
+
+
+def own(folder: Path, env: str = "", reward: str = "", name: str = "REWARD") -> Config:
+    """A configuration with the objects of these files."""
+    changes: dict[str, dict[str, Any]] = {"reward": {"name": "exact"}}
+    if env:
+        (folder / "env.py").write_text(env)
+        changes["env"] = {"name": f"{folder}/env.py:ENV"}
+    if reward:
+        (folder / "reward.py").write_text(reward)
+        changes["reward"] = {"name": f"{folder}/reward.py:{name}"}
+    return parse(tables(**changes), "test")
+
+
+def test_what_has_all_verbs_is_let_in(tmp_path: Path) -> None:
+    check_own(own(tmp_path, ENV, REWARD), TOKENIZER, PROMPT)
+    check_own(own(tmp_path), TOKENIZER, PROMPT)
+
+
+CLOSE = "    async def close(self):\n        return None\n"
+ENVS = [
+    (ENV.replace(CLOSE, ""), "a Mine has no 'close'; want `async def close"),
+    (ENV.replace("async def step", "def step"), "'step' of a Mine is not async; want `async def step"),
+    (ENV.replace("async def reset", "def reset"), "'reset' of a Mine is not async"),
+    (ENV.replace("step(self, action)", "step(self)"), "'step' of a Mine takes other arguments"),
+    (ENV.replace("    stop = ()\n", ""), "a Mine has no 'stop' that is a tuple of texts"),
+    (ENV.replace("stop = ()", 'stop = "x"'), "a Mine has no 'stop' that is a tuple of texts"),
+    (ENV.replace("    turns = ()\n", ""), "a Mine has no 'turns' that is a tuple of Turn"),
+    (ENV.replace("prompt.token_ids", "prompt.ids"), r"make\(prompt, context\) raised AttributeError: .*'ids'"),
+    (
+        ENV.replace(CLOSE, "").replace("needs_sandbox=False", "needs_sandbox=True"),
+        "Mine has no 'close'; want `async def close",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "says"), ENVS)
+def test_an_environment_that_lacks_something_is_refused(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(UserError, match=rf"env.name = .*env.py:ENV': {says}.*docs/adding_an_environment.md"):
+        check_own(own(tmp_path, text), TOKENIZER, PROMPT)
+
+
+def test_a_class_that_needs_a_sandbox_is_not_built(tmp_path: Path) -> None:
+    text = ENV.replace("needs_sandbox=False", "needs_sandbox=True").replace(
+        "self.ids =", "context.box.open; self.ids ="
+    )
+    check_own(own(tmp_path, text), TOKENIZER, PROMPT)
+
+
+REWARDS = [
+    (REWARD.replace("async def __call__", "def __call__"), "a Grader cannot be awaited"),
+    (REWARD.replace("__call__", "grade"), "a Grader cannot be awaited"),
+    (REWARD.replace("trajectory, tokenizer)", "trajectory)"), "a Grader takes other arguments"),
+    (REWARD.replace("self.settings = settings", "settings.words"), r"make\(settings\) raised AttributeError"),
+    (REWARD.replace("make=Grader", "make=lambda settings: None"), "a NoneType cannot be awaited"),
+    (
+        REWARD.replace("async def __call__", "def __call__").replace("make=Grader", "make=Grader, needs_sandbox=True"),
+        "Grader cannot be awaited",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "says"), REWARDS)
+def test_a_reward_that_cannot_grade_is_refused(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(UserError, match=rf"reward.name = .*reward.py:REWARD': {says}.*docs/adding_a_reward.md"):
+        check_own(own(tmp_path, reward=text), TOKENIZER, PROMPT)
+
+
+def test_a_part_of_a_sum_likewise(tmp_path: Path) -> None:
+    (tmp_path / "part.py").write_text(REWARD.replace("async def __call__", "def __call__"))
+    parts = [{"name": "exact"}, {"name": f"{tmp_path}/part.py:REWARD", "label": "mine"}]
+    with pytest.raises(UserError, match=r"reward.parts 'mine': name = .*part.py:REWARD': a Grader cannot be awaited"):
+        check_own(parse(tables(reward={"name": "sum", "parts": parts}), "test"), TOKENIZER, PROMPT)
+
+
+def test_functions_grade_too(tmp_path: Path) -> None:
+    plain = HEAD + "def grade(prompt, text):\n    return 1.0\n"
+    check_own(own(tmp_path, reward=plain, name="grade"), TOKENIZER, PROMPT)
+    coroutine = HEAD + "async def judge(prompt, trajectory, tokenizer):\n    return Score(1.0, True)\n"
+    (tmp_path / "two").mkdir()
+    check_own(own(tmp_path / "two", reward=coroutine, name="judge"), TOKENIZER, PROMPT)
+
+
+def test_a_decorated_or_partial_coroutine_is_async() -> None:
+    async def step(self: object, action: object) -> None: ...
+
+    @functools.wraps(step)
+    def traced(*args: object) -> object:
+        return step(*args)
+
+    class Called:
+        async def __call__(self) -> None: ...
+
+    assert is_async(step)
+    assert is_async(traced)
+    assert is_async(functools.partial(step, None))
+    assert is_async(Called())
+    assert not is_async(lambda: None)
+    assert not is_async(3)
