@@ -1,4 +1,4 @@
-"""STARE at Megatron scale: reinforcement learning of large language models (arXiv 2606.19236).
+"""Reinforcement learning of large language models with STARE (arXiv 2606.19236), on Megatron-Core, Ray and vLLM.
 
 The names below are the Python API, see docs/python_api.md. They are imported when first asked for, since processes that
 need none of them import this package too.

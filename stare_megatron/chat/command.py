@@ -35,7 +35,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
         if args.prompt:
             _answer(policy, args.prompt, how, start if chat else None, screen.write)
             return 0
-        form = "as chat messages, /new begins anew" if chat else "as they are, each by itself"
+        form = "as chat messages, /new starts a new conversation" if chat else "as they are, each by itself"
         screen.say(f"{args.policy}: prompts are given {form}; Ctrl-D ends")
         _talk(policy, how, start if chat else None, screen)
     return 0

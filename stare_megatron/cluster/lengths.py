@@ -15,7 +15,7 @@ class Lengths:
     """Running means, of each prompt, of each source and of all.
 
     Kept in memory only: what is expected says when a group is sampled and where, never what is sampled, and a run that
-    is resumed learns it anew.
+    is resumed learns it again.
     """
 
     def __init__(self) -> None:

@@ -202,7 +202,7 @@ _ENTRIES = (
         "rates/save_gbps",
         "GB/s",
         R.MEAN,
-        "`throughput/saved` of all ranks, by the seconds from a save's begin to its last file; NaN without one.",
+        "`throughput/saved` of all ranks, by the seconds from a save's beginning to its last file; NaN without one.",
     ),
     Entry("idle/engines", "fraction", R.FRACTION, "Of an engine's time in the step, evaluations too: it did nothing."),
     Entry("idle/trainers", "fraction", R.FRACTION, "The same of a trainer rank."),

@@ -72,7 +72,7 @@ def at(prepared: Prepared, found: Path, state: checkpoint.LoopState) -> Prepared
 
 
 class Choice:
-    """Chooses anew once there are ranks. `root`: `checkpoints/`; `start`: where this start of the run stands in the
+    """Chooses again once there are ranks. `root`: `checkpoints/`; `start`: where this start of the run stands in the
     prompts; `note`: shows the user a line."""
 
     def __init__(self, root: Path, start: StreamState, note: Callable[[str], None]) -> None:

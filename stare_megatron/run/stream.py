@@ -88,7 +88,7 @@ class StreamSampler(Generic[Ref]):
 
     def restore(self, kept: Outstanding, step: int) -> Resumed:
         """The first groups are those of a checkpoint of `step`: the same prompts, and what there is of them; the rest
-        is sampled anew, with the same seeds."""
+        is sampled again, with the same seeds."""
         self._stream.restore(kept.after)
         if self._banking is None:
             self._again.extend(Restored(dataclasses.replace(r, begun=Begun()), 0) for r in kept.requests)

@@ -1,6 +1,6 @@
 """The system-call filter: a classic BPF program, default deny, assembled here.
 
-By hand rather than through libseccomp: the program is installed anew in each call (it holds the process's own id),
+By hand rather than through libseccomp: the program is installed again in each call (it holds the process's own id),
 which costs microseconds this way, and needs nothing that a plain machine may lack. seccomp(2), linux/seccomp.h.
 """
 

@@ -82,7 +82,7 @@ def law(found: PowerLaw | Refusal) -> str:
         return f"refused: {found.reason}"
     text = f"exponent {plain(found.alpha)} over {found.alpha.n} sizes, typical factor off {found.error:.2f}"
     if found.held_out is not None:
-        text += f"; the largest size, foretold by the others: measured is {found.held_out:.2f} of it"
+        text += f"; the largest size, predicted from the others: measured is {found.held_out:.2f} of it"
     return text
 
 

@@ -60,7 +60,7 @@ class Writing:
 
     @property
     def seconds(self) -> float:
-        """From the begin to the last of this rank's files that is written."""
+        """From the beginning to the last of this rank's files that is written."""
         return self._last - self._began
 
     def copied(self) -> None:
