@@ -6,6 +6,7 @@
 #                                   make fuzz        property tests with twenty times the examples
 #                                   make test-cluster  several machines made of namespaces; needs root
 #                                   make test-te     Transformer Engine's layers, without a GPU, in .venv-te (7 GB)
+#                                   make release-check  all of these, what is quick first
 # make lint    ruff and pyright     make docs        pages that are written from code
 # make clean   remove the environment, caches and the demo's model; runs/ stays
 #
@@ -22,7 +23,7 @@ BIN := $(VENV)/bin
 DEMO := .cache/demo
 PYTEST_ARGS ?=
 
-.PHONY: demo smollm2 test test-unit test-runs test-slow fuzz test-cluster test-te lint docs venv clean
+.PHONY: demo smollm2 test test-unit test-runs test-slow fuzz test-cluster test-te test-rest release-check lint docs venv clean
 
 demo: $(STAMP)
 	@$(BIN)/python tools/make_tiny_model.py --out $(DEMO)
@@ -67,6 +68,15 @@ test-te: $(TE)/.made
 $(TE)/.made: pyproject.toml tools/make_te_venv.sh
 	@PYTHON="$(or $(PYTHON),python3.12)" tools/make_te_venv.sh $(TE)
 	touch $@
+
+# What only `test-slow` has, which makes the others' too.
+test-rest: $(STAMP)
+	@$(SMOLLM2)
+	$(BIN)/python -m pytest -m "slow and not gpu and not cluster" $(PYTEST_ARGS)
+
+# What is quick first, so that a failure is seen early; CONTRIBUTING.md has what each takes.
+.NOTPARALLEL:
+release-check: lint test test-runs test-cluster test-rest fuzz test-te
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .
