@@ -1,11 +1,11 @@
-"""What STARE adds to a step of GRPO: seconds, collectives and bytes of what its rules do with a batch's tokens.
+"""What STARE adds to a step of GRPO on CPUs: time, collectives and bytes of what its rules do with a batch's tokens.
 
 torchrun --standalone --nproc-per-node 1 tools/bench_stare.py run.toml
 
-Model, layout and batch are the configuration's, as in `bench_trainer`, which times the step of GRPO: a scoring and an
-update pass. The rules are then run on as many tokens a rank, with surprisals and sensitivities of random logits; so
-the difference is measured by itself, and not between two long times on a machine that does other things too. Not
-counted: the factor of each token's loss, one multiplication. Payload: bytes that a rank hands to all-reduces.
+Model, layout and batch are the configuration's, as in `bench_trainer`. A step of GRPO is a scoring and an update pass.
+The rules are then run on as many tokens a rank, with surprisals and sensitivities of random logits; so the difference
+is measured by itself, and not between two long times. Not counted: the factor of each token's loss, one multiplication.
+Times are CPU time of rank 0, all threads. Payload: bytes that a rank hands to all-reduces.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from stare_megatron.algo import dynamics  # noqa: E402
 from stare_megatron.algo.comm import Comm, OneRank  # noqa: E402
 from stare_megatron.algo.registry import ALGORITHMS  # noqa: E402
 from stare_megatron.algo.stare import ScoredCandidates  # noqa: E402
-from stare_megatron.config import AlgorithmConfig  # noqa: E402
+from stare_megatron.config import AlgorithmConfig, Config  # noqa: E402
 from stare_megatron.errors import UserError  # noqa: E402
 from stare_megatron.host import device  # noqa: E402
 from stare_megatron.run import folder  # noqa: E402
 from stare_megatron.types import Control  # noqa: E402
 from tools.bench_selection import CountingShards  # noqa: E402
-from tools.bench_trainer import measure  # noqa: E402
+from tools.bench_trainer import load, make_rank  # noqa: E402
 
-REPEATS = 21
+REPEATS, STEPS = 21, 3
 _WORDS = 64  # of the vocabulary that a token's sensitivity is made of
 SHUT, OPEN = Control(False, 1.0, 1.0, 0.4, 0.3), Control(True, 1.1, 0.9, 0.2, 0.3)
 
@@ -93,13 +93,27 @@ def rules() -> list[Rule]:
     ]
 
 
+def step(config: Config) -> tuple[int, float]:
+    """Tokens of a step of GRPO and its seconds, median of some after one that warms up."""
+    trainer = make_rank(config)
+    times, tokens = [], 0
+    for number in range(STEPS + 1):
+        tokens = load(trainer, config, number)
+        began = time.process_time()
+        trainer.score()
+        trainer.update(SHUT)
+        times.append(time.process_time() - began)
+    trainer.close()
+    return tokens, statistics.median(times[1:])
+
+
 def seconds(run: Callable[[], None]) -> float:
     """Median of some runs, after one that warms up."""
     times = []
     for _ in range(REPEATS + 1):
-        began = time.perf_counter()
+        began = time.process_time()
         run()
-        times.append(time.perf_counter() - began)
+        times.append(time.process_time() - began)
     return statistics.median(times[1:])
 
 
@@ -115,23 +129,27 @@ def main(argv: list[str]) -> int:
     except UserError as e:
         print(f"bench_stare: {e}", file=sys.stderr)
         return 2
-    batch, score_s, update_s, _ = measure(config)
-    step = statistics.median(a + b for a, b in zip(score_s, update_s, strict=True))
+    batch, whole = step(config)
     if not dist.is_initialized():
         dist.init_process_group("gloo")
+    group = dist.group.WORLD
+    if group is None:
+        raise RuntimeError("no process group")
     tokens = candidates(batch // world_size, rank)
-    table = Table(title=f"{config.model.path}: {batch:,} tokens a step on {world_size} ranks, GRPO {step:.3f} s a step")
+    table = Table(
+        title=f"{config.model.path}: {batch:,} tokens a step on {world_size} ranks, GRPO {whole:.3f} s a step"
+    )
     for heading in ("rule", "ms a step", "more than GRPO, ms", "of its step", "all-reduces", "payload, bytes"):
         table.add_column(heading, justify="right")
     least = 0.0
     for rule in rules():
-        counted = CountingShards(dist.group.WORLD)
+        counted = CountingShards(group)
         rule.run(tokens, counted)
-        shards: Comm = CountingShards(dist.group.WORLD) if world_size > 1 else OneRank()
+        shards: Comm = CountingShards(group) if world_size > 1 else OneRank()
         took = seconds(lambda rule=rule, shards=shards: rule.run(tokens, shards))
         least = least or took
         more = took - least
-        times = f"{1e3 * took:.2f}", f"{1e3 * more:+.2f}", f"{more / step:+.4%}"
+        times = f"{1e3 * took:.2f}", f"{1e3 * more:+.2f}", f"{more / whole:+.4%}"
         table.add_row(rule.title, *times, f"{counted.calls}", f"{counted.payload:,}")
     if rank == 0:
         Console().print(table, folder.hardware(), soft_wrap=True)

@@ -37,6 +37,7 @@ from tools.result_cells import (  # noqa: E402
     kept,
     last,
     markdown,
+    means,
     newest,
     runs,
     signed,
@@ -72,6 +73,10 @@ SETTINGS = {
 UNDER_DELAY = (("auto", "STARE-O1, weight auto", (0, 1, 2, 4)), ("o1", "STARE-O1, the paper's rule", (0, 4)))
 
 
+def _rms(off: np.ndarray) -> float:
+    return float(np.sqrt((off**2).mean()))
+
+
 def entropy_band() -> str:
     return by_variant(
         BAND,
@@ -92,7 +97,7 @@ def entropy_band_held() -> str:
         BAND,
         STARE | ADAPTIVE,
         [
-            Column("rms error, nats", centre(4, held(0.2, lambda off: float(np.sqrt((off**2).mean()))))),
+            Column("rms error, nats", centre(4, held(0.2, _rms))),
             Column("mean error", signed(4, held(0.2, lambda off: float(off.mean())))),
             Column("within ±15 %", centre(2, held(0.2, lambda off: float((abs(off) <= 0.03).mean())))),
             Column("farthest below", centre(3, held(0.2, lambda off: max(0.0, float(-off.min()))))),
@@ -109,6 +114,25 @@ def entropy_band_accuracy() -> str:
             Column("avg@32", spread(2, evaluated("avg@32"))),
             Column("greedy", centre(2, evaluated("greedy"))),
             Column("pass@4", centre(2, evaluated("pass@4"))),
+            Column("pass@32", centre(2, evaluated("pass@32"))),
+            Column("distinct right answers of 32", centre(1, evaluated("distinct_correct"))),
+        ],
+    )
+
+
+def entropy_band_auto() -> str:
+    return by_variant(
+        "entropy_band/results_auto",
+        {"auto": "STARE-O1, weight auto"},
+        [
+            Column("in band", each(2, kept(0.2, "share_in_band"))),
+            Column("rms error, nats", centre(4, kept(0.2, "rms_error"))),
+            Column("once held: rms error", centre(4, held(0.2, _rms))),
+            Column("each seed", each(4, held(0.2, _rms))),
+            Column("of means of five steps", centre(4, held(0.2, lambda off: _rms(means(off, 5))))),
+            Column("mean error", signed(4, held(0.2, lambda off: float(off.mean())))),
+            Column("within ±15 %", centre(2, held(0.2, lambda off: float((abs(off) <= 0.03).mean())))),
+            Column("avg@32", spread(2, evaluated("avg@32"))),
             Column("pass@32", centre(2, evaluated("pass@32"))),
             Column("distinct right answers of 32", centre(1, evaluated("distinct_correct"))),
         ],
@@ -288,6 +312,7 @@ TABLES: dict[str, Callable[[], str]] = {
         entropy_band,
         entropy_band_held,
         entropy_band_accuracy,
+        entropy_band_auto,
         staleness,
         longer,
         disturbance,

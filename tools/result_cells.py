@@ -139,6 +139,12 @@ def held(goal: float, measure: Callable[[np.ndarray], float]) -> Callable[[Run],
     return value
 
 
+def means(values: np.ndarray, count: int) -> np.ndarray:
+    """Of `count` consecutive values each; what is left over at the end is not counted."""
+    whole = len(values) // count * count
+    return values[:whole].reshape(-1, count).mean(1)
+
+
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
