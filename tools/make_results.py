@@ -123,7 +123,7 @@ def entropy_band_accuracy() -> str:
 def entropy_band_auto() -> str:
     return by_variant(
         "entropy_band/results_auto",
-        {"auto": "STARE-O1, weight auto"},
+        {"stare_o1": "STARE-O1 (paper's rule), P 3 %, W 8", "auto": "STARE-O1, weight auto"},
         [
             Column("in band", each(2, kept(0.2, "share_in_band"))),
             Column("rms error, nats", centre(4, kept(0.2, "rms_error"))),
