@@ -126,7 +126,7 @@ def test_it_recovers_from_a_disturbance(delay, jolt):
 
 
 def test_it_rests_at_the_target():
-    """Not below it, as an integral that stops at every bound on u would have it, drift or none."""
+    """Not below it, as with an integral that stops at every bound on u; with a drift and without."""
     for plant in (Plant(), Plant(drift=-0.0005), Plant(gain=0.05), Plant(noise=0.03)):
         offsets = [statistics.fmean(s.entropy / TARGET - 1 for s in run(plant, seed)[300:]) for seed in range(5)]
         assert abs(statistics.fmean(offsets)) <= 0.02

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -69,6 +70,24 @@ def test_tokens_of_one_age_are_weighed_as_ever():
     assert torch.equal(got.subset_T, want.subset_T)
     assert torch.equal(got.selection.selected_T, want.selection.selected_T)
     assert torch.equal(got.selection.count_S, want.selection.count_S)
+
+
+def test_what_sets_its_weight_chooses_alike_by_age_and_at_once():
+    """By the sign of each token's own sensitivity: `trainer.step.weigh` need not look at ages."""
+    config = AlgorithmConfig.model_validate({"method": "stare", "stare": {"weight": "auto", "variant": "C2"}})
+
+    def auto(part: Any) -> Weights:
+        return ALGORITHMS["stare"].weigh(part, Control(True, 3.0, 0.25, 0.2, 0.3), config, OneRank())
+
+    age_T = torch.arange(N) % (OLDEST + 1)
+    sensitivity_T = torch.randn(N, generator=torch.Generator().manual_seed(6))
+    known = dataclasses.replace(tokens(age_T), sensitivity_T=sensitivity_T)
+    got, want = weigh_by_age(known, Ages(age_T, OLDEST), auto), auto(known)
+    assert torch.equal(got.weight_T, want.weight_T)
+    assert torch.equal(got.selection.selected_T, want.selection.selected_T)
+    assert torch.equal(got.selection.count_S, want.selection.count_S)
+    assert torch.equal(got.selection.selected_S, want.selection.selected_S)
+    assert int(want.selection.selected_T.sum()) > N / 4
 
 
 def data() -> Any:
