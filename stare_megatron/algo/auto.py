@@ -7,7 +7,7 @@ tokens that share parameters. It is learned from what was measured after each st
 
 A batch's mean entropy H is a noisy reading: it depends on which prompts and responses were drawn. The controller acts
 on an estimate h of it, by a steady Kalman filter whose model is the expected change, with a drift b that no token
-foretells:
+predicts:
 
     predicted  p = h + g x + b;   h <- p + 0.5 (H - p);   b <- clip(b + 0.03 (H - p), +-H_tgt / 5)
     wanted     d = ((H_tgt - h) / T - b) / (g + standard error of g)      T: time constant, steps

@@ -1,5 +1,5 @@
 """The sigmoid of one size and method: its parameters with intervals over seeds, or why they are not given; how well the
-first half of the compute foretells the rest."""
+first half of the compute predicts the rest."""
 
 from __future__ import annotations
 
