@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from stare_megatron.config.watchdog import WatchdogConfig
 from stare_megatron.errors import HangError
 from stare_megatron.host.device import trainer_environment
 from stare_megatron.host.ports import free_port
+from stare_megatron.metrics import jsonl
+from stare_megatron.metrics.events import FILE
 from stare_megatron.tasks.make import make
 from stare_megatron.tasks.tiny_model import default_settings
 from tests.contracts.source import ROOT
@@ -164,13 +166,11 @@ RUNS = {
 }
 
 
-@pytest.mark.runs
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("case", RUNS)
-def test_a_run_that_hangs_ends_and_says_who_is_at_fault(material, tmp_path, case):
-    before, settings, line, folder = RUNS[case]
+def ended(material: Path, runs: Path, before: list[str], settings: Mapping[str, object]) -> tuple[int, str]:
+    """Exit code and output of a run of two ranks that split layers; nothing that it started lives on. `before`: the
+    command, up to its arguments; empty: the program itself."""
     keys: dict[str, object] = {
-        "run.dir": tmp_path,
+        "run.dir": runs,
         "run.name": "hangs",
         "run.steps": 5,
         "trainer.tensor_parallel": 2,
@@ -181,11 +181,9 @@ def test_a_run_that_hangs_ends_and_says_who_is_at_fault(material, tmp_path, case
         "rollout.max_refills": 0,
         "watchdog.first": 25,
         "watchdog.floor": 25,
-        "run.restarts": 0,
         "inference.answer_timeout": 600,
-        "checkpoint.every": 0,
         "logging.wandb": "disabled",
-    } | settings
+    } | dict(settings)
     command = [sys.executable, *(before or ["-m", "stare_megatron"]), "train", "examples/demo_cpu/run.toml", "--quiet"]
     process = subprocess.Popen(
         [*command, *(f"{key}={value}" for key, value in keys.items())],
@@ -201,12 +199,40 @@ def test_a_run_that_hangs_ends_and_says_who_is_at_fault(material, tmp_path, case
         seen.update(psutil.Process(process.pid).children(recursive=True))
         time.sleep(1)
     output = process.communicate(timeout=30)[0]
-    assert process.returncode == 1, output[-3000:]
+    _, left = psutil.wait_procs(seen, timeout=20)
+    assert [p for p in left if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
+    return process.returncode, output
+
+
+@pytest.mark.runs
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("case", RUNS)
+def test_a_run_that_hangs_and_may_not_go_on_ends_and_says_who_is_at_fault(material, tmp_path, case):
+    before, settings, line, folder = RUNS[case]
+    code, output = ended(material, tmp_path, before, settings | {"run.restarts": 0, "checkpoint.every": 0})
+    assert code == 1, output[-3000:]
     assert re.search(rf"the run stopped: .*no answer within \d+ s \(.* of step 2\): {line} \(", output), output[-3000:]
     at = tmp_path / "hangs/forensics" / folder
     assert re.search(line, (at / "verdict.txt").read_text())
     assert {p.name.partition(".")[0] for p in (at / "stacks").iterdir()} >= {"driver", "trainer_rank_0"}
     saved = (tmp_path / "hangs/checkpoints/step_000001").is_dir()
     assert saved == (case == "engine stopped in rollout")  # a rank at fault takes its part of the weights along
-    _, left = psutil.wait_procs(seen, timeout=20)
-    assert [p for p in left if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
+
+
+@pytest.mark.runs
+@pytest.mark.timeout(600)
+def test_a_run_that_hangs_goes_on_with_new_ranks(material, tmp_path):
+    """As by default: the one at fault is named and killed, and the ranks are started again from the last checkpoint."""
+    settings = METHOD | {"algorithm.settings.mark": tmp_path / "hung", "checkpoint.every": 1}
+    code, output = ended(material, tmp_path, [], settings)
+    assert code == 0, output[-3000:]
+    assert (tmp_path / "hung").is_file()
+    verdict = (tmp_path / "hangs/forensics/2-update/verdict.txt").read_text()
+    assert re.search(r"trainer rank 1 never entered all_reduce #\d+ of the tensor-parallel group", verdict)
+    # Step 1 may be on its way to the disk still when the ranks are ended.
+    assert re.search(r"trainer ranks: RESTARTING -> HEALTHY: going on from step [01]\b", output)
+    rows = jsonl.read(tmp_path / "hangs/metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert all(row["mismatch/mean"] < 1e-3 and row["sync/probe"] < 1e-3 for row in rows)
+    events = map(json.loads, (tmp_path / "hangs" / FILE).read_text().splitlines())
+    assert [row["new"] for row in events if row["who"] == "trainer ranks"] == ["DEAD", "RESTARTING", "HEALTHY"]

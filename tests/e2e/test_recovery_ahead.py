@@ -1,11 +1,15 @@
-"""The only engine of a run that samples ahead is killed while the ranks learn."""
+"""Engines and ranks of a run that samples ahead are killed while the ranks learn and engines sample."""
 
 from __future__ import annotations
 
+import datetime
+import json
 from pathlib import Path
 
 import pytest
 
+from stare_megatron.metrics import trace
+from stare_megatron.metrics.events import FILE
 from tests.e2e import test_recovery as recovery
 from tests.e2e.test_recovery import STEPS, Done
 from tests.e2e.test_train import EVERY_SAMPLE, prompts_of
@@ -57,6 +61,46 @@ def test_stream_goes_on_with_the_groups_in_flight(material: Path, tmp_path: Path
     assert done.events("trainer ranks") == []
     assert all(row["sync/staleness"] <= 2 for row in done.rows)  # sampling.max_staleness
     assert sum(row["fleet/groups_again"] for row in done.rows) > 0
+
+
+def test_stream_goes_on_with_the_other_engine(material: Path, tmp_path: Path) -> None:
+    """One of two is killed while both sample: what it was at is sampled again by the other, at once."""
+    done = recovery.run(material, tmp_path, "engine_1:KILL:score:2", **STREAM | {"inference.engines": 2})
+    require_every_step(done)
+    assert all(row["sync/staleness"] <= 2 for row in done.rows)
+    assert done.events("engine 0").count("DEAD") == 0
+    assert done.events("engine 1")[:2] == ["HEALTHY", "DEAD"]
+    assert done.events("trainer ranks") == []
+    assert sum(row["fleet/groups_again"] for row in done.rows) > 0
+
+    events = map(json.loads, (done.folder / FILE).read_text().splitlines())
+    (lost,) = (
+        datetime.datetime.fromisoformat(row["time"]).timestamp()
+        for row in events
+        if (row["who"], row["new"]) == ("engine 1", "DEAD")
+    )
+    steps = {s.step: s for s in trace.read(done.folder)}
+    (killed,) = (a.start for a in steps[3].tracks["driver"] if a.name == "score")
+    ends = [a.end for s in steps.values() for a in s.tracks["engine 0"] if a.name == "sample"]
+    assert killed < lost < killed + 30
+    assert any(lost < end < killed + 30 for end in ends)
+
+
+RANK_KILLED = "trainer_1:KILL:update:3"
+
+
+def test_stream_goes_on_with_new_ranks(material: Path, tmp_path: Path) -> None:
+    done = recovery.run(material, tmp_path, RANK_KILLED, **STREAM)
+    require_every_step(done)
+    require_new_ranks(done)
+    assert all(row["sync/staleness"] <= 2 for row in done.rows)
+
+
+def require_new_ranks(done: Done) -> None:
+    """They were lost in step 4 and went on from the checkpoint of step 2; the engine stayed."""
+    assert done.events("trainer ranks") == ["DEAD", "RESTARTING", "HEALTHY"]
+    assert "trainer ranks: RESTARTING -> HEALTHY: going on from step 2" in done.said
+    assert done.events("engine 0") == ["HEALTHY"]
 
 
 @pytest.mark.slow
