@@ -98,9 +98,8 @@ def open_session(
             config = sizing.with_engine_sizes(config, shape, places.gpu_bytes, load, trainers=trainers)
             status("engines: " + ", ".join(f"{key} {value}" for key, value in config.inference.vllm.items()))
         if trainers and (config.trainer.offload or config.algorithm.kl.on):
-            kept, why = sizing.arena_bytes(config, shape) / 2**30, "trainer.offload"
-            if config.algorithm.kl.on:
-                why = "trainer.offload and algorithm.kl" if config.trainer.offload else "algorithm.kl"
+            wish = {"trainer.offload": config.trainer.offload, "algorithm.kl": config.algorithm.kl.on}
+            kept, why = sizing.arena_bytes(config, shape) / 2**30, " and ".join(key for key, on in wish.items() if on)
             status(f"{why}: {kept:.2f} GiB of host memory for each of {ranks} trainer ranks")
         sandboxes = Sandboxes(config.sandbox, logs, places.sandboxes)
         stack.callback(sandboxes.close)

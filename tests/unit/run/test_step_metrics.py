@@ -67,14 +67,8 @@ SINGLE = (
 RESUMED = Resumed(groups=4, graded=9, partial=7, again=6)
 SAMPLING_S = 1.75
 TAIL_S = 0.625
-AGES = (
-    Measured("age/1/tokens", 90),
-    Measured("age/1/entropy", 30.0, 90),
-    Measured("age/1/mismatch", 1.5, 90),
-    Measured("age/1/ess", 0.75),
-    Measured("age/1/bounded", 9, 90),
-    Measured("age/1/selected", 8, 64),
-)
+AGE = {"tokens": (90,), "entropy": (30.0, 90), "mismatch": (1.5, 90), "ess": (0.75,), "bounded": (9, 90)}
+AGES = tuple(Measured(f"age/1/{name}", *parts) for name, parts in (AGE | {"selected": (8, 64)}).items())
 IDLE = {"engines": [(1.0, 4.5), (3.0, 4.25)], "trainers": [(2.0, 4.5), (0.5, 4.0), (2.5, 4.25)]}
 RATES = {
     f"rates/{phase}_{unit}": (3.0 + i, 16.0 / (i + 1) + j)
