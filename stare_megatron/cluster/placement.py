@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+import ray.exceptions
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
