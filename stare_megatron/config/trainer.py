@@ -147,10 +147,11 @@ class TrainerConfig(Section):
     recompute: Free[Literal["none", "selective", "full"]] = Field(
         default="none", description="Activation recomputation: of the layers' parts in `recompute_modules`, or of all."
     )
-    recompute_modules: Free[list[Literal["core_attn", "layernorm", "mlp", "moe", "moe_act"]]] = Field(
+    recompute_modules: Free[list[Literal["core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts"]]] = Field(
         default=[],
-        description='What `recompute = "selective"` computes again: `mlp` (a dense model\'s), `moe` or `moe_act` (a '
-        "mixture of experts', or its activation alone), `layernorm`, `core_attn`; empty: `mlp` or `moe`.",
+        description='What `recompute = "selective"` computes again: `mlp` (a dense model\'s), `moe`, `moe_act` or '
+        "`shared_experts` (a mixture of experts', its experts' activation alone, its expert that is shared), "
+        "`layernorm`, `core_attn`; empty: `mlp` or `moe`.",
     )
     offload: Free[list[StateClass]] = Field(
         default=[],

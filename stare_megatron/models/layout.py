@@ -54,6 +54,10 @@ def recompute_modules(config: TrainerConfig, shape: ModelShape) -> list[str]:
         UserError: a part that this model does not have.
     """
     dense = shape.experts is None
+    if "shared_experts" in config.recompute_modules and not (shape.experts and shape.experts.shared_ffn):
+        raise UserError(
+            "trainer.recompute_modules names 'shared_experts', but the model has no expert that is shared; leave it out"
+        )
     if (
         other := {"moe", "moe_act"} & set(config.recompute_modules)
         if dense

@@ -33,13 +33,15 @@ class Layers(enum.Enum):
 @dataclass(frozen=True)
 class Kept:
     """Bytes a token of a micro-batch keeps in one layer of a rank, by part. `entry`: the layer's input, which is all
-    that full recomputation keeps; `inputs`: what the norms hand to the linears."""
+    that full recomputation keeps; `inputs`: what the norms hand to the linears; `shared`: of `mlp`, what an expert that
+    is shared keeps."""
 
     entry: float
     inputs: float
     attention: float
     core: float
     mlp: float
+    shared: float = 0.0
 
     @property
     def total(self) -> float:
@@ -102,6 +104,7 @@ def kept(shape: ModelShape, layout: Layout, layers: Layers, dtype: str, *, mixed
         attention=parts + b * s.query,  # with the input of the projection
         core=core,
         mlp=_mlp(shape, layout, s, layers),
+        shared=_shared(shape, layout, s, layers),
     )
 
 
@@ -117,11 +120,14 @@ def _mlp(shape: ModelShape, layout: Layout, s: Sizes, layers: Layers) -> float:
     routed = e.top_k / split * layout.expert_tensor  # rows of this rank's experts for each token
     rows = s.byte * (shape.hidden + widths * e.ffn / layout.expert_tensor) + 4
     router = (5 * e.number + 20 * e.top_k) / split
-    return routed * rows + router + (_shared_expert(e.shared_ffn / layout.tensor, s, layers) if e.shared_ffn else 0.0)
+    return routed * rows + router + _shared(shape, layout, s, layers)
 
 
-def _shared_expert(ffn: float, s: Sizes, layers: Layers) -> float:
+def _shared(shape: ModelShape, layout: Layout, s: Sizes, layers: Layers) -> float:
     """As a dense MLP; and its output, which its gate's value, a number a token, multiplies."""
+    if shape.experts is None or not shape.experts.shared_ffn:
+        return 0.0
+    ffn = shape.experts.shared_ffn / layout.tensor
     return s.byte * ((3 if layers is Layers.ENGINE else 5) * ffn + s.stream + 2)
 
 
@@ -225,8 +231,8 @@ def _kept_per_token(shape: ModelShape, trainer: TrainerConfig, each: Kept, layer
     dropped = 0.0
     if modules & {"mlp", "moe"}:
         dropped += each.mlp
-    elif "moe_act" in modules:
-        dropped += each.mlp / 4
+    else:
+        dropped += (each.mlp - each.shared) / 4 * ("moe_act" in modules) + each.shared * ("shared_experts" in modules)
     if "layernorm" in modules:
         dropped += each.inputs / 2
     if "core_attn" in modules:

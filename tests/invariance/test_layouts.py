@@ -42,6 +42,7 @@ TWO_RANKS: list[tuple[str, dict[str, Any]]] = [
     ("phi3", TP2),
     ("qwen2_moe", TP2 | SP),
     ("qwen2_moe", EP2 | TP2 | SP | ETP1),
+    ("qwen2_moe", EP2 | {"recompute": "selective", "recompute_modules": ["shared_experts"]}),
 ]
 FOUR_RANKS: list[tuple[str, dict[str, Any]]] = [("qwen2", TP2 | PP2), ("qwen2", {})]
 SLOW_TWO_RANKS: list[tuple[str, dict[str, Any]]] = [

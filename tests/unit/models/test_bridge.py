@@ -353,6 +353,9 @@ def test_recomputed_modules_are_the_models_and_never_attention_alone_by_default(
     assert of(moe, "moe_act", "core_attn") == ["moe_act", "core_attn"]
     with pytest.raises(UserError, match="recompute_modules names 'moe_act', but the model has no experts; use 'mlp'"):
         of(dense, "moe_act")
+    for without in (dense, moe):
+        with pytest.raises(UserError, match="names 'shared_experts', but the model has no expert that is shared"):
+            of(without, "shared_experts")
     with pytest.raises(UserError, match="names 'mlp', but the model has experts in every layer; use 'moe'"):
         of(moe, "mlp")
     with pytest.raises(ValueError, match='is for recompute = "selective", it is "full"'):

@@ -10,13 +10,23 @@ from stare_megatron.config import Config
 from stare_megatron.models.families import read_hf_config
 from stare_megatron.models.shape import ModelShape
 from stare_megatron.plan.activations import Layers
-from stare_megatron.plan.estimate import Given
+from stare_megatron.plan.estimate import Given, Plan, make
 from stare_megatron.plan.hardware import CONSTANTS, GPUS
 from stare_megatron.plan.lengths import Lengths, assumed
 from stare_megatron.plan.timing import Machine
 from tests.configs import configuration
 
 MODELS = Path(__file__).parents[2] / "data" / "models"
+ROLLOUT = {"prompts_per_step": 64, "group_size": 8, "max_response_tokens": 8192}
+TRAINER = {
+    "world_size": 32, "tensor_parallel": 8, "sequence_parallel": True, "micro_batch_tokens": 16384,
+    "logits_chunk_tokens": 4096, "recompute": "full",
+}  # fmt: skip
+ENGINES = {"engines": 8, "tensor_parallel": 4}
+ONE_NODE: dict[str, dict[str, Any]] = {
+    "trainer": {"world_size": 8, "micro_batch_tokens": 20480},
+    "inference": {"engines": 1, "tensor_parallel": 8},
+}
 
 
 def shape_of(name: str) -> ModelShape:
@@ -37,3 +47,9 @@ def given_for(config: Config, gpu: str = "h100", layers: Layers = Layers.ENGINE,
         longest_prompt=config.data.max_prompt_tokens,
     )
     return Given(Machine(GPUS[gpu], fields.pop("constants", CONSTANTS), layers), lengths, **fields)
+
+
+def plan_of(name: str = "qwen3-32b", *, gpu: str = "h100", nodes: int = 0, **tables: dict[str, Any]) -> Plan:
+    base = {"rollout": ROLLOUT, "trainer": TRAINER, "inference": ENGINES}
+    config = config_of(name, **tables | {k: base[k] | tables.get(k, {}) for k in base})
+    return make(config, shape_of(name), given_for(config, gpu, nodes=nodes))

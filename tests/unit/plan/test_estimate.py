@@ -1,10 +1,8 @@
-"""Violations, cures, search and properties of the plan."""
+"""What a plan says of phases, and its properties."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import re
 from typing import Any
 
 import pytest
@@ -13,133 +11,16 @@ from hypothesis import strategies as st
 
 from stare_megatron.config import TrainerConfig
 from stare_megatron.data.packing import num_micro_batches
+from stare_megatron.models.shape import Experts
 from stare_megatron.plan import lengths
 from stare_megatron.plan.activations import Layers, Pack, in_flight, update_peak
-from stare_megatron.plan.cures import changed_config
-from stare_megatron.plan.estimate import Plan, make, ranks_fit
+from stare_megatron.plan.estimate import make
 from stare_megatron.plan.memory import Phase
 from stare_megatron.plan.parameters import Layout, held, largest
 from stare_megatron.plan.sampling import Engine, decode
-from stare_megatron.plan.search import search
 from stare_megatron.plan.timing import Ranks
 from tests.properties import bounded
-from tests.unit.plan.models import config_of, given_for, shape_of
-
-GIB = 2**30
-ROLLOUT = {"prompts_per_step": 64, "group_size": 8, "max_response_tokens": 8192}
-TRAINER = {
-    "world_size": 32, "tensor_parallel": 8, "sequence_parallel": True, "micro_batch_tokens": 16384,
-    "logits_chunk_tokens": 4096, "recompute": "full",
-}  # fmt: skip
-ENGINES = {"engines": 8, "tensor_parallel": 4}
-
-
-def plan_of(name: str = "qwen3-32b", *, gpu: str = "h100", nodes: int = 0, **tables: dict[str, Any]) -> Plan:
-    base = {"rollout": ROLLOUT, "trainer": TRAINER, "inference": ENGINES}
-    config = config_of(name, **tables | {k: base[k] | tables.get(k, {}) for k in base})
-    return make(config, shape_of(name), given_for(config, gpu, nodes=nodes))
-
-
-def test_every_violation_at_once_with_its_cure() -> None:
-    plan = plan_of(
-        trainer={"world_size": 24, "tensor_parallel": 3, "pipeline_parallel": 1, "recompute": "none"},
-        inference={"engines": 40, "tensor_parallel": 6},
-        rollout={"max_response_tokens": 60_000},
-        nodes=2,
-    )
-    said = "\n".join(plan.violations)
-    for part in (
-        "trainer.tensor_parallel = 3 does not divide",
-        "inference.tensor_parallel = 6 does not divide",
-        "max_position_embeddings = 40960",
-        "colocated engines share the trainer's 24",
-        "--nodes 2 of 8 are 16",
-        "update: rank + engine takes",
-    ):
-        assert part in said
-    assert all(re.search("choose|lower|raise|set |must divide", problem) for problem in plan.violations)
-
-
-def test_the_share_that_is_named_as_a_cure_cures() -> None:
-    plan = plan_of()
-    (problem,) = plan.violations
-    assert "set inference.vllm.gpu_memory_utilization = 0." in problem
-    share = float(problem.partition("gpu_memory_utilization = ")[2].partition(",")[0])
-    cured = plan_of(inference={"vllm": {"gpu_memory_utilization": share}})
-    assert cured.violations == ()
-    assert cured.room.at_full > 1
-    assert math.isfinite(cured.seconds)
-
-
-def test_a_cure_of_memory_is_tried_before_it_is_named() -> None:
-    trainer = TRAINER | {"recompute": "none", "micro_batch_tokens": 32768}
-    plan = plan_of("qwen2.5-7b", trainer=trainer | {"world_size": 8, "tensor_parallel": 2}, inference={"engines": 2})
-    (problem,) = [p for p in plan.violations if p.startswith("update")]
-    assert "set trainer.recompute=" in problem
-    again = {"recompute": problem.rpartition("trainer.recompute=")[2].partition(",")[0]}
-    cured = plan_of(
-        "qwen2.5-7b", trainer=trainer | again | {"world_size": 8, "tensor_parallel": 2}, inference={"engines": 2}
-    )
-    assert [p for p in cured.violations if p.startswith("update")] == []
-
-
-def test_engines_that_find_no_room_beside_ranks_have_these_give_their_states_away() -> None:
-    trainer = {"world_size": 8, "tensor_parallel": 1, "sequence_parallel": False}
-    plan = plan_of("qwen2.5-7b", trainer=trainer, inference={"engines": 8, "tensor_parallel": 1})
-    (problem,) = [p for p in plan.violations if p.startswith("rollout")]
-    assert problem.endswith('; set trainer.offload=["optimizer"]')
-    cured = plan_of(
-        "qwen2.5-7b", trainer=trainer | {"offload": ["optimizer"]}, inference={"engines": 8, "tensor_parallel": 1}
-    )
-    assert cured.violations == ()
-
-
-def test_engines_that_want_nearly_a_whole_gpu_are_placed_apart() -> None:
-    trainer = {"world_size": 8, "tensor_parallel": 1, "sequence_parallel": False}
-    engines = {"engines": 8, "tensor_parallel": 1, "vllm": {"gpu_memory_utilization": 0.97}}
-    plan = plan_of("qwen2.5-7b", trainer=trainer, inference=engines)
-    assert plan.violations
-    assert all("set inference.placement=separate" in problem for problem in plan.violations)
-
-
-ONE_NODE: dict[str, dict[str, Any]] = {
-    "trainer": {"world_size": 8, "micro_batch_tokens": 20480},
-    "inference": {"engines": 1, "tensor_parallel": 8},
-}
-
-
-def test_32b_on_one_node_is_cured_by_offload() -> None:
-    """68.6 GiB of states a GPU, of which 45.8 are the optimizer's: these leave but for its step."""
-    engines = ONE_NODE["inference"]
-    plan = plan_of(trainer=ONE_NODE["trainer"], inference=engines)
-    assert [problem.partition(":")[0] for problem in plan.violations[1:]] == ["rollout", "push"]
-    assert all(problem.endswith('set trainer.offload=["optimizer"]') for problem in plan.violations)
-    away = {"offload": ["optimizer"]}
-    assert plan_of(trainer=ONE_NODE["trainer"] | away, inference=engines).violations == ()
-
-
-def test_a_step_too_large_for_a_gpu_is_cured_by_bundles() -> None:
-    """A GPU of 64 GiB does not hold the 68.6 at once."""
-    config = config_of(
-        "qwen3-32b", rollout=ROLLOUT, trainer=TRAINER | ONE_NODE["trainer"], inference=ONE_NODE["inference"]
-    )
-    given = given_for(config)
-    small = dataclasses.replace(given.machine.gpu, memory=64 * GIB)
-    given = dataclasses.replace(given, machine=dataclasses.replace(given.machine, gpu=small))
-    problems = make(config, shape_of("qwen3-32b"), given).violations
-    assert problems
-    assert all("trainer.offload=" in problem for problem in problems)
-    assert all(problem.endswith("trainer.offload_step_mb=4096") for problem in problems)
-
-
-def test_no_cure_is_named_that_the_model_cannot_have() -> None:
-    """28 heads and 4 groups: TP 8, which would fit, does not divide them."""
-    trainer = {"world_size": 8, "tensor_parallel": 4, "micro_batch_tokens": 2**19, "recompute": "none"}
-    rollout = {"max_response_tokens": 30_000}
-    plan = plan_of("qwen2.5-7b", trainer=trainer, rollout=rollout, inference={"engines": 2})
-    (problem,) = [p for p in plan.violations if p.startswith("update")]
-    assert "tensor_parallel=8" not in problem
-    assert re.search("set trainer|no single setting", problem)
+from tests.unit.plan.models import ENGINES, ROLLOUT, TRAINER, config_of, given_for, plan_of, shape_of
 
 
 def test_quantized_engines_take_a_byte_of_a_matrix() -> None:
@@ -182,64 +63,6 @@ def test_who_samples_while_the_ranks_work_takes_the_longer_of_the_two() -> None:
     ahead = plan_of(inference=separate, algorithm=corrected, sampling={"mode": "one_step"})
     shorter = min(plain.rollout.seconds, plain.score.seconds + plain.update.seconds)
     assert ahead.seconds == pytest.approx(plain.seconds - shorter)
-
-
-def test_proposals_fit_and_are_ranked() -> None:
-    config = config_of("qwen2.5-7b", rollout=ROLLOUT, trainer=TRAINER | {"world_size": 16}, inference={"engines": 16})
-    found = search(config, shape_of("qwen2.5-7b"), given_for(config))
-    assert len(found) > 3
-    seconds = [proposal.plan.seconds for proposal in found]
-    assert seconds == sorted(seconds)
-    assert all(not p.plan.violations and p.plan.gpus == 16 for p in found)
-    best = changed_config(config, found[0].changes)
-    assert make(best, shape_of("qwen2.5-7b"), given_for(config)).seconds == seconds[0]
-    assert "MFU" in found[0].why
-
-
-def test_32b_on_one_node_is_found_with_states_that_leave() -> None:
-    shape = shape_of("qwen3-32b")
-    config = config_of("qwen3-32b", rollout=ROLLOUT, **ONE_NODE)
-    given = given_for(config)
-    assert make(config, shape, given).violations
-    found = search(config, shape, given)
-    assert found
-    assert all(proposal.plan.config.trainer.offload for proposal in found)
-    bundles = [p for p in found if p.plan.config.trainer.offload_step_mb]
-    # Bundles are for what does not fit without them.
-    assert bundles
-    for proposal in bundles:
-        whole = changed_config(config, proposal.changes | {"trainer.offload_step_mb": 0})
-        assert not ranks_fit(whole, shape, given)
-    best = changed_config(config, found[0].changes)
-    assert make(best, shape, given).violations == ()
-    # The run chooses the engines' share itself.
-    assert "inference.vllm.gpu_memory_utilization" not in found[0].changes
-
-
-def test_placement_is_searched_where_sampling_allows_both() -> None:
-    trainer = TRAINER | {"world_size": 16, "tensor_parallel": 4}
-    separate = {"engines": 8, "placement": "separate"}
-    config = config_of("qwen2.5-7b", rollout=ROLLOUT, trainer=trainer | {"world_size": 8}, inference=separate)
-    found = search(config, shape_of("qwen2.5-7b"), given_for(config))
-    assert {p.plan.config.inference.placement for p in found} == {"colocated", "separate"}
-    assert {p.plan.gpus for p in found} == {16}
-    assert all("parameters" not in p.plan.config.trainer.offload for p in found if "placement" not in str(p.changes))
-    ahead = config_of(
-        "qwen2.5-7b", rollout=ROLLOUT, trainer=trainer | {"world_size": 8}, inference=separate,
-        algorithm={"correction": {"mode": "truncate"}}, sampling={"mode": "one_step"},
-    )  # fmt: skip
-    found = search(ahead, shape_of("qwen2.5-7b"), given_for(ahead))
-    assert {p.plan.config.inference.placement for p in found} == {"separate"}
-
-
-def test_experts_are_searched_too() -> None:
-    config = config_of(
-        "qwen3-30b-a3b", rollout=ROLLOUT, trainer={"world_size": 32}, inference={"engines": 16, "tensor_parallel": 2}
-    )
-    found = search(config, shape_of("qwen3-30b-a3b"), given_for(config))
-    assert found
-    assert found[0].plan.config.trainer.expert_parallel > 1
-    assert len({p.plan.config.trainer.expert_parallel for p in found}) > 2
 
 
 def test_pipelines_keep_what_their_schedule_keeps() -> None:
@@ -340,6 +163,23 @@ def test_recomputation_keeps_less_and_longer_packs_more(name: str, tokens: int, 
 
     assert at("full", tokens) < at("selective", tokens) < at("none", tokens)
     assert at("none", tokens) < at("none", tokens + more)
+
+
+def test_a_shared_expert_that_is_computed_again_is_not_kept() -> None:
+    """Qwen2-MoE's by hand, of Transformer Engine's layers in bfloat16: gate, up and their product, its output and the
+    gate's value."""
+    shape = dataclasses.replace(
+        shape_of("qwen2.5-7b"), family="qwen2_moe",
+        experts=Experts(number=8, top_k=2, ffn=1024, normalize=True, shared_ffn=4096),
+    )  # fmt: skip
+
+    def at(**recompute: Any) -> float:
+        t = TrainerConfig(**recompute)
+        return update_peak(shape, Layout.of(t), t, Layers.ENGINE, "bfloat16", 0, Pack(1, 1), 4).kept
+
+    every, again = at(), at(recompute="selective", recompute_modules=["shared_experts"])
+    assert every - again == 28 * 2 * (3 * 4096 + 3584 + 2)
+    assert again > at(recompute="selective", recompute_modules=["moe"])
 
 
 @examples(st.integers(512, 16384), st.floats(1.05, 4.0), st.sampled_from(("flops", "bandwidth", "nvlink", "network")))
