@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from stare_megatron import tasks
 from stare_megatron.errors import RunError, UserError
@@ -127,7 +127,7 @@ def make_tokenizer(task: Task) -> PreTrainedTokenizerFast:
     )
 
 
-def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write a Hugging Face checkpoint: config.json, safetensors, tokenizer.
 
     transformers 5 loads every tokenizer of a qwen2 model as a byte-level BPE that splits numbers into digits, whatever

@@ -10,8 +10,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from tools.gpu_check_parts import report, transport
+from stare_megatron.models.families import read_hf_config
+from tools.gpu_check_parts import models, report, transport
 from tools.gpu_check_parts.outcome import Context
 
 ROOT = Path(__file__).parents[2]
@@ -79,3 +82,11 @@ def test_the_loop(tmp_path: Path) -> None:
     assert len(numbers["step times"]) == 6
     assert numbers["median of later steps"]["time/update"] > 0
     assert not list((tmp_path / "parts").rglob("*.safetensors"))
+
+
+def test_a_random_mixture_of_experts_is_one_that_ranks_take(tmp_path: Path) -> None:
+    parameters = models.make(models.TINY_EXPERTS, tmp_path / "m", on="cpu", dtype=torch.float32)
+    shape = read_hf_config(tmp_path / "m")
+    assert shape.experts is not None
+    assert (shape.experts.number, shape.experts.top_k) == (8, 2)
+    assert parameters == sum(t.numel() for t in load_file(tmp_path / "m/model.safetensors").values())

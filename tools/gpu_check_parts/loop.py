@@ -22,37 +22,57 @@ from tools.gpu_check_parts import models, speed
 from tools.gpu_check_parts.outcome import Context, Outcome, skipped
 
 _PROMPT_TOKENS = 6  # of every prompt, with <bos>
-_NAME = "check"
+NAME = "check"
 _KEPT = ("time/", "memory/", "throughput/", "rates/push", "sync/probe", "mismatch/")  # metrics that are told of
 
 
 def check(context: Context) -> Outcome:
     """Four steps, saved after the second and fourth; resumed for two more."""
-    return _check(context, {"enforce_eager": True} if context.on_gpu else {}, (4, 6))
+    return of_model(context, _dense(context), eager(context), (4, 6))
 
 
 def graphs(context: Context) -> Outcome:
     """Two steps with what vLLM does by default on a GPU: it compiles the model and records CUDA graphs."""
     if not context.on_gpu:
         return skipped("a CPU engine has neither")
-    return _check(context, {}, (2,))
+    return of_model(context, _dense(context), {}, (2,))
 
 
 def sharded(context: Context) -> Outcome:
     """Two steps with sharded pushes, from ranks whose state is away while the engine samples."""
     offload = {"offload": ["gradients", "optimizer", "parameters"]}
     changed = {"sync": {"method": "sharded"}, "trainer": offload}
-    return _check(context, {"enforce_eager": True} if context.on_gpu else {}, (2,), changed)
+    return of_model(context, _dense(context), eager(context), (2,), changed)
 
 
-def _check(
-    context: Context, engine: dict[str, Any], starts: tuple[int, ...], changed: Mapping[str, dict[str, Any]] = {}
+def eager(context: Context) -> dict[str, Any]:
+    """Options of an engine that compiles nothing, where it would."""
+    return {"enforce_eager": True} if context.on_gpu else {}
+
+
+def _dense(context: Context) -> models.Shape:
+    return models.QWEN2_5_0_5B if context.on_gpu else models.TINY
+
+
+def of_model(
+    context: Context,
+    shape: models.Shape,
+    engine: dict[str, Any],
+    starts: tuple[int, ...],
+    changed: Mapping[str, dict[str, Any]] = {},
+    *,
+    dtype: str = "",
+    finds: Mapping[str, float] = {},
 ) -> Outcome:
+    """`stare-megatron train` once for each of `starts`, up to so many steps.
+
+    `engine`: options of vLLM; `changed`: keys of the run's tables; `dtype`: another than bfloat16 on a GPU, float32 on
+    a CPU; `finds`: metrics that every step must have, and the least of each.
+    """
     if importlib.util.find_spec("vllm") is None:
         return skipped("vLLM is not installed")
-    shape = models.QWEN2_5_0_5B if context.on_gpu else models.TINY
-    dtype = "bfloat16" if context.on_gpu else "float32"
-    model = context.shared / f"loop-{shape.hidden}"
+    dtype = dtype or ("bfloat16" if context.on_gpu else "float32")
+    model = context.shared / f"{shape.kind}-{shape.hidden}-{dtype}"
     parameters = models.make(shape, model, on=context.device, dtype=getattr(torch, dtype))
     if context.on_gpu:
         torch.cuda.empty_cache()
@@ -63,11 +83,11 @@ def _check(
     for steps in starts:
         resumed = steps != starts[0]
         tables["run"] |= {"steps": steps, "resume": "auto" if resumed else "never"}
-        code = _train(context.folder, tables)
+        code = command("train", context.folder, tables)
         outcome.require(code == 0, f"{'resumed, ' if resumed else ''}`stare-megatron train` ended with code {code}")
         if code:
             break
-    _read(outcome, context, tables, starts)
+    _read(outcome, context, tables, starts, finds)
     return outcome
 
 
@@ -81,7 +101,7 @@ def _tables(context: Context, model: Path, dtype: str, engine: dict[str, Any]) -
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     response, per_step = (512, 16) if context.on_gpu else (16, 4)
     return {
-        "run": {"name": _NAME, "dir": str(context.folder / "runs")},
+        "run": {"name": NAME, "dir": str(context.folder / "runs")},
         "model": {"path": str(model), "dtype": dtype},
         "data": {"train": [str(prompts)], "max_prompt_tokens": _PROMPT_TOKENS},
         "reward": {"name": f"{Path(models.__file__)}:coin"},
@@ -94,22 +114,39 @@ def _tables(context: Context, model: Path, dtype: str, engine: dict[str, Any]) -
     }
 
 
-def _train(folder: Path, tables: dict[str, Any]) -> int:
+def command(name: str, folder: Path, tables: dict[str, Any]) -> int:
+    """The exit code of a command of the package on a file of these tables."""
     file = folder / "run.toml"
     file.write_text(tomli_w.dumps(tables))
-    command = [sys.executable, "-m", "stare_megatron", "train", str(file), "--quiet"]
-    return subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode
+    words = [sys.executable, "-m", "stare_megatron", name, str(file), "--quiet"]
+    return subprocess.run(words, stdin=subprocess.DEVNULL, check=False).returncode
 
 
-def _read(outcome: Outcome, context: Context, tables: dict[str, Any], starts: tuple[int, ...]) -> None:
-    """What the metrics of all steps that there are say; fails where one of them is missing or wrong."""
-    file = Path(tables["run"]["dir"], _NAME, jsonl.FILE)
+def recorded(outcome: Outcome, run: Path, last: int) -> list[dict[str, Any]]:
+    """A run's metrics; fails where they are not those of all steps."""
+    file = run / jsonl.FILE
     rows = jsonl.read(file) if file.is_file() else []
     numbers = [int(row["step"]) for row in rows]
-    outcome.require(numbers == list(range(1, starts[-1] + 1)), f"steps {numbers} in {file.name}, wanted {starts[-1]}")
+    outcome.require(numbers == list(range(1, last + 1)), f"steps {numbers} in {file.name}, wanted {last}")
+    return rows
+
+
+def _read(
+    outcome: Outcome,
+    context: Context,
+    tables: dict[str, Any],
+    starts: tuple[int, ...],
+    finds: Mapping[str, float],
+) -> None:
+    """What the metrics of all steps that there are say; fails where one of them is missing or wrong."""
+    rows = recorded(outcome, Path(tables["run"]["dir"], NAME), starts[-1])
     if not rows:
         return
-    threshold = BOUNDS[tables["model"]["dtype"]]
+    for name, least in finds.items():
+        found = [float(row.get(name, "nan")) for row in rows]
+        outcome.numbers[name] = found
+        outcome.require(all(value >= least for value in found), f"{name} of the steps is {found}, wanted {least:g}")
+    threshold = tables.get("sync", {}).get("probe_threshold", BOUNDS[tables["model"]["dtype"]])
     for row in rows:
         step = int(row["step"])
         outcome.require(row["sync/probe"] <= threshold, f"step {step}: probe {row['sync/probe']:.2g}")

@@ -1,8 +1,9 @@
 """One trainer rank, through everything a run asks of it.
 
-python -m tools.gpu_check_parts.one_rank MODEL DTYPE LAYERS FOLDER
+python -m tools.gpu_check_parts.one_rank MODEL DTYPE LAYERS FOLDER OPTIMIZER
 
-LAYERS: `torch` or `transformer_engine`. STARE_DEVICE says where. FOLDER/found.json: what it computed.
+LAYERS: `torch` or `transformer_engine`. OPTIMIZER: more keys of `[trainer.optimizer]`, as JSON.
+STARE_DEVICE says where. FOLDER/found.json: what it computed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -30,9 +32,9 @@ PROBE = np.arange(5, 69, dtype=np.int32)
 STEPS = 3
 
 
-def configuration(model: Path, dtype: str, **trainer: Any) -> Config:
-    """A rank alone on `model`: 16 sequences of random tokens a step."""
-    optimizer: dict[str, float] = {"lr": 1e-4}
+def configuration(model: Path, dtype: str, more: Mapping[str, Any] = {}, **trainer: Any) -> Config:
+    """A rank alone on `model`: 16 sequences of random tokens a step. `more`: keys of the optimizer."""
+    optimizer: dict[str, Any] = {"lr": 1e-4, **more}
     if dtype == "float16":  # far from an overflow, whose step would have no gradient norm to compare
         optimizer["initial_loss_scale"] = 256.0
     return parse(
@@ -105,7 +107,7 @@ def _exported(trainer: TrainerRank, folder: Path) -> str:
 def main(argv: list[str]) -> int:
     model, dtype, layers, folder = Path(argv[0]), argv[1], argv[2], Path(argv[3])
     as_torchrun()
-    config = configuration(model, dtype)
+    config = configuration(model, dtype, json.loads(argv[4]))
     began = time.perf_counter()
     chosen = mock.patch.object(device, "has_transformer_engine", return_value=layers == "transformer_engine")
     with chosen:  # before anything of Megatron-Core is imported, which takes what it finds

@@ -37,6 +37,12 @@ _PARTS = (
     Part("rank-te", f"{_HERE}.rank:transformer_engine", 120, "as `rank`, Transformer Engine's layers"),
     Part("rank-speed", f"{_HERE}.speed:check", 120, "tokens/s and memory of a rank in the shape of Qwen2.5-1.5B"),
     Part("loop-graphs", f"{_HERE}.loop:graphs", 180, "two steps with the engine's CUDA graphs and compiler on"),
+    Part("loop-kl", f"{_HERE}.variants:reference", 150, "two steps with a KL to a reference policy"),
+    Part("sft", f"{_HERE}.variants:supervised", 150, "`stare-megatron sft`, saved and resumed: the loss falls"),
+    Part("rank-adam", f"{_HERE}.rank:precision_aware", 120, "as `rank-te`, Adam with its state in fewer bytes"),
+    Part("loop-fp8", f"{_HERE}.variants:quantized", 150, "two steps with engines in float8: probe, mismatch"),
+    Part("loop-drafts", f"{_HERE}.variants:drafts", 150, "two steps with n-gram drafts: how many are kept"),
+    Part("loop-replay", f"{_HERE}.variants:replay", 180, "two steps of a mixture of experts with routing replay"),
 )
 PARTS = {part.name: part for part in _PARTS}
 

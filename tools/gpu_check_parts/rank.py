@@ -1,4 +1,5 @@
-"""Parts `rank` and `rank-te`: a trainer rank loads, scores, updates, saves, restores, exports; against float32."""
+"""Parts `rank`, `rank-te`, `rank-adam`: a trainer rank loads, scores, updates, saves, restores, exports; against
+float32."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,17 +46,32 @@ def local(context: Context) -> Outcome:
 
 
 def transformer_engine(context: Context) -> Outcome:
+    return _lack(context) or _compare(context, "transformer_engine")
+
+
+# Both moments, which is what saves memory; they are rounded to 8 bits, as the weights' steps are in bfloat16.
+_FEWER_BYTES = {"precision_aware": True, "exp_avg_dtype": "bfloat16", "exp_avg_sq_dtype": "bfloat16"}
+
+
+def precision_aware(context: Context) -> Outcome:
+    return _lack(context) or _compare(context, "transformer_engine", ("bfloat16",), _FEWER_BYTES)
+
+
+def _lack(context: Context) -> Outcome | None:
     if not context.on_gpu:
         return skipped(NO_GPU)
     if importlib.util.find_spec("transformer_engine") is None:
         return skipped("Transformer Engine is not installed")
-    return _compare(context, "transformer_engine")
+    return None
 
 
-def _compare(context: Context, layers: str) -> Outcome:
+def _compare(
+    context: Context, layers: str, dtypes: tuple[str, ...] = tuple(TOLERANCES), optimizer: Mapping[str, Any] = {}
+) -> Outcome:
+    """`optimizer`: more keys of it, for the ranks that are compared with float32."""
     model = context.shared / "small"
     models.make(models.SMALL, model, on="cpu", dtype=torch.float32)
-    cases = [("cpu", "float32", "torch"), *((context.device, dtype, layers) for dtype in TOLERANCES)]
+    cases = [("cpu", "float32", "torch", {}), *((context.device, dtype, layers, optimizer) for dtype in dtypes)]
     outcome = Outcome()
     with ThreadPoolExecutor(len(cases) if context.on_gpu else 1) as pool:
         runs = [pool.submit(_rank, context, model, *case) for case in cases]
@@ -62,7 +79,8 @@ def _compare(context: Context, layers: str) -> Outcome:
     if isinstance(exact, str):
         outcome.fail(f"float32 on a CPU: {exact}")
         return outcome
-    for (dtype, tolerance), seen in zip(TOLERANCES.items(), found, strict=True):
+    for dtype, seen in zip(dtypes, found, strict=True):
+        tolerance = TOLERANCES[dtype]
         if isinstance(seen, str):
             outcome.fail(f"{dtype}: {seen}")
             continue
@@ -81,11 +99,14 @@ def _compare(context: Context, layers: str) -> Outcome:
     return outcome
 
 
-def _rank(context: Context, model: Path, place: str, dtype: str, layers: str) -> dict[str, Any] | str:
+def _rank(
+    context: Context, model: Path, place: str, dtype: str, layers: str, optimizer: Mapping[str, Any]
+) -> dict[str, Any] | str:
     """What `one_rank` found, or its error."""
     folder = context.folder / f"{place}-{dtype}"
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "tools.gpu_check_parts.one_rank", str(model), dtype, layers, str(folder)]
+    command.append(json.dumps(dict(optimizer)))
     log = folder / "log.txt"
     with log.open("wb") as out:
         done = subprocess.run(

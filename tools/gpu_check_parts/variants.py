@@ -1,0 +1,95 @@
+"""Parts `loop-kl`, `loop-drafts`, `loop-fp8`, `loop-replay` and `sft`: settings of a run that take another way on a GPU
+than on a CPU, two steps each."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tools.gpu_check_parts import loop, models
+from tools.gpu_check_parts.outcome import Context, Outcome, skipped
+
+_PROBE_FP8 = 0.2  # nats, as docs/quantization.md says
+
+
+def reference(context: Context) -> Outcome:
+    """A reference policy, whose weights are in host memory and on the device in turns; the first step is at it."""
+    changed = {"algorithm": {"kl": {"coefficient": 0.1, "estimator": "k2"}}}
+    outcome = loop.of_model(context, _dense(context), loop.eager(context), (2,), changed, finds={"kl/reference": 0.0})
+    first = outcome.numbers.get("kl/reference", [math.nan])[0]
+    outcome.require(
+        first < 1e-4, f"kl/reference of the first step is {first:.2g}: the policy is its own reference there"
+    )
+    return outcome
+
+
+def drafts(context: Context) -> Outcome:
+    """N-gram drafts: every token is still drawn as the model says, which `mismatch/*` and the probe tell."""
+    changed = {"inference": {"speculative": {"method": "ngram", "ngram_min": 1}}}
+    finds = {"engine/draft_acceptance": 0.0}
+    return _of_dense(context, changed, finds)
+
+
+def quantized(context: Context) -> Outcome:
+    """Engines in float8, into which pushes go in bfloat16."""
+    changed = {
+        "inference": {"quantization": "fp8_per_channel"},
+        "algorithm": {"correction": {"mode": "truncate"}},
+        "sync": {"probe_threshold": _PROBE_FP8, "probe_every": 1},
+        "trainer": {"scoring": "trainer"},
+    }
+    return _of_dense(context, changed, {"mismatch/ess": 0.5}, dtype="bfloat16")
+
+
+def replay(context: Context) -> Outcome:
+    """A mixture of experts whose ranks take the experts that the engine took."""
+    if not context.on_gpu:
+        return skipped("vLLM returns experts from its second model runner alone, which wants a GPU")
+    changed = {"inference": {"routing_replay": True}}
+    return loop.of_model(context, models.EXPERTS_0_5B, loop.eager(context), (2,), changed)
+
+
+def supervised(context: Context) -> Outcome:
+    """`stare-megatron sft`: two steps, two more after a resume; the loss of the rows that it learns falls."""
+    shape = _dense(context)
+    dtype = "bfloat16" if context.on_gpu else "float32"
+    model = context.shared / f"{shape.kind}-{shape.hidden}-{dtype}"
+    models.make(shape, model, on=context.device, dtype=getattr(torch, dtype))
+    if context.on_gpu:
+        torch.cuda.empty_cache()
+    words = [f"w{number}" for number in range(16)]
+    rows = [{"prompt": words[k % 16], "completion": " ".join(words[k % 5 : k % 5 + 8])} for k in range(64)]
+    file = context.folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tables: dict[str, Any] = {
+        "run": {"name": loop.NAME, "dir": str(context.folder / "runs")},
+        "model": {"path": str(model), "dtype": dtype},
+        "data": {"train": [str(file)]},
+        "sft": {"epochs": 8, "batch_sequences": 32, "max_tokens": 64},
+        "trainer": {"micro_batch_tokens": 1024, "optimizer": {"lr": 1e-3}},
+        "checkpoint": {"every": 2, "keep_last": 1},
+        "logging": {"wandb": "disabled"},
+    }
+    outcome = Outcome()
+    for steps, resume in ((2, "never"), (4, "auto")):
+        tables["run"] |= {"steps": steps, "resume": resume}
+        code = loop.command("sft", context.folder, tables)
+        outcome.require(code == 0, f"`stare-megatron sft` up to step {steps} ended with code {code}")
+        if code:
+            return outcome
+    losses = [float(row["loss/total"]) for row in loop.recorded(outcome, Path(tables["run"]["dir"], loop.NAME), 4)]
+    outcome.numbers["loss"] = losses
+    outcome.require(len(losses) == 4 and losses[-1] < losses[0], f"the loss does not fall: {losses}")
+    return outcome
+
+
+def _dense(context: Context) -> models.Shape:
+    return models.QWEN2_5_0_5B if context.on_gpu else models.TINY
+
+
+def _of_dense(context: Context, changed: dict[str, Any], finds: dict[str, float], dtype: str = "") -> Outcome:
+    return loop.of_model(context, _dense(context), loop.eager(context), (2,), changed, dtype=dtype, finds=finds)
