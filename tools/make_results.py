@@ -183,6 +183,7 @@ def disturbance() -> str:
         "grpo_ds": "GRPO-ds",
         "stare_o1": "STARE-O1",
         "stare_p": "STARE-O1 by sensitivity, proportional",
+        "stare_auto": "STARE-O1, weight auto",
     } | ADAPTIVE
     return by_variant(
         "entropy_band/results_disturbance",
