@@ -46,6 +46,7 @@ FLEET, PRECISE = "tests/unit/cluster/test_fleet.py::", "tests/unit/trainer/test_
 LOCAL = "tests/unit/checkpoint/test_local.py::"
 JUDGE, FLOAT16 = "tests/unit/rewards/test_judge.py::", "tests/invariance/test_float16.py"
 FORMAT, SUM = "tests/unit/rewards/test_format.py::", "tests/unit/rewards/test_sum.py::"
+RESUMED = "tests/unit/checkpoint/test_settings.py::"
 STORE, SINKS = "tests/unit/checkpoint/test_checkpoint_store.py::", "tests/unit/metrics/test_sinks.py::"
 EFFECTS: dict[str, Seen | Refused | str] = {
     "run.name": Seen(probes.saved, "other"),
@@ -55,7 +56,7 @@ EFFECTS: dict[str, Seen | Refused | str] = {
     "run.restarts": "tests/unit/run/test_recovery.py::test_restarts_are_limited",
     "run.min_free_mb": "tests/unit/run/test_run_folder.py::test_full_disk_is_found_first",
     "run.resume": "tests/unit/run/test_run_folder.py::test_a_run_with_steps_is_refused_with_the_cure",
-    "run.resume_allow": STORE + "test_other_settings_are_refused_by_name_and_may_be_meant",
+    "run.resume_allow": RESUMED + "test_other_settings_are_refused_by_name_and_may_be_meant",
     "model.path": Seen(probes.engine, "elsewhere"),
     "model.weights": "tests/unit/run/test_preflight.py::test_weights_to_begin_with",
     "model.dtype": Seen(probes.megatron, "bfloat16"),
