@@ -201,10 +201,10 @@ def number_walk() -> str:
         low, high = (at(run, f"eval/test/{metric}/ci_{end}", step) for end in ("low", "high"))
         return f"{at(run, f'eval/test/{metric}', step):.3f} ({low:.2f} to {high:.2f})"
 
-    rows = []
+    rows, titles = [], {"grpo_ds": "GRPO-ds", "stare_o1": "STARE-O1"}
     for seed in (1, 2):
         for step in (160, 240):
-            for name, title in (("grpo_ds", "GRPO-ds"), ("stare_o1", "STARE-O1")):
+            for name, title in (titles | ({"stare_auto": "STARE-O1, auto"} if seed == 2 else {})).items():
                 (run,) = runs("entropy_band/results_walk", f"{name}-seed{seed}")
                 open_ = int((run.series["stare/gate"][run.steps <= step] > 0).sum())
                 end = step == run.steps[-1]
