@@ -77,7 +77,8 @@ def pipelined(checkpoint) -> list[dict[str, Any]]:
 
 
 def test_a_weight_that_sets_itself_reads_the_same_at_any_layout(outcomes, pipelined):
-    """What the tokens, and L+ and L- of them, are expected to do, known before the update, on every rank."""
+    """What the tokens, and L+ and L- of them, are expected to do, known before the update, on every rank; L+ and L- are
+    all that sensitivity would choose."""
     wanted = [reading.forces for reading in outcomes["one"]["stare"]["readings"]]
     assert all(forces.chosen_pos > 0 > forces.chosen_neg for forces in wanted)
     others = [outcomes[layout]["stare"] for layout in ("CP2", "DP2")] + [rank["stare"] for rank in pipelined]
@@ -85,6 +86,7 @@ def test_a_weight_that_sets_itself_reads_the_same_at_any_layout(outcomes, pipeli
         for reading, want in zip(seen["readings"], wanted, strict=True):
             got = dataclasses.astuple(reading.forces)
             assert got == pytest.approx(dataclasses.astuple(want), abs=1e-6)
+        assert [step["dynamics/overlap"] for step in seen["stats"]] == [1.0] * len(seen["stats"])
 
 
 @pytest.mark.parametrize(("method", "name"), [("clip_cov", "loss/detached"), ("kl_cov", "loss/penalty")])
