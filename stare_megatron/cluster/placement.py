@@ -137,13 +137,15 @@ def plan(config: Config, *, trainers: bool = True) -> Placement:
             reserved(config, gpus=gpus, trainers=trainers),
             "PACK" if gpus else "SPREAD",
             "trainer.world_size, inference.engines x inference.tensor_parallel",
+            str(config.folder.absolute()),
         )
         stack.callback(remove_placement_group, group)
         found = tuple(sorted(_find(group, ranks), key=Found.order))
         slots = _slots(config, group, found, config.inference.engines)
         groups, boxes = [group], sandbox(config)
         if any(boxes):
-            groups.append(_reserve(boxes, "SPREAD", "sandbox.actors x sandbox.actor_cpus, sandbox.node_resource"))
+            keys = "sandbox.actors x sandbox.actor_cpus, sandbox.node_resource"
+            groups.append(_reserve(boxes, "SPREAD", keys, f"{config.folder.absolute()}, its code"))
             stack.callback(remove_placement_group, groups[-1])
         stack.pop_all()  # nothing was found wrong: they stay
     options = tuple(_box(bundle, groups[-1], k) for k, bundle in enumerate(boxes))
@@ -218,14 +220,14 @@ def _colocated(group: PlacementGroup, mine: Sequence[Found]) -> Slot:
     return _slot(group, mine[0].index, {"num_gpus": 0, "num_cpus": 0}, environment, 0)
 
 
-def _reserve(bundles: list[Bundle], strategy: str, keys: str) -> PlacementGroup:
-    """`keys`: of the settings that ask for them.
+def _reserve(bundles: list[Bundle], strategy: str, keys: str, name: str) -> PlacementGroup:
+    """`keys`: of the settings that ask for them; `name`: how others are told who has them.
 
     Raises:
         UserError: there are too few, or not free within ten seconds; nothing is held then.
     """
     need = sum((collections.Counter(b) for b in bundles), collections.Counter[str]())
-    group = placement_group(bundles, strategy=strategy)
+    group = placement_group(bundles, strategy=strategy, name=name)
     have = ray.cluster_resources()
     for kind in need.keys() - have.keys() - {"CPU", "GPU"}:
         remove_placement_group(group)
@@ -241,11 +243,19 @@ def _reserve(bundles: list[Bundle], strategy: str, keys: str) -> PlacementGroup:
     counts = [(n.name, n.gpus, n.free_gpus) if kind == "GPUs" else (n.name, n.cpus, n.free_cpus) for n in nodes()]
     wanted = ", ".join(f"{need[name]:g} {name}s" for name in ("GPU", "CPU") if name in need)
     in_all, free = sum(n for _, n, _ in counts), sum(n for *_, n in counts)
-    where = "; ".join(f"{name}: {total:g}, {free:g} free" for name, total, free in counts)
+    where = "; ".join(f"{node}: {total:g}, {free:g} free" for node, total, free in counts) + _holders(kind, name)
     raise UserError(
         f"the run needs {wanted} ({keys}); the cluster has {in_all:g} {kind}, {free:g} free ({where}); end what holds "
         "them, lower the numbers, or add nodes"
     )
+
+
+def _holders(kind: str, mine: str) -> str:
+    """Other runs, by their folders, and what they have reserved."""
+    table = placement_group_table().values()
+    groups = [one for one in table if one["state"] == "CREATED" and one["name"] not in ("", mine)]
+    have = ((one["name"], sum(bundle.get(kind[:-1], 0) for bundle in one["bundles"].values())) for one in groups)
+    return "".join(f"; {name} has {count:g} {kind}" for name, count in have if count)
 
 
 def _node_of(group: PlacementGroup) -> Mapping[int, str]:

@@ -173,7 +173,8 @@ def told(ranks):
     except UserError as e:
         return str(e), time.monotonic() - began
 out = [told(3)]
-first = placement.plan(configuration(inference={"engines": 2, "placement": "separate"}))
+first = placement.plan(configuration(
+    run={"dir": "/runs", "name": "first"}, inference={"engines": 2, "placement": "separate"}))
 out.append(told(2))
 first.release()
 out.append(told(2))
@@ -185,6 +186,7 @@ out.append(told(2))
     assert small[1] < 5
     assert f"the run needs 4 {kind}" in taken[0]
     assert f"the cluster has 4 {kind}, 1 free (" in taken[0]
+    assert f"1 free; /runs/first has 3 {kind}); end what holds them" in taken[0]
     assert taken[1] < 15
     assert fits == ""
 
