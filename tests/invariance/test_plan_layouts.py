@@ -42,10 +42,10 @@ MIXED: dict[int, list[tuple[str, str, dict[str, Any]]]] = {
     4: [
         ("qwen2", "bfloat16", _SP),
         ("qwen3", "bfloat16", {"tensor_parallel": 2, "pipeline_parallel": 2}),
-        ("llama3", "float32", {"pipeline_parallel": 4, "distributed_optimizer": False}),
+        ("qwen3", "bfloat16", {"pipeline_parallel": 4, "distributed_optimizer": False}),
         ("r1_llama", "bfloat16", {"context_parallel": 2, "pipeline_parallel": 2, "virtual_pipeline": 2}),
         ("qwen2", "bfloat16", {"pipeline_parallel": 2}),
-        ("mistral", "bfloat16", {"tensor_parallel": 2}),
+        ("r1_llama", "bfloat16", {}),
         ("qwen3_moe", "bfloat16", {"expert_parallel": 4}),
         ("qwen3_moe", "bfloat16", _SP | {"expert_parallel": 4} | _WHOLE),
         ("mixtral", "bfloat16", {"expert_parallel": 2, "pipeline_parallel": 2}),
@@ -57,7 +57,7 @@ MIXED: dict[int, list[tuple[str, str, dict[str, Any]]]] = {
         ),
         ("qwen2_moe", "bfloat16", {"tensor_parallel": 2}),
         ("qwen3_moe_tied", "bfloat16", {"expert_parallel": 2}),
-        ("phi3", "bfloat16", {"tensor_parallel": 2, "pipeline_parallel": 2}),
+        ("r1_llama", "bfloat16", {"tensor_parallel": 2, "pipeline_parallel": 2}),
     ],
     8: [
         ("qwen2", "bfloat16", _SP | {"pipeline_parallel": 2, "virtual_pipeline": 2}),
