@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
@@ -174,19 +174,40 @@ def _plain(tensor: Any) -> Any:
 
 
 def _scramble(worker: Any, seed: int) -> None:
-    """Other weights, by the path of whole tensors: vLLM's own loading and layerwise reload."""
+    """Other weights."""
     import torch
+
+    torch.manual_seed(seed)
+    _load(worker, lambda name, tensor: torch.randn_like(tensor))
+
+
+def _load_with_swapped_rows(worker: Any, name: str, one: int, other: int, rows: int) -> None:
+    """The checkpoint, but for two blocks of rows of a tensor, which change places."""
+
+    def changed(its: str, tensor: Any) -> Any:
+        found = tensor.clone()
+        if its == name:
+            found[one : one + rows], found[other : other + rows] = (
+                tensor[other : other + rows],
+                tensor[one : one + rows],
+            )
+        return found
+
+    _load(worker, changed)
+
+
+def _load(worker: Any, changed: Callable[[str, Any], Any]) -> None:
+    """The checkpoint's tensors as `changed` makes them, whole: vLLM's own loading and layerwise reload."""
     from safetensors.torch import load_file
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
     from stare_megatron.sync.cpu_engine import repack_experts, repack_tied_heads
 
     model, config = worker.model_runner.get_model(), worker.model_config
-    torch.manual_seed(seed)
     weights = load_file(Path(config.model) / "model.safetensors").items()
     repack_experts(model)
     initialize_layerwise_reload(model)
-    model.load_weights([(name, torch.randn_like(t).to(config.dtype)) for name, t in weights])
+    model.load_weights([(name, changed(name, t).to(config.dtype)) for name, t in weights])
     finalize_layerwise_reload(model, config)
     repack_tied_heads(model, packed=False)
 
@@ -247,6 +268,7 @@ _OWN = {
     "scramble": _scramble,
     "sums": _sums,
     "swap_rows": _swap_rows,
+    "load_with_swapped_rows": _load_with_swapped_rows,
     "die_in_push": _die_in_push,
     "needed_bytes": _needed_bytes,
 }

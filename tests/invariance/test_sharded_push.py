@@ -13,6 +13,7 @@ from checkpoints import EXPERTS, make
 from engine_workers import Nursery, Workers
 from launch import free_port, launch
 
+from stare_megatron.models.families import read_hf_config
 from stare_megatron.sync.check import added, first_difference
 
 pytest.importorskip("vllm")
@@ -24,7 +25,14 @@ LAYOUTS = {
     "VPP": {"pipeline_parallel": 2, "virtual_pipeline": 2},
     "DP2": {},
     "EP2": {"expert_parallel": 2},
-}
+    # Of four ranks.
+    "TP2 x PP2": {"tensor_parallel": 2, "pipeline_parallel": 2},
+    "TP2 x EP2": {
+        "tensor_parallel": 2, "sequence_parallel": True, "expert_parallel": 2,
+        "megatron": {"expert_tensor_parallel_size": 1},
+    },
+}  # fmt: skip
+TWO_RANKS = [name for name in LAYOUTS if " x " not in name]
 
 
 @dataclass(frozen=True)
@@ -110,15 +118,21 @@ def other_engines(nursery: Nursery) -> dict[str, Engines]:
     return {name: Engines(nursery, name, make(name, nursery.folder)) for name in OTHERS}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", TWO_RANKS)
 def test_every_engine_has_what_loading_the_checkpoint_gives_it(layout: str, engines: dict[str, Engines]) -> None:
     push_and_compare(layout, {name: e for name, e in engines.items() if layout != "EP2" or name == "qwen3_moe"})
 
 
 @pytest.mark.runs
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "EP2"])
+@pytest.mark.parametrize("layout", [name for name in TWO_RANKS if name != "EP2"])
 def test_so_have_those_of_other_dense_models(layout: str, other_engines: dict[str, Engines]) -> None:
     push_and_compare(layout, other_engines)
+
+
+@pytest.mark.runs
+@pytest.mark.parametrize(("layout", "name"), [("TP2 x PP2", "qwen2"), ("TP2 x EP2", "qwen3_moe")])
+def test_so_it_has_where_kinds_of_parallelism_meet(layout: str, name: str, engines: dict[str, Engines]) -> None:
+    push_and_compare(layout, {name: engines[name]}, ranks=4)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +145,7 @@ def test_so_has_every_other_family(name: str, layout: str, nursery: Nursery) -> 
         engine.call("end")
 
 
-def push_and_compare(layout: str, chosen: dict[str, Engines]) -> None:
+def push_and_compare(layout: str, chosen: dict[str, Engines], ranks: int = 2) -> None:
     cases = []
     for name, e in chosen.items():
         e.scramble(hash(layout) % 1000)
@@ -140,27 +154,27 @@ def push_and_compare(layout: str, chosen: dict[str, Engines]) -> None:
         cases.append(
             {"path": e.path, "trainer": LAYOUTS[layout], "engines": e.all, "port": free_port(), "places": where.ranks}
         )
-    by_rank = launch("push_cases:run", 2, {"cases": cases}, timeout=300)
+    by_rank = launch("push_cases:run", ranks, {"cases": cases}, timeout=300)
     for i, (name, e) in enumerate(chosen.items()):
-        ranks = [found[i] for found in by_rank]
-        assert [r.unlike for r in ranks] == [[], []]
+        pushed = [found[i] for found in by_rank]
+        assert [r.unlike for r in pushed] == [[]] * ranks
         for engine in e.all:
             assert unlike(engine, e.loaded[engine.name]) == [], (name, engine.name)
             theirs = {label: value for worker in engine.call("sums") for label, value in worker.items()}
-            ours = added(r.sums[engine.name] for r in ranks)
+            ours = added(r.sums[engine.name] for r in pushed)
             assert ours.keys() == theirs.keys()  # experts' and biases' boxes, too
             assert first_difference(ours, theirs) is None
             assert engine.call("gpu_in_use") == [0] * engine.count
-        assert [r.in_use for r in ranks] == [0, 0]
-        used = {carrier for r in ranks for carriers in r.carriers.values() for carrier in carriers}
+        assert [r.in_use for r in pushed] == [0] * ranks
+        used = {carrier for r in pushed for carriers in r.carriers.values() for carrier in carriers}
         assert used == PLACES.get((layout, name), HERE).carriers
         needed = sum(sum(engine.call("needed_bytes")) for engine in e.all)
-        assert sum(r.sent for r in ranks) == needed
+        assert sum(r.sent for r in pushed) == needed
         if layout == "DP2":  # replicas share the work
-            assert max(r.sent for r in ranks) < 0.6 * needed
+            assert max(r.sent for r in pushed) < 0.6 * needed
 
 
-def test_heads_that_changed_places_are_named_with_worker_and_box(engines: dict[str, Engines]) -> None:
+def test_rows_that_changed_places_are_named_with_worker_and_box(engines: dict[str, Engines]) -> None:
     e = engines["qwen2"]
     engine = e.all[2]
     e.be_at(HERE)
@@ -170,6 +184,24 @@ def test_heads_that_changed_places_are_named_with_worker_and_box(engines: dict[s
     theirs = {label: value for worker in engine.call("sums") for label, value in worker.items()}
     named = first_difference(added([pushed.sums[engine.name]]), theirs)
     assert named == "model.embed_tokens.weight[64:112, 0:128] of worker 1"
+
+
+def test_query_heads_that_changed_places_are_named_with_worker_and_box(engines: dict[str, Engines]) -> None:
+    """The last two, both of the second worker, in a matrix that vLLM keeps fused with keys and values, and packed."""
+    e = engines["qwen2"]
+    engine = e.all[2]
+    e.be_at(HERE)
+    case = {"path": e.path, "trainer": {}, "engines": [engine], "port": free_port(), "places": None}
+    ((pushed,),) = launch("push_cases:run", 1, {"cases": [case]}, timeout=120)
+    shape = read_hf_config(e.path)
+    size, last = shape.head_dim, (shape.heads - 1) * shape.head_dim
+    name = "model.layers.1.self_attn.q_proj.weight"
+    engine.call("load_with_swapped_rows", name, last - size, last, size)
+    theirs = {label: value for worker in engine.call("sums") for label, value in worker.items()}
+    ours = added([pushed.sums[engine.name]])
+    half, rows = shape.heads * size // 2, shape.heads * size
+    assert first_difference(ours, theirs) == f"{name}[{half}:{rows}, 0:{shape.hidden}] of worker 1"
+    assert [label for label in ours if ours[label] != theirs[label]] == [first_difference(ours, theirs)]
 
 
 def test_a_late_engine_gets_a_push_of_its_own_and_one_that_dies_in_a_push_is_named(
