@@ -83,7 +83,10 @@ class Placement:
                 be on two nodes then.
         """
         group = self.groups[0]
-        if not group.wait(_ROOM_S):
+        # Ray notices the loss of a node after some seconds, and would start an actor there before: what runs a task now
+        # is there.
+        asked = [_answers.options(scheduling_strategy=_strategy(group, k)).remote() for k in range(group.bundle_count)]
+        if len(ray.wait(asked, num_returns=len(asked), timeout=_ROOM_S)[0]) < len(asked):
             free = "; ".join(f"{n.name}: {n.free_gpus or n.free_cpus:g} free" for n in nodes())
             raise RanksLostError(
                 f"a node is lost, and the cluster has no room for what the run had there ({free}); start the run again "
@@ -108,6 +111,11 @@ def in_place(before: Sequence[Found], now: Sequence[Found]) -> list[Found]:
     at = {b.index: b for b in now}
     moved = iter(sorted((at[b.index] for b in before if at[b.index] != b), key=Found.order))
     return [b if at[b.index] == b else next(moved) for b in before]
+
+
+@ray.remote(num_cpus=0, max_retries=-1)
+def _answers() -> None:
+    """Anywhere."""
 
 
 @ray.remote(num_cpus=0, num_gpus=1)

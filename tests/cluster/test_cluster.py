@@ -253,3 +253,20 @@ def test_a_cable_that_is_pulled_for_a_while(shared: Path) -> None:
         said, _ = process.communicate(timeout=300)
         assert "its process died" not in said, said[-3000:]
         assert process.returncode == 0 or "connection" in said, said[-3000:]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_where_there_is_room(shared: Path) -> None:
+    """What a machine had that is switched off is started again on the two that are left."""
+    (shared / "room").mkdir()
+    run, last = shared / "room-runs", 9
+    with machines(3, shared / "room") as made:
+        for machine in made:
+            machine.ray(3)
+        process = made[0].start(command(shared, run, **SMALL | {"run.steps": last}))
+        wait_for_step(run / "demo", 3)
+        made[2].switch_off()
+        said, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, said[-3000:]
+    assert [int(row["step"]) for row in jsonl.read(run / "demo/metrics.jsonl")] == list(range(1, last + 1))
+    assert "10.77.0.3" in said  # something of it was lost, and named
