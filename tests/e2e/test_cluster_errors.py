@@ -67,7 +67,7 @@ def crew(*names: str, named_hosts: bool = False) -> runtime.Crew:
 
 def make_pair(config: Config, logs: Path) -> tuple[TrainerGroup, EngineGroup, Any]:
     """Two ranks that are blocked, connected to an engine whose vLLM was never started."""
-    slots = [Slot({"num_cpus": 0}, {}, 0)]
+    slots = [Slot({"num_cpus": 0}, {}, 0, 0)]
     lookout = Lookout(config.watchdog, logs, SAID.append)
     engines = EngineGroup(config, slots, "gloo", None, [], logs, lookout)  # pyright: ignore
     trainers = TrainerGroup.__new__(TrainerGroup)

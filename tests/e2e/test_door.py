@@ -15,6 +15,7 @@ import pytest
 
 from stare_megatron.__main__ import main
 from stare_megatron.config.methods import METHODS
+from stare_megatron.host.program import called
 from stare_megatron.tasks.make import make
 from stare_megatron.tasks.tiny_model import default_settings
 from tests.contracts.source import ROOT
@@ -263,7 +264,7 @@ def test_a_dry_run_of_a_study_lists_runs_and_settings(files, capsys):
 def test_help_gives_examples(command, capsys):
     with pytest.raises(SystemExit):
         main([command, "--help"])
-    assert f"examples:\n  stare-megatron {command}" in capsys.readouterr().out
+    assert f"examples:\n  {called()} {command}" in capsys.readouterr().out
 
 
 def test_a_tiny_model_is_made_by_the_command(tmp_path, capsys):

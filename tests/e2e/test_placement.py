@@ -140,6 +140,7 @@ out = [before, after, ranks]
     assert engines == [",".join(ranks[:2]), ",".join(ranks[2:])]
 
 
+@pytest.mark.runs
 def test_places_that_would_split_what_splits_layers_end_the_run(tmp_path):
     code = (
         LOST

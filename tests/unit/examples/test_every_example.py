@@ -82,7 +82,7 @@ def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_file_is_of_one_of_these() -> None:
     assert len(RUNS) > 25
-    assert len(STUDIES) == 13
+    assert len(STUDIES) == 14
     assert {f.parent.name for f in SUPERVISED} == {"gsm8k_cpu", "tool_use_7b", "tool_use_cpu"}
 
 
@@ -96,11 +96,11 @@ def test_a_run(file: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", STUDIES, ids=lambda f: f"{f.parent.name}/{f.stem}")
 def test_the_runs_of_a_study(file: Path, tmp_path: Path) -> None:
     """Every variant, of one seed."""
-    jobs = {job.variant: job for job in spec.load(file, "", "*").jobs}
+    jobs = {job.variant: job for job in spec.load(file, "").jobs}
     for job in jobs.values():
         let_in_and_planned(job.config, tmp_path, file)
     for form in spec._read(file).forms:
-        assert spec.load(file, form, "*").jobs
+        assert spec.load(file, form).jobs
 
 
 @pytest.mark.parametrize("file", SUPERVISED, ids=lambda f: f.parent.name)
