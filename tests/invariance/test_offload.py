@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,9 @@ def test_twenty_cycles_take_no_more_memory(model):
     (found,) = launch("offload_cases:cycles", 1, arguments, timeout=540)
     sizes, tensors = zip(*found, strict=True)
     assert len(set(tensors)) == 1, tensors
-    # A heap breathes by pages; a class that is kept twice would grow by a megabyte each time.
-    assert max(sizes[10:]) - max(sizes[:10]) < 1 << 20, sizes
+    # A heap breathes, by some megabytes at times; a class that is kept twice would grow by one each time, ten from
+    # the middle of the first half to that of the second.
+    assert statistics.median(sizes[10:]) - statistics.median(sizes[:10]) < 4 << 20, sizes
 
 
 def test_an_update_that_fails_leaves_everything_in_its_place(model):
