@@ -46,7 +46,7 @@ test-unit: $(STAMP)
 	@$(BIN)/python -m pytest --shared="tests/contracts tests/unit" tests/contracts tests/unit $(PYTEST_ARGS)
 
 test-runs: $(STAMP)
-	@$(BIN)/python -m pytest -m "runs and not slow" --beside=tests/invariance tests/unit tests/invariance tests/e2e $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m "runs and not slow" --beside=tests/invariance tests/invariance tests/e2e $(PYTEST_ARGS)
 
 test-slow: $(STAMP)
 	@$(SMOLLM2)

@@ -110,14 +110,18 @@ def _passes(config: Config) -> Iterator[Changes]:
         tokens //= 2
 
 
+def movable(config: Config) -> list[str]:
+    """What of the ranks' states may leave their GPUs: the parameters where engines want the room."""
+    beside = config.inference.engines > 0 and config.inference.placement == "colocated"
+    return ["gradients", "optimizer", *(["parameters"] if beside else [])]
+
+
 def offloads(config: Config) -> Iterator[Changes]:
     """What of the ranks' states may leave their GPUs beyond what does already: the optimizer's, all, and a step in
     bundles."""
-    t, i = config.trainer, config.inference
-    beside = i.engines > 0 and i.placement == "colocated"
-    everything = ["gradients", "optimizer", *(["parameters"] if beside else [])]
+    t = config.trainer
     bundles = {"trainer.offload_step_mb": BUNDLE_MB}
-    for classes in (["optimizer"], everything):
+    for classes in (["optimizer"], movable(config)):
         if set(classes) - set(t.offload):
             whole = {"trainer.offload": sorted({*classes, *t.offload})}
             yield whole

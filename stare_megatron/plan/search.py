@@ -10,7 +10,7 @@ from typing import Any
 from stare_megatron.config import Config
 from stare_megatron.models.shape import ModelShape
 from stare_megatron.plan import violations
-from stare_megatron.plan.cures import BUNDLE_MB, CHUNK_TOKENS, can_be_precise, changed_config
+from stare_megatron.plan.cures import BUNDLE_MB, CHUNK_TOKENS, can_be_precise, changed_config, movable
 from stare_megatron.plan.estimate import Given, Plan, make, memory_of, ranks_fit, roomiest_share
 from stare_megatron.plan.moves import moves
 from stare_megatron.plan.timing import Ranks
@@ -46,7 +46,7 @@ def search(config: Config, shape: ModelShape, given: Given) -> list[Proposal]:
     configuration as it stands, such as a window too long, leaves nothing to propose."""
     found: dict[str, Proposal] = {}
     for placed in _placements(config):
-        for away in _offloads(placed, config):
+        for away in _offloads(changed_config(config, placed)):
             count = _FINALISTS_ELSEWHERE if placed else _FINALISTS
             for changes in _finalists(changed_config(config, placed | away), shape, given)[:count]:
                 for engines in _engines(changed_config(config, placed), shape):
@@ -88,12 +88,10 @@ def _placements(config: Config) -> Iterator[dict[str, Any]]:
         }  # fmt: skip
 
 
-def _offloads(placed: dict[str, Any], config: Config) -> Iterator[dict[str, Any]]:
+def _offloads(config: Config) -> Iterator[dict[str, Any]]:
     """Nothing, and all that may leave."""
-    colocated = placed.get("inference.placement", config.inference.placement) == "colocated"
-    yield {"trainer.offload": [], "trainer.offload_step_mb": 0}
-    classes = ["gradients", "optimizer", *(["parameters"] if colocated else [])]
-    yield {"trainer.offload": classes, "trainer.offload_step_mb": 0}
+    for classes in ([], movable(config)):
+        yield {"trainer.offload": classes, "trainer.offload_step_mb": 0}
 
 
 def _finalists(config: Config, shape: ModelShape, given: Given) -> list[dict[str, Any]]:

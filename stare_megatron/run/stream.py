@@ -71,7 +71,6 @@ class StreamSampler(Generic[Ref]):
         self._engines = engines
         self._banking = banking
         self._stop = stop
-        self._handed_out = 0  # batches
         self._learned = 0  # updates, when that of the batch handed out last is done
         self._again: collections.deque[Restored[Ref]] = collections.deque()
         self._resumed = Resumed()
@@ -103,10 +102,9 @@ class StreamSampler(Generic[Ref]):
             self._window.begin(version)
             self._admit()
             while (made := self._draw()) is None:
-                if self._stop() and self._handed_out and self._banking is not None:
+                if self._stop() and self._in_hand and self._banking is not None:
                     return None
                 self._changed.wait(_GLANCE_S)
-            self._handed_out += 1
             self._learned = version + 1
             return self._collected(version, made)
 

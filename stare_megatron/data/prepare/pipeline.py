@@ -42,15 +42,7 @@ def prepare(recipe: Recipe, source: Source, settings: Settings, out: Path, repor
         UserError: unreadable files, malformed rows without `settings.skip_malformed`, nothing left to write.
     """
     found = _extract(recipe, source.files)
-    for malformed in found.malformed[:_SHOWN]:
-        report(malformed.line())
-    if len(found.malformed) > _SHOWN:
-        report(f"and {len(found.malformed) - _SHOWN} more")
-    if found.malformed and not settings.skip_malformed:
-        raise UserError(
-            f"{len(found.malformed)} of {found.rows} rows are malformed; fix the file, or leave them out "
-            "(and have them listed) with --skip-malformed"
-        )
+    tell_malformed(found.malformed, found.rows, settings, report)
     left_out = [Removed("", item.place, item.reason, item.problem) for item in found.unsuitable]
     removed: list[Removed] = []
     kept = _without_conflicts(recipe, found, settings, removed)
@@ -73,6 +65,25 @@ def prepare(recipe: Recipe, source: Source, settings: Settings, out: Path, repor
     rows = [_row(recipe, problem, settings) for problem in kept]
     store.write(out, rows, [*left_out, *removed], found.malformed, recipe, source, settings, counts)
     return counts
+
+
+def tell_malformed(
+    malformed: Sequence[Malformed], rows: int, settings: Settings, report: Callable[[str], None]
+) -> None:
+    """`report` gets a line for each of the first, and one for the rest.
+
+    Raises:
+        UserError: there are malformed rows among the `rows`, and no `settings.skip_malformed`.
+    """
+    for broken in malformed[:_SHOWN]:
+        report(broken.line())
+    if len(malformed) > _SHOWN:
+        report(f"and {len(malformed) - _SHOWN} more")
+    if malformed and not settings.skip_malformed:
+        raise UserError(
+            f"{len(malformed)} of {rows} rows are malformed; fix the file, or leave them out (and have them listed) "
+            "with --skip-malformed"
+        )
 
 
 def _extract(recipe: Recipe, files: Sequence[Path]) -> _Extracted:

@@ -14,6 +14,7 @@ from typing import Any
 
 from stare_megatron.data.prepare import store
 from stare_megatron.data.prepare.hub import Source
+from stare_megatron.data.prepare.pipeline import tell_malformed
 from stare_megatron.data.prepare.read import read
 from stare_megatron.data.prepare.settings import Settings
 from stare_megatron.data.prepare.types import Counts, Malformed, MalformedField, RawRow, Recipe
@@ -28,7 +29,7 @@ _ANSWER = re.compile(r"\s*<answer>\s*(.*?)\s*</answer>\s*\Z", re.DOTALL)
 
 
 def prepare(source: Source, settings: Settings, out: Path, report: Callable[[str], None]) -> Counts:
-    """Write the conversations, with `settings.system` before each. `report` gets a line for each malformed row.
+    """Write the conversations, with `settings.system` before each. `report`: as `tell_malformed`.
 
     Raises:
         UserError: unreadable files, malformed rows without `settings.skip_malformed`, no rows.
@@ -43,14 +44,8 @@ def prepare(source: Source, settings: Settings, out: Path, report: Callable[[str
             found.append(conversation(row, settings.system))
         except MalformedField as e:
             malformed.append(Malformed(row.place, e.field, e.problem, ""))
-    for broken in malformed:
-        report(broken.line())
     rows = len(found) + len(malformed)
-    if malformed and not settings.skip_malformed:
-        raise UserError(
-            f"{len(malformed)} of {rows} rows are malformed; fix the file, or leave them out (and have them listed) "
-            "with --skip-malformed"
-        )
+    tell_malformed(malformed, rows, settings, report)
     if not found:
         raise UserError(f"{source.files[0]}: no conversations")
     counts = Counts(rows, len(malformed), 0, 0, 0, 0, 0, written=len(found))
