@@ -28,6 +28,7 @@ from stare_megatron.errors import RanksLostError, UserError
 from stare_megatron.host import device
 
 _ROOM_S = 60
+_ITS_CODE = ", its code"  # in the name of the reservation for a run's code, after the run's
 _FREE_S = 10.0  # what an ended run leaves is free within seconds
 
 
@@ -153,7 +154,7 @@ def plan(config: Config, *, trainers: bool = True) -> Placement:
         groups, boxes = [group], sandbox(config)
         if any(boxes):
             keys = "sandbox.actors x sandbox.actor_cpus, sandbox.node_resource"
-            groups.append(_reserve(boxes, "SPREAD", keys, f"{config.folder.absolute()}, its code"))
+            groups.append(_reserve(boxes, "SPREAD", keys, f"{config.folder.absolute()}{_ITS_CODE}"))
             stack.callback(remove_placement_group, groups[-1])
         stack.pop_all()  # nothing was found wrong: they stay
     options = tuple(_box(bundle, groups[-1], k) for k, bundle in enumerate(boxes))
@@ -259,9 +260,12 @@ def _reserve(bundles: list[Bundle], strategy: str, keys: str, name: str) -> Plac
 
 
 def _holders(kind: str, mine: str) -> str:
-    """Other runs, by their folders, and what they have reserved."""
+    """Other runs than that of the reservation `mine`, by their folders, and what they have reserved."""
+    mine = mine.removesuffix(_ITS_CODE)
     table = placement_group_table().values()
-    groups = [one for one in table if one["state"] == "CREATED" and one["name"] not in ("", mine)]
+    groups = [
+        one for one in table if one["state"] == "CREATED" and one["name"].removesuffix(_ITS_CODE) not in ("", mine)
+    ]
     have = ((one["name"], sum(bundle.get(kind[:-1], 0) for bundle in one["bundles"].values())) for one in groups)
     return "".join(f"; {name} has {count:g} {kind}" for name, count in have if count)
 
