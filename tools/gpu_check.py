@@ -1,10 +1,11 @@
 """Check on one GPU machine, offline, what one GPU can show: a report of what works, how fast, and what does not.
 
-python tools/gpu_check.py [--parts a,b] [--out DIR] [--minutes 8] [--device cuda|cpu] [--list]
+python tools/gpu_check.py [--parts a,b] [--out DIR] [--minutes 8] [--device cuda|cpu] [--together N] [--list]
 
 Each part runs in a process of its own with a time limit. DIR/report.txt and report.json are rewritten after every part,
 so a run that is cut off leaves what it knew; DIR/parts/ has logs. Exit code 0: every part that ran is right; 1: a part
-failed or ran out of time; 2: wrong arguments. `--device cpu` runs what a CPU can of the same parts.
+failed or ran out of time; 2: wrong arguments. `--device cpu` runs what a CPU can of the same parts. `--together 4` runs
+four parts at a time, beside each other on one GPU: for what is right, not for times and memory.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import argparse
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,6 +28,7 @@ from tools.gpu_check_parts.outcome import Status  # noqa: E402
 from tools.gpu_check_parts.parts import NOT_CHECKED, PARTS, Part  # noqa: E402
 
 _LEAST_S = 10.0  # a part is not begun with less
+_BESIDE_SLACK = 1.5
 _CPU_SLACK = 4.0  # parts' limits are for a GPU machine, which has more CPUs too
 
 
@@ -40,35 +44,41 @@ def environment(device: str) -> dict[str, str]:
     }
 
 
-def check(parts: Mapping[str, Part], device: str, out: Path, seconds: float) -> list[runner.Result]:
-    """Run the parts in their order, within `seconds` in all; the report is in `out` after each."""
+def check(parts: Mapping[str, Part], device: str, out: Path, seconds: float, together: int = 1) -> list[runner.Result]:
+    """Run the parts in their order, `together` at a time, within `seconds` in all; the report is in `out` after
+    each."""
     about = report.machine(device, ROOT)
     work, shared = out / "parts", out / "shared"
     for folder in (work, shared):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     until = time.monotonic() + seconds
-    results: list[runner.Result] = []
+    results: dict[str, runner.Result] = {}
+    writing = threading.Lock()
+
+    def run(part: Part) -> None:
+        print(f"{part.name}: {part.about}", flush=True)
+        result = _one(part, device, work / part.name, shared, until - time.monotonic(), beside=together > 1)
+        print(f"{part.name}: {result.status.value}, {result.seconds:.0f} s {result.reason}", flush=True)
+        with writing:
+            results[part.name] = result
+            report.write(out, about, [results[name] for name in parts if name in results], NOT_CHECKED)
+
     try:
-        for part in parts.values():
-            print(f"{part.name}: {part.about}", flush=True)
-            results.append(_one(part, device, work / part.name, shared, until - time.monotonic()))
-            print(
-                f"{part.name}: {results[-1].status.value}, {results[-1].seconds:.0f} s {results[-1].reason}", flush=True
-            )
-            report.write(out, about, results, NOT_CHECKED)
+        with ThreadPoolExecutor(together) as pool:
+            list(pool.map(run, parts.values()))
     finally:
         shutil.rmtree(shared, ignore_errors=True)  # models: gigabytes
-    return results
+    return [results[name] for name in parts]
 
 
-def _one(part: Part, device: str, folder: Path, shared: Path, left: float) -> runner.Result:
+def _one(part: Part, device: str, folder: Path, shared: Path, left: float, *, beside: bool) -> runner.Result:
     if left < _LEAST_S:
         return runner.Result(part.name, Status.SKIPPED, reason="no time left: --minutes")
-    seconds = part.seconds * (1.0 if device == "cuda" else _CPU_SLACK)
+    seconds = part.seconds * (1.0 if device == "cuda" else _CPU_SLACK) * (_BESIDE_SLACK if beside else 1.0)
     limit = min(seconds, left - runner.GRACE_S) if left > 2 * runner.GRACE_S else left
     command = [sys.executable, "-m", "tools.gpu_check_parts.child"]
-    arguments = [part.name, device, str(folder), str(shared), f"{limit:.0f}"]
+    arguments = [part.name, device, str(folder), str(shared), f"{limit:.0f}", "beside" if beside else "alone"]
     result = runner.run(part.name, [*command, *arguments], folder, limit, environment(device), ROOT)
     for big in ("runs", "cpu-float32", f"{device}-bfloat16", f"{device}-float16"):  # checkpoints: more gigabytes
         _keep_text(folder / big)
@@ -88,6 +98,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("gpu-check"), help="folder of the report (default: gpu-check)")
     parser.add_argument("--minutes", type=float, default=8.0, help="for all parts together (default: 8)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--together", type=int, default=1, metavar="N", help="parts at a time (default: 1)")
     parser.add_argument("--list", action="store_true", help="show the parts and stop")
     asked = parser.parse_args(argv)
     if asked.list:
@@ -97,6 +108,8 @@ def main(argv: list[str]) -> int:
             print(f"{name:<18} not checked    {why}")
         return 0
     names = asked.parts.split(",") if asked.parts else list(PARTS)
+    if asked.together < 1:
+        parser.error(f"--together: {asked.together} parts at a time; 1 or more")
     unknown = [name for name in names if name not in PARTS]
     if unknown:
         parser.error(f"--parts: no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
@@ -104,7 +117,7 @@ def main(argv: list[str]) -> int:
     if out.exists() and any(out.iterdir()) and not (out / report.JSON).is_file():
         parser.error(f"--out: {out} holds something else than an earlier report")
     chosen = {name: PARTS[name] for name in PARTS if name in names}
-    results = check(chosen, asked.device, out, 60 * asked.minutes)
+    results = check(chosen, asked.device, out, 60 * asked.minutes, asked.together)
     print(f"\n{(out / report.TEXT).read_text()}\n{out / report.TEXT}")
     return int(any(r.status in (Status.FAILED, Status.TIMED_OUT) for r in results))
 

@@ -206,6 +206,14 @@ def find(root: Path, resume: str) -> Path | None:
     return folder
 
 
+def _needed(folder: Path) -> set[str]:
+    """Files that no checkpoint is without. Megatron-Core 0.19 has the content of the earlier `common.pt` among the
+    tensors, and `metadata.json` says nothing of it."""
+    form = folder / TRAINER / "metadata.json"
+    common = {f"{TRAINER}/common.pt"} if form.is_file() and "common_backend" in form.read_text() else set()
+    return {loop.FILE, stored.FILE, f"{TRAINER}/.metadata", f"{TRAINER}/metadata.json", *common}
+
+
 def verify(folder: Path, *, contents: bool, progress: Callable[[int], object] = int) -> None:
     """Compare a checkpoint with its manifest; `contents`: checksums too.
 
@@ -216,7 +224,7 @@ def verify(folder: Path, *, contents: bool, progress: Callable[[int], object] = 
         entries = manifest.read(folder)
         if entries is None:
             raise UserError(f"{folder}: {manifest.NAME} is missing, so the files cannot be checked")
-        for name in sorted({loop.FILE, stored.FILE, f"{TRAINER}/.metadata", f"{TRAINER}/common.pt"} - entries.keys()):
+        for name in sorted(_needed(folder) - entries.keys()):
             raise UserError(f"{folder / manifest.NAME}: does not list {name}")
         threads = min(os.cpu_count() or 1, 8)
         manifest.verify(folder, contents=contents, threads=threads, progress=progress)

@@ -1,9 +1,9 @@
 """Megatron-Core's distributed checkpoints (`torch_dist`), read and written piece by piece, without process groups.
 
 The format is torch.distributed.checkpoint's: `.metadata` (a pickle: global shapes, and where each piece of a tensor
-lies) and `*.distcp` files, which hold one torch.save archive a piece; beside them Megatron-Core's `metadata.json` and
-`common.pt`. torch's own writer keeps every tensor of a file in memory until the file is closed, and its reader wants a
-model to load into.
+lies) and `*.distcp` files, which hold one torch.save archive a piece; beside them Megatron-Core's `metadata.json` and,
+before 0.19, `common.pt`. torch's own writer keeps every tensor of a file in memory until the file is closed, and its
+reader wants a model to load into.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from stare_megatron.errors import UserError
 from stare_megatron.models.shards import TensorInfo
 
 INDEX, FORMAT, COMMON = ".metadata", "metadata.json", "common.pt"
+_COMMON_KEY = "common_state/"  # of the object that Megatron-Core 0.19 writes in the place of `common.pt`
+_PLAIN: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
 _AGAIN = "copy or convert the checkpoint again"
 # What a damaged pickle may raise while it is read.
 _DAMAGE = (
@@ -94,6 +96,7 @@ class TorchDist:
         self.tensors: dict[str, TensorInfo] = {}
         self._pieces: dict[str, list[Stored]] = {}
         self._cached: tuple[Stored | None, torch.Tensor] = (None, torch.empty(0))
+        self._common: Stored | None = None
         try:
             self.objects: tuple[str, ...] = tuple(
                 key for key, value in index.state_dict_metadata.items() if isinstance(value, BytesStorageMetadata)
@@ -110,6 +113,8 @@ class TorchDist:
         }
         for key, value in index.state_dict_metadata.items():
             if isinstance(value, BytesStorageMetadata):
+                if key.startswith(_COMMON_KEY):
+                    self._common = _stored(key, None, where[key, ()])
                 continue
             if not isinstance(value, TensorStorageMetadata) or not isinstance(value.properties.dtype, torch.dtype):
                 raise ValueError(f"{key!r} is neither a tensor nor an object")
@@ -126,17 +131,15 @@ class TorchDist:
                 box = Box(tuple(map(int, chunk.offsets)), tuple(map(int, chunk.sizes)))
                 if not box.inside(whole):
                     raise ValueError(f"a piece of {key!r} reaches beyond the tensor")
-                file, offset, length = str(info.relative_path), int(info.offset), int(info.length)
-                if Path(file).name != file or offset < 0 or length < 0:
-                    raise ValueError(f"a piece of {key!r} lies outside the folder")
-                if math.prod(box.sizes) * value.properties.dtype.itemsize > length:
-                    raise ValueError(f"a piece of {key!r} is larger than its bytes in {file}")
-                self._pieces[key].append(Stored(key, box, file, offset, length))
+                piece = _stored(key, box, info)
+                if math.prod(box.sizes) * value.properties.dtype.itemsize > piece.length:
+                    raise ValueError(f"a piece of {key!r} is larger than its bytes in {piece.file}")
+                self._pieces[key].append(piece)
 
     def _check_files(self) -> None:
         """Every file is there and long enough."""
         need: dict[str, int] = {}
-        for pieces in self._pieces.values():
+        for pieces in [*self._pieces.values(), [self._common] if self._common else []]:
             for piece in pieces:
                 need[piece.file] = max(need.get(piece.file, 0), piece.offset + piece.length)
         for name, size in sorted(need.items()):
@@ -189,9 +192,7 @@ class TorchDist:
         file = self.folder / piece.file
         assert piece.box is not None
         try:
-            with file.open("rb") as f:
-                window: Any = _Window(f, piece.offset, piece.length)
-                value = torch.load(window, map_location="cpu", weights_only=True)
+            value = self._archive(piece)
         except _DAMAGE as e:
             raise _damaged(file, f"cannot read {piece.key!r}: {first_line(e)}") from e
         if not isinstance(value, torch.Tensor) or tuple(value.shape) != piece.box.sizes:
@@ -199,15 +200,20 @@ class TorchDist:
         self._cached = (piece, value.detach())
         return self._cached[1]
 
+    def _archive(self, piece: Stored) -> Any:
+        with (self.folder / piece.file).open("rb") as f:
+            window: Any = _Window(f, piece.offset, piece.length)
+            return torch.load(window, **_PLAIN)
+
     def common(self) -> dict[str, Any]:
         """What the ranks saved once: steps, layout, the optimizer's settings.
 
         Raises:
             UserError: damaged.
         """
-        file = self.folder / COMMON
+        file = self.folder / (self._common.file if self._common else COMMON)
         try:
-            tree = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            tree = self._archive(self._common)[0] if self._common else torch.load(file, **_PLAIN, mmap=True)
         except FileNotFoundError as e:
             raise UserError(f"{file}: missing; {_AGAIN}") from e
         except _DAMAGE as e:
@@ -215,6 +221,14 @@ class TorchDist:
         if not isinstance(tree, dict):
             raise _damaged(file, "not a dictionary")
         return tree
+
+
+def _stored(key: str, box: Box | None, info: Any) -> Stored:
+    """As an index has it; a damaged one raises whatever of `_DAMAGE`."""
+    file, offset, length = str(info.relative_path), int(info.offset), int(info.length)
+    if Path(file).name != file or offset < 0 or length < 0:
+        raise ValueError(f"a piece of {key!r} lies outside the folder")
+    return Stored(key, box, file, offset, length)
 
 
 class _Window(io.RawIOBase):

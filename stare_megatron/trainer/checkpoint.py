@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.distributed import DistributedDataParallel
@@ -35,6 +36,8 @@ CONTENT = {
     "chained_optim_avoid_prefix": True,
     "singleton_local_shards": False,
 }
+
+_COMMON = "common_state/shard_0_1"  # as Megatron-Core 0.19 names what earlier versions write to `common.pt`
 
 
 def writer(trainer: TrainerConfig) -> Writer:
@@ -94,14 +97,14 @@ def restore(
         make_moments(optimizer)
     with shares.in_place(optimizer):
         try:
-            common = dist_checkpointing.load_common_state_dict(str(folder))
+            common = _common(folder)
             content = dist_checkpointing.load_content_metadata(preloaded_state_dict=common)
             wanted, in_place = _sharded_state(chunks, optimizer, is_loading=True)
             same_layout = content is not None and content.get("layout") == _layout(trainer)
             if same_layout:
                 wanted["random"] = _random_state(trainer)
             # That every tensor is asked for once is upstream's check, for which each rank would get all ranks' lists.
-            with _all_there(folder):
+            with _all_there(folder, common):
                 state: Any = dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
         except CheckpointingException as e:
             raise UserError(f"{folder}: cannot be loaded into this model: {e}") from e
@@ -116,12 +119,32 @@ def restore(
     return int(state["step"]), int(state["optimizer_steps"])
 
 
+def _common(folder: Path) -> dict[str, Any]:
+    """What is not of one rank. Megatron-Core 0.19 has it in a file of the rank that was the first, which every rank
+    reads there: here one that has the file does, for all. A collective.
+
+    Raises:
+        MissingFilesError: no rank has it.
+    """
+    index = FileSystemReader(folder).read_metadata()
+    where = {key.fqn: info.relative_path for key, info in (index.storage_data or {}).items()}
+    name = where.get(_COMMON, "common.pt")
+    having: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(having, (folder / name).is_file())
+    if True not in having:
+        raise MissingFilesError(f"{folder}: no rank has {name}")
+    found = [dist_checkpointing.load_common_state_dict(str(folder)) if dist.get_rank() == having.index(True) else None]
+    dist.broadcast_object_list(found, having.index(True))
+    return found[0] or {}
+
+
 @contextlib.contextmanager
-def _all_there(folder: Path) -> Iterator[None]:
+def _all_there(folder: Path, common: dict[str, Any]) -> Iterator[None]:
     """Within, a load reads nothing unless every rank has all files that its part of the plan names: where they lie on
-    nodes' own disks, that depends on who is where. A collective of its own."""
+    nodes' own disks, that depends on who is where. A collective of its own. `common` is not read again."""
     upstream: Any = FileSystemReader
     read, lacking = upstream.read_data, list[str]()
+    read_common = serialization.load_common_state_dict
 
     def look_and_read(reader: FileSystemReader, plan: Any, planner: Any) -> Any:
         names = {reader.storage_data[item.storage_index].relative_path for item in plan.items}
@@ -134,6 +157,7 @@ def _all_there(folder: Path) -> Iterator[None]:
         return read(reader, plan, planner)
 
     upstream.read_data = look_and_read
+    serialization.load_common_state_dict = lambda _: common
     try:
         yield
     except CheckpointException as e:
@@ -143,6 +167,7 @@ def _all_there(folder: Path) -> Iterator[None]:
         raise MissingFilesError(f"{folder}: {lacking[0]}, which it has to read{more}") from e
     finally:
         upstream.read_data = read
+        serialization.load_common_state_dict = read_common
 
 
 def _sharded_state(

@@ -1,4 +1,4 @@
-"""Be one part: python -m tools.gpu_check_parts.child PART DEVICE FOLDER SHARED SECONDS"""
+"""Be one part: python -m tools.gpu_check_parts.child PART DEVICE FOLDER SHARED SECONDS BESIDE"""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from tools.gpu_check_parts.parts import PARTS
 
 
 def main(argv: list[str]) -> int:
-    name, device, folder, shared, seconds = argv
+    name, device, folder, shared, seconds, beside = argv
     module, _, function = PARTS[name].where.partition(":")
-    context = Context(device, Path(folder), Path(shared), float(seconds))
+    context = Context(device, Path(folder), Path(shared), float(seconds), beside == "beside")
     found = vars(importlib.import_module(module))[function](context)
     write_atomic(Path(folder, FILE), found.to_json())
     return 0

@@ -8,7 +8,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ _KEPT = ("time/", "memory/", "throughput/", "rates/push", "sync/probe", "mismatc
 
 
 def check(context: Context) -> Outcome:
-    """Four steps, saved after the second and fourth; resumed for two more."""
-    return of_model(context, _dense(context), eager(context), (4, 6))
+    """Three steps, saved after the last; resumed for one more."""
+    return of_model(context, _dense(context), eager(context), (3, 4))
 
 
 def graphs(context: Context) -> Outcome:
@@ -50,6 +50,13 @@ def eager(context: Context) -> dict[str, Any]:
     return {"enforce_eager": True} if context.on_gpu else {}
 
 
+def _beside(context: Context) -> dict[str, Any]:
+    """Options of an engine that others run beside: neither it nor vLLM may take what is free now for its own."""
+    return (
+        {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 4 << 30} if context.beside and context.on_gpu else {}
+    )
+
+
 def _dense(context: Context) -> models.Shape:
     return models.QWEN2_5_0_5B if context.on_gpu else models.TINY
 
@@ -63,11 +70,13 @@ def of_model(
     *,
     dtype: str = "",
     finds: Mapping[str, float] = {},
+    meanwhile: Callable[[subprocess.Popen[bytes]], None] | None = None,
 ) -> Outcome:
     """`stare-megatron train` once for each of `starts`, up to so many steps.
 
     `engine`: options of vLLM; `changed`: keys of the run's tables; `dtype`: another than bfloat16 on a GPU, float32 on
-    a CPU; `finds`: metrics that every step must have, and the least of each.
+    a CPU; `finds`: metrics that every step must have, and the least of each; `meanwhile`: is called with the command's
+    process while it runs.
     """
     if importlib.util.find_spec("vllm") is None:
         return skipped("vLLM is not installed")
@@ -80,10 +89,11 @@ def of_model(
     tables = _tables(context, model, dtype, engine)
     for name, table in changed.items():
         tables[name] = tables.get(name, {}) | table
+    tables["checkpoint"] = {"every": 0, "keep_last": 1, "export_final": len(starts) > 1}
     for steps in starts:
         resumed = steps != starts[0]
         tables["run"] |= {"steps": steps, "resume": "auto" if resumed else "never"}
-        code = command("train", context.folder, tables)
+        code = command("train", context.folder, tables, meanwhile)
         outcome.require(code == 0, f"{'resumed, ' if resumed else ''}`stare-megatron train` ended with code {code}")
         if code:
             break
@@ -100,6 +110,7 @@ def _tables(context: Context, model: Path, dtype: str, engine: dict[str, Any]) -
     ]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     response, per_step = (512, 16) if context.on_gpu else (16, 4)
+    batch = (4096 if context.beside else 16_384) if context.on_gpu else 1024
     return {
         "run": {"name": NAME, "dir": str(context.folder / "runs")},
         "model": {"path": str(model), "dtype": dtype},
@@ -107,19 +118,23 @@ def _tables(context: Context, model: Path, dtype: str, engine: dict[str, Any]) -
         "reward": {"name": f"{Path(models.__file__)}:coin"},
         "rollout": {"prompts_per_step": per_step, "group_size": 8, "max_response_tokens": response},
         "algorithm": {"method": "stare"},
-        "trainer": {"micro_batch_tokens": 16_384 if context.on_gpu else 1024, "optimizer": {"lr": 1e-5}},
-        "inference": {"engines": 1, "placement": "colocated", "vllm": engine},
-        "checkpoint": {"every": 2, "keep_last": 1},
+        "trainer": {"micro_batch_tokens": batch, "optimizer": {"lr": 1e-5}},
+        "inference": {"engines": 1, "placement": "colocated", "vllm": _beside(context) | engine},
         "logging": {"wandb": "disabled"},
     }
 
 
-def command(name: str, folder: Path, tables: dict[str, Any]) -> int:
-    """The exit code of a command of the package on a file of these tables."""
+def command(
+    name: str, folder: Path, tables: dict[str, Any], meanwhile: Callable[[subprocess.Popen[bytes]], None] | None = None
+) -> int:
+    """The exit code of a command of the package on a file of these tables; `meanwhile` is called while it runs."""
     file = folder / "run.toml"
     file.write_text(tomli_w.dumps(tables))
     words = [sys.executable, "-m", "stare_megatron", name, str(file), "--quiet"]
-    return subprocess.run(words, stdin=subprocess.DEVNULL, check=False).returncode
+    with subprocess.Popen(words, stdin=subprocess.DEVNULL) as process:
+        if meanwhile is not None:
+            meanwhile(process)
+        return process.wait()
 
 
 def recorded(outcome: Outcome, run: Path, last: int) -> list[dict[str, Any]]:

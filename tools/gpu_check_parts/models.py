@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +47,7 @@ class Shape:
 
 TINY = Shape(layers=2, hidden=64, heads=2, kv_heads=2, mlp=192, vocab=112)
 SMALL = Shape(layers=4, hidden=256, heads=4, kv_heads=2, mlp=512, vocab=1024)
+SHALLOW = Shape(layers=6, hidden=896, heads=14, kv_heads=2, mlp=4864, vocab=32_768)
 QWEN2_5_0_5B = Shape(layers=24, hidden=896, heads=14, kv_heads=2, mlp=4864, vocab=151_936)
 QWEN2_5_1_5B = Shape(layers=28, hidden=1536, heads=12, kv_heads=2, mlp=8960, vocab=151_936)
 
@@ -94,20 +98,29 @@ def make(shape: Shape, folder: Path, *, on: str, dtype: torch.dtype) -> int:
         kind: type[PreTrainedModel] = Qwen3MoeForCausalLM
     else:
         config, kind = Qwen2Config(**common), Qwen2ForCausalLM
-    if (folder / "config.json").is_file():
-        with torch.device("meta"):
-            return kind(config).num_parameters()
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(on):
-            model = kind(config)
-    finally:
-        torch.set_default_dtype(before)
-    with whole_folder(folder) as partial:
-        save(model, tokenizer(shape), partial)
-    return model.num_parameters()
+    with _alone(folder):
+        if (folder / "config.json").is_file():
+            with torch.device("meta"):
+                return kind(config).num_parameters()
+        torch.manual_seed(0)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(on):
+                model = kind(config)
+        finally:
+            torch.set_default_dtype(before)
+        with whole_folder(folder) as partial:
+            save(model, tokenizer(shape), partial)
+        return model.num_parameters()
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Parts that run at the same time make a model once."""
+    with folder.with_name(folder.name + ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def coin(prompt: Prompt, text: str) -> float:

@@ -21,12 +21,13 @@ class Status(enum.Enum):
 @dataclass(frozen=True)
 class Context:
     """`device`: `cuda` or `cpu`; `folder`: the part's own, its log is there; `shared`: one for all parts, e.g. of
-    models; `seconds`: until it is stopped."""
+    models; `seconds`: until it is stopped; `beside`: whether other parts run at the same time."""
 
     device: str
     folder: Path
     shared: Path
     seconds: float
+    beside: bool = False
 
     @property
     def on_gpu(self) -> bool:

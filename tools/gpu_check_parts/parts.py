@@ -37,6 +37,8 @@ _PARTS = (
     Part("rank-te", f"{_HERE}.rank:transformer_engine", 120, "as `rank`, Transformer Engine's layers"),
     Part("rank-speed", f"{_HERE}.speed:check", 120, "tokens/s and memory of a rank in the shape of Qwen2.5-1.5B"),
     Part("loop-graphs", f"{_HERE}.loop:graphs", 180, "two steps with the engine's CUDA graphs and compiler on"),
+    Part("loop-stream", f"{_HERE}.variants:stream", 150, "three steps, the engine asleep with requests in flight"),
+    Part("loop-recovery", f"{_HERE}.variants:recovery", 240, "three steps, the engine's process killed in the second"),
     Part("loop-kl", f"{_HERE}.variants:reference", 150, "two steps with a KL to a reference policy"),
     Part("sft", f"{_HERE}.variants:supervised", 150, "`stare-megatron sft`, saved and resumed: the loss falls"),
     Part("rank-adam", f"{_HERE}.rank:precision_aware", 120, "as `rank-te`, Adam with its state in fewer bytes"),

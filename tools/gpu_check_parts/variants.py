@@ -1,19 +1,24 @@
-"""Parts `loop-kl`, `loop-drafts`, `loop-fp8`, `loop-replay` and `sft`: settings of a run that take another way on a GPU
-than on a CPU, two steps each."""
+"""Parts `loop-kl`, `loop-stream`, `loop-recovery`, `loop-drafts`, `loop-fp8`, `loop-replay` and `sft`: settings of a
+run, and a loss in it, that take another way on a GPU than on a CPU, two or three steps each."""
 
 from __future__ import annotations
 
 import json
 import math
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
+from stare_megatron.metrics import jsonl
 from tools.gpu_check_parts import loop, models
 from tools.gpu_check_parts.outcome import Context, Outcome, skipped
 
 _PROBE_FP8 = 0.2  # nats, as docs/quantization.md says
+_CORE = "EngineCore"  # in the title that vLLM gives to the process of an engine's core
 
 
 def reference(context: Context) -> Outcome:
@@ -25,6 +30,51 @@ def reference(context: Context) -> Outcome:
         first < 1e-4, f"kl/reference of the first step is {first:.2g}: the policy is its own reference there"
     )
     return outcome
+
+
+def stream(context: Context) -> Outcome:
+    """Groups that are not finished with their batch stay in an engine that sleeps, and go on under the next weights."""
+    changed = {
+        "sampling": {"mode": "stream", "max_staleness": 1, "over_sampling": 0.5},
+        "algorithm": {"correction": {"mode": "truncate"}},
+        "sync": {"probe_every": 1},
+    }
+    return loop.of_model(context, _dense(context), loop.eager(context), (3,), changed, finds={"mismatch/ess": 0.5})
+
+
+def recovery(context: Context) -> Outcome:
+    """The process of the engine's core is killed while it samples for the second step: another takes its place."""
+    if not context.on_gpu:
+        return skipped("an engine's core is in a process of its own on a GPU")
+    run, seen = context.folder / "runs" / loop.NAME, {"killed": 0}
+
+    def kill(process: subprocess.Popen[bytes]) -> None:
+        while process.poll() is None and not seen["killed"]:
+            time.sleep(0.5)
+            if (run / jsonl.FILE).is_file() and jsonl.read(run / jsonl.FILE):
+                seen["killed"] = _kill_cores(process.pid)
+
+    engine = loop.eager(context)
+    outcome = loop.of_model(context, _dense(context), engine, (3,), finds={"fleet/healthy": 1.0}, meanwhile=kill)
+    restarts = sum(float(row["fleet/restarts"]) for row in loop.recorded(outcome, run, 3))
+    outcome.numbers |= seen | {"fleet/restarts": restarts}
+    outcome.require(
+        seen["killed"] == 1 == restarts, f"{seen['killed']} cores were killed, {restarts:g} engines restarted"
+    )
+    return outcome
+
+
+def _kill_cores(pid: int) -> int:
+    """Kill the cores among the processes under `pid`; how many there were."""
+    killed = 0
+    for process in psutil.Process(pid).children(recursive=True):
+        try:
+            if any(_CORE in word for word in process.cmdline()):
+                process.kill()
+                killed += 1
+        except psutil.Error:  # it has ended by itself
+            continue
+    return killed
 
 
 def drafts(context: Context) -> Outcome:
@@ -81,14 +131,14 @@ def supervised(context: Context) -> Outcome:
         outcome.require(code == 0, f"`stare-megatron sft` up to step {steps} ended with code {code}")
         if code:
             return outcome
-    losses = [float(row["loss/total"]) for row in loop.recorded(outcome, Path(tables["run"]["dir"], loop.NAME), 4)]
+    losses = [float(row["update/loss"]) for row in loop.recorded(outcome, Path(tables["run"]["dir"], loop.NAME), 4)]
     outcome.numbers["loss"] = losses
     outcome.require(len(losses) == 4 and losses[-1] < losses[0], f"the loss does not fall: {losses}")
     return outcome
 
 
 def _dense(context: Context) -> models.Shape:
-    return models.QWEN2_5_0_5B if context.on_gpu else models.TINY
+    return models.SHALLOW if context.on_gpu else models.TINY
 
 
 def _of_dense(context: Context, changed: dict[str, Any], finds: dict[str, float], dtype: str = "") -> Outcome:

@@ -48,7 +48,7 @@ class Ranks:
     def begin_save(self, folder: Path, step: int, local: Path | None = None) -> None:
         folder.mkdir()
         self.folder = folder
-        (folder / "common.pt").write_text("common")
+        (folder / "metadata.json").write_text("{}")
         if not self.slow:
             self._write()
 
@@ -100,9 +100,25 @@ def test_a_saved_checkpoint_is_whole_and_found(tmp_path):
         "loop.json",
         "settings.json",
         "trainer/.metadata",
-        "trainer/common.pt",
+        "trainer/metadata.json",
         "trainer/__0_0.distcp",
     }
+
+
+@pytest.mark.parametrize(("form", "needs"), [('{"common_backend": "torch"}', True), ("{}", False)])
+def test_which_files_a_checkpoint_has_depends_on_its_format(tmp_path, form, needs):
+    """Megatron-Core wrote `common.pt` until 0.19."""
+    folder = saved(tmp_path, 3)
+    (folder / "trainer/metadata.json").write_text(form)
+    manifest.write(folder, {})
+    if not needs:
+        checkpoint.verify(folder, contents=True)
+        return
+    with pytest.raises(UserError, match=r"does not list trainer/common\.pt"):
+        checkpoint.verify(folder, contents=True)
+    (folder / "trainer/common.pt").write_text("common")
+    manifest.write(folder, {})
+    checkpoint.verify(folder, contents=True)
 
 
 class Elsewhere(Ranks):

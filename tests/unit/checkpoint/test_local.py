@@ -45,7 +45,7 @@ class Ranks:
 
     def begin_save(self, folder: Path, step: int, local: Path | None = None) -> None:
         folder.mkdir()
-        (folder / "common.pt").write_text("common")
+        (folder / "metadata.json").write_text("{}")
         self.entries = {}
         for rank in range(2):
             path = folder / f"__{rank}_0.distcp"

@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.console import Console
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -90,6 +92,19 @@ def read_with(saved: Path, name: str, content: bytes) -> str:
 
 def test_what_is_whole_is_read(saved: Path) -> None:
     assert read(saved) == ""
+
+
+def test_what_is_common_may_be_among_the_tensors(tmp_path: Path) -> None:
+    """As Megatron-Core 0.19 writes it, with torch."""
+    content: dict[str, Any] = {"common_state/shard_0_1": [{"step": 3}], "weight": torch.ones(2)}
+    planner = DefaultSavePlanner(flatten_state_dict=False)
+    torch.distributed.checkpoint.save(content, checkpoint_id=tmp_path, planner=planner, no_dist=True)
+    (tmp_path / FORMAT).write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
+    assert read(tmp_path) == ""
+    assert TorchDist(tmp_path).common() == {"step": 3}
+    (file,) = tmp_path.glob("*.distcp")
+    file.write_bytes(file.read_bytes()[:-2000])
+    assert "truncated" in read(tmp_path)
 
 
 Changes = list[tuple[str, int, int]]

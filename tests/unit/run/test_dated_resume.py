@@ -73,7 +73,7 @@ def save(prepared: train.Prepared) -> Path:
     state = LoopState(3, 9, prepared.stream.state(), ControllerState(1.0, 1.0), UNOBSERVED, GateDuty(3, 1), "")
     partial = store.begin(root, state, prepared.settings)
     (partial / store.TRAINER).mkdir()
-    for name in (".metadata", "common.pt"):
+    for name in (".metadata", "metadata.json"):
         (partial / store.TRAINER / name).write_text("x")
     return store.finish(root, 3, {})
 

@@ -58,7 +58,7 @@ class Ranks:
     def begin_save(self, folder: Path, step: int, local: Path | None = None) -> None:
         assert step == self.held, "weights saved as those of another step"
         folder.mkdir()
-        for name in (".metadata", "common.pt"):
+        for name in (".metadata", "metadata.json"):
             (folder / name).write_text(str(step))
 
     def save_written(self) -> bool:
@@ -240,7 +240,7 @@ def test_the_step_learned_last_is_saved_whatever_fails(tmp_path, monkeypatch, ca
     state = checkpoint.read(newest)
     assert (state.step, state.stream.cursor, state.trained_tokens) == (last, last, 10 * last)
     assert state.controller.weight_pos == 1 + last / 8  # not that of the step which failed
-    assert (newest / "trainer" / "common.pt").read_text() == str(last)
+    assert (newest / "trainer" / "metadata.json").read_text() == str(last)
     checkpoint.verify(newest, contents=True)
 
 

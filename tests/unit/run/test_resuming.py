@@ -31,7 +31,7 @@ def saved(root: Path, step: int) -> None:
     if root.name == store.LOCAL:
         local.write_place(partial, local.Place(root, 1))
     (partial / store.TRAINER).mkdir()
-    for name in (".metadata", "common.pt"):
+    for name in (".metadata", "metadata.json"):
         (partial / store.TRAINER / name).write_text("x")
     store.finish(root, step, {})
 

@@ -76,7 +76,7 @@ class CountingRanks:
 
     def begin_save(self, folder: Path, step: int, local: Path | None = None) -> None:
         folder.mkdir()
-        for name in (".metadata", "common.pt"):
+        for name in (".metadata", "metadata.json"):
             (folder / name).write_text("")
         (folder / "learned").write_text(" ".join(map(str, self.learned)))
 

@@ -173,6 +173,18 @@ def test_the_report_is_there_while_a_later_part_runs(tmp_path, monkeypatch):
     assert [p["part"] for p in json.loads(second["reason"])["parts"]] == ["first"]
 
 
+def test_parts_beside_each_other(tmp_path, monkeypatch):
+    """Each waits for what the other does, and knows that it is not alone; the report has them in their order."""
+    wait = "[time.sleep(0.05) for _ in iter(lambda: (context.shared / {!r}).exists(), True)]"
+    body = "(context.shared / {!r}).touch(); {}; return Outcome(numbers={{'beside': context.beside}})"
+    codes = {name: body.format(name, wait.format(other)) for name, other in (("one", "two"), ("two", "one"))}
+    pretend(monkeypatch, tmp_path, **codes)
+    out = tmp_path / "out"
+    assert gpu_check.main(["--device", "cpu", "--together", "2", "--out", str(out)]) == 0
+    found = json.loads((out / report.JSON).read_text())["parts"]
+    assert [(p["part"], p["numbers"]) for p in found] == [("one", {"beside": True}), ("two", {"beside": True})]
+
+
 def test_time_runs_out(tmp_path, monkeypatch):
     pretend(monkeypatch, tmp_path, slow="time.sleep(99)", never="return Outcome()")
     monkeypatch.setattr(gpu_check, "_LEAST_S", 2.0)
@@ -184,7 +196,7 @@ def test_time_runs_out(tmp_path, monkeypatch):
     assert "no time left" in never["reason"]
 
 
-@pytest.mark.parametrize("words", [["--parts", "kernels,typo"], ["--out", "."]])
+@pytest.mark.parametrize("words", [["--parts", "kernels,typo"], ["--out", "."], ["--together", "0"]])
 def test_arguments_that_make_no_sense(words, capsys):
     with pytest.raises(SystemExit) as ended:
         gpu_check.main(["--device", "cpu", *words])
