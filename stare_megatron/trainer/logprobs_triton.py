@@ -5,7 +5,15 @@ The columns of a row must lie side by side. Nothing here makes the host wait: th
 Forward, one program works on one row. Each of its lanes keeps partials of every LANES-th group of WIDTH columns (one
 wide load). It takes in GROUPS of them at a time and rescales once for them, so that an element costs little more than
 its own exponential; lanes meet once, at the end. What does not fill all lanes GROUPS times is loaded with a mask.
-Exponentials are of base 2, the hardware's; the scale log2(e) / tau is applied after the maximum is subtracted.
+
+What bounds the forward besides memory is the number of instructions, hence its form:
+- Exponentials are of base 2, the hardware's. Of x they are taken as 2^(x scale - c), scale = log2(e) / tau, one fused
+  multiply-add. c is the rounded product of the lane's maximum and scale, the same number for all that the lane sums up,
+  so that its rounding costs nothing: where lanes meet each is moved from its c to the row's maximum, by one more.
+- What is less than -2^24, as -inf and other masks are, becomes -2^24 as it is loaded: no product is one of infinity and
+  0, and no c is so large that its rounding overflows an exponential. It counts as -inf.
+- Sums are chains of fused multiply-adds, begun anew for every GROUPS so that what is small is not lost beside what the
+  lane has; sums over an axis would be trees, of additions after products.
 
 Sizes were measured on an H100, but for GROUPS, which was chosen by the number of instructions (docs/gpu.md). Rows too
 few to fill the GPU are not split over several programs: merging what those know takes longer than a program takes for a
@@ -19,11 +27,12 @@ import math
 import torch
 import triton
 import triton.language as tl
+from triton import knobs
 
 from stare_megatron.trainer import partials as algebra
 from stare_megatron.trainer.partials import Merged, VocabShard
 
-GROUPS = 2
+GROUPS = 4
 LANES = 256
 LOAD_BYTES = 16  # the widest load
 BACKWARD_BLOCK = 4096  # columns a program of the backward works on
@@ -33,38 +42,95 @@ BACKWARD_WARPS = 8
 _PER_ROW = ["target", "m", "log_s", "entropy", "grad_logprob", "grad_entropy"]
 _NO_TARGET = tl.constexpr(algebra.NO_TARGET)
 _FLOOR = tl.constexpr(algebra.FLOOR)
-_FLOOR_2 = tl.constexpr(algebra.FLOOR * math.log2(math.e))
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _LN_2 = tl.constexpr(math.log(2.0))
 _INF = tl.constexpr(math.inf)
+_LOWEST = tl.constexpr(-(2.0**24))  # a power of two, as its product with a scale is exact; also in `_widened`'s code
+_INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
 @triton.jit
 def _taken_in(x, m, s, u, q, r, w, scale, SENSITIVITY: tl.constexpr, RAW: tl.constexpr):
-    """Partials of the lanes, fp32 [LANES], with the columns x [GROUPS, LANES, WIDTH] added to them."""
-    top = tl.maximum(m, tl.max(tl.max(x, axis=2), axis=0))
-    shift = tl.where(top == -_INF, 0.0, top)
-    offset = tl.maximum((m - shift) * scale, _FLOOR_2)
+    """Partials of the lanes, fp32 [LANES], with the columns x fp32 [LANES, N] added to them."""
+    top = tl.maximum(m, tl.max(x, axis=1))
+    c = _rounded_product(top, scale)
+    c_raw = _rounded_product(top, _LOG2_E)
+    none = tl.full(m.shape, -0.0, tl.float32)  # what can be added at no cost
+    new_s, new_u, new_q, new_r, new_w = _chained(x, c, c_raw, none, none, none, none, none, scale, SENSITIVITY, RAW)
+    offset = _rounded_product(m, scale) - c
     a = tl.exp2(offset)
-    x -= shift[None, :, None]
-    d = tl.maximum(x * scale, _FLOOR_2, propagate_nan=tl.PropagateNan.ALL)
-    e = tl.exp2(d)
-    u = tl.fma(a, tl.fma(offset, s, u), _by_lane(d * e))
-    s = tl.fma(a, s, _by_lane(e))
+    u = tl.fma(a, tl.fma(offset, s, u), new_u)
+    s = tl.fma(a, s, new_s)
     if SENSITIVITY:
-        e2 = e * e
-        r = tl.fma(a * a, tl.fma(offset, q, r), _by_lane(d * e2))
-        q = tl.fma(a * a, q, _by_lane(e2))
+        r = tl.fma(a * a, tl.fma(offset, q, r), new_r)
+        q = tl.fma(a * a, q, new_q)
     if RAW:
-        b = tl.exp2(tl.maximum((m - shift) * _LOG2_E, _FLOOR_2))
-        e1 = tl.exp2(tl.maximum(x * _LOG2_E, _FLOOR_2, propagate_nan=tl.PropagateNan.ALL))
-        w = tl.fma(b, w, _by_lane(e1))
+        w = tl.fma(tl.exp2(_rounded_product(m, _LOG2_E) - c_raw), w, new_w)
     return top, s, u, q, r, w
 
 
 @triton.jit
-def _by_lane(x):
-    return tl.sum(tl.sum(x, axis=2), axis=0)
+def _chained(x, c, c_raw, s, u, q, r, w, scale, SENSITIVITY: tl.constexpr, RAW: tl.constexpr):
+    """The sums with x [LANES, N] added to them, one element of each lane after the other."""
+    lanes: tl.constexpr = x.shape[0]
+    each: tl.constexpr = x.shape[1]
+    if each > 1:
+        one, other = tl.split(tl.reshape(x, [lanes, each // 2, 2]))
+        s, u, q, r, w = _chained(one, c, c_raw, s, u, q, r, w, scale, SENSITIVITY, RAW)
+        s, u, q, r, w = _chained(other, c, c_raw, s, u, q, r, w, scale, SENSITIVITY, RAW)
+    else:
+        x = tl.reshape(x, [lanes])
+        d = tl.fma(x, scale, -c)
+        e = tl.exp2(d)
+        s += e
+        u = tl.fma(d, e, u)
+        if SENSITIVITY:
+            q = tl.fma(e, e, q)
+            r = tl.fma(d * e, e, r)
+        if RAW:
+            w += tl.exp2(tl.fma(x, _LOG2_E, -c_raw))
+    return s, u, q, r, w
+
+
+@triton.jit
+def _rounded_product(x, y):
+    return tl.fma(x, y, 0.0)  # a product would be fused with what is subtracted from it
+
+
+@triton.jit
+def _loaded(at, GROUPS: tl.constexpr):
+    """fp32 [LANES, GROUPS * WIDTH] of the logits at `at` [LANES, WIDTH] and of the groups that follow."""
+    lanes: tl.constexpr = at.shape[0]
+    width: tl.constexpr = at.shape[1]
+    if GROUPS > 1:
+        half: tl.constexpr = GROUPS // 2
+        pair = tl.join(_loaded(at, half), _loaded(at + half * lanes * width, half))
+        return tl.reshape(pair, [lanes, GROUPS * width])
+    else:
+        return _widened(tl.load(at))
+
+
+@triton.jit
+def _widened(x):
+    """As fp32, no less than _LOWEST; NaN stays NaN."""
+    if _INTERPRETED or x.dtype != tl.bfloat16:
+        return tl.maximum(x.to(tl.float32), _LOWEST, propagate_nan=tl.PropagateNan.ALL)
+    else:  # two at a time by three instructions; Triton's own takes five
+        bits = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 lowest, two;
+            mov.b32 lowest, 0xcb80cb80;
+            max.NaN.bf16x2 two, $2, lowest;
+            shl.b32 $0, two, 16;
+            and.b32 $1, two, 0xffff0000;
+            }""",
+            "=r,=r,r",
+            [x],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=2,
+        )
+        return bits.to(tl.float32, bitcast=True)
 
 
 # Compiled once, whatever the number of rows and where the slices of a chunked head begin.
@@ -90,9 +156,8 @@ def partials_kernel(
     end = tl.where(wanted == _NO_TARGET, 0, valid)
     of_row = logits + row * row_stride
 
-    columns = tl.arange(0, LANES)[None, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
-    some = tl.arange(0, GROUPS)[:, None, None] * (LANES * WIDTH) + columns
-    m = tl.full([LANES], -_INF, tl.float32)
+    columns = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    m = tl.full([LANES], _LOWEST, tl.float32)
     s = tl.full([LANES], 0.0, tl.float32)
     u = tl.full([LANES], 0.0, tl.float32)
     q = tl.full([LANES], 0.0, tl.float32)
@@ -100,21 +165,21 @@ def partials_kernel(
     w = tl.full([LANES], 0.0, tl.float32)
     whole = end // (GROUPS * LANES * WIDTH) * (GROUPS * LANES * WIDTH)
     for first in range(0, whole, GROUPS * LANES * WIDTH):
-        x = tl.load(of_row + first + some).to(tl.float32)
+        x = _loaded(of_row + first + columns, GROUPS)
         m, s, u, q, r, w = _taken_in(x, m, s, u, q, r, w, scale, SENSITIVITY, RAW)
     for first in range(whole, end, LANES * WIDTH):
         place = first + columns
-        x = tl.load(of_row + place, mask=place < end, other=-_INF).to(tl.float32)
+        x = _widened(tl.load(of_row + place, mask=place < end, other=-_INF))
         m, s, u, q, r, w = _taken_in(x, m, s, u, q, r, w, scale, SENSITIVITY, RAW)
 
     top = tl.max(m, axis=0)
-    shift = tl.where(top == -_INF, 0.0, top)
-    offset = tl.maximum((m - shift) * scale, _FLOOR_2)
-    a = tl.exp2(offset)
+    some = top > _LOWEST
+    offset = -tl.fma(top, scale, -_rounded_product(m, scale))
+    a = tl.where(some, tl.exp2(offset), 0.0)
     local = wanted - start
     z = tl.load(of_row + local, mask=(local >= 0) & (local < end), other=-_INF).to(tl.float32)
     result = out + row
-    tl.store(result, top)
+    tl.store(result, tl.where(some, top, -_INF))
     tl.store(result + num_rows, tl.sum(a * s, axis=0))
     tl.store(result + 2 * num_rows, tl.sum(a * tl.fma(offset, s, u), axis=0) * _LN_2)
     tl.store(result + 3 * num_rows, z)
@@ -122,7 +187,7 @@ def partials_kernel(
         tl.store(result + 4 * num_rows, tl.sum(a * a * q, axis=0))
         tl.store(result + 5 * num_rows, tl.sum(a * a * tl.fma(offset, q, r), axis=0) * _LN_2)
     if RAW:
-        b = tl.exp2(tl.maximum((m - shift) * _LOG2_E, _FLOOR_2))
+        b = tl.where(some, tl.exp2(-tl.fma(top, _LOG2_E, -_rounded_product(m, _LOG2_E))), 0.0)
         tl.store(result + (K - 1) * num_rows, tl.sum(b * w, axis=0))
 
 

@@ -143,8 +143,20 @@ def test_masked_vocabulary_gives_no_nan(triton_path, size):
         _close(value, exact)
 
 
-def test_a_nan_logit_is_not_hidden():
-    logits = _logits()
+@pytest.mark.parametrize("low", [-1e5, -1e9, torch.finfo(torch.bfloat16).min])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masks_that_are_finite(dtype, low):
+    """In most lanes, all that they take in."""
+    logits, target = _logits(columns=4 * V).to(dtype), _targets(columns=40)
+    logits[:, 40:] = low
+    scores = token_scores(logits, target, VocabShard(0, 4 * V, None), temperature=0.7)
+    for got, want in zip(_values(scores), _exact(logits, target, 0.7), strict=True):
+        _close(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_nan_logit_is_not_hidden(dtype):
+    logits = _logits().to(dtype)
     logits[2, 7] = torch.nan
     for value in _values(token_scores(logits, _targets(), WHOLE, temperature=0.7)):
         assert value.isnan().nonzero().tolist() == [[2]]
