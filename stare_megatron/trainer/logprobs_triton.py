@@ -80,7 +80,7 @@ def _chained(x, c, c_raw, s, u, q, r, w, scale, SENSITIVITY: tl.constexpr, RAW: 
         s, u, q, r, w = _chained(other, c, c_raw, s, u, q, r, w, scale, SENSITIVITY, RAW)
     else:
         x = tl.reshape(x, [lanes])
-        d = tl.fma(x, scale, -c)
+        d = _exponent(x, scale, c)
         e = tl.exp2(d)
         s += e
         u = tl.fma(d, e, u)
@@ -88,13 +88,22 @@ def _chained(x, c, c_raw, s, u, q, r, w, scale, SENSITIVITY: tl.constexpr, RAW: 
             q = tl.fma(e, e, q)
             r = tl.fma(d * e, e, r)
         if RAW:
-            w += tl.exp2(tl.fma(x, _LOG2_E, -c_raw))
+            w += tl.exp2(_exponent(x, _LOG2_E, c_raw))
     return s, u, q, r, w
 
 
 @triton.jit
 def _rounded_product(x, y):
     return tl.fma(x, y, 0.0)  # a product would be fused with what is subtracted from it
+
+
+@triton.jit
+def _exponent(x, scale, c):
+    """x scale - c, rounded once."""
+    if _INTERPRETED:  # whose fma rounds twice before Triton 3.9
+        return (x.to(tl.float64) * tl.cast(scale, tl.float64) - c.to(tl.float64)).to(tl.float32)
+    else:
+        return tl.fma(x, scale, -c)
 
 
 @triton.jit
@@ -174,7 +183,7 @@ def partials_kernel(
 
     top = tl.max(m, axis=0)
     some = top > _LOWEST
-    offset = -tl.fma(top, scale, -_rounded_product(m, scale))
+    offset = -_exponent(top, scale, _rounded_product(m, scale))
     a = tl.where(some, tl.exp2(offset), 0.0)
     local = wanted - start
     z = tl.load(of_row + local, mask=(local >= 0) & (local < end), other=-_INF).to(tl.float32)
@@ -187,7 +196,7 @@ def partials_kernel(
         tl.store(result + 4 * num_rows, tl.sum(a * a * q, axis=0))
         tl.store(result + 5 * num_rows, tl.sum(a * a * tl.fma(offset, q, r), axis=0) * _LN_2)
     if RAW:
-        b = tl.where(some, tl.exp2(-tl.fma(top, _LOG2_E, -_rounded_product(m, _LOG2_E))), 0.0)
+        b = tl.where(some, tl.exp2(-_exponent(top, _LOG2_E, _rounded_product(m, _LOG2_E))), 0.0)
         tl.store(result + (K - 1) * num_rows, tl.sum(b * w, axis=0))
 
 
