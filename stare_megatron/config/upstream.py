@@ -275,11 +275,6 @@ def check_engine_args(table: Mapping[str, Any], lacking: Collection[str] = ()) -
         UserError: a key that does not exist, does not work here or would do nothing, or a wrong value; with the cure.
     """
     _check(table, "inference.vllm", "vLLM's EngineArgs", ENGINE_OPTIONS, ENGINE_REFUSED, engine_arg_names(), lacking)
-    if {"gpu_memory_utilization", "kv_cache_memory_bytes"} <= table.keys():
-        raise UserError(
-            "inference.vllm.gpu_memory_utilization does nothing beside inference.vllm.kv_cache_memory_bytes; take one "
-            "out"
-        )
     sequences, tokens = table.get("max_num_seqs"), table.get("max_num_batched_tokens")
     if sequences and tokens and tokens < sequences:
         raise UserError(

@@ -53,8 +53,9 @@ class Constants:
     bus to the host; `disk`: bytes/s that a checkpoint is written with, for each rank. `traffic`: bytes that elementwise
     kernels move for each byte a layer keeps. `launch_local`, `launch_engine`: seconds a layer and micro-batch takes of
     the host, forward; with Megatron-Core's own layers and Transformer Engine's. `decode_step`: seconds of an engine's
-    step beside its kernels. `outside`: bytes of a rank's process that torch does not allocate (CUDA's context, NCCL);
-    `sleeping`: what a sleeping engine keeps; `fragmented`: share of the allocated bytes that the allocator wastes.
+    step beside its kernels; `eager_layer`: those of each layer on top with `enforce_eager`, by one H200. `outside`:
+    bytes of a rank's process that torch does not allocate (CUDA's context, NCCL); `sleeping`: what a sleeping engine
+    keeps; `fragmented`: share of the allocated bytes that the allocator wastes.
     """
 
     gemm: float = 0.70
@@ -67,6 +68,7 @@ class Constants:
     launch_local: float = 3.7e-3
     launch_engine: float = 1.1e-3
     decode_step: float = 3e-3
+    eager_layer: float = 0.9e-3
     outside: float = 2.1 * 2**30
     sleeping: float = 1.5 * 2**30
     fragmented: float = 0.05

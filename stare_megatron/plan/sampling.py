@@ -48,8 +48,14 @@ class Engine:
             read -= experts * byte / tp * untouched
         work = work_of(shape)
         products = sequences * (work.layers * work.layer + work.head) / tp / m.gemm
-        beside = m.constants.decode_step + (2 * shape.layers * _LATENCY if tp > 1 else 0.0)
+        beside = self.overhead + (2 * shape.layers * _LATENCY if tp > 1 else 0.0)
         return (read + context * self.room.token) / m.memory, products, beside
+
+    @property
+    def overhead(self) -> float:
+        """Seconds of a step beside its kernels, in which the host launches one by one what no CUDA graph holds."""
+        c, eager = self.machine.constants, self.config.inference.vllm.get("enforce_eager", False)
+        return c.decode_step + (self.shape.layers * c.eager_layer if eager else 0.0)
 
     def prefill(self, tokens: float) -> float:
         """Seconds of reading prompts of so many tokens in all."""
@@ -92,7 +98,7 @@ def rollout_time(engine: Engine, lengths: Lengths, kept_share: float) -> Rollout
     seconds, tail, by_memory = decode(engine, _spread(mine), lengths.prompt)
     whole = seconds * share / count + prefill
     bound = "reading weights and KV" if by_memory > 0.5 else "matrix products"
-    if engine.machine.constants.decode_step * max(mine) > 0.5 * whole:
+    if engine.overhead * max(mine) > 0.5 * whole:
         bound = "the engine's steps beside its kernels"
     if tail > 0.3 * seconds:
         bound += f", {tail / seconds:.0%} of it for the longest sequences"

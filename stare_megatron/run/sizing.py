@@ -91,7 +91,7 @@ def with_engine_sizes(config: Config, shape: ModelShape, gpu_bytes: int, load: L
     # Without chunked prefill a batch must hold the longest prompt; vLLM knows how large it is then.
     if "max_num_batched_tokens" not in given and given.get("enable_chunked_prefill", True):
         chosen["max_num_batched_tokens"] = max(tokens, given.get("max_num_seqs", 0))
-    if trainers and i.placement == "colocated" and "kv_cache_memory_bytes" not in given:
+    if trainers and i.placement == "colocated":  # a cache of a given size, too: vLLM asks at its start for so much
         chosen["gpu_memory_utilization"] = _share(config, shape, gpu_bytes)
     return config.model_copy(update={"inference": i.model_copy(update={"vllm": chosen | given})})
 

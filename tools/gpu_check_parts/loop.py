@@ -81,7 +81,7 @@ def of_model(
     if importlib.util.find_spec("vllm") is None:
         return skipped("vLLM is not installed")
     dtype = dtype or ("bfloat16" if context.on_gpu else "float32")
-    model = context.shared / f"{shape.kind}-{shape.hidden}-{dtype}"
+    model = context.shared / models.name(shape, dtype)
     parameters = models.make(shape, model, on=context.device, dtype=getattr(torch, dtype))
     if context.on_gpu:
         torch.cuda.empty_cache()

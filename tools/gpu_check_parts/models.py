@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import zlib
 from collections.abc import Iterator
@@ -40,10 +41,6 @@ class Shape:
     vocab: int
     experts: int = 0
 
-    @property
-    def kind(self) -> str:
-        return "experts" if self.experts else "dense"
-
 
 TINY = Shape(layers=2, hidden=64, heads=2, kv_heads=2, mlp=192, vocab=112)
 SMALL = Shape(layers=4, hidden=256, heads=4, kv_heads=2, mlp=512, vocab=1024)
@@ -66,6 +63,11 @@ class _Words(OrderFreeSum):
     def words(self) -> tuple[str, ...]:
         real = super().words
         return (*real, *(f"w{i}" for i in range(self.total - len(SPECIAL_WORDS) - len(real))))
+
+
+def name(shape: Shape, dtype: str) -> str:
+    """A folder's, of its own for every model."""
+    return "-".join(map(str, (*dataclasses.astuple(shape), dtype)))
 
 
 def tokenizer(shape: Shape) -> PreTrainedTokenizerFast:

@@ -107,7 +107,7 @@ def supervised(context: Context) -> Outcome:
     """`stare-megatron sft`: two steps, two more after a resume; the loss of the rows that it learns falls."""
     shape = _dense(context)
     dtype = "bfloat16" if context.on_gpu else "float32"
-    model = context.shared / f"{shape.kind}-{shape.hidden}-{dtype}"
+    model = context.shared / models.name(shape, dtype)
     models.make(shape, model, on=context.device, dtype=getattr(torch, dtype))
     if context.on_gpu:
         torch.cuda.empty_cache()

@@ -14,12 +14,13 @@ import pytest
 from stare_megatron.config import Config
 from stare_megatron.plan.activations import Layers
 from stare_megatron.plan.cures import changed_config
-from stare_megatron.plan.estimate import make
+from stare_megatron.plan.estimate import Plan, make
 from stare_megatron.plan.hardware import CONSTANTS, GPUS
 from stare_megatron.plan.lengths import Lengths
 from stare_megatron.plan.memory import Phase, RankInput, largest_pack, rank_parts, residency
 from stare_megatron.plan.parameters import Layout, largest
 from stare_megatron.plan.timing import Machine, Ranks, handed_on
+from stare_megatron.run.forecast import allocated
 from tests.unit.plan.models import config_of, given_for, shape_of
 
 GIB = 2**30
@@ -100,9 +101,8 @@ def test_a_push_by_cuda_ipc_within_a_quarter() -> None:
     assert 4 * PUSHED / machine.memory < min(PUSH_SECONDS) / 3
 
 
-def test_an_engine_beside_its_rank_on_an_h200_within_a_tenth() -> None:
-    """A run's start with 0.5 B parameters, local layers: the rank had 8 GiB, the engine profiled with 64 of its share.
-    Nothing is fitted."""
+def checked(layers: Layers) -> Plan:
+    """The part `loop` of tools/gpu_check.py, 0.5 B parameters; every response there was of 512 tokens."""
     config = config_of(
         "qwen2.5-0.5b",
         data={"max_prompt_tokens": 6},
@@ -110,7 +110,23 @@ def test_an_engine_beside_its_rank_on_an_h200_within_a_tenth() -> None:
         trainer={"micro_batch_tokens": 16384},
         inference={"engines": 1, "vllm": {"enforce_eager": True}},
     )
-    plan = make(config, shape_of("qwen2.5-0.5b"), given_for(config, "h200", Layers.LOCAL))
+    lengths = Lengths(6, (512,) * 128, "measured")
+    return make(config, shape_of("qwen2.5-0.5b"), given_for(config, "h200", layers, lengths=lengths))
+
+
+def test_a_step_on_an_h200() -> None:
+    """Transformer Engine's layers, the second step. Sampling without CUDA graphs is what a constant was fitted to; the
+    rest is held out, and no nearer than this: the update is planned too fast, the rank's memory too large."""
+    plan = checked(Layers.ENGINE)
+    assert plan.rollout.seconds == pytest.approx(12.4, rel=0.1)
+    assert plan.score.seconds == pytest.approx(0.43, rel=0.4)
+    assert plan.update.seconds == pytest.approx(0.73, rel=0.4)
+    assert allocated(plan) / GIB == pytest.approx(24.7, rel=0.2)
+
+
+def test_an_engine_beside_its_rank_on_an_h200_within_a_tenth() -> None:
+    """A run's start, local layers: the rank had 8 GiB, the engine profiled with 64 of its share. Nothing is fitted."""
+    plan = checked(Layers.LOCAL)
     (use,) = [use for use in plan.uses if use.phase is Phase.ROLLOUT]
     rank = sum(use.parts[f"rank: {name}"] for name in ("weights", "gradients", "optimizer"))
     engine = sum(size for name, size in use.parts.items() if name.startswith("engine"))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.v1.worker.utils import request_memory
 
 from stare_megatron.config import Config
 from stare_megatron.data.benchmarks import Benchmark
@@ -134,11 +136,23 @@ def test_offload_makes_no_room_for_a_step_that_does_not_fit():
     [
         ({"inference": {"placement": "separate"}}, True),
         ({}, False),
-        ({"inference": {"vllm": {"kv_cache_memory_bytes": 1}}}, True),
     ],
 )
-def test_an_engine_with_a_gpu_or_a_cache_size_of_its_own_keeps_vllms_share(tables, trainers):
+def test_an_engine_with_a_gpu_of_its_own_keeps_vllms_share(tables, trainers):
     assert "gpu_memory_utilization" not in chosen(make(**tables), trainers=trainers)
+
+
+def test_an_engine_with_a_cache_of_a_given_size_asks_for_room_beside_its_rank():
+    """vLLM looks at its start whether so much is free, whatever the cache's size."""
+    vllm = chosen(make(inference={"vllm": {"kv_cache_memory_bytes": 4 << 30}}))
+    assert vllm["gpu_memory_utilization"] == chosen(make())["gpu_memory_utilization"]
+    cache = SimpleNamespace(gpu_memory_utilization=0.92, kv_cache_memory_bytes=4 << 30)
+    snapshot = SimpleNamespace(total_memory=H100, free_memory=H100 // 2, device_="cuda:0")
+    request: Any = request_memory
+    with pytest.raises(ValueError, match="less than desired GPU memory utilization"):
+        request(snapshot, cache)
+    cache.gpu_memory_utilization = vllm["gpu_memory_utilization"]
+    assert request(snapshot, cache) < H100 // 2
 
 
 @pytest.mark.parametrize(
