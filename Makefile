@@ -6,6 +6,7 @@
 #                                   make fuzz        property tests with twenty times the examples
 #                                   make test-cluster  several machines made of namespaces; needs root
 #                                   make test-te     Transformer Engine's layers, without a GPU, in .venv-te (7 GB)
+#                                   make test-newest  ranks and runs with the newest Megatron-Core, that of the extra `gpu`
 #                                   make release-check  all of these, what is quick first
 # make lint    ruff and pyright     make docs        pages that are written from code
 # make clean   remove the environment, caches and the demo's model; runs/ stays
@@ -23,7 +24,7 @@ BIN := $(VENV)/bin
 DEMO := .cache/demo
 PYTEST_ARGS ?=
 
-.PHONY: demo smollm2 test test-unit test-runs test-slow fuzz test-cluster test-te test-rest release-check lint docs venv clean
+.PHONY: demo smollm2 test test-unit test-runs test-slow fuzz test-cluster test-te test-newest test-rest release-check lint docs venv clean
 
 demo: $(STAMP)
 	@$(BIN)/python tools/make_tiny_model.py --out $(DEMO)
@@ -69,6 +70,20 @@ $(TE)/.made: pyproject.toml tools/make_te_venv.sh
 	@PYTHON="$(or $(PYTHON),python3.12)" tools/make_te_venv.sh $(TE)
 	touch $@
 
+# It is for Python 3.12, but of what it is compiled for nothing is needed: unpacked, it runs under any other.
+NEWEST := .megatron-newest
+
+test-newest: $(STAMP) $(NEWEST)/.made
+	@PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest -m "not slow and not cluster and not gpu" $(PYTEST_ARGS) tests/invariance \
+	    tests/e2e/test_train.py tests/e2e/test_sft.py tests/e2e/test_local_checkpoints.py tests/e2e/test_offload.py tests/e2e/test_kl.py
+
+$(NEWEST)/.made: pyproject.toml
+	@rm -rf $(NEWEST)
+	$(VENV)/bin/python -m pip --disable-pip-version-check --quiet download --no-deps --only-binary=:all: \
+	    --python-version 3.12 --dest $(NEWEST) "megatron-core>=0.19,<0.20"
+	$(VENV)/bin/python -m zipfile -e $(NEWEST)/*.whl $(NEWEST)
+	touch $@
+
 # What only `test-slow` has, which makes the others' too.
 test-rest: $(STAMP)
 	@$(SMOLLM2)
@@ -76,7 +91,7 @@ test-rest: $(STAMP)
 
 # What is quick first, so that a failure is seen early; CONTRIBUTING.md has what each takes.
 .NOTPARALLEL:
-release-check: lint test test-runs test-cluster test-rest fuzz test-te
+release-check: lint test test-runs test-newest test-cluster test-rest fuzz test-te
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .
@@ -94,5 +109,5 @@ $(STAMP): pyproject.toml setup.py tools/make_venv.sh
 	touch $@
 
 clean:
-	@rm -rf $(VENV) $(TE) $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache
+	@rm -rf $(VENV) $(TE) $(NEWEST) $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache
 	find stare_megatron patches tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

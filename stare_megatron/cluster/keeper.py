@@ -65,13 +65,17 @@ class Keeper:
         self._tell = tell
         self.actors: list[Any] = [make(i, slot) for i, slot in enumerate(slots)]
         self._hello = [actor.hello.remote() for actor in self.actors]
-        self._starting = [actor.start.remote() for actor in self.actors]
+        self._starting: list[ray.ObjectRef] = list(self._hello)  # of those that `begin` has load nothing yet
         self._begun = [0.0] * len(self.actors)
         self._families = [_NO_FAMILY] * len(self.actors)
         self._pulses: dict[int, _Pulse] = {}
         self._ending: list[ray.ObjectRef] = []
         self._ticked = time.monotonic()
         self._lock = threading.RLock()  # who samples and who trains may be two threads
+
+    def begin(self) -> None:
+        """Have the engines load the model; until now their processes were there alone."""
+        self._starting = [actor.start.remote() for actor in self.actors]
 
     def ready(self) -> None:
         """Wait until every engine can be called. What fails so early would fail again, and ends the run."""

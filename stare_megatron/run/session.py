@@ -84,7 +84,7 @@ def open_session(
     transport = device.weight_transport(colocated, config.sync.method)
     config = sizing.with_time_limits(config)
     # vLLM takes the memory of the whole GPU that goes while it measures its own for its own: ranks first, where they
-    # share one. On CPUs and elsewhere all start at once.
+    # share one, and engines import meanwhile. On CPUs and elsewhere all start at once.
     in_turn = trainers and colocated and device.current() is device.Device.CUDA
     lookout = Lookout(config.watchdog, logs.parent, status)
     with contextlib.ExitStack() as stack:
@@ -127,18 +127,16 @@ def open_session(
             group.ready()
             return connect(group)
 
-        group = None
-        if in_turn:
-            group = start_ranks()
-            group.ready()
         engines = EngineGroup(
             config, places.engines, transport, runner, sandboxes.actors, logs, lookout, tell=tell, pushes=trainers
         )
         stack.callback(engines.close)
-        if trainers and not in_turn:
-            group = start_ranks()
+        engines.prepare() if in_turn else engines.begin()
+        group = start_ranks() if trainers else None
         sandboxes.ready(config.cluster.start_timeout)
-        if group is not None and not in_turn:
+        if group is not None:
             group.ready()
+        if in_turn:
+            engines.begin()
         engines.ready()
         yield Session(engines, group and connect(group), lookout, again)

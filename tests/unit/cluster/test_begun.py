@@ -11,7 +11,8 @@ import pytest
 import ray
 
 from stare_megatron.cluster import engines, runtime
-from stare_megatron.cluster.engines import EngineActor, EngineGroup
+from stare_megatron.cluster.engine_actor import EngineActor
+from stare_megatron.cluster.engines import EngineGroup
 from stare_megatron.errors import EngineLostError
 from stare_megatron.types import Begun
 

@@ -52,6 +52,7 @@ class World:
             inference={"engines": 2, "answer_timeout": 60.0} | inference, cluster={"start_timeout": 300.0}
         )
         self.keeper = Keeper(config, crew, self.make, [slot("0"), slot("1")], self.events.append, pushes=True)
+        self.keeper.begin()
         self.keeper.ready()
         self.keeper.pushed([0, 1], 0)
         self.events.clear()

@@ -14,7 +14,7 @@ import ray
 from stare_megatron.cluster import runtime
 from stare_megatron.cluster.dispatch import Dispatch, Limits
 from stare_megatron.cluster.doing import ray_actor
-from stare_megatron.cluster.engines import EngineActor
+from stare_megatron.cluster.engine_actor import EngineActor
 from stare_megatron.cluster.fleet import Fleet
 from stare_megatron.config import InferenceConfig
 from stare_megatron.errors import EngineLostError

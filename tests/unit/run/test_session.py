@@ -26,6 +26,8 @@ def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             if name == "engines":
                 said.append(f"seqs {config.inference.vllm.get('max_num_seqs')}")
             return SimpleNamespace(
+                prepare=lambda: said.append(f"{name} prepare"),
+                begin=lambda: said.append(f"{name} begin"),
                 ready=lambda *_: said.append(f"{name} ready"),
                 close=lambda: said.append(f"{name} close"),
                 connect=lambda *_: said.append("connect") or [],
@@ -64,8 +66,10 @@ def test_engines_measure_a_gpu_when_the_ranks_have_taken_theirs(monkeypatch, ord
     config = configuration(inference={"placement": placement})
     with session.open_session(config, Path("logs"), lambda _: None, sizing.Load(800, 8)):
         assert order[-1] == "connect"
-    started = order.index("engines start")
-    assert (order.index("ranks ready") < started) == (where is device.Device.CUDA and placement == "colocated")
+    in_turn = where is device.Device.CUDA and placement == "colocated"
+    assert (order.index("ranks ready") < order.index("engines begin")) == in_turn
+    assert ("engines prepare" in order) == in_turn  # they import meanwhile
+    assert order.index("engines start") < order.index("ranks start")
     assert order.index("connect") > max(order.index("ranks ready"), order.index("engines ready"))
     assert sorted(o for o in order if o.endswith("close")) == ["engines close", "ranks close", "sandboxes close"]
     # Numbers of a CPU run depend on no estimate.
