@@ -12,13 +12,13 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from stare_megatron import __version__, completion, paths
+from stare_megatron import __version__
 from stare_megatron.chat import arguments as chat_arguments
 from stare_megatron.compare import arguments as compare_arguments
 from stare_megatron.convert import arguments
 from stare_megatron.data.prepare import arguments as prepare_data
 from stare_megatron.errors import LOST, LostError, RunError, UserError
-from stare_megatron.host import program
+from stare_megatron.host import completion, paths, program
 from stare_megatron.launch import arguments as launch_arguments
 from stare_megatron.plan.arguments import ABOUT, EXAMPLES, add_plan
 from stare_megatron.scaling import arguments as scale_arguments

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from stare_megatron import paths
+from stare_megatron.host import paths
 
 ABOUT = "ask a policy: print what it samples for a prompt, or talk with it line by line"
 EXAMPLES = (

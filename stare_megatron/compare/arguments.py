@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from stare_megatron import paths
+from stare_megatron.host import paths
 from stare_megatron.host.pages import LOOPBACK
 
 ABOUT = "compare runs side by side: one HTML report that needs no network, PNGs and the numbers"

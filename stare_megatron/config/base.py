@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from stare_megatron.paths import absolute
+from stare_megatron.host.paths import absolute
 
 T = TypeVar("T")
 FREE_ON_RESUME = "free on resume"

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from stare_megatron.config.base import Free, PassThrough, Section, Text, compiled
-from stare_megatron.paths import absolute
+from stare_megatron.host.paths import absolute
 
 PLACEHOLDERS = ("problem", "answer", "response")
 _TEMPLATE = """\

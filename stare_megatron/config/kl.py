@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from stare_megatron.config.base import Free, Section
-from stare_megatron.paths import absolute
+from stare_megatron.host.paths import absolute
 
 Estimator = Literal["k1", "k2", "k3"]
 

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from stare_megatron.config.base import Section, Text, explained
-from stare_megatron.paths import absolute
+from stare_megatron.host.paths import absolute
 
 REFLECTION_WORDS = (
     "wait",

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from stare_megatron.config.base import Free, Section, explained
-from stare_megatron.paths import absolute
+from stare_megatron.host.paths import absolute
 
 
 class ModelConfig(Section):

@@ -22,9 +22,9 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import Field, SerializeAsAny, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from stare_megatron import paths
 from stare_megatron.config.base import Section
 from stare_megatron.errors import ORDINARY, UserError, nearest
+from stare_megatron.host import paths
 
 FORMS = "package.module:object or path/to/file.py:object"
 # What others call a reward, environment or method -> its name here.

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import Field, field_validator
 
 from stare_megatron.config.base import Free, Section, explained
-from stare_megatron.paths import absolute
+from stare_megatron.host.paths import absolute
 
 NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]*$"  # of files and folders: neither hidden, nor an option of a command
 

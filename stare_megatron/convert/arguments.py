@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from stare_megatron import paths
+from stare_megatron.host import paths
 
 _CHECKPOINT = "folder of a checkpoint (either kind), of a training checkpoint, or of a run (its newest)"
 _LAYOUT = (

@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.table import Table
 
 from stare_megatron import config as configuration
-from stare_megatron import paths
 from stare_megatron.config import ClusterConfig, Config, SftConfig
 from stare_megatron.doctor import checks, machine, survey
 from stare_megatron.doctor.facts import ClusterFacts
 from stare_megatron.errors import UserError
+from stare_megatron.host import paths
 from stare_megatron.host.packages import MISSING
 
 _GIB = 2**30

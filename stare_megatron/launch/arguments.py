@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from stare_megatron import paths
+from stare_megatron.host import paths
 
 ABOUT = "start a run on Slurm, Kubernetes, a Ray cluster or this machine, with the nodes that its layout takes"
 EXAMPLES = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from stare_megatron import paths
+from stare_megatron.host import paths
 
 ABOUT = "what a run takes of each GPU and how long a step is, from its settings and config.json alone"
 EXAMPLES = (

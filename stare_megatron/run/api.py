@@ -18,8 +18,8 @@ from typing import Any
 import tomli_w
 
 from stare_megatron.config import Config, load, parse
+from stare_megatron.host.paths import given
 from stare_megatron.metrics import eval_records, jsonl
-from stare_megatron.paths import given
 
 Table = dict[str, list[float]]
 

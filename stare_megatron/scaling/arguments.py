@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from stare_megatron import paths
+from stare_megatron.host import paths
 
 ABOUT = "fit accuracy in compute by size and method, from finished runs or a study: curves, power laws, intervals"
 EXAMPLES = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from stare_megatron import paths
+from stare_megatron.host import paths
 
 ABOUT = "run several variants over seeds and compare them; called again, it continues where it stopped"
 EXAMPLES = (

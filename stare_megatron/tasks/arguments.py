@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from stare_megatron import paths
+from stare_megatron.host import paths
 
 ABOUT = "make and warm up a tiny checkpoint and its task's prompts, on a CPU"
 EXAMPLE = "make-tiny-model --out .cache/demo"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from stare_megatron import paths
 from stare_megatron.data.prepare.recipes import RECIPES
 from stare_megatron.data.prepare.retool import SFT
 from stare_megatron.data.prepare.settings import INSTRUCTION
+from stare_megatron.host import paths
 
 ABOUT = (
     "turn a published data set of mathematical problems into a prompt file, from the Hugging Face hub or --file; "

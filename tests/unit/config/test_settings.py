@@ -13,13 +13,13 @@ import pytest
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import Field, ValidationError
 
-from stare_megatron import paths
 from stare_megatron.__main__ import main
 from stare_megatron.config import Section, load, parse
 from stare_megatron.config.judge import JudgeConfig
 from stare_megatron.config.loader import walk
 from stare_megatron.config.reward import CodeConfig, FormatConfig, LengthConfig
 from stare_megatron.errors import UserError
+from stare_megatron.host import paths
 from stare_megatron.run import preflight
 from tests.configs import configuration, tables
 from tests.unit.config.test_config_properties import with_value
