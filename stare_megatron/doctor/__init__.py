@@ -7,6 +7,7 @@ from pathlib import Path
 from stare_megatron.config import Config
 from stare_megatron.doctor import checks, survey
 from stare_megatron.errors import UserError
+from stare_megatron.host import program
 
 
 def short(config: Config, folder: Path | None) -> None:
@@ -20,5 +21,5 @@ def short(config: Config, folder: Path | None) -> None:
     found = checks.find(survey.short(config, folder), config, checks.SHORT)
     if found:
         count = f"{len(found) - 1} more problem{'s' if found[2:] else ''}"
-        more = f" ({count}: `stare-megatron doctor RUN.toml` lists all)" if found[1:] else ""
+        more = f" ({count}: `{program.called()} doctor RUN.toml` lists all)" if found[1:] else ""
         raise UserError(f"{found[0]}{more}")

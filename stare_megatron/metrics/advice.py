@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from stare_megatron.host import program
 from stare_megatron.metrics.jsonl import Row
 
 WINDOW = 20
@@ -252,7 +253,8 @@ def _mfu(s: _Steps, c: Settings) -> str:
         if values and statistics.fmean(values) < _SLOW_MFU and share >= 0.2:
             return (
                 f"the {phase} takes {_percent(share)} of the step at {_percent(statistics.fmean(values))} of what the "
-                "GPUs can do: raise trainer.micro_batch_tokens, or search a layout: `stare-megatron plan --search`"
+                "GPUs can do: raise trainer.micro_batch_tokens, or search a layout: "
+                f"`{program.called()} plan RUN.toml --search`"
             )
     return ""
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from stare_megatron.errors import UserError
+from stare_megatron.host import program
 from stare_megatron.host.files import read_object
 
 _MIB = 2**20
@@ -101,12 +102,13 @@ def read_constants(file: Path) -> Constants:
     Raises:
         UserError: unreadable, an unknown name, or no positive number.
     """
-    table = read_object(file, "; write it with `stare-megatron plan --calibrate FILE`")
+    write = f"`{program.called()} plan --calibrate FILE`"
+    table = read_object(file, f"; write it with {write}")
     known = {field.name for field in fields(Constants)}
     for name, value in table.items():
         if name not in known or type(value) not in (int, float) or not 0 < value < 1e15:
             raise UserError(
                 f"{file}: {name} = {value!r:.40} is no constant of the plan, which are {', '.join(sorted(known))}, "
-                "positive numbers; write it again with `stare-megatron plan --calibrate FILE`"
+                f"positive numbers; write it again with {write}"
             )
     return replace(CONSTANTS, **{name: float(value) for name, value in table.items()})

@@ -15,6 +15,7 @@ from stare_megatron.data.prepare.settings import INSTRUCTION, Settings
 from stare_megatron.data.prepare.types import Counts
 from stare_megatron.data.rows import is_blank
 from stare_megatron.errors import UserError
+from stare_megatron.host import program
 
 
 def run(args: argparse.Namespace, say: Callable[[str], None]) -> str:
@@ -47,7 +48,7 @@ def _check_conversations(args: argparse.Namespace) -> None:
     if args.form != "chat" or not args.system:
         raise UserError(
             f"{retool.SFT.name} has conversations: give --form chat, and with --system the system message of the run "
-            "that follows; `stare-megatron example tool_use_7b/system.txt` prints one"
+            f"that follows; `{program.called()} example tool_use_7b/system.txt` prints one"
         )
 
 
