@@ -90,6 +90,7 @@ class FrontEnd:
         await asyncio.wait([started])
         error = started.exception()
         if isinstance(error, Exception):  # of vLLM and all the libraries it loads a model with
+            traceback.print_exception(error)  # to the engine's log: an error that crosses processes has none
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
         started.result()
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers.models.auto.tokenization_auto import MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS
 
 from stare_megatron import tasks
 from stare_megatron.errors import RunError, UserError
@@ -130,11 +131,14 @@ def make_tokenizer(task: Task) -> PreTrainedTokenizerFast:
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write a Hugging Face checkpoint: config.json, safetensors, tokenizer.
 
-    transformers 5 loads every tokenizer of a qwen2 model as a byte-level BPE that splits numbers into digits, whatever
-    tokenizer.json says, unless `auto_map` is set; the empty one keeps AutoTokenizer with the file.
+    transformers 5 loads every tokenizer of some kinds of model, qwen2 among them, as a byte-level BPE that splits
+    numbers into digits, whatever tokenizer.json says, unless `auto_map` is set; the empty one keeps AutoTokenizer with
+    the file. Of other kinds it takes the file, and breaks off at an empty `auto_map`.
     """
     model.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
+    if model.config.model_type not in MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS:
+        return
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text()) | {"auto_map": {"AutoTokenizer": [None, None]}}
     path.write_text(json.dumps(config, indent=2) + "\n")

@@ -132,7 +132,9 @@ def test_requests_wait_while_the_engine_sleeps(engine: EngineProcess) -> None:
 
 
 @pytest.mark.parametrize("own_core", [False, True])
-def test_a_failed_start_names_the_engine_and_the_cause_and_leaves_nothing(own_core, model, tmp_path: Path) -> None:
+def test_a_failed_start_names_the_engine_and_the_cause_and_leaves_nothing(
+    own_core, model, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """A core of its own, as on GPUs, tells vLLM only that it failed."""
     folder = save(model, tmp_path / "checkpoint")
     (folder / "model.safetensors").write_bytes(b"nonsense")
@@ -143,6 +145,9 @@ def test_a_failed_start_names_the_engine_and_the_cause_and_leaves_nothing(own_co
         assert process.descendants() == []
     finally:
         process.stop()
+    said = "".join(capfd.readouterr())  # in a run: the engine's log
+    assert "SafetensorError" in said
+    assert ", in create_engine_config" in said or ", in make_client" in said
 
 
 def test_a_core_in_a_process_of_its_own(engine: EngineProcess, model, tmp_path: Path) -> None:

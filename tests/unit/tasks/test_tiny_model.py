@@ -2,15 +2,16 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from stare_megatron import tasks
 from stare_megatron.__main__ import main
 from stare_megatron.data.tokenizer import load_tokenizer
 from stare_megatron.errors import RunError, UserError
+from stare_megatron.models.families import FAMILIES
 from stare_megatron.tasks import make as make_module
 from stare_megatron.tasks.make import make
-from stare_megatron.tasks.tiny_model import default_settings, make_model, make_tokenizer, measure, warm_up
+from stare_megatron.tasks.tiny_model import default_settings, make_model, make_tokenizer, measure, save, warm_up
 
 RANDOM = dataclasses.replace(default_settings("order_free_sum", 2, 0), max_batches=0)
 
@@ -30,6 +31,15 @@ def test_the_checkpoint_loads_with_its_own_tokenizer_everywhere(made):
         assert tokenizer("3 9 4 12 :").input_ids == [1, 15, 21, 16, 24, 5]
         assert tokenizer.decode([15, 4, 21, 6, 24]) == "3 + 9 = 12"
         assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 0)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_checkpoint_of_any_family_loads_with_its_own_tokenizer(kind, tmp_path):
+    tokenizer = make_tokenizer(tasks.get("order_free_sum"))
+    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), num_hidden_layers=0, hidden_size=64, pad_token_id=0)
+    save(AutoModelForCausalLM.from_config(config), tokenizer, tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).model_type == kind
+    assert AutoTokenizer.from_pretrained(tmp_path)("3 9 4 12 :").input_ids == [1, 15, 21, 16, 24, 5]
 
 
 def test_a_folder_is_reused_until_something_changes(made, monkeypatch):
