@@ -1,0 +1,125 @@
+"""A mixture of experts through the whole loop: expert parallelism, both ways to push, offload, a save and a resume."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from stare_megatron import tasks
+from stare_megatron.metrics import jsonl
+from stare_megatron.metrics.catalogue import COSTS
+from stare_megatron.sync.check import BOUNDS
+from stare_megatron.tasks.folder import write_prompts
+from stare_megatron.tasks.tiny_model import make_tokenizer, save
+from tests.contracts.source import ROOT
+
+COMMAND = [sys.executable, "-m", "stare_megatron", "train", str(ROOT / "examples/demo_cpu/run.toml"), "--quiet"]
+EVERYTHING = json.dumps(["gradients", "optimizer", "parameters"])
+LAYERS, EXPERTS = 2, 4
+
+pytestmark = [pytest.mark.runs, pytest.mark.timeout(1500)]
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen3-MoE, of whose experts a token takes 2, and the demo's prompts."""
+    folder = tmp_path_factory.mktemp("experts")
+    task = tasks.get("order_free_sum")
+    tokenizer = make_tokenizer(task)
+    torch.manual_seed(1)
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, moe_intermediate_size=48,
+        num_hidden_layers=LAYERS, num_attention_heads=2, num_key_value_heads=2, head_dim=32, num_experts=EXPERTS,
+        num_experts_per_tok=2, norm_topk_prob=True, max_position_embeddings=512, tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, initializer_range=0.15,
+        dtype=torch.float32,
+    )  # fmt: skip
+    save(Qwen3MoeForCausalLM(config), tokenizer, folder / "model")  # type: ignore[arg-type]
+    write_prompts(folder / "train.jsonl", "random", task.prompts("train", 64, 0))
+    return folder
+
+
+def train(material: Path, runs: Path, name: str, **keys: Any) -> list[jsonl.Row]:
+    given = {
+        "run.dir": runs,
+        "run.name": name,
+        "run.steps": 3,
+        "model.path": material / "model",
+        "data.train": json.dumps([str(material / "train.jsonl")]),
+        # A model that knows nothing: right for half of all texts, always the same for the same text.
+        "reward.name": f"{ROOT / 'tools/gpu_check_parts/models.py'}:coin",
+        "rollout.prompts_per_step": 8,
+        "logging.wandb": "disabled",
+        "sync.probe_every": 1,
+        "trainer.expert_parallel": 2,
+        "trainer.optimizer.warmup_steps": 0,
+        "checkpoint.every": 2,
+    } | keys
+    command = [*COMMAND, *(f"{key}={value}" for key, value in given.items())]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=570)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return jsonl.read(runs / name / jsonl.FILE)
+
+
+def learned(row: jsonl.Row) -> dict[str, str]:
+    """As text, since NaN is not equal to itself."""
+    return {key: repr(x) for key, x in row.items() if not key.startswith(COSTS)}
+
+
+def moved(material: Path, run: Path) -> dict[str, float]:
+    """The largest change of each expert's matrix."""
+    before, after = load_file(material / "model/model.safetensors"), load_file(run / "hf/model.safetensors")
+    return {name: float((after[name] - before[name]).abs().max()) for name in before if ".experts." in name}
+
+
+@pytest.fixture(scope="module")
+def whole(material: Path, tmp_path_factory: pytest.TempPathFactory) -> list[jsonl.Row]:
+    return train(material, tmp_path_factory.mktemp("whole"), "whole", **{"sync.method": "whole"})
+
+
+def test_experts_on_two_ranks_learn_leave_and_come_back(material: Path, whole: list[jsonl.Row], tmp_path: Path) -> None:
+    away = {"sync.method": "sharded", "trainer.offload": EVERYTHING}
+    rows = train(material, tmp_path, "sharded", **away)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert [learned(row) for row in rows] == [learned(row) for row in whole]  # to the last bit of the engine's weights
+    # Engine and trainer give every sampled token, and the probe, the same log-prob: float32, different kernels.
+    assert all(row["mismatch/mean"] < 1e-5 and row["sync/probe"] < 1e-5 for row in rows)
+    assert all(row["update/grad_norm"] > 0 for row in rows)
+    assert all(row["memory/trainer_resident"] == 0 < row["memory/trainer_arena"] for row in rows)
+    changes = moved(material, tmp_path / "sharded")
+    assert len(changes) == LAYERS * EXPERTS * 3
+    assert min(changes.values()) > 1e-4
+    saved = tmp_path / "sharded/checkpoints/step_000002"
+    again = train(material, tmp_path, "again", **away | {"run.resume": saved})
+    assert [learned(row) for row in again] == [learned(row) for row in rows[2:]]
+
+
+def test_experts_of_two_ranks_go_into_an_engine_of_two_workers(
+    material: Path, whole: list[jsonl.Row], tmp_path: Path
+) -> None:
+    """Ranks split attention by heads and experts by number; workers split every matrix."""
+    split = {
+        "trainer.tensor_parallel": 2,
+        "trainer.sequence_parallel": "true",
+        "trainer.megatron.expert_tensor_parallel_size": 1,
+        "inference.tensor_parallel": 2,
+        "sync.method": "sharded",
+    }
+    rows = train(material, tmp_path, "split", **split)
+    assert all(row["mismatch/mean"] < 1e-5 and row["sync/probe"] < 1e-5 for row in rows)
+    assert [row["update/grad_norm"] for row in rows] == pytest.approx([row["update/grad_norm"] for row in whole], 1e-4)
+
+
+def test_in_bfloat16_checksums_are_compared(material: Path, tmp_path: Path) -> None:
+    """Routers of two kernels do not choose the same experts for every token: the log-probs of some are far apart."""
+    rows = train(material, tmp_path, "half", **{"model.dtype": "bfloat16", "sync.method": "whole"})
+    assert all(row["sync/probe"] < BOUNDS["bfloat16"] for row in rows)
+    assert all(1e-4 < row["mismatch/mean"] < BOUNDS["bfloat16"] for row in rows)
