@@ -57,8 +57,10 @@ fuzz: $(STAMP)
 	@STARE_FUZZ=$(or $(STARE_FUZZ),20) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout=3000 \
 	    $$(grep -rl "^@bounded(" tests/unit) $(PYTEST_ARGS)
 
+# Its tests of `ray job` need the extra `cluster`.
 test-cluster: $(STAMP)
-	@$(BIN)/python -m pytest -m cluster tests/cluster $(PYTEST_ARGS)
+	@$(BIN)/python -m pip --disable-pip-version-check --quiet install -e '.[cluster]'
+	$(BIN)/python -m pytest -m cluster tests/cluster $(PYTEST_ARGS)
 
 TE := .venv-te
 

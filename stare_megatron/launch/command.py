@@ -83,15 +83,7 @@ def _ray_job(job: Job, args: argparse.Namespace) -> str:
     command += ["--working-dir", str(job.run_file.parent)]
     if job.environment:
         command += ["--runtime-env-json", json.dumps({"env_vars": dict(job.environment)})]
-    command += [
-        "--",
-        "stare-megatron",
-        job.command,
-        job.run_file.name,
-        "cluster.address=auto",
-        "run.resume=auto",
-        "--quiet",
-    ]
+    command += ["--", *job.entrypoint(job.run_file.name)]
     if args.dry_run:
         return f"# {job.run_file}\n{job.settings}\n# command\n{shlex.join(command)}"
     _write({job.run_file: job.settings})

@@ -51,6 +51,15 @@ class Job:
         """Of `stare-megatron`, which the job runs: `train` or `sft`."""
         return "sft" if isinstance(self.written, SftConfig) else "train"
 
+    def entrypoint(self, settings: str) -> list[str]:
+        """What a Ray job runs with the file `settings`: words of a shell's line.
+
+        `exec`, since `ray job stop` ends the shell at once with the run: an orphan's end is seen only where the first
+        process reaps it, which a container's often does not, and Ray would wait for as long as it may.
+        """
+        run = ["stare-megatron", self.command, settings, "cluster.address=auto", "run.resume=auto", "--quiet"]
+        return ["exec", *run]
+
     @property
     def settings(self) -> str:
         """What a job trains with: the run's own settings and includes, resolved."""

@@ -82,11 +82,10 @@ def objects(job: Job, options: Options) -> tuple[dict[str, Any], dict[str, Any]]
     name = name_of(job.name)
     about = {"name": name} | ({"namespace": options.namespace} if options.namespace else {})
     settings = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": about, "data": {"run.toml": job.settings}}
-    run = ["stare-megatron", job.command, str(_SETTINGS / "run.toml"), "cluster.address=auto", "run.resume=auto"]
     workers = [_workers(job, options, "main", job.main, job.main.count - 1)] if job.main.count > 1 else []
     workers += [_workers(job, options, "sandbox", job.extra, job.extra.count)] if job.extra else []
     spec = {
-        "entrypoint": shlex.join([*run, "--quiet"]),
+        "entrypoint": shlex.join(job.entrypoint(str(_SETTINGS / "run.toml"))),
         "submissionMode": "K8sJobMode",
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": 600,

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from stare_megatron.metrics import jsonl
-from stare_megatron.metrics.catalogue import COSTS
 from stare_megatron.tasks.make import make
 from stare_megatron.tasks.tiny_model import default_settings
-from tests.cluster.machines import ROOT, Machine, machines, why_not
+from tests.cluster.machines import Machine, machines, why_not
+from tests.cluster.runs import SMALL, STEPS, command, learned, steps, wait_for_step
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900), pytest.mark.skipif(bool(why_not()), reason=why_not())]
 
-STEPS = 2
 SPLIT = {"trainer.tensor_parallel": 2, "trainer.pipeline_parallel": 2, "trainer.world_size": 4, "inference.engines": 2}
-SMALL = {"trainer.tensor_parallel": 1, "trainer.world_size": 2, "inference.engines": 2}
 TOOLS = SMALL | {
     "run.steps": 3,
     "eval.benchmarks": "[]",
@@ -35,15 +30,6 @@ TOOLS = SMALL | {
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[Path]:
-    """A folder that all machines see."""
-    folder = Path(tempfile.mkdtemp(prefix="stare-cluster-", dir="/var/tmp"))
-    make(default_settings("order_free_sum", layers=2, seed=1), folder / "material", 256, 8)
-    yield folder
-    shutil.rmtree(folder)
-
-
-@pytest.fixture(scope="module")
 def pair(shared: Path) -> Iterator[list[Machine]]:
     """Two machines with a cluster of four CPUs each."""
     (shared / "pair").mkdir()
@@ -51,36 +37,6 @@ def pair(shared: Path) -> Iterator[list[Machine]]:
         for machine in made:
             machine.ray(4)
         yield made
-
-
-def command(shared: Path, runs: Path, example: str = "demo_cpu", /, **keys: Any) -> list[str | Path]:
-    settings = {
-        "run.dir": runs,
-        "run.name": "demo",
-        "run.steps": STEPS,
-        "model.path": shared / "material/model",
-        "data.train": json.dumps([str(shared / "material/train.jsonl")]),
-        "rollout.prompts_per_step": 4,
-        "logging.wandb": "disabled",
-        "logging.samples_every": 1,
-        "cluster.address": "auto",
-        "checkpoint.every": 2,
-    } | keys
-    run = [sys.executable, "-m", "stare_megatron", "train", ROOT / "examples" / example / "run.toml", "--quiet"]
-    return [*run, *(f"{key}={value}" for key, value in settings.items())]
-
-
-def learned(run: Path) -> list[dict[str, str]]:
-    """What the steps found and did, without what it cost; as text, since NaN is not equal to itself."""
-    rows = jsonl.read(run / "metrics.jsonl")
-    return [{name: repr(x) for name, x in row.items() if not name.startswith(COSTS)} for row in rows]
-
-
-def wait_for_step(run: Path, step: int) -> None:
-    deadline = time.monotonic() + 300
-    while not (run / "metrics.jsonl").exists() or len(jsonl.read(run / "metrics.jsonl")) < step:
-        assert time.monotonic() < deadline, f"no step {step} within 300 s"
-        time.sleep(0.2)
 
 
 def test_two_machines_compute_what_one_does(shared: Path, pair: list[Machine]) -> None:
@@ -99,7 +55,7 @@ def test_two_machines_compute_what_one_does(shared: Path, pair: list[Machine]) -
     goes_on = {"run.steps": STEPS + 1, "run.resume": "auto", "cluster.address": "local"}
     code, said = pair[1].run(command(shared, spread, **SPLIT | goes_on))
     assert code == 0, said[-3000:]
-    assert [int(row["step"]) for row in jsonl.read(spread / "demo/metrics.jsonl")] == list(range(1, STEPS + 2))
+    assert steps(spread / "demo") == list(range(1, STEPS + 2))
 
 
 def test_a_cluster_that_is_too_small(shared: Path, pair: list[Machine]) -> None:
@@ -120,7 +76,7 @@ def test_sigterm_saves(shared: Path, pair: list[Machine]) -> None:
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 130, said[-3000:]
     saved = (run / "demo/checkpoints/latest").read_text().strip()
-    assert saved == f"step_{int(jsonl.read(run / 'demo/metrics.jsonl')[-1]['step']):06d}"
+    assert saved == f"step_{steps(run / 'demo')[-1]:06d}"
 
 
 def test_a_folder_that_is_not_shared(shared: Path, pair: list[Machine]) -> None:
@@ -268,5 +224,5 @@ def test_a_run_goes_on_where_there_is_room(shared: Path) -> None:
         made[2].switch_off()
         said, _ = process.communicate(timeout=600)
     assert process.returncode == 0, said[-3000:]
-    assert [int(row["step"]) for row in jsonl.read(run / "demo/metrics.jsonl")] == list(range(1, last + 1))
+    assert steps(run / "demo") == list(range(1, last + 1))
     assert "10.77.0.3" in said  # something of it was lost, and named

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,23 +14,13 @@ from pathlib import Path
 import pytest
 
 from stare_megatron.metrics import jsonl
-from stare_megatron.metrics.catalogue import COSTS
-from stare_megatron.tasks.make import make
-from stare_megatron.tasks.tiny_model import default_settings
 from tests.cluster import slurm
 from tests.cluster.machines import ROOT, Machine, machines, why_not
+from tests.cluster.runs import learned
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1500), pytest.mark.skipif(bool(why_not()), reason=why_not())]
 
 STEPS = 6
-
-
-@pytest.fixture
-def shared() -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="stare-launch-", dir="/var/tmp"))
-    make(default_settings("order_free_sum", layers=2, seed=1), folder / "material", 256, 8)
-    yield folder
-    shutil.rmtree(folder)
 
 
 @pytest.fixture
@@ -56,12 +44,6 @@ def settings(shared: Path, runs: str) -> list[str]:
         "checkpoint.every": 50,
     }
     return [str(ROOT / "examples/demo_cpu/run.toml"), *(f"{key}={value}" for key, value in keys.items())]
-
-
-def learned(run: Path) -> list[dict[str, str]]:
-    """As text, since NaN is not equal to itself."""
-    rows = jsonl.read(run / "metrics.jsonl")
-    return [{name: repr(x) for name, x in row.items() if not name.startswith(COSTS)} for row in rows]
 
 
 def test_a_job_that_slurm_stops_goes_on_as_if_it_had_not(shared: Path, pair: list[Machine]) -> None:

@@ -120,7 +120,7 @@ def test_a_ray_job_takes_its_settings_along(ready, tmp_path, capsys, monkeypatch
     assert sent[sent.index("--runtime-env-json") + 1] == '{"env_vars": {"A": "b"}}'
     along = Path(sent[sent.index("--working-dir") + 1])
     train = sent[sent.index("--") + 1 :]
-    assert train[:3] == ["stare-megatron", "train", "run.toml"]
+    assert train[:4] == ["exec", "stare-megatron", "train", "run.toml"]
     assert [file.name for file in along.iterdir()] == ["run.toml"]
     tomllib.loads((along / "run.toml").read_text())
 

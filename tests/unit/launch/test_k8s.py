@@ -67,8 +67,8 @@ def test_what_is_run_is_the_run_resolved(tmp_path: Path) -> None:
     mounted = {
         mount.mountPath for mount in container(made.spec.rayClusterSpec.headGroupSpec.template.spec).volumeMounts
     }
-    assert words[:2] == ["stare-megatron", "train"]
-    assert str(Path(words[2]).parent) in mounted
+    assert words[:3] == ["exec", "stare-megatron", "train"]
+    assert str(Path(words[3]).parent) in mounted
     assert {"run.resume=auto", "cluster.address=auto"} <= set(words)
 
 

@@ -107,7 +107,7 @@ def test_the_ray_job_is_one_of_kuberay(file: Path) -> None:
     made = job_of(file, "k8s")
     settings, ray_job = yaml.safe_load_all(k8s.render(made, k8s.Options("image", {})))
     assert config.parse_sft(tomllib.loads(settings["data"]["run.toml"]), "job") == made.written
-    assert RayJob.model_validate(ray_job).spec.entrypoint.split()[:2] == ["stare-megatron", "sft"]
+    assert RayJob.model_validate(ray_job).spec.entrypoint.split()[:3] == ["exec", "stare-megatron", "sft"]
 
 
 @pytest.mark.parametrize("target", ["ray-job", "local"])
