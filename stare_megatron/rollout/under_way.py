@@ -9,14 +9,23 @@ become: those episodes start again. So do the first turns of an environment that
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from stare_megatron.rollout.sampler import Sampler
 from stare_megatron.rollout.seeds import derive_seed
-from stare_megatron.types import Begun, Completion, Graded, GroupRequest, Partial, Sampling, Status, VersionRuns
+from stare_megatron.types import (
+    Begun,
+    Completion,
+    Graded,
+    GroupRequest,
+    Partial,
+    Sampling,
+    Status,
+    VersionRuns,
+    merged_runs,
+)
 
 Decode = Callable[[list[int]], str]
 
@@ -117,7 +126,7 @@ def joined(old: Completion, new: Completion) -> Completion:
         status=new.status,
         weight_version=old.weight_version if len(old.token_ids) else new.weight_version,
         routed_experts=new.routed_experts,
-        versions=_merged((*_runs(old), *_runs(new))),
+        versions=merged_runs((*_runs(old), *_runs(new))),
     )
 
 
@@ -158,9 +167,3 @@ def _cut(whole: Completion, tokens: int) -> Completion:
 
 def _runs(completion: Completion) -> VersionRuns:
     return completion.versions or ((completion.weight_version, len(completion.token_ids)),)
-
-
-def _merged(runs: VersionRuns) -> VersionRuns:
-    together = itertools.groupby(runs, key=lambda run: run[0])
-    sums = ((version, sum(n for _, n in parts)) for version, parts in together)
-    return tuple((version, n) for version, n in sums if n)

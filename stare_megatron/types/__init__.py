@@ -46,6 +46,7 @@ from stare_megatron.types.trajectory import (
     Trajectory,
     Turn,
     VersionRuns,
+    merged_runs,
 )
 
 __all__ = [
@@ -86,4 +87,5 @@ __all__ = [
     "UpdateShare",
     "UpdateStats",
     "VersionRuns",
+    "merged_runs",
 ]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -13,6 +14,12 @@ import numpy.typing as npt
 VersionRuns: TypeAlias = "tuple[tuple[int, int], ...]"
 """Which policy versions drew the tokens of a stretch, in order: (version, how many tokens)."""
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
+
+
+def merged_runs(runs: Iterable[tuple[int, int]]) -> VersionRuns:
+    """The same versions with neighbours that are equal as one stretch, and none without a token."""
+    together = itertools.groupby(((version, n) for version, n in runs if n), key=lambda run: run[0])
+    return tuple((version, sum(n for _, n in parts)) for version, parts in together)
 
 
 class SpanKind(enum.Enum):
@@ -232,9 +239,9 @@ class Trajectory:
         return np.concatenate([s.token_ids for s in self.spans])
 
     def version_runs(self) -> VersionRuns:
-        """Of its action tokens; where a span does not tell, the oldest version."""
+        """Of its action tokens, also across observations; where a span does not tell, the oldest version."""
         actions = [s for s in self.spans if s.kind is SpanKind.ACTION]
-        return tuple(run for s in actions for run in s.versions or ((self.weight_versions[0], len(s.token_ids)),))
+        return merged_runs(run for s in actions for run in s.versions or ((self.weight_versions[0], len(s.token_ids)),))
 
     def versions(self) -> npt.NDArray[np.int64]:
         """The policy version that drew each action token, -1 elsewhere; int64 [num_tokens]."""

@@ -56,6 +56,15 @@ def test_a_trajectory_tells_its_tokens_apart() -> None:
     )
 
 
+def test_turns_of_one_policy_are_one_stretch() -> None:
+    before = [span(SpanKind.ACTION, 1, 2, versions=((3, 2),)), SEEN]
+    assert trajectory(*before, span(SpanKind.ACTION, 8, versions=((3, 1),))).version_runs() == ((3, 3),)
+    last = span(SpanKind.ACTION, 8, 9, versions=((3, 1), (4, 1)))
+    made = trajectory(*before, last, SEEN, span(SpanKind.ACTION, versions=((5, 0),)))
+    assert made.version_runs() == ((3, 3), (4, 1))
+    assert made.versions().tolist() == [-1, -1, 3, 3, *[-1] * 3, 3, 4, *[-1] * 3]
+
+
 @pytest.mark.parametrize(
     ("ids", "logprobs", "kind", "versions", "says"),
     [
