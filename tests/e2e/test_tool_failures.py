@@ -17,7 +17,7 @@ from ray.cluster_utils import Cluster
 
 from stare_megatron.metrics import jsonl
 from tests.contracts.source import ROOT
-from tests.e2e.tool_run import command
+from tests.e2e.tool_run import command, make_material
 
 STEPS = 24
 
@@ -61,7 +61,7 @@ class Run:
             "sandbox.wall_seconds": 5,
         }
         self._process = subprocess.Popen(
-            command(folder, steps=STEPS, **settings),
+            command(make_material(folder / "material"), folder, steps=STEPS, **settings),
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -9,7 +9,7 @@ import pytest
 
 from stare_megatron.metrics import jsonl
 from tests.contracts.source import ROOT
-from tests.e2e.tool_run import command
+from tests.e2e.tool_run import command, make_material
 
 STEPS = 4
 
@@ -19,7 +19,7 @@ def test_a_policy_trains_with_the_tool(tmp_path):
     """Calls are made and answered, right answers come of them, engine and trainer agree over observations, and the
     run says at which level code was run."""
     done = subprocess.run(
-        command(tmp_path, steps=STEPS),
+        command(make_material(tmp_path / "material"), tmp_path, steps=STEPS),
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -10,13 +10,16 @@ from stare_megatron.tasks.make import make
 from stare_megatron.tasks.tiny_model import default_settings
 
 
-def command(folder: Path, *, steps: int, **more: object) -> list[str]:
-    """Makes what the run needs under `folder`; the run's own folder is `folder`/tool. `more`: keys of its
-    configuration."""
-    material = folder / "material"
-    make(default_settings("tool_arithmetic", layers=2, seed=3), material, 512, 16)
+def make_material(folder: Path) -> Path:
+    """A tiny model that has learned a bit, and prompts."""
+    make(default_settings("tool_arithmetic", layers=2, seed=3), folder, 512, 16)
+    return folder
+
+
+def command(material: Path, runs: Path, *, steps: int, **more: object) -> list[str]:
+    """The run's own folder is `runs`/tool. `more`: keys of its configuration."""
     keys: dict[str, object] = {
-        "run.dir": folder,
+        "run.dir": runs,
         "run.name": "tool",
         "run.steps": steps,
         "model.path": material / "model",
