@@ -12,7 +12,7 @@ from stare_megatron.metrics import trace
 from stare_megatron.metrics.events import FILE
 from tests.e2e import test_recovery as recovery
 from tests.e2e.test_recovery import STEPS, Done
-from tests.e2e.test_train import EVERY_SAMPLE, prompts_of
+from tests.e2e.test_train import EVERY_SAMPLE, learned, prompts_of
 
 pytestmark = pytest.mark.runs
 PROMPTS = 16
@@ -94,6 +94,24 @@ def test_stream_goes_on_with_new_ranks(material: Path, tmp_path: Path) -> None:
     require_every_step(done)
     require_new_ranks(done)
     assert all(row["sync/staleness"] <= 2 for row in done.rows)
+
+
+def test_one_step_goes_on_with_new_ranks_as_if_nothing_had_happened(material: Path, tmp_path: Path) -> None:
+    """Bit for bit: the batch in hand comes from the checkpoint, the one after it is sampled again by the policy before,
+    which the engine gets back. What the lost ranks had begun ahead is of no batch."""
+    done = recovery.run(material, tmp_path / "killed", RANK_KILLED, **ONE_STEP)
+    require_every_step(done)
+    require_new_ranks(done)
+    clean = recovery.run(material, tmp_path / "clean", recovery.CLEAN, **ONE_STEP)
+    require_every_step(clean)
+    assert clean.events("trainer ranks") == []
+    for run in (done, clean):
+        assert [row["sync/staleness"] for row in run.rows] == [0, 1, 1, 1, 1]
+    assert [learned(row) for row in done.rows] == [learned(row) for row in clean.rows]
+    for step in range(1, STEPS + 1):
+        mine, theirs = ((run.folder / f"samples/step_{step:06d}.txt").read_text() for run in (done, clean))
+        assert mine.count("===") >= PROMPTS * 8
+        assert mine == theirs
 
 
 def require_new_ranks(done: Done) -> None:
