@@ -15,9 +15,8 @@ What bounds the forward besides memory is the number of instructions, hence its 
 - Sums are chains of fused multiply-adds, begun anew for every GROUPS so that what is small is not lost beside what the
   lane has; sums over an axis would be trees, of additions after products.
 
-Sizes were measured on an H100, but for GROUPS, which was chosen by the number of instructions (docs/gpu.md). Rows too
-few to fill the GPU are not split over several programs: merging what those know takes longer than a program takes for a
-row of 151,936 columns.
+Sizes were measured on an H100, GROUPS and LANES on an H200 (docs/gpu.md). Rows too few to fill the GPU are not split
+over several programs: merging what those know takes longer than a program takes for a row of 151,936 columns.
 """
 
 from __future__ import annotations
