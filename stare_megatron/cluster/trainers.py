@@ -25,6 +25,7 @@ from stare_megatron.cluster.weights import Address, ShardedRank, ray_fan_out
 from stare_megatron.config import Config
 from stare_megatron.data.packing import plan_updates
 from stare_megatron.errors import RanksLostError, RunError
+from stare_megatron.host import device
 from stare_megatron.host.manifest import FileEntry
 from stare_megatron.host.ports import free_port
 from stare_megatron.sync.check import added
@@ -119,7 +120,7 @@ class TrainerActor(Answers, HasDisk):
             self._wanted = self._all_names()
         elif sums == "share":
             turn = version // self._config.sync.probe_every
-            self._wanted = share(self._stream.specs, turn, experts=self._sharded is not None)
+            self._wanted = share(self._stream.specs, turn, experts=device.current() is device.Device.CPU)
         with self._activity.during("push", f"version {version}"), self._costs.phase("push"):
             began = time.perf_counter()
             sent = self._sharded.push(version, engines) if self._sharded else self._pusher.push(version)

@@ -121,7 +121,7 @@ def first_difference(trainer: Mapping[str, str], engine: Mapping[str, str]) -> s
 def share(specs: Sequence[ParamSpec], turn: int, *, experts: bool = False) -> frozenset[str]:
     """Names of the parameters whose checksums are compared at the probe that is number `turn`: the whole of a small
     model; of a large one so many as take no time worth mentioning, others each time, so that all have their turn.
-    `experts`: theirs, too, which an engine keeps fused and reports by boxes only."""
+    `experts`: theirs, too; an engine on GPUs, whose kernels keep them in layouts of their own, reports none."""
     comparable = [spec for spec in specs if experts or ".experts." not in spec.name]
     turns = grouped(comparable, lambda spec: math.prod(spec.shape), _SHARE)
     return frozenset(spec.name for spec in turns[turn % len(turns)])

@@ -24,7 +24,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 
 from stare_megatron.sync.check import merge_shards, shard_sum
 from stare_megatron.sync.load import abandon
-from stare_megatron.sync.loaded import is_quantized, used_weight
+from stare_megatron.sync.loaded import is_quantized, loaded_form, used_weight
 from stare_megatron.sync.sharded_engine import ShardedWeightTransferEngine
 
 Packed = Mapping[str, list[str]]
@@ -63,8 +63,8 @@ class ChecksumExtension:
         """Parameter name -> checksum of the whole parameter; all workers make the call and return the same. `names`:
         which parameters; empty: all. A head that does not equal the embedding it is tied to is among them in any case.
 
-        Covers linear layers, embeddings, LM heads and unsharded parameters; not fused mixture-of-experts weights.
-        Where pushes are sharded: of boxes, experts' among them, by `sharded.label`.
+        Covers linear layers, embeddings, LM heads, unsharded parameters and, on CPUs, experts. Of boxes, by
+        `sharded.label`, where pushes are sharded.
         """
         model = self.model_runner.get_model()
         if isinstance(self.weight_transfer_engine, ShardedWeightTransferEngine):
@@ -105,7 +105,9 @@ def pieces(model: torch.nn.Module, packed: Packed, *, heads_only: bool = False) 
             continue  # the matrix that was sent is not kept
         elif isinstance(module, LinearBase):
             yield from _linear(path, module, packed)
-        elif not isinstance(module, RoutedExperts):
+        elif isinstance(module, RoutedExperts):
+            yield from _experts(path, module)
+        else:
             for name, parameter in module.named_parameters(recurse=False):
                 matrix = _matrix(parameter)
                 yield Piece(f"{path}.{name}", matrix, 0, 0, matrix.shape[1], 0)
@@ -149,6 +151,24 @@ def _columns(path: str, kind: str, module: Any, tensor: torch.Tensor, packed: Pa
         sizes = [tensor.shape[0]]
     for name, part, shard in zip(names, tensor.split(sizes), shards, strict=True):
         yield Piece(f"{name}.{kind}", part, shard * part.shape[0], 0, part.shape[1], shard)
+
+
+def _experts(path: str, module: Any) -> Iterator[Piece]:
+    """Of each expert that this worker has. None where a kernel keeps them in a layout of its own, as on GPUs."""
+    gate_up, down = loaded_form(module, "w13_weight"), loaded_form(module, "w2_weight")
+    if gate_up is None or down is None:
+        return
+    config, parent = module.moe_config, path.rpartition(".")[0]
+    size, shard = config.intermediate_size_per_partition, config.moe_parallel_config.tp_rank
+    gate, up = gate_up.split(size, dim=1)
+    width, inputs = size * config.moe_parallel_config.tp_size, gate.shape[2]
+    for expert in range(config.num_logical_experts):
+        i = module._map_global_expert_id_to_local_expert_id(expert)
+        if i >= 0:
+            name = f"{parent}.{expert}"
+            yield Piece(f"{name}.{module.ckpt_gate_proj_name}.weight", gate[i], shard * size, 0, inputs, shard)
+            yield Piece(f"{name}.{module.ckpt_up_proj_name}.weight", up[i], shard * size, 0, inputs, shard)
+            yield Piece(f"{name}.{module.ckpt_down_proj_name}.weight", down[i], 0, shard * size, width, shard)
 
 
 def _stored(module: Any) -> torch.Tensor:

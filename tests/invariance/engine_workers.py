@@ -216,6 +216,17 @@ def _sums(worker: Any) -> dict[str, str]:
     return {label: f"{value:016x}" for label, value in worker.weight_transfer_engine.sums(()).items()}
 
 
+def _pieces(worker: Any) -> dict[str, tuple[int, int]]:
+    """Of each parameter by its Hugging Face name, as where whole tensors are pushed: this worker's share of its
+    checksum."""
+    from stare_megatron.sync.check import shard_sum
+    from stare_megatron.sync.worker import pieces
+
+    model = worker.model_runner.get_model()
+    parts = pieces(model, model.packed_modules_mapping)
+    return {p.name: (p.shard, shard_sum(p.tensor, p.row, p.column, p.width)) for p in parts}
+
+
 def _swap_rows(worker: Any, path: str, one: int, other: int, rows: int) -> None:
     """Exchange two blocks of rows of a parameter that is kept as it is loaded."""
     weight = worker.model_runner.get_model().get_submodule(path).weight.data
@@ -267,6 +278,7 @@ _OWN = {
     "state": _state,
     "scramble": _scramble,
     "sums": _sums,
+    "pieces": _pieces,
     "swap_rows": _swap_rows,
     "load_with_swapped_rows": _load_with_swapped_rows,
     "die_in_push": _die_in_push,

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from checkpoints import EXPERTS, make
 from engine_workers import Nursery, Workers
 from launch import free_port, launch
+from safetensors.torch import load_file
 
 from stare_megatron.models.families import read_hf_config
-from stare_megatron.sync.check import added, first_difference
+from stare_megatron.sync.check import added, checksum, first_difference, merge_shards
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.timeout(500)
@@ -164,6 +166,7 @@ def push_and_compare(layout: str, chosen: dict[str, Engines], ranks: int = 2) ->
             ours = added(r.sums[engine.name] for r in pushed)
             assert ours.keys() == theirs.keys()  # experts' and biases' boxes, too
             assert first_difference(ours, theirs) is None
+            assert merge_shards(engine.call("pieces")) == of_file(e.path)
             assert engine.call("gpu_in_use") == [0] * engine.count
         assert [r.in_use for r in pushed] == [0] * ranks
         used = {carrier for r in pushed for carriers in r.carriers.values() for carrier in carriers}
@@ -172,6 +175,25 @@ def push_and_compare(layout: str, chosen: dict[str, Engines], ranks: int = 2) ->
         assert sum(r.sent for r in pushed) == needed
         if layout == "DP2":  # replicas share the work
             assert max(r.sent for r in pushed) < 0.6 * needed
+
+
+def of_file(path: Path) -> dict[str, str]:
+    """Checksums of the checkpoint's tensors: what is compared where they are pushed whole."""
+    tensors = load_file(path / "model.safetensors").items()
+    return {name: checksum(tensor.to(torch.__dict__[DTYPE])) for name, tensor in tensors}
+
+
+@pytest.mark.parametrize("matrix", ["gate_proj", "up_proj", "down_proj"])
+def test_rows_of_an_expert_that_changed_places_are_named_where_tensors_are_whole(
+    matrix: str, engines: dict[str, Engines]
+) -> None:
+    e = engines["qwen3_moe"]
+    name = f"model.layers.1.mlp.experts.3.{matrix}.weight"
+    ours = of_file(e.path)
+    for engine in e.all:
+        engine.call("load_with_swapped_rows", name, 0, 8, 8)
+        theirs = merge_shards(engine.call("pieces"))
+        assert [label for label in ours if ours[label] != theirs[label]] == [name]
 
 
 def test_rows_that_changed_places_are_named_with_worker_and_box(engines: dict[str, Engines]) -> None:
