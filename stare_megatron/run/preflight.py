@@ -101,11 +101,16 @@ def check_trainer_options(config: Config, shape: ModelShape) -> None:
 
 
 def check_engine_options(config: Config, shape: ModelShape) -> None:
-    """Raises: UserError: an option of `[inference.vllm]` that does not exist, would do nothing here, or holds no whole
-    sequence."""
+    """Raises: UserError: an option of `[inference.vllm]` that does not exist, does nothing or ends vLLM here, or holds no
+    whole sequence."""
     table, gpus = config.inference.vllm, on_gpus(config)
     experts = shape.experts is not None
     upstream.check_engine_args(table, upstream.engine_lacking(config.inference, experts=experts, gpu=gpus))
+    if gpus is False and table.get("enable_expert_parallel"):  # see docs/model_families.md
+        raise UserError(
+            "inference.vllm.enable_expert_parallel = true: vLLM's kernel for experts on CPUs does not know which of "
+            "them its worker has, and the engine dies; take it out: inference.tensor_parallel splits every expert"
+        )
     if experts and config.inference.quantization != "none":
         raise UserError(
             f"inference.quantization = {config.inference.quantization!r}: that a push reaches quantized experts has "
