@@ -69,6 +69,7 @@ class Engine:
         self.name = name
         self.window = window
         self.version = UNPUSHED
+        self.updates = 0  # of weights; a version may come twice, when ranks go back to a checkpoint
         self._args: dict[str, Any] = {
             "model": str(model),
             "dtype": dtype,
@@ -245,10 +246,12 @@ class Engine:
         """Put the weights to use as `version` and drop what older ones computed.
 
         The prefix cache is emptied; requests in flight lose their KV cache, which is recomputed, and go on. With
-        `keeps_kv` all of it stays: later requests find none of it, for they look by the version they begin with.
+        `keeps_kv` all of it stays: later requests find none of it, for they look by the update they begin with.
         """
         llm = self._running()
-        self.version = version  # first: who comes meanwhile is sampled after it, and must not look by the one before
+        # First: who comes meanwhile is sampled after it, and must not look by the one before.
+        self.version = version
+        self.updates += 1
         await self._call(llm.finish_weight_update(str(version)))
         if not self.keeps_kv:
             await self._call(llm.reset_prefix_cache(reset_running_requests=True))
@@ -325,7 +328,7 @@ class Engine:
             raise ValueError(f"{self.name}: a prompt of {len(token_ids)} tokens in a window of {self.window}")
 
         async def last() -> RequestOutput:
-            prompt = tokens_input([int(t) for t in token_ids], cache_salt=f"version {self.version}")
+            prompt = tokens_input([int(t) for t in token_ids], cache_salt=f"update {self.updates}")
             name = f"{self.name}-{next(self._ids)}"
             if params.seed is not None:
                 self._seeds[name] = params.seed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -31,7 +32,7 @@ def keeping(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
 def test_a_request_looks_for_prefixes_of_its_own_version(keeping: Trainer) -> None:
     """Without that the log-probs are wrong, and only a token drawn after a prefix tells."""
     engine = keeping.engines[0]
-    before = keeping.push(weights(make_model(True, seed=1)))
+    keeping.push(weights(make_model(True, seed=1)))
     assert engine.call("cache_gap", PROMPT) < BOUNDS["float32"]
     engine.call("sample", PROMPT, SAMPLING)
     model = make_model(True, seed=2)
@@ -42,13 +43,30 @@ def test_a_request_looks_for_prefixes_of_its_own_version(keeping: Trainer) -> No
         completion = engine.call("sample", PROMPT, SAMPLING)
         expected = reference_logprobs(model, [*PROMPT, *completion.token_ids])[len(PROMPT) - 1 :]
         np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
-    # As it would be without a salt: the engine looks by the version before.
-    engine.call("__setattr__", "version", before)
+    # As it would be without a salt: the engine looks by the update before.
+    engine.call("__setattr__", "updates", 1)
     np.testing.assert_allclose(engine.call("logprobs", PROMPT), reference_logprobs(model, PROMPT), atol=1e-4)
     gap = engine.call("cache_gap", PROMPT)
     with pytest.raises(RunError, match="draws after prefixes that other weights"):
         require_own_cache("engine 0", version, gap, BOUNDS["float32"])
-    engine.call("__setattr__", "version", version)
+    engine.call("__setattr__", "updates", 2)
+
+
+def test_a_version_that_comes_again_is_another_one(keeping: Trainer) -> None:
+    """Ranks that went back to a checkpoint make it anew, of other samples: the first one computed nothing for it."""
+    engine = keeping.engines[0]
+    keeping.versions = itertools.repeat(9)
+    keeping.push(weights(make_model(True, seed=3)))
+    engine.call("cache_gap", PROMPT)
+    engine.call("sample", PROMPT, SAMPLING)
+    model = make_model(True, seed=4)
+    version = keeping.push(weights(model))
+    require_own_cache("engine 0", version, engine.call("cache_gap", PROMPT), BOUNDS["float32"])
+    completion = engine.call("sample", PROMPT, SAMPLING)
+    assert completion.versions == ((9, len(completion.token_ids)),)
+    expected = reference_logprobs(model, [*PROMPT, *completion.token_ids])[len(PROMPT) - 1 :]
+    np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
+    keeping.versions = itertools.count(10)
 
 
 @pytest.mark.parametrize("keep", [True, False])

@@ -52,7 +52,7 @@ class Trainer:
         self.pusher = WeightPusher("gloo", 0, stream, client, "127.0.0.1")
         self.pusher.connect()
         self.engines = engines
-        self.versions = itertools.count(1)
+        self.versions: Iterator[int] = itertools.count(1)
 
     def push(self, state: dict[str, torch.Tensor]) -> int:
         self.state = state
