@@ -101,8 +101,8 @@ def check_trainer_options(config: Config, shape: ModelShape) -> None:
 
 
 def check_engine_options(config: Config, shape: ModelShape) -> None:
-    """Raises: UserError: an option of `[inference.vllm]` that does not exist, does nothing or ends vLLM here, or holds no
-    whole sequence."""
+    """Raises: UserError: an option of `[inference.vllm]` that does not exist, does nothing or ends vLLM here, or holds
+    no whole sequence."""
     table, gpus = config.inference.vllm, on_gpus(config)
     experts = shape.experts is not None
     upstream.check_engine_args(table, upstream.engine_lacking(config.inference, experts=experts, gpu=gpus))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,9 @@ from stare_megatron.config import InferenceConfig
 from stare_megatron.config.inference import SpeculativeConfig
 from stare_megatron.config.upstream import ENGINE_OPTIONS, check_engine_args, engine_arg_names
 from stare_megatron.errors import UserError
+from stare_megatron.models.families import read_hf_config
+from stare_megatron.run import preflight
+from tests.configs import configuration, small_model
 
 
 def test_names_are_those_of_the_installed_vllm() -> None:
@@ -67,3 +71,20 @@ def test_what_does_not_go_with_drafts_is_refused() -> None:
     with pytest.raises(ValidationError, match=r"31 is less than vllm.max_num_seqs = 8 sequences with .* = 4 each"):
         InferenceConfig(speculative=on, vllm={"max_num_seqs": 8, "max_num_batched_tokens": 31})
     InferenceConfig(speculative=on, vllm={"max_num_seqs": 8, "max_num_batched_tokens": 32})
+
+
+def test_engines_on_cpus_do_not_place_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's kernel reads past those of its worker: the process dies in its first step."""
+    path = small_model(tmp_path / "moe", experts=4)
+
+    def check(placed: bool) -> None:
+        inference = {"tensor_parallel": 2, "vllm": {"enable_expert_parallel": placed}}
+        config = configuration(model={"path": str(path)}, inference=inference)
+        preflight.check_engine_options(config, read_hf_config(path))
+
+    monkeypatch.setattr(preflight, "on_gpus", lambda _: True)
+    check(True)
+    monkeypatch.setattr(preflight, "on_gpus", lambda _: False)
+    check(False)
+    with pytest.raises(UserError, match=r"enable_expert_parallel = true: .* take it out: inference\.tensor_parallel"):
+        check(True)

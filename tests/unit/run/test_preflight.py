@@ -184,15 +184,6 @@ def test_routing_replay_needs_experts_and_engines_that_return_them(make, files, 
     refused(make(inference={"vllm": {"enable_return_routed_experts": True}}), "set inference.routing_replay instead")
 
 
-def test_engines_on_cpus_do_not_place_experts(make, files, monkeypatch):
-    set_model(files, **MOE)
-    placed = {"tensor_parallel": 2, "vllm": {"enable_expert_parallel": True}}
-    refused(make(inference=placed), "enable_expert_parallel = true", "the engine dies", "inference.tensor_parallel")
-    preflight.check(make(inference=placed | {"vllm": {"enable_expert_parallel": False}}))
-    monkeypatch.setattr(preflight, "on_gpus", lambda _: True)
-    preflight.check_engine_options(make(inference=placed), preflight.read_hf_config(files / "model"))
-
-
 def test_engine_layout(make, files):
     refused(make(inference={"tensor_parallel": 3}), "inference.tensor_parallel = 3", "4 attention heads")
     set_model(files, num_attention_heads=12, num_key_value_heads=4, hidden_size=384)
