@@ -140,6 +140,32 @@ def test_a_local_folder_that_is_shared(shared: Path, pair: list[Machine]) -> Non
 
 
 @pytest.mark.slow
+def test_two_runs_on_one_cluster(shared: Path, pair: list[Machine]) -> None:
+    """Begun at once, both fit, and compute what one alone would; a third is refused while they are, told who has what,
+    and disturbs neither."""
+    names, last = ["first", "second"], 20
+    keys = SMALL | {"run.steps": last}
+    both = [pair[n].start(command(shared, shared / "two", **keys | {"run.name": name})) for n, name in enumerate(names)]
+    deadline = time.monotonic() + 300
+    while not all(list((shared / "two" / name / "logs").glob("trainer*.log")) for name in names):
+        assert time.monotonic() < deadline, "no rank was started within 300 s"
+        time.sleep(0.2)
+    code, refused = pair[0].run(command(shared, shared / "third", **SMALL))
+    assert code == 2, refused[-3000:]
+    assert "the cluster has 8 CPUs, 0 free (n1 (10.77.0.1): 4, 0 free; n2 (10.77.0.2): 4, 0 free" in refused
+    for name in names:
+        assert f"{shared}/two/{name} has 4 CPUs" in refused
+    assert not (shared / "third/demo").exists()
+    said = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], "\n".join(said)[-3000:]
+    assert steps(shared / "two/first") == list(range(1, last + 1))
+    assert learned(shared / "two/first") == learned(shared / "two/second")
+    for name in names:
+        firsts = [file.read_text().partition("\n")[0] for file in (shared / "two" / name / "logs").glob("*.log")]
+        assert len(firsts) == 4, firsts
+
+
+@pytest.mark.slow
 def test_code_runs_on_a_machine_of_its_own(shared: Path) -> None:
     """The two actors that run code take room on the third machine, the only one with the resource that they ask for."""
     (shared / "three").mkdir()
