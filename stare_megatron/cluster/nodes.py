@@ -19,6 +19,7 @@ from stare_megatron.cluster.runtime import cause
 from stare_megatron.host.ports import connect_error, free_port
 
 _CLOCK_S = 5.0
+_NOTICE_S = 20.0  # Ray notices the loss of a node some seconds after who calls there
 _AT_ONCE = 32  # connections a node tries at a time
 
 
@@ -91,11 +92,12 @@ class Blocked:
 
 class Probes:
     """An actor on each node; it takes no CPU and no GPU. One that fails or is late is left out from then on, with the
-    reason in `silent`, by the node's id."""
+    reason in `silent`, by the node's id; a node that Ray loses meanwhile is of the cluster no more: it is in `lost`."""
 
     def __init__(self, there: Iterable[Node]) -> None:
         self.nodes = {node.id: node for node in there}
         self.silent: dict[str, str] = {}
+        self.lost: set[str] = set()
         self._actors: dict[str, Any] = {
             node: _Probe.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
             for node in self.nodes
@@ -142,7 +144,7 @@ class Probes:
             ray.kill(actor)
 
     def _answering(self) -> Iterator[tuple[str, Any]]:
-        return ((node, actor) for node, actor in self._actors.items() if node not in self.silent)
+        return ((node, actor) for node, actor in self._actors.items() if node not in self.silent.keys() | self.lost)
 
     def _ask(self, timeout: float, refs: dict[str, ray.ObjectRef]) -> dict[str, Any]:
         if refs:
@@ -154,8 +156,22 @@ class Probes:
             except ray.exceptions.GetTimeoutError:
                 self.silent[node] = f"no answer within {timeout:.0f} s"
             except ray.exceptions.RayError as e:
-                self.silent[node] = cause(e) or type(e).__name__
+                died = isinstance(e, ray.exceptions.RayActorError) and not e.actor_init_failed
+                if died and _is_lost(node):
+                    self.lost.add(node)
+                else:
+                    self.silent[node] = cause(e) or type(e).__name__
         return found
+
+
+def _is_lost(node: str) -> bool:
+    """Whether Ray loses it within seconds."""
+    deadline = time.monotonic() + _NOTICE_S
+    while any(there.id == node for there in nodes()):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(1)
+    return True
 
 
 @contextlib.contextmanager

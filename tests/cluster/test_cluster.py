@@ -245,6 +245,30 @@ def test_a_cable_that_is_pulled_for_a_while(seconds: int, shared: Path) -> None:
 
 
 @pytest.mark.slow
+def test_another_machine_goes_on_with_the_run_of_one_that_is_gone(shared: Path) -> None:
+    """Driver, ranks and engines were on it; the head lives. The whole equals a run that nothing interrupted."""
+    (shared / "gone").mkdir()
+    runs, alone = shared / "gone-runs", shared / "gone-alone"
+    with machines(3, shared / "gone") as made:
+        made[0].ray(0)
+        made[1].ray(4)
+        process = made[1].start(command(shared, runs, **SMALL | {"run.steps": 50}))
+        wait_for_step(runs / "demo", 3)
+        made[1].switch_off()
+        process.communicate(timeout=60)
+        done = steps(runs / "demo")[-1]
+        made[2].ray(4)
+        last = {"run.steps": done + 2}
+        code, said = made[2].run(command(shared, runs, **SMALL | last | {"run.resume": "auto"}))
+        assert code == 0, said[-3000:]
+        assert f"checking {runs}/demo/checkpoints/step_" in said
+        code, said = made[2].run(command(shared, alone, **SMALL | last))
+        assert code == 0, said[-3000:]
+    assert steps(runs / "demo") == list(range(1, done + 3))
+    assert learned(runs / "demo") == learned(alone / "demo")
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_where_there_is_room(shared: Path) -> None:
     """What a machine had that is switched off is started again on the two that are left."""
     (shared / "room").mkdir()
