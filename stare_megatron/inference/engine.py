@@ -82,6 +82,7 @@ class Engine:
             "generation_config": "vllm",  # no sampling defaults from the checkpoint
             "logprobs_mode": "raw_logprobs",  # before temperature and top-p
             "enable_prefix_caching": True,
+            "scheduling_policy": "priority",  # in the order of arrival, but for probes
             "weight_transfer_config": {"backend": transport},
             "worker_extension_cls": "stare_megatron.sync.worker.ChecksumExtension",
             **device.engine_args(config.placement == "colocated", config.tensor_parallel),
@@ -196,7 +197,7 @@ class Engine:
         params = SamplingParams(
             max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
         )
-        result = await self._generate(token_ids, params)
+        result = await self._generate(token_ids, params, first=True)
         table = result.prompt_logprobs or []
         chosen = [entry[token].logprob for token, entry in zip(token_ids, table, strict=True) if entry]
         return np.asarray(chosen, np.float32)
@@ -215,7 +216,7 @@ class Engine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        (drawn,) = (await self._generate(token_ids[:-1], params)).outputs[0].logprobs or [{}]
+        (drawn,) = (await self._generate(token_ids[:-1], params, first=True)).outputs[0].logprobs or [{}]
         return abs(drawn[last].logprob - float((await self.logprobs(token_ids))[-1]))
 
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
@@ -321,7 +322,10 @@ class Engine:
             raise RunError(f"{self.name}: not running")
         return self._llm
 
-    async def _generate(self, token_ids: Sequence[int], params: SamplingParams) -> RequestOutput:
+    async def _generate(
+        self, token_ids: Sequence[int], params: SamplingParams, *, first: bool = False
+    ) -> RequestOutput:
+        """`first`: before what waits."""
         from vllm.inputs.engine import tokens_input
 
         if not 0 < len(token_ids) < self.window:
@@ -333,7 +337,7 @@ class Engine:
             if params.seed is not None:
                 self._seeds[name] = params.seed
             try:
-                async for output in self._running().generate(prompt, params, name):
+                async for output in self._running().generate(prompt, params, name, -1 if first else 0):
                     if output.finished:
                         return output
             finally:

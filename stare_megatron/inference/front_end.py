@@ -47,6 +47,7 @@ class _Request:
     prompt: Any
     params: SamplingParams
     id: str
+    priority: int
     done: asyncio.Future[RequestOutput]
 
 
@@ -94,7 +95,9 @@ class FrontEnd:
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
         started.result()
 
-    async def generate(self, prompt: Any, params: SamplingParams, request_id: str) -> AsyncIterator[RequestOutput]:
+    async def generate(
+        self, prompt: Any, params: SamplingParams, request_id: str, priority: int = 0
+    ) -> AsyncIterator[RequestOutput]:
         """The finished output of a request; one that is cancelled is taken back.
 
         Raises:
@@ -102,7 +105,7 @@ class FrontEnd:
         """
         if self._dead:
             raise self._error()
-        request = _Request(prompt, params, request_id, self._loop.create_future())
+        request = _Request(prompt, params, request_id, priority, self._loop.create_future())
         self._new.append(request)
         if len(self._new) == 1:  # those that are made in the same turn of the loop go together
             self._loop.call_soon(self._hand_over)
@@ -250,7 +253,9 @@ class FrontEnd:
         self._go_on()
 
     def _add(self, request: _Request) -> None:
-        made = self._inputs.process_inputs(request.id, request.prompt, request.params, supported_tasks=self._tasks)
+        made = self._inputs.process_inputs(
+            request.id, request.prompt, request.params, priority=request.priority, supported_tasks=self._tasks
+        )
         self._inputs.assign_request_id(made)
         collector = cast("RequestOutputCollector", _Collector(self._finished, request.done))
         self._outputs.add_request(made, None, None, 0, collector)

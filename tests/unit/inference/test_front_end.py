@@ -41,7 +41,7 @@ class Core:
 
     # ---- vLLM's InputProcessor
 
-    def process_inputs(self, request_id: str, prompt: int, params: Any, supported_tasks: Any) -> Any:
+    def process_inputs(self, request_id: str, prompt: int, params: Any, priority: int, supported_tasks: Any) -> Any:
         if prompt < 1:
             raise VLLMValidationError("prompt < 1")
         return SimpleNamespace(id=request_id, steps=prompt)

@@ -24,7 +24,7 @@ class Answers:
     def __init__(self, routed: np.ndarray[Any, Any] | None, reason: str) -> None:
         self._routed, self._reason = routed, reason
 
-    async def generate(self, prompt: Any, params: Any, name: str) -> AsyncIterator[Any]:
+    async def generate(self, prompt: Any, params: Any, name: str, priority: int) -> AsyncIterator[Any]:
         from vllm.logprobs import FlatLogprobs
         from vllm.outputs import CompletionOutput, RequestOutput
 
