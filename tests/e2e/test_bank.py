@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from stare_megatron.checkpoint import Outstanding, read_ahead
+from stare_megatron.checkpoint import Bank, Outstanding, read_ahead
 from stare_megatron.metrics import jsonl
 from stare_megatron.sync.check import BOUNDS
 from tests.e2e import test_train as demo
@@ -34,10 +35,12 @@ SETTINGS: dict[str, object] = (
 material = demo.material
 
 
-def stopped(material: Path, runs: Path) -> int:
-    """A run that gets SIGTERM after four steps; the step that it saved."""
+def ended(
+    material: Path, runs: Path, how: signal.Signals = signal.SIGTERM, **settings: object
+) -> tuple[int, list[psutil.Process]]:
+    """A run whose driver gets a signal after four steps; the step that it saved, and all processes that it had."""
     process = subprocess.Popen(
-        demo.arguments(material, runs, **SETTINGS | {"run.steps": 40}),
+        demo.arguments(material, runs, **SETTINGS | {"run.steps": 40} | settings),
         cwd=demo.ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -47,10 +50,16 @@ def stopped(material: Path, runs: Path) -> int:
     while not (metrics.exists() and metrics.read_text().count("\n") >= 4) and time.monotonic() < deadline:
         assert process.poll() is None, process.stdout.read()[-3000:]  # type: ignore[union-attr]
         time.sleep(0.2)
-    os.kill(process.pid, signal.SIGTERM)
+    children = psutil.Process(process.pid).children(recursive=True)
+    os.kill(process.pid, how)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 130, output[-3000:]
-    return int((runs / "e2e/checkpoints/latest").read_text().strip().removeprefix("step_"))
+    assert process.returncode == (130 if how is signal.SIGTERM else -how), output[-3000:]
+    return int((runs / "e2e/checkpoints/latest").read_text().strip().removeprefix("step_")), children
+
+
+def require_gone(processes: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=60)
+    assert not alive, [p.name() for p in alive]
 
 
 def outstanding(run: Path, step: int) -> tuple[Outstanding, set[int]]:
@@ -60,11 +69,13 @@ def outstanding(run: Path, step: int) -> tuple[Outstanding, set[int]]:
     return kept, {int(file.stem) for file in (run / "bank" / kept.bank).glob("*.npz")}
 
 
-def resumed(material: Path, runs: Path, step: int) -> tuple[str, list[jsonl.Row], list[dict[str, Any]]]:
+def resumed(
+    material: Path, runs: Path, step: int, prompts: int = 32, **settings: object
+) -> tuple[str, list[jsonl.Row], list[dict[str, Any]]]:
     """What a run says that goes on from a step, the rows of the whole run, and all its samples; every prompt is
     learned from once, and each token has the log-prob that its version's policy gives it."""
     run, last = runs / "e2e", step + MORE
-    command = demo.arguments(material, runs, **SETTINGS | {"run.steps": last})
+    command = demo.arguments(material, runs, **SETTINGS | {"run.steps": last} | settings)
     again = subprocess.run(command, cwd=demo.ROOT, capture_output=True, text=True, timeout=400)
     assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
     rows = jsonl.read(run / "metrics.jsonl")
@@ -73,14 +84,15 @@ def resumed(material: Path, runs: Path, step: int) -> tuple[str, list[jsonl.Row]
     assert all(row[name] == 0 for row in rows if row["step"] != step + 1 for name in COUNTS)
     by_step = [demo.prompts_of(run / f"samples/step_{number:06d}.jsonl") for number in range(1, last + 1)]
     groups = [{sample["prompt_id"] for sample in samples} for samples in by_step]
-    assert all(len(found) == 32 for found in groups)
-    assert len(set().union(*groups)) == 32 * last
+    assert all(len(found) == prompts for found in groups)
+    assert len(set().union(*groups)) == prompts * last
     assert max(stretch.gap for stretch in rescored(run, material / "model")) < BOUNDS["float32"]
     return again.stdout, rows, [sample for samples in by_step for sample in samples]
 
 
 def test_a_stream_that_is_stopped_goes_on_with_what_it_had(material: Path, tmp_path: Path) -> None:
-    saved = stopped(material, tmp_path)
+    saved, left = ended(material, tmp_path)
+    require_gone(left)
     kept, shelf = outstanding(tmp_path / "e2e", saved)
     assert shelf
     said, rows, _ = resumed(material, tmp_path, saved)
@@ -88,3 +100,41 @@ def test_a_stream_that_is_stopped_goes_on_with_what_it_had(material: Path, tmp_p
     first = rows[saved]
     assert first["bank/groups"] == len(shelf)
     assert sum(first[name] for name in COUNTS[1:]) == 8 * (len(kept.requests) - len(shelf))
+
+
+# The engine is the slower side, and no push waits for a probe, which has its turn after all that the engine was given:
+# requests are under way at any time.
+SLOW: dict[str, object] = {"inference.vllm.max_num_seqs": 2, "rollout.prompts_per_step": 16, "sync.probe_every": 0}
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL], ids=lambda how: how.name)
+def test_what_is_under_way_is_gone_on_with(material: Path, tmp_path: Path, how: signal.Signals) -> None:
+    """SIGKILL of the driver: what the policies of the newest checkpoint had drawn when it was written, and what they
+    finished since; no more."""
+    settings = SLOW | {"checkpoint.every": 0 if how is signal.SIGTERM else 2}
+    saved, left = ended(material, tmp_path, how, **settings)
+    kept, shelf = outstanding(tmp_path / "e2e", saved)
+    bank = Bank(tmp_path / "e2e/bank")
+    finished = [t for seed in shelf for t in bank.take(kept.bank, seed).group.trajectories]
+    open_ = [of for of in kept.requests if of.sampling.seed not in shelf]
+    assert open_
+    finished += [of.trajectory for request in open_ for of in request.begun.graded]
+    partial = {(of.prompt.id, p.sample): p.drawn for of in open_ for p in of.begun.partial}
+    assert finished
+    assert partial or how is signal.SIGKILL  # then, their groups may have been finished before the kill
+
+    _, rows, samples = resumed(material, tmp_path, saved, prompts=16, **settings)
+    require_gone(left)
+    first = rows[saved]
+    assert [first[name] for name in COUNTS[:3]] == [len(shelf), sum(len(of.begun.graded) for of in open_), len(partial)]
+    assert first["bank/again"] == 8 * len(open_) - first["bank/graded"] - first["bank/partial"]
+    learned = {(s["prompt_id"], s["sample"]): s["spans"][1] for s in samples if s["step"] > saved}
+    for of in finished:
+        assert learned[of.prompt_id, of.sample]["token_ids"] == of.spans[1].token_ids.tolist()
+    for key, drawn in partial.items():
+        n, action = len(drawn.token_ids), learned[key]
+        assert action["token_ids"][:n] == drawn.token_ids.tolist()
+        assert action["rollout_logprobs"][:n] == pytest.approx(drawn.logprobs.tolist(), rel=1e-6)
+        versions = [version for version, tokens in action["policy_versions"] for _ in range(tokens)]
+        assert versions[:n] == [version for version, tokens in drawn.versions for _ in range(tokens)]
+        assert all(version >= saved for version in versions[n:])
