@@ -276,6 +276,7 @@ def join(address: str, **environment: str) -> tuple[str, str]:
     return done.stdout, done.stderr
 
 
+@pytest.mark.runs
 def test_another_token_is_told_from_a_cluster_that_does_not_answer(tmp_path, monkeypatch):
     """Ray itself says "Failed to connect" for both."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)

@@ -160,7 +160,7 @@ except RanksLostError as e:
     )
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.runs), "cuda"])
 def test_a_cluster_too_small_or_taken_is_told_at_once_and_nothing_is_held(tmp_path, device):
     code = """
 import time
@@ -192,6 +192,7 @@ out.append(told(2))
     assert fits == ""
 
 
+@pytest.mark.runs
 def test_what_runs_code_has_room_of_its_own_on_nodes_that_may(tmp_path):
     """Beside the run's, or nothing is held; without a wish for CPUs or a resource it may be anywhere."""
     code = """

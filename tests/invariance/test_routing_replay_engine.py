@@ -62,6 +62,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, dict[str, f
     return launch("replay_cases:mismatch", 1, {"checkpoint": path, "sampled": sampled})[0]
 
 
+@pytest.mark.runs
 def test_most_of_the_mismatch_is_routing(measured):
     without, replayed = measured[False], measured[True]
     assert without["mismatch/mean"] > 1e-3  # there is something to mend
