@@ -101,6 +101,15 @@ def test_end_conditions(engine: EngineProcess) -> None:
     assert len(stopped.logprobs) == len(stopped.token_ids) <= 7
 
 
+def test_a_probe_does_not_wait_for_what_waits(engine: EngineProcess) -> None:
+    """Five times as many samples as run at a time; the trainer waits for the probe after every push."""
+    futures = [engine.submit("sample", PROMPT, sampling(max_tokens=100, seed=seed)) for seed in range(160)]
+    assert len(engine.call("logprobs", np.arange(5, 60))) == 54
+    assert sum(future.done() for future in futures) < 96
+    for future in futures:
+        future.result(60)
+
+
 def test_a_prompt_that_fills_the_window_is_an_error(engine: EngineProcess) -> None:
     with pytest.raises(ValueError, match=f"{WINDOW} tokens in a window of {WINDOW}"):
         engine.call("sample", [5] * WINDOW, sampling())
