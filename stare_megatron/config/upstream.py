@@ -166,7 +166,8 @@ ENGINE_REFUSED: tuple[tuple[str, str], ...] = (
     ("enable_return_routed_experts", "set inference.routing_replay instead"),
     # Log-probs and weight pushes depend on these.
     (
-        "skip_tokenizer_init|generation_config|logprobs_mode|weight_transfer_config|worker_extension_cls",
+        "skip_tokenizer_init|generation_config|logprobs_mode|weight_transfer_config|worker_extension_cls"
+        "|scheduling_policy",
         "the run depends on its value",
     ),
     (
@@ -199,7 +200,7 @@ ENGINE_REFUSED: tuple[tuple[str, str], ...] = (
         ".*log_.*|.*_metrics.*|otlp_.*|.*trac.*|profiler_config",
         "what engines report is in the run's own logs and metrics",
     ),
-    ("max_logprobs|stream_interval|scheduling_policy|io_processor_plugin", "the run's requests do not use it"),
+    ("max_logprobs|stream_interval|io_processor_plugin", "the run's requests do not use it"),
 )
 
 
