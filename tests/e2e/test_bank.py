@@ -58,7 +58,7 @@ def ended(
 
 
 def require_gone(processes: list[psutil.Process]) -> None:
-    _, alive = psutil.wait_procs(processes, timeout=60)
+    _, alive = psutil.wait_procs(processes, timeout=150)  # Ray's agents outlive a killed driver by a minute and more
     assert not alive, [p.name() for p in alive]
 
 
