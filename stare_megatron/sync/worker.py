@@ -149,6 +149,8 @@ def _columns(path: str, kind: str, module: Any, tensor: torch.Tensor, packed: Pa
         sizes = [size // module.tp_size for size in module.output_sizes]
     else:
         sizes = [tensor.shape[0]]
+    if len(names) < len(sizes):
+        return  # one matrix in the checkpoint, too (Phi-3): its rows here lie in several places of it
     for name, part, shard in zip(names, tensor.split(sizes), shards, strict=True):
         yield Piece(f"{name}.{kind}", part, shard * part.shape[0], 0, part.shape[1], shard)
 
