@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import torch
 
+from stare_megatron.host import processes
 from stare_megatron.metrics import jsonl
 from tools.gpu_check_parts import loop, models
 from tools.gpu_check_parts.outcome import Context, Outcome, skipped
@@ -67,7 +68,7 @@ def recovery(context: Context) -> Outcome:
 def _kill_cores(pid: int) -> int:
     """Kill the cores among the processes under `pid`; how many there were."""
     killed = 0
-    for process in psutil.Process(pid).children(recursive=True):
+    for process in (process for tree in processes.under([pid]) for process in tree[1:]):
         try:
             if any(_CORE in word for word in process.cmdline()):
                 process.kill()
