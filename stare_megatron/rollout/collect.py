@@ -31,6 +31,11 @@ Ref = TypeVar("Ref")
 Ref_co = TypeVar("Ref_co", covariant=True)
 
 _MOST = 0.9  # of a batch's groups; what is waited for after them is the tail
+# Of what is sampled for a step: 0 where, in a stream, no group has finished since the step before.
+_COUNTS = (
+    *("groups/sampled", "groups/all_correct", "groups/none_correct"),
+    *("response/failed", "response/ungraded", "response/inexact"),
+)
 
 
 class GroupDispatcher(Protocol[Ref_co]):
@@ -149,6 +154,7 @@ class Collector(Generic[Ref]):
         requests; `dropped`: of the latter, so many were dropped and are not in the batch."""
         measured = (
             *(part for s in sampled for part in measure(s, self._labels[s.source])),
+            *(Measured(name, 0) for name in _COUNTS),
             Measured("groups/dropped", dropped),
             *(part for _, s in groups for part in _measure_kept(s, step)),
             Measured("sync/staleness_p95", age_quantile([s for _, s in groups], step, 0.95)),

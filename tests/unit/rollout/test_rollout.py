@@ -329,6 +329,16 @@ def test_truncated_share_counts_trajectories(stream):
     assert values(got)["response/truncated"] == 0.25
 
 
+def test_a_step_that_nothing_finished_for_counts_none(stream):
+    """In a stream all of a batch may have been finished, and counted, when the batch before was drawn."""
+    of = collector(Dispatcher(lambda n: MIXED), stream)
+    got = of.collect(0)
+    v = values(of.collected(1, got.groups, [], 0, 1.0))
+    ends = [f"response/{name}" for name in ("failed", "ungraded", "inexact")]
+    assert [v[name] for name in ("groups/sampled", "groups/all_correct", "groups/none_correct", *ends)] == [0] * 6
+    assert "reward/mean" not in v and v["reward/kept_mean"] == 0.5
+
+
 def test_turns_and_calls_are_counted_over_all_sampled(stream):
     class Tools(Dispatcher):
         def results(self):
