@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stare_megatron.errors import UserError
@@ -85,8 +86,7 @@ class NumberWalk(ArithmeticTask):
             return Score(0.0, False, f"{len(words)} words are no 1 to {self.moves} moves of 4")
         for move in range(moves):
             sign, amount, equals, number = words[4 * move : 4 * move + 4]
-            allowed = {(s, str(a), "=", str(n)) for s, a, n in _steps(here, self.largest)}
-            if (sign, amount, equals, number) not in allowed:
+            if (sign, amount, equals, number) not in _moves(here, self.largest):
                 return Score(
                     0.0, False, f"move {move + 1}: {sign} {amount} {equals} {number}"[:80] + f" is none from {here}"
                 )
@@ -94,6 +94,26 @@ class NumberWalk(ArithmeticTask):
         if here != goal:
             return Score(0.0, False, f"ends at {here}, want {goal}")
         return Score(1.0, True, "")
+
+    def right_next(self, prompt_text: str, words: Sequence[str]) -> frozenset[str]:
+        """The words that `words` can go on with so that the goal can still be reached in time; "" among them: it is
+        reached, and the response may end. Empty once it cannot."""
+        here, goal = _ends(prompt_text)
+        moves, within = divmod(len(words), 4)
+        for sign, amount, equals, number in zip(*(words[i : 4 * moves : 4] for i in range(4)), strict=True):
+            if (sign, amount, equals, number) not in _moves(here, self.largest):
+                return frozenset()
+            here = int(number)
+        left = self.moves - moves - 1
+        alive = [
+            move
+            for move in _moves(here, self.largest)
+            if any(_routes(int(move[3]), goal, n, self.largest) for n in range(left + 1))
+        ]
+        begun = tuple(words[4 * moves :])
+        found = {move[within] for move in alive if move[:within] == begun}
+        done = 0 < moves <= self.moves and not begun and here == goal
+        return frozenset(found | {""} if done else found)
 
     def _distance(self, start: int, goal: int) -> int:
         """Fewest moves, more than `moves` when they do not suffice."""
@@ -111,6 +131,11 @@ def _steps(here: int, largest: int) -> list[tuple[str, int, int]]:
     after = {"+": lambda n, a: n + a, "-": lambda n, a: n - a, "*": lambda n, a: n * a}
     found = [(sign, amount, after[sign](here, amount)) for sign, amount in _MOVES]
     return [step for step in found if 0 <= step[2] <= largest]
+
+
+def _moves(here: int, largest: int) -> set[tuple[str, str, str, str]]:
+    """The words of each."""
+    return {(sign, str(amount), "=", str(number)) for sign, amount, number in _steps(here, largest)}
 
 
 @functools.cache

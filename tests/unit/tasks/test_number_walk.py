@@ -60,3 +60,40 @@ def test_splits_are_disjoint_and_bounded():
     assert sum(map(len, texts)) == len(set().union(*texts))
     with pytest.raises(UserError, match="number_walk"):
         TASK.prompts("test", 1000, 0)
+
+
+def _can_be_right(prompt, words):
+    """By trying every end."""
+    if TASK.verify(prompt.text, prompt.answer, " ".join(words)).correct:
+        return True
+    moves, within = divmod(len(words), 4)
+    if within or moves >= TASK.moves:
+        return False
+    here = int(words[-1]) if words else int(prompt.text.split()[0])
+    ends = ((s, str(a), "=", str(n)) for s, a, n in (("+", 7, here + 7), ("-", 4, here - 4), ("*", 2, here * 2)))
+    return any(_can_be_right(prompt, [*words, *end]) for end in ends if 0 <= int(end[3]) <= TASK.largest)
+
+
+def test_words_that_leave_the_goal_within_reach_are_those_of_some_right_response():
+    rng = random.Random(1)
+    for prompt in TASK.prompts("test", 12, 0):
+        words = []
+        while "" not in (right := TASK.right_next(prompt.text, words)) or rng.random() < 0.5:
+            if not len(words) % 4:
+                here = int(words[-1]) if words else int(prompt.text.split()[0])
+                moves = {"+": ("7", here + 7), "-": ("4", here - 4), "*": ("2", here * 2)}
+                for sign, (amount, number) in moves.items():
+                    move = (sign, amount, "=", str(number))
+                    assert (sign in right) == (0 <= number <= TASK.largest and _can_be_right(prompt, [*words, *move]))
+            if not (on := sorted(right - {""})):
+                break
+            words.append(rng.choice(on))
+        assert TASK.verify(prompt.text, prompt.answer, " ".join(words)).correct
+
+
+def test_after_a_wrong_word_nothing_is_right():
+    assert TASK.right_next("3 , 10 :", []) >= {"+"}
+    assert TASK.right_next("3 , 10 :", ["+", "7", "=", "10"]) >= {""}
+    assert TASK.right_next("3 , 10 :", ["+", "7", "="]) == {"10"}
+    for words in (["+", "4"], ["+", "7", "=", "11"], ["*", "7", "=", "6", "+"], ["-", "4", "=", "-1"], ["7"]):
+        assert TASK.right_next("3 , 10 :", words) == frozenset()
