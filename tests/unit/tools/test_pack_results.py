@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import math
 
 import pytest
 
@@ -25,6 +26,17 @@ def test_what_is_packed_reads_as_the_run_does(tmp_path):
     pack_results.pack(run, tmp_path / "out")
     assert (tmp_path / "out/metrics.jsonl.gz").read_bytes() == first
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.toml", "metrics.jsonl.gz"]
+
+
+def test_values_are_shortened_where_asked(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    rows = [{"step": 1234567, "policy/entropy": 1 / 3, "sync/probe": float("nan"), "time/step": 1e-9 / 7}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pack_results.pack(run, tmp_path / "out", digits=4)
+    (row,) = jsonl.read(tmp_path / "out/metrics.jsonl.gz")
+    assert math.isnan(row.pop("sync/probe"))
+    assert row == {"step": 1234567, "policy/entropy": 0.3333, "time/step": 1.429e-10}
 
 
 def test_a_folder_without_metrics_is_refused(tmp_path):
