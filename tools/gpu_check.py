@@ -3,8 +3,9 @@
 python tools/gpu_check.py [--parts a,b] [--out DIR] [--minutes 8] [--device cuda|cpu] [--together N] [--list]
 
 Each part runs in a process of its own with a time limit. DIR/report.txt and report.json are rewritten after every part,
-so a run that is cut off leaves what it knew; DIR/parts/ has logs. Exit code 0: every part that ran is right; 1: a part
-failed or ran out of time; 2: wrong arguments. `--device cpu` runs what a CPU can of the same parts. `--together 4` runs
+so a run that is cut off leaves what it knew; DIR/parts/ has logs. Ctrl-C and SIGTERM end the parts that run, with all
+they started. Exit code 0: every part that ran is right; 1: a part failed, ran out of time or was ended; 2: wrong
+arguments. `--device cpu` runs what a CPU can of the same parts. `--together 4` runs
 four parts at a time, beside each other on one GPU: for what is right, not for times and memory.
 """
 
@@ -13,11 +14,13 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,30 +59,47 @@ def check(parts: Mapping[str, Part], device: str, out: Path, seconds: float, tog
     results: dict[str, runner.Result] = {}
     writing = threading.Lock()
 
-    def run(part: Part) -> None:
+    def run(part: Part, stop: threading.Event) -> None:
         print(f"{part.name}: {part.about}", flush=True)
-        result = _one(part, device, work / part.name, shared, until - time.monotonic(), beside=together > 1)
+        result = _one(part, device, work / part.name, shared, until - time.monotonic(), stop, beside=together > 1)
         print(f"{part.name}: {result.status.value}, {result.seconds:.0f} s {result.reason}", flush=True)
         with writing:
             results[part.name] = result
             report.write(out, about, [results[name] for name in parts if name in results], NOT_CHECKED)
 
     try:
-        with ThreadPoolExecutor(together) as pool:
-            list(pool.map(run, parts.values()))
+        with _until_signalled() as stop, ThreadPoolExecutor(together) as pool:
+            list(pool.map(lambda part: run(part, stop), parts.values()))
     finally:
         shutil.rmtree(shared, ignore_errors=True)  # models: gigabytes
     return [results[name] for name in parts]
 
 
-def _one(part: Part, device: str, folder: Path, shared: Path, left: float, *, beside: bool) -> runner.Result:
+@contextmanager
+def _until_signalled() -> Iterator[threading.Event]:
+    """Set by the first request to end, in place of what it would do."""
+    stop = threading.Event()
+    asked = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in asked}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _one(
+    part: Part, device: str, folder: Path, shared: Path, left: float, stop: threading.Event, *, beside: bool
+) -> runner.Result:
+    if stop.is_set():
+        return runner.Result(part.name, Status.SKIPPED, reason=runner.STOPPED)
     if left < _LEAST_S:
         return runner.Result(part.name, Status.SKIPPED, reason="no time left: --minutes")
     seconds = part.seconds * (1.0 if device == "cuda" else _CPU_SLACK) * (_BESIDE_SLACK if beside else 1.0)
     limit = min(seconds, left - runner.GRACE_S) if left > 2 * runner.GRACE_S else left
     command = [sys.executable, "-m", "tools.gpu_check_parts.child"]
     arguments = [part.name, device, str(folder), str(shared), f"{limit:.0f}", "beside" if beside else "alone"]
-    result = runner.run(part.name, [*command, *arguments], folder, limit, environment(device), ROOT)
+    result = runner.run(part.name, [*command, *arguments], folder, limit, environment(device), ROOT, stop)
     for big in ("runs", "cpu-float32", f"{device}-bfloat16", f"{device}-float16"):  # checkpoints: more gigabytes
         _keep_text(folder / big)
     return result

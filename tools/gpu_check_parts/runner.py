@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from tools.gpu_check_parts import outcome
 from tools.gpu_check_parts.outcome import Status
 
 LOG = "log.txt"
+STOPPED = "ended by a signal to gpu_check"
 GRACE_S = 10.0  # between the request to end and the end
 _LINES = 12
 _TAIL_BYTES = 16_384
@@ -36,10 +38,16 @@ class Result:
 
 
 def run(
-    part: str, command: Sequence[str], folder: Path, seconds: float, environment: Mapping[str, str], root: Path
+    part: str,
+    command: Sequence[str],
+    folder: Path,
+    seconds: float,
+    environment: Mapping[str, str],
+    root: Path,
+    stop: threading.Event,
 ) -> Result:
     """Run `command`, which writes `outcome.FILE` into `folder`, in a session of its own; what it left running ends with
-    it. `root`: its working directory."""
+    it. `root`: its working directory; `stop`: it is to end at once."""
     folder.mkdir(parents=True, exist_ok=True)
     answer, log = folder / outcome.FILE, folder / LOG
     answer.unlink(missing_ok=True)
@@ -55,22 +63,24 @@ def run(
             start_new_session=True,
         )
         family = _Family(process.pid)
-        timed_out = not _wait(process, family, began + seconds)
+        done = _wait(process, family, began + seconds, stop)
         family.end()
         code = process.wait()
     took = time.monotonic() - began
     status, reason, numbers = _judge(answer, code)
-    if timed_out:
+    if not done and stop.is_set():
+        status, reason = Status.FAILED, STOPPED
+    elif not done:
         status, reason = Status.TIMED_OUT, f"not done after {seconds:.0f} s"
     if status in (Status.FAILED, Status.TIMED_OUT):
         reason = "\n".join([reason, *(f"| {line}" for line in last_lines(log))])
     return Result(part, status, round(took, 1), reason, numbers, str(log))
 
 
-def _wait(process: subprocess.Popen[bytes], family: _Family, until: float) -> bool:
-    """Whether it ended in time."""
+def _wait(process: subprocess.Popen[bytes], family: _Family, until: float, stop: threading.Event) -> bool:
+    """Whether it ended by itself in time."""
     while process.poll() is None:
-        if time.monotonic() > until:
+        if stop.is_set() or time.monotonic() > until:
             return False
         family.look()
         time.sleep(0.1)

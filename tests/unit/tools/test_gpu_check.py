@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,7 +21,7 @@ ANSWER = json.dumps({"status": "ok", "reason": "", "numbers": {"x": 1.5}})
 
 def run(code: str, folder: Path, seconds: float = 30.0) -> runner.Result:
     command = [sys.executable, "-c", code, str(folder)]
-    return runner.run("part", command, folder, seconds, os.environ, folder)
+    return runner.run("part", command, folder, seconds, os.environ, folder, threading.Event())
 
 
 def writes(text: str, then: str = "") -> str:
@@ -194,6 +195,27 @@ def test_time_runs_out(tmp_path, monkeypatch):
     slow, never = json.loads((out / report.JSON).read_text())["parts"]
     assert (slow["status"], never["status"]) == ("timed out", "skipped")
     assert "no time left" in never["reason"]
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
+def test_a_request_to_end_ends_what_runs(tmp_path, monkeypatch, number):
+    before = signal.getsignal(signal.SIGTERM)
+    child = "import time; time.sleep(99)"
+    ends = (
+        "import subprocess; child = subprocess.Popen([sys.executable, '-c', {!r}], start_new_session=True); "
+        "(context.folder / 'pid').write_text(str(child.pid)); os.kill(os.getppid(), signal.{}); time.sleep(99)"
+    )
+    pretend(monkeypatch, tmp_path, good="return Outcome()", ends=ends.format(child, number), never="return Outcome()")
+    out = tmp_path / "out"
+    assert gpu_check.main(["--device", "cpu", "--out", str(out)]) == 1
+    found = {
+        p["part"]: (p["status"], p["reason"].split("\n")[0])
+        for p in json.loads((out / report.JSON).read_text())["parts"]
+    }
+    assert found == {"good": ("ok", ""), "ends": ("failed", runner.STOPPED), "never": ("skipped", runner.STOPPED)}
+    pid = int((out / "parts/ends/pid").read_text())
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize("words", [["--parts", "kernels,typo"], ["--out", "."], ["--together", "0"]])
