@@ -40,7 +40,8 @@ class Runner(Protocol):
 _GLANCE_S = 1.0
 
 # Built in the composition root, with the engine and, where code is run, an open sandbox.
-MakeRunner = Callable[["Engine", SandboxClient | None], Runner]
+# The clock stands while the engine sleeps.
+MakeRunner = Callable[["Engine", SandboxClient | None, Callable[[], float]], Runner]
 
 
 @ray_actor
@@ -92,7 +93,7 @@ class EngineActor(Answers):
         box = None
         if config.uses_sandbox:
             box = await self._opened.enter_async_context(make_client(config.sandbox, self._sandboxes))
-        self._run = self._make_runner(self._engine, box)
+        self._run = self._make_runner(self._engine, box, self._engine.clock)
         # What a start makes lives as long as the process. Going through it, the collector stopped every fifth rollout.
         gc.collect()
         gc.freeze()

@@ -42,7 +42,9 @@ class ToolUseConfig(Section):
         description="Longest result shown to the policy, tokens; of a longer one both ends are kept.",
     )
     episode_seconds: float = Field(
-        default=600.0, gt=0, description="Wall-clock time of an episode; one that takes longer counts as failed."
+        default=600.0,
+        gt=0,
+        description="Wall-clock time of an episode while its engine is awake; one that takes longer counts as failed.",
     )
     tool_seconds: float = Field(
         default=20.0, gt=0, description="Wall-clock limit of a call, seconds; `sandbox.wall_seconds` if that is less."

@@ -4,6 +4,7 @@ encoded once, by the environment, and never re-rendered with the text before it.
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
@@ -83,11 +84,13 @@ MakeEnv = Callable[[Prompt], Env]
 
 @dataclass(frozen=True)
 class EnvContext(Generic[S]):
-    """What the environments of a run are made with. `box`: an open sandbox, None where the kind needs none."""
+    """What the environments of a run are made with. `box`: an open sandbox, None where the kind needs none; `clock`:
+    seconds, to measure by how long an episode has taken: it stands while the engine sleeps."""
 
     settings: S
     tokenizer: PreTrainedTokenizerBase
     box: SandboxClient | None = None
+    clock: Callable[[], float] = time.monotonic
 
 
 def nothing_to_check(context: EnvContext[Any]) -> None:

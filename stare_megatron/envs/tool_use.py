@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,10 +45,15 @@ _CHARACTERS_PER_TOKEN = 16  # more than text has, so that a long output need not
 
 
 class ToolUse:
-    """One episode; single use. `box`: an open sandbox, shared by the episodes."""
+    """One episode; single use. `box`: an open sandbox, shared by the episodes; `clock`: as of `EnvContext`."""
 
     def __init__(
-        self, prompt: Prompt, box: SandboxClient, tokenizer: PreTrainedTokenizerBase, config: ToolUseConfig
+        self,
+        prompt: Prompt,
+        box: SandboxClient,
+        tokenizer: PreTrainedTokenizerBase,
+        config: ToolUseConfig,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Raises:
         UserError: the tokenizer's chat template cannot render what `config.parser` needs.
@@ -57,6 +62,7 @@ class ToolUse:
         self._box = box
         self._tokenizer = tokenizer
         self._config = config
+        self._clock = clock
         self._parser = make_parser(config, tokenizer)
         self._encode = Encoder(tokenizer).plain
         self._turns: list[Turn] = []
@@ -74,7 +80,7 @@ class ToolUse:
         return tuple(self._turns)
 
     async def reset(self) -> npt.NDArray[np.int32]:
-        self._deadline = time.monotonic() + self._config.episode_seconds
+        self._deadline = self._clock() + self._config.episode_seconds
         return np.asarray(self._prompt.token_ids, np.int32)
 
     async def step(self, action: Completion) -> npt.NDArray[np.int32] | End:
@@ -138,7 +144,7 @@ class ToolUse:
         if isinstance(call, Malformed):
             calls.append(Call(call.tool, "", MALFORMED, 0.0))
             return self._shown(f"Error: {call.error}")
-        left = self._deadline - time.monotonic()
+        left = self._deadline - self._clock()
         if left <= 0:
             raise EnvError(f"env.episode_seconds = {self._config.episode_seconds:g} are over")
         result = await self._run(call.code, left)
@@ -178,7 +184,7 @@ class ToolUse:
 
 def _make(prompt: Prompt, context: EnvContext[ToolUseConfig]) -> ToolUse:
     assert context.box
-    return ToolUse(prompt, context.box, context.tokenizer, context.settings)
+    return ToolUse(prompt, context.box, context.tokenizer, context.settings, context.clock)
 
 
 def _check(context: EnvContext[ToolUseConfig]) -> None:

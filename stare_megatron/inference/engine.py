@@ -20,6 +20,7 @@ from stare_megatron.config import InferenceConfig
 from stare_megatron.config.upstream import check_engine_args
 from stare_megatron.errors import EngineLostError, RunError
 from stare_megatron.host import device
+from stare_megatron.inference.awake import AwakeClock
 from stare_megatron.inference.load import LoadMeter
 from stare_megatron.inference.output import Output
 from stare_megatron.inference.processes import ChildProcesses
@@ -100,6 +101,7 @@ class Engine:
         self._ids = itertools.count()
         self._seeds: dict[str, int] = {}  # of samples under way, by request
         self._asleep = False
+        self.clock = AwakeClock()
 
     async def start(self) -> None:
         """Load the checkpoint and get ready to sample.
@@ -274,6 +276,7 @@ class Engine:
         The weights are not kept: `wake("weights")`, a push and `wake("kv_cache")` must follow, in this order.
         """
         llm = self._running()
+        self.clock.stand()
         if device.engine_sleeps():
             await self._call(llm.sleep(level=2, mode="keep"))
         else:
@@ -287,7 +290,9 @@ class Engine:
             await self._call(llm.wake_up(tags=[part]))
         elif part == "kv_cache":
             await self._call(llm.resume_generation())
-        self._asleep = self._asleep and part != "kv_cache"
+        if part == "kv_cache":
+            self._asleep = False
+            self.clock.go()
 
     async def answer(self) -> None:
         """Returns when vLLM's core has answered, which it does between two iterations of its scheduler.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from stare_megatron import rewards
@@ -29,14 +30,20 @@ class Runner:
 
     All trajectories of a group, and of all groups that run at once, are played as tasks of that loop: while one waits
     for its tool the engine samples others. `box`: an open sandbox that outlives it, for an environment with a tool or
-    a reward that runs code.
+    a reward that runs code. `clock`: that of its environments (`EnvContext`).
 
     Raises:
         UserError: no tokenizer in the checkpoint, or one without what the environment needs.
         ValueError: an environment or a reward that needs a sandbox, without a box.
     """
 
-    def __init__(self, config: Config, sampler: Sampler, box: SandboxClient | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        sampler: Sampler,
+        box: SandboxClient | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._reward = rewards.make_reward(config.reward, box, config.sandbox)
         self._tokenizer = load_tokenizer(config.model.path, config.data.chat_template_kwargs)
         self._words = config.logging.reflection_words
@@ -45,7 +52,7 @@ class Runner:
         if self._kind.needs_sandbox and box is None:
             raise ValueError(f"env.name = {config.env.name!r} needs a sandbox")
         check_env(config.env, self._tokenizer)
-        self._context = EnvContext(config.env.settings, self._tokenizer, box)
+        self._context = EnvContext(config.env.settings, self._tokenizer, box, clock)
         self._masks = Masks(overlong=config.rollout.overlong == "mask", void=config.env.void_turns == "mask")
         self._sampler = sampler
         self._under_way: list[GroupUnderWay] = []

@@ -130,14 +130,17 @@ def test_checksums_are_those_of_the_checkpoint(engine: EngineProcess, model) -> 
 
 def test_requests_wait_while_the_engine_sleeps(engine: EngineProcess) -> None:
     engine.call("sleep")
+    began = engine.call("clock")
     waiting = engine.submit("sample", PROMPT, sampling())
     time.sleep(0.5)
     assert not waiting.done()
     engine.call("wake", "weights")
     time.sleep(0.2)
     assert not waiting.done()
+    assert engine.call("clock") == began
     engine.call("wake", "kv_cache")
     assert len(waiting.result(30).token_ids)
+    assert engine.call("clock") > began
 
 
 @pytest.mark.parametrize("own_core", [False, True])

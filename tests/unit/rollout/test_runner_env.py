@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from stare_megatron.config import parse
+from stare_megatron.inference.awake import AwakeClock
 from stare_megatron.rollout.groups import Runner, check_env
 from stare_megatron.run.folder import to_toml
 from stare_megatron.sandbox.result import Result
@@ -97,6 +98,27 @@ def test_settings_reach_the_episodes(folder):
     assert again.rewards == summary.rewards  # graded all the same
     assert not summary.zero_variance
     assert again.zero_variance  # only right answers are left to learn from
+
+
+@pytest.mark.parametrize("asleep", [True, False])
+def test_time_in_which_the_engine_sleeps_does_not_count(folder, asleep):
+    now = 100.0
+    clock = AwakeClock(lambda: now)
+
+    class Slow(Sampler):
+        async def sample(self, token_ids, sampling):
+            nonlocal now
+            if asleep:
+                clock.stand()
+            now += 700
+            clock.go()
+            return await super().sample(token_ids, sampling)
+
+    run = Runner(config(folder), Slow(), Box(), clock)
+    request = GroupRequest(0, Prompt("p", "s", "q", (40, 41), "4"), 12, Sampling(900, 1.0, 1.0, (), 5))
+    _, summary = asyncio.run(run(request))
+    assert (Status.FAILED in summary.statuses) == (not asleep)  # env.episode_seconds is 600
+    assert any(episode.calls for episode in summary.episodes) == asleep
 
 
 def test_a_tool_needs_a_sandbox_and_one_turn_needs_none(folder):
