@@ -201,7 +201,7 @@ def _groups(s: _Steps, c: Settings) -> str:
     useless = dropped + s.share("groups/zero_variance_kept", "groups/sampled")
     if useless < 0.5:
         return ""
-    solved, unsolved = s.mean("groups/all_correct_ratio"), s.mean("groups/none_correct_ratio")
+    solved, unsolved = (s.share(f"groups/{kind}_correct", "groups/sampled") for kind in ("all", "none"))
     kind = "easier" if unsolved > solved else "harder"
     return (
         f"{_percent(useless)} of the sampled groups have equal rewards and teach nothing ({_percent(solved)} solved by "

@@ -161,9 +161,9 @@ _ENTRIES = (
         "throughput/tokens_per_second",
         "tokens/s",
         R.MEAN,
-        "Action tokens sampled (sft: all tokens), by time of the step.",
+        "Action tokens of the groups that finished (sft: all tokens), by time of the step.",
     ),
-    Entry("throughput/rollout_tokens_per_second", "tokens/s", R.MEAN, "Action tokens sampled, by sampling time."),
+    Entry("throughput/rollout_tokens_per_second", "tokens/s", R.MEAN, "The same, by sampling time."),
     Entry(
         "throughput/tokens_per_second_per_device",
         "tokens/s",

@@ -21,6 +21,7 @@ from stare_megatron.metrics.advice import Settings, advise
 from stare_megatron.metrics.catalogue import Metric, by_name
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
+_SPEED = {"throughput/tokens_per_second", "time/step"}
 _PHASES = ("rollout", "score", "update", "push", "save", "eval")
 
 
@@ -173,6 +174,15 @@ class ConsoleSink:
         each = sum(recent) / len(recent) if recent else spent / done
         return f"{clock(spent)}, {clock(each * (self._total - self._step))} left"
 
+    def _speed(self) -> float:
+        """Tokens by time of the newest steps; NaN without one. In a stream no group may have finished in a step, and
+        tokens count where their group finishes."""
+        steps = [
+            (row["throughput/tokens_per_second"], row["time/step"]) for row in self._rows[-10:] if row.keys() >= _SPEED
+        ]
+        seconds = sum(each for _, each in steps)
+        return sum(rate * each for rate, each in steps) / seconds if seconds else math.nan
+
     def _add_curves(self, table: Table) -> None:
         row = self._rows[-1]
         curves = (
@@ -188,8 +198,9 @@ class ConsoleSink:
             values = [row[name] for row in self._rows if name in row]
             if (supervised and not values) or (label == "loss" and not supervised):  # in `train` it is near 0
                 continue
-            # Means of a batch are noisy: the last ten steps of what is a mean over prompts.
-            shown = mean(self._rows[-10:], name) if name.startswith("reward/") else row.get(name, math.nan)
+            # Means of a batch are noisy: the last ten steps of what is a mean over prompts. Else the newest value: in a
+            # stream no group may have finished in a step.
+            shown = mean(self._rows[-10:], name) if name.startswith("reward/") else (values or [math.nan])[-1]
             table.add_row(label, form.format(shown), Spark(values, style))
             if name == "policy/entropy" and self._has_target:
                 gate = "open" if row.get("stare/gate") else "closed"
@@ -198,7 +209,7 @@ class ConsoleSink:
     def _add_costs(self, table: Table) -> None:
         row = self._rows[-1]
         phases = "  ".join(f"{p} {row[f'time/{p}']:.1f}" for p in _PHASES if row.get(f"time/{p}"))
-        speed = f"{row.get('throughput/tokens_per_second', math.nan):,.0f} tokens/s"
+        speed = f"{self._speed():,.0f} tokens/s"
         table.add_row("speed", speed, Text(f"{phases} s", style="dim"))
         if "sft/sequences" in row:
             return

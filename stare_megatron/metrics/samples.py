@@ -77,14 +77,15 @@ def pick(groups: Mapping[int, Group], places: Sequence[tuple[int, int]]) -> list
 def write_samples(
     folder: Path, step: int, picked: Sequence[Picked], trained: int, sampled: int, decode: Decode
 ) -> Path:
-    """Write the trajectories picked of the `trained` ones of the update batch, for which `sampled` were sampled.
+    """Write the trajectories picked of the `trained` ones of the update batch; `sampled` were sampled since the batch
+    before, in a stream others than those, or none.
 
     `decode` turns token ids into text. Returns the file, which is replaced whole.
     """
     folder.mkdir(parents=True, exist_ok=True)
     text = (
         f"step {step}: {len(picked)} trajectories, the best and the worst of groups in turn, of the {trained} in the "
-        f"update batch; {sampled} were sampled\n"
+        f"update batch; {sampled} were sampled since the one before\n"
     )
     for p in picked:
         text += "\n" + _format(p.group, p.trajectory, p.score, decode)

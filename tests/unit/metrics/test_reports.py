@@ -261,5 +261,5 @@ def test_samples_say_how_many_they_are_taken_from(tmp_path):
         "=== a sample 0: reward 0, wrong, truncated, 1 action tokens, policy version 3, seed 0",
     ]
     assert text.startswith("step 10: 3 trajectories, the best and the worst of groups in turn, of the 6 in the update ")
-    assert "batch; 20 were sampled\n" in text
+    assert "batch; 20 were sampled since the one before\n" in text
     assert "--- prompt\n<5> <6>\n--- response\n<12>\n--- observation\n<7>\n--- answer\n2\n--- note\nchecked\n" in text

@@ -257,6 +257,26 @@ def test_live_display_shows_progress_and_ends_clean():
     assert out.getvalue().endswith("\x1b[?25h"), "the cursor must be shown again"
 
 
+def test_a_step_of_a_stream_in_which_no_group_finished_shows_the_newest_values():
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=110, height=30, color_system=None)
+    sink = ConsoleSink(console, Path("unit"), 4, 0, False, quiet=False)
+    sampled = {
+        "reward/mean": 0.25,
+        "reward/correct": 0.25,
+        "response/length_mean": 40.0,
+        "throughput/tokens_per_second": 300.0,
+    }
+    common = {"policy/entropy": 0.5, "mismatch/mean": 1e-4, "mismatch/max": 1e-3, "update/grad_norm": 1.0}
+    sink.log(1, metrics(sampled | common | {"time/step": 2.0}))
+    sink.log(2, metrics(common | {"throughput/tokens_per_second": 0.0, "time/step": 1.0}))
+    sink.close()
+    last = out.getvalue()[out.getvalue().rindex("stare-megatron unit") :]
+    for text in ("0.250", "40 tokens", "200 tokens/s"):
+        assert text in last, text
+    assert "nan" not in last
+
+
 @pytest.mark.parametrize("width", [160, 80, 50])
 def test_curves_fit_the_terminal_and_keep_the_newest_steps(tmp_path, width):
     """Rendered as a terminal would: the last step's block stands at the right, at any width."""

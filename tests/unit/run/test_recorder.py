@@ -218,7 +218,7 @@ def test_samples_are_written_when_due_with_what_the_update_knew(made):
     assert names == ["step_000001.txt", "step_000002.txt"]
     assert [sorted(wanted) for wanted in made.asked] == [[(0, 0), (0, 1), (1, 0), (1, 1)]] * 2
     head = (made.folder / "samples" / names[0]).read_text().partition("\n")[0]
-    assert head.endswith(f"of the {2 * SIZE} in the update batch; {5 * SIZE} were sampled")
+    assert head.endswith(f"of the {2 * SIZE} in the update batch; {5 * SIZE} were sampled since the one before")
     assert len(made.shown) == 2
 
 
