@@ -11,7 +11,7 @@
 # make lint    ruff and pyright     make docs        pages that are written from code
 # make clean   remove the environment, caches and the demo's model; runs/ stays
 #
-# Each makes .venv on first use, and again when the dependencies change; with CONSTRAINTS=constraints/cpu-py311.txt of exactly the
+# Each makes .venv on first use, and again when the dependencies change; with CONSTRAINTS=tools/constraints/cpu-py311.txt of exactly the
 # versions with which the tests passed.
 
 SHELL := bash

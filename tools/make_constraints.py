@@ -1,6 +1,6 @@
 """Write the versions of an environment in which the suite passed, as constraints for pip.
 
-.venv/bin/python tools/make_constraints.py            # constraints/cpu-py311.txt under Python 3.11
+.venv/bin/python tools/make_constraints.py            # tools/constraints/cpu-py311.txt under Python 3.11
 
 Run it in the environment of `make venv`. In the file are the packages that the extras `cpu` and `dev` lead to, without
 others that lie in the environment and without those that tools/make_venv.sh takes out again.
@@ -80,7 +80,7 @@ def page(name: str) -> str:
 
 
 def main(argv: list[str]) -> int:
-    default = Path("constraints") / f"cpu-py{sys.version_info.major}{sys.version_info.minor}.txt"
+    default = Path("tools/constraints") / f"cpu-py{sys.version_info.major}{sys.version_info.minor}.txt"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / default, help=f"file to write (default: {default})")
     args = parser.parse_args(argv)

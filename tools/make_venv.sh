@@ -3,7 +3,7 @@
 #
 # PYTHON           interpreter (default: the first of python3.11, 3.12, 3.13, python3 that runs and fits)
 # TORCH_CPU_INDEX  where PyTorch's CPU builds come from, if the usual index has none
-# CONSTRAINTS      file of exact versions, as constraints/cpu-py311.txt (default: what pyproject.toml allows)
+# CONSTRAINTS      file of exact versions, as tools/constraints/cpu-py311.txt (default: what pyproject.toml allows)
 set -euo pipefail
 
 venv=$1
@@ -16,7 +16,7 @@ fail() {
 }
 
 [[ -z ${CONSTRAINTS:-} || -f $CONSTRAINTS ]] ||
-    fail "CONSTRAINTS=$CONSTRAINTS is not a file; those of this repository are in constraints/"
+    fail "CONSTRAINTS=$CONSTRAINTS is not a file; those of this repository are in tools/constraints/"
 
 fits() {
     "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1

@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[3]
 TOOL = runpy.run_path(str(ROOT / "tools/make_constraints.py"))
-FILES = sorted((ROOT / "constraints").glob("*.txt"))
+FILES = sorted((ROOT / "tools/constraints").glob("*.txt"))
 
 each = pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 
@@ -100,6 +100,6 @@ def test_make_refuses_a_file_that_is_not_there(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert done.stderr == (
-        "make: CONSTRAINTS=constraints/none.txt is not a file; those of this repository are in constraints/\n"
+        "make: CONSTRAINTS=constraints/none.txt is not a file; those of this repository are in tools/constraints/\n"
     )
     assert not (tmp_path / "venv").exists()
