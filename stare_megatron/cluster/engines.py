@@ -33,7 +33,8 @@ class EngineGroup:
     """All engines, and the dispatcher that the rollout collects groups through: `submit`, `results`.
 
     Which engine samples what: `dispatch`. `sandboxes`: actors that run code;
-    `tell`: is told of every change of an engine's state; `pushes`: weights come from a trainer.
+    `tell`: is told of every change of an engine's state, and of what an engine's loss has cost; `pushes`: weights come
+    from a trainer.
 
     An engine that is lost costs nothing but time: what it had is sampled again, with their seeds, by others,
     and it is started again (`fleet`).
@@ -58,6 +59,7 @@ class EngineGroup:
 
         names = [f"engine {i}" for i in range(len(slots))]
         cluster = config.cluster.address != "local"
+        self._tell = tell
         self._crew = runtime.Crew(names, lookout.say, named_hosts=cluster, lost=EngineLostError, lookout=lookout)
         self._keeper = Keeper(config, self._crew, make, slots, tell, pushes=pushes)
         lookout.add("engines", self._crew, self._keeper.actors)
@@ -138,7 +140,10 @@ class EngineGroup:
         while True:
             waited = [i for i in engines if self._keeper.fleet.state(i) in UP and not self._keeper.has_answered(i)]
             if not waited:
-                return any(self._keeper.fleet.state(i) not in UP for i in engines)
+                lost = ", ".join(self._crew.names[i] for i in engines if self._keeper.fleet.state(i) not in UP)
+                if lost:
+                    self._tell(RunEvent("push", "", "", "FAILED", f"{lost} lost in it", news=False))
+                return bool(lost)
             time.sleep(_GLANCE_S)
             self._keeper.tick()
 
@@ -233,10 +238,14 @@ class EngineGroup:
     def measured(self) -> tuple[Measured, ...]:
         """How the engines fared since this was last asked."""
         restarts, self._keeper.restarts = self._keeper.restarts, 0
+        again = self._dispatch.take_again()
+        if again:
+            what = f"{again} groups, or parts of spread ones, that engines had which were lost"
+            self._tell(RunEvent("sampling", "", "", "AGAIN", what, news=False))
         return (
             Measured("fleet/healthy", len(self._keeper.fleet.those(State.HEALTHY))),
             Measured("fleet/restarts", restarts),
-            Measured("fleet/groups_again", self._dispatch.take_again()),
+            Measured("fleet/groups_again", again),
         )
 
     def close(self) -> None:

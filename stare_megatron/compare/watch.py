@@ -101,7 +101,9 @@ def last_events(run: Path) -> list[str]:
     file = run / events.FILE
     lines = file.read_text().split("\n")[:-1] if file.is_file() else []
     rows = [json.loads(line) for line in lines[-_EVENTS:]]
-    return [f"{row['time'][11:19]} {row['who']}: {row['old']} -> {row['new']}: {row['reason']}" for row in rows]
+    return [
+        f"{row['time'][11:19]} {row['who']}: {events.change(row['old'], row['new'])}: {row['reason']}" for row in rows
+    ]
 
 
 def watch(run: Path, host: str, port: int | None, say: Callable[[str], None]) -> None:

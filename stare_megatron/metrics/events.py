@@ -1,4 +1,4 @@
-"""`events.jsonl`: what happened to a run's processes, one JSON object a line; and the same in words.
+"""`events.jsonl`: what happened to a run and its processes, one JSON object a line; and the same in words.
 
 {"time": "2026-11-28T01:02:03.4+00:00", "who": "engine 1", "node": "node-b (10.0.0.2)", "old": "HEALTHY",
  "new": "DEAD", "reason": "its process died: ..."}
@@ -37,8 +37,26 @@ class Events:
         if event.news:
             self._note(text(event))
 
+    def happened(self, who: str, what: str, reason: str) -> None:
+        """Something that is no change of a state; the screen has it from elsewhere, or need not."""
+        self(RunEvent(who, "", "", what, reason, news=False))
+
+    def noted(self, who: str, what: str) -> Callable[[str], None]:
+        """Shows the user a line, and has it on record as something that happened."""
+
+        def say(reason: str) -> None:
+            self._note(reason)
+            self.happened(who, what, reason)
+
+        return say
+
 
 def text(event: RunEvent) -> str:
     """An event as one line."""
     where = f" on {event.node}" if event.node else ""
-    return f"{event.who}{where}: {event.old} -> {event.new}: {event.reason}"
+    return f"{event.who}{where}: {change(event.old, event.new)}: {event.reason}"
+
+
+def change(old: str, new: str) -> str:
+    """From a state to another, or what happened."""
+    return f"{old} -> {new}" if old else new

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
-from stare_megatron.errors import UserError
+from stare_megatron.data.tokenizer import first_line
+from stare_megatron.errors import RunError, UserError
+from stare_megatron.metrics.events import Events
 from stare_megatron.run import folder as run_folder
+
+
+@contextlib.contextmanager
+def on_record(events: Events) -> Iterator[None]:
+    """What ends the run before its end is an event of it."""
+    try:
+        yield
+    except (RunError, KeyboardInterrupt) as e:
+        events.happened("run", "FAILED", "stopped at once" if isinstance(e, KeyboardInterrupt) else first_line(e))
+        raise
 
 
 def ended(

@@ -34,7 +34,7 @@ from stare_megatron.rollout.window import Window
 from stare_megatron.run import folder as run_folder
 from stare_megatron.run import forecast, loop, preflight, resuming, sizing
 from stare_megatron.run.banking import Banking
-from stare_megatron.run.ending import ended
+from stare_megatron.run.ending import ended, on_record
 from stare_megatron.run.evaluation import Evaluations, Evaluator
 from stare_megatron.run.rates import rates_of
 from stare_megatron.run.recorder import Recorder
@@ -148,11 +148,15 @@ def today(config: Root, tokenizer: PreTrainedTokenizerBase) -> Root:
 def _run(prepared: Prepared, folder: run_folder.RunFolder, sinks: Sinks) -> int:
     """Start everything and train; returns the steps done."""
     config = prepared.config
-    stop = StopSignal(sinks.note)
     load = sizing.rollout_load(config)
     tell = Events(folder.path, sinks.note)
+    stop = StopSignal(tell.noted("run", "STOPPING"))
     start = prepared.stream.state()
-    with open_session(config, folder.logs, sinks.status, load, tell=tell) as session, stop.installed():
+    with (
+        on_record(tell),
+        open_session(config, folder.logs, sinks.status, load, tell=tell) as session,
+        stop.installed(),
+    ):
         restarts = 0
         choice = resuming.Choice(folder.checkpoints, start, sinks.note)
         if prepared.resume_from is not None and checkpoint.is_local(prepared.resume_from):
@@ -163,9 +167,13 @@ def _run(prepared: Prepared, folder: run_folder.RunFolder, sinks: Sinks) -> int:
         while True:
             try:
                 session.lookout.step = prepared.restored
-                run = _assemble(prepared, folder, sinks, stop, session)
+                run = _assemble(prepared, folder, sinks, stop, session, tell)
+                if prepared.resume_from is not None:
+                    tell.happened("run", "RESUMED", f"going on from step {prepared.restored}, {prepared.resume_from}")
                 with session.lookout.watching():
-                    return loop.train(run)
+                    done = loop.train(run)
+                tell.happened("run", "ENDED", f"{done} of {config.run.steps} steps are done")
+                return done
             except MissingFilesError as e:
                 prepared = choice.without(prepared, session, str(e))
                 if prepared.resume_from is None:
@@ -191,7 +199,7 @@ def is_unexplained(error: RunError) -> bool:
 
 
 def _assemble(
-    prepared: Prepared, folder: run_folder.RunFolder, sinks: Sinks, stop: StopSignal, session: Session
+    prepared: Prepared, folder: run_folder.RunFolder, sinks: Sinks, stop: StopSignal, session: Session, tell: Events
 ) -> loop.Run[runtime.Ref]:
     """The parts of a run, put together."""
     config, stream = prepared.config, prepared.stream
@@ -207,7 +215,7 @@ def _assemble(
         warn=sinks.note,
         local=_local(config, folder, trainers),
     )
-    sampler, banking = _sampler(prepared, session, sinks, stop)
+    sampler, banking = _sampler(prepared, session, sinks, stop, tell)
     if banking is not None:
         saver.durable = banking.durable
     controller = EntropyController(config.algorithm, ALGORITHMS[config.algorithm.method])
@@ -245,7 +253,7 @@ def _local(config: Config, folder: run_folder.RunFolder, trainers: checkpoint.No
 
 
 def _sampler(
-    prepared: Prepared, session: Session, sinks: Sinks, stop: StopSignal
+    prepared: Prepared, session: Session, sinks: Sinks, stop: StopSignal, tell: Events
 ) -> tuple[Sampler[Collected[runtime.Ref]], Banking[runtime.Ref] | None]:
     """The sampler, and who keeps what it samples ahead in the run's bank, if anyone does."""
     config, stream, engines = prepared.config, prepared.stream, session.engines
@@ -261,9 +269,10 @@ def _sampler(
         if isinstance(prepared.ahead, checkpoint.Outstanding):
             resumed = streaming.restore(prepared.ahead, prepared.restored)
             if prepared.ahead.requests:
-                sinks.note(str(resumed))
+                tell.noted("sampling", "RESUMED")(str(resumed))
         return streaming, banking
-    sampler = OneStepSampler(collector, stream, store, config.run.steps, engines, sinks.note)
+    again = tell.noted("sampling", "AGAIN")
+    sampler = OneStepSampler(collector, stream, store, config.run.steps, engines, again)
     if isinstance(prepared.ahead, checkpoint.Ahead):
         sampler.restore(prepared.ahead)
     return sampler, None

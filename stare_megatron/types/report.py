@@ -63,8 +63,9 @@ class EngineReport(Report):
 
 @dataclass(frozen=True)
 class RunEvent:
-    """What happened to a process of a run. `who`: `engine 1`, `trainer ranks`; `node`: host and address, as far as
-    known; `old` and `new`: its states; `news`: worth a line on the screen."""
+    """What happened in a run. `who`: `engine 1`, `trainer ranks`, or what has no states: `run`, `sampling`, `push`;
+    `node`: host and address, as far as known; `old` and `new`: its states, or "" and what happened; `news`: worth a
+    line on the screen."""
 
     who: str
     node: str

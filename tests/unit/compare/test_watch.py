@@ -125,11 +125,13 @@ def test_what_happened_to_processes_is_shown(tmp_path):
     tell = events.Events(run, lambda line: None)
     for n in range(7):
         tell(RunEvent(f"engine {n}", "", "HEALTHY", "DEAD", "killed"))
+    tell.happened("run", "STOPPING", "an end is wanted")
     with (run / "events.jsonl").open("a") as file:
         file.write('{"time": "20')
     said = state(Watcher(run))["events"]
     assert len(said) == 5
-    assert said[-1].endswith("engine 6: HEALTHY -> DEAD: killed")
+    assert said[-2].endswith("engine 6: HEALTHY -> DEAD: killed")
+    assert said[-1].endswith(" run: STOPPING: an end is wanted")
 
 
 def test_the_report_of_one_run_has_its_advice_and_folds_the_shares(tmp_path):

@@ -1,7 +1,7 @@
 import datetime
 import json
 
-from stare_megatron.metrics.events import FILE, Events
+from stare_megatron.metrics.events import FILE, Events, change
 from stare_megatron.types.report import RunEvent
 
 
@@ -15,8 +15,13 @@ def test_events_are_on_record_and_news_on_the_screen(tmp_path):
         "engine 1 on b (10.0.0.2): HEALTHY -> DEAD: its process died",
         "trainer ranks: DEAD -> RESTARTING: 1 restarts are left",
     ]
+    tell.happened("run", "ENDED", "3 of 3 steps are done")
+    tell.noted("run", "STOPPING")("stopping after this step")
+    assert said[2:] == ["stopping after this step"]
     rows = [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()]
-    assert [row["new"] for row in rows] == ["HEALTHY", "DEAD", "RESTARTING"]
+    assert [row["new"] for row in rows] == ["HEALTHY", "DEAD", "RESTARTING", "ENDED", "STOPPING"]
+    assert [row["old"] for row in rows] == ["STALE", "HEALTHY", "DEAD", "", ""]
+    assert [change(row["old"], row["new"]) for row in rows[2:4]] == ["DEAD -> RESTARTING", "ENDED"]
     assert set(rows[1]) == {"time", "who", "node", "old", "new", "reason"}
     age = datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(rows[1]["time"])
     assert abs(age.total_seconds()) < 60

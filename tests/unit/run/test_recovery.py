@@ -99,8 +99,13 @@ class Run:
         return train._run(prepared, self.folder, self.sinks)  # pyright: ignore
 
     def events(self) -> list[tuple[str, str]]:
-        lines = (self.folder.path / "events.jsonl").read_text().splitlines()
-        return [(row["old"], row["new"]) for row in map(json.loads, lines)]
+        return [(row["old"], row["new"]) for row in self.rows() if row["who"] == "trainer ranks"]
+
+    def rows(self) -> list[dict[str, str]]:
+        return [json.loads(line) for line in (self.folder.path / "events.jsonl").read_text().splitlines()]
+
+    def of_the_run(self) -> list[tuple[str, str]]:
+        return [(row["new"], row["reason"]) for row in self.rows() if row["who"] == "run"]
 
 
 def test_it_goes_on_from_the_last_checkpoint(tmp_path, monkeypatch):
@@ -112,6 +117,10 @@ def test_it_goes_on_from_the_last_checkpoint(tmp_path, monkeypatch):
     assert all(step == cursor for step, cursor in run.trained)
     assert [step for step, _ in run.trained] == [1, 2, 3, 4, 5, 6, 5, 6, 7, 8, 9, 9, 10]
     assert run.events() == [("HEALTHY", "DEAD"), ("DEAD", "RESTARTING"), ("RESTARTING", "HEALTHY")] * 2
+    assert run.of_the_run() == [
+        *(("RESUMED", f"going on from step {step}, {run.folder.checkpoints / f'step_00000{step}'}") for step in (4, 8)),
+        ("ENDED", "10 of 10 steps are done"),
+    ]
     assert "trainer ranks: HEALTHY -> DEAD: trainer rank 1: its process died" in run.sinks.notes
     assert "trainer ranks: RESTARTING -> HEALTHY: going on from step 4" in run.sinks.notes
 
@@ -139,6 +148,7 @@ def test_restarts_are_limited(tmp_path, monkeypatch, restarts, losses):
     with pytest.raises(RanksLostError, match="trainer rank 1: its process died"):
         run.go()
     assert run.restarts == restarts
+    assert run.of_the_run()[-1] == ("FAILED", "trainer rank 1: its process died")
 
 
 @pytest.mark.parametrize(("culprits", "outlived"), [(("trainer rank 1",), True), ((), False)])
