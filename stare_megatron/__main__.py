@@ -323,7 +323,7 @@ def _add_runs(commands: Any) -> None:
     examples = ("eval run.toml --model runs/demo", "eval run.toml eval.benchmarks=aime24.jsonl eval.samples=32")
     add = _command(commands, "eval", _eval, about, *examples).add_argument
     add("config", type=paths.argument, help="TOML file of a run")
-    add("overrides", nargs="*", metavar="key.sub=value", help="override a key of the file")
+    add("overrides", nargs="*", default=[], metavar="key.sub=value", help="override a key of the file")
     policy = "Hugging Face folder, training checkpoint or run folder (default: the file's model.path)"
     add("--model", type=paths.argument, metavar="FOLDER", help=policy)
     add(
@@ -356,13 +356,14 @@ def _add_runs(commands: Any) -> None:
 def _add_run(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("config", type=paths.argument, help="TOML file; `stare-megatron config` explains its keys")
-    add("overrides", nargs="*", metavar="key.sub=value", help="override a key of the file")
+    add("overrides", nargs="*", default=[], metavar="key.sub=value", help="override a key of the file")
     add("--print-config", action="store_true", help="print the resolved configuration, every key in use, and exit")
     add("--quiet", action="store_true", help="one line per step instead of the live display")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = _parser()
+    completion.check_command(parser, sys.argv[1:] if argv is None else argv)
     # argparse takes a list of positionals in one piece only; overrides after an option are what is left over.
     args, rest = parser.parse_known_args(argv)
     if rest and (

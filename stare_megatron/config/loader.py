@@ -85,9 +85,20 @@ def load_run(path: Path, overrides: list[str]) -> Config | SftConfig:
 
 def _read(path: Path, overrides: list[str], root: type[Root]) -> Root:
     source = include.read(path)
+    _check_kind(path, source.tree, root)
     for item in overrides:
         _override(source, item)
     return _parsed(source, root)
+
+
+def _check_kind(path: Path, tree: Mapping[str, Any], root: type[Root]) -> None:
+    """Raises: UserError: the file is one of the other command, of which every key would be called unknown."""
+    supervised = [table for table in ("sft",) if table in tree]
+    others = [table for table in ("reward", "rollout", "algorithm") if table in tree]
+    if root is Config and supervised and not others:
+        raise UserError(f"{path}: [sft] is of supervised training; its command is `sft`, not `train`")
+    if root is SftConfig and others and not supervised:
+        raise UserError(f"{path}: [{others[0]}] is of a run that samples; its command is `train`, not `sft`")
 
 
 class _Alone(Section):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+
+from stare_megatron.errors import suggest
 
 ABOUT = "print the completion of commands, options, keys and pages for a shell"
 EXAMPLES = ("completion bash >> ~/.bashrc", "completion zsh >> ~/.zshrc")
@@ -43,8 +45,7 @@ def script(parser: argparse.ArgumentParser, shell: str, keys: Iterable[str], pag
         keys: of the configuration; commands that take `key.sub=value` offer them.
         pages: a command's name -> what its argument may be.
     """
-    (tree,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    commands: Mapping[str, argparse.ArgumentParser] = tree.choices
+    commands = _commands(parser)
     cases = [_case(name, command, pages.get(name, ())) for name, command in commands.items()]
     made = _BASH.format(
         keys=shlex.quote(" ".join(f"{key}=" for key in keys)),
@@ -52,6 +53,18 @@ def script(parser: argparse.ArgumentParser, shell: str, keys: Iterable[str], pag
         cases="\n".join(cases),
     )
     return made if shell == "bash" else _ZSH + made
+
+
+def check_command(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """End with the name that was meant where a command line's first word is near one; argparse lists them all."""
+    commands = _commands(parser)
+    if words and words[0] not in commands and (meant := suggest(words[0], commands)):
+        parser.error(f"no command {words[0]!r}{meant}")
+
+
+def _commands(parser: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentParser]:
+    (tree,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return tree.choices
 
 
 def _case(name: str, command: argparse.ArgumentParser, pages: Iterable[str]) -> str:

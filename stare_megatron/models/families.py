@@ -33,7 +33,9 @@ def read_hf_config(path: Path) -> ModelShape:
     if not path.exists() and name.count("/") == 1 and not name.startswith(".."):
         fetch = f"hf download {name} --local-dir {name}"
         raise UserError(f"model.path = {str(path)!r}: no such folder; to fetch it from the Hugging Face hub: {fetch}")
-    fields = read_object(file, "; set model.path")
+    if not path.exists():
+        raise UserError(f"model.path = {str(path)!r}: no such folder; set it, or make what it names first")
+    fields = read_object(file, ": not a Hugging Face checkpoint; set model.path")
     family = FAMILIES.get(str(fields.get("model_type")))
     architectures = fields.get("architectures") or []
     if not isinstance(architectures, list):

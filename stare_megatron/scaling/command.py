@@ -63,7 +63,7 @@ def run(paths: Sequence[Path], options: Options, study: StudyOptions, console: C
         raise UserError(f"{files[0]}: give one study file, or the folders of runs")
     if not files:
         if options.out is None:
-            raise UserError("--out FOLDER: where the page goes")
+            raise UserError("--out FOLDER is missing: where the page of these runs goes")
         if study != StudyOptions():
             raise UserError("--form, --only, --jobs and --dry-run are of a study file; runs are given by their folders")
         return _report(paths, options, options.out, console)

@@ -49,6 +49,31 @@ def test_nothing_is_suggested_where_nothing_is_near(tmp_path):
         load(tmp_path, "algorithm.stare.beta_kl=1")
 
 
+def test_a_file_that_is_not_there_is_answered_with_where_to_start(tmp_path):
+    with pytest.raises(
+        UserError, match=r"none\.toml: cannot read .*: No such file or directory; .*`stare-megatron example`"
+    ):
+        config.load(tmp_path / "none.toml", [])
+
+
+@pytest.mark.parametrize(
+    ("read", "text", "answer"),
+    [
+        (config.load, "[sft]\nepochs = 1\n", r"\[sft\] is of supervised training; its command is `sft`, not `train`"),
+        (config.load_sft, "[data]\nmax_prompt_tokens = 8\n[rollout]\n", r"\[rollout\] .* `train`, not `sft`"),
+        # With tables of both it is a mistake in one of them.
+        (config.load, "[sft]\n[rollout]\n", "unknown key 'sft'"),
+        (config.load_sft, "[sft]\n[rollout]\n", "unknown key 'rollout'"),
+    ],
+    ids=["train", "sft", "both, train", "both, sft"],
+)
+def test_a_file_of_the_other_command_is_called_so(tmp_path, read, text, answer):
+    file = tmp_path / "run.toml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=answer):
+        read(file, [])
+
+
 def test_a_string_is_a_list_of_one(tmp_path):
     read = load(tmp_path, "data.train=b.jsonl", "eval.benchmarks=c.jsonl", "run.resume_allow=data")
     assert read.data.train == [Path("b.jsonl").absolute()]

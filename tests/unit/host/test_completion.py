@@ -70,3 +70,17 @@ def test_zsh_takes_it(tmp_path, capsys):
     (tmp_path / "file").write_text(capsys.readouterr().out)
     done = subprocess.run(["zsh", "-f", "-c", f"source {tmp_path}/file"], capture_output=True, text=True, timeout=30)
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["trian", "run.toml"], "error: no command 'trian'; did you mean 'train'?\n"),
+        (["xyzzy"], "invalid choice: 'xyzzy' (choose from 'train', "),
+        (["train"], "error: the following arguments are required: config\n"),
+    ],
+)
+def test_a_wrong_command_line_is_answered_with_what_was_meant(words, said, capsys):
+    with pytest.raises(SystemExit):
+        main(words)
+    assert said in capsys.readouterr().err

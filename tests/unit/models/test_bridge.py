@@ -228,8 +228,10 @@ def test_what_is_left_out_is_what_transformers_takes_it_for(tmp_path: Path, mode
 
 
 def test_no_configuration(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match="nowhere': no such folder"):
         read_hf_config(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"config\.json: cannot read it: .*not a Hugging Face checkpoint"):
+        read_hf_config(tmp_path)
     with pytest.raises(UserError, match=r"hf download Qwen/Nowhere-1B --local-dir Qwen/Nowhere-1B$"):
         read_hf_config(Path("Qwen/Nowhere-1B"))
 

@@ -107,7 +107,7 @@ def test_a_sound_run_passes_and_writes_nothing(make, files):
 
 def test_missing_model_folder(make, files):
     shutil.rmtree(files / "model")
-    refused(make(), "model/config.json", "No such file", "set model.path")
+    refused(make(), "model.path = ", "/model': no such folder; set it, or make what it names first")
 
 
 def test_unsupported_architecture(make, files):
@@ -389,7 +389,7 @@ def test_the_command_line_ends_with_code_2_and_one_line(files):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1
-    assert "nowhere/config.json" in done.stderr
+    assert "/nowhere': no such folder" in done.stderr
     assert not (files / "runs").exists()
 
 
