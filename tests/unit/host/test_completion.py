@@ -76,7 +76,7 @@ def test_zsh_takes_it(tmp_path, capsys):
     ("words", "said"),
     [
         (["trian", "run.toml"], "error: no command 'trian'; did you mean 'train'?\n"),
-        (["xyzzy"], "invalid choice: 'xyzzy' (choose from 'train', "),
+        (["xyzzy"], "invalid choice: 'xyzzy' (choose from "),
         (["train"], "error: the following arguments are required: config\n"),
     ],
 )
