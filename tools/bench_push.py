@@ -1,9 +1,10 @@
 """A push of weights into one vLLM worker on this machine, whole tensors and sharded, beside memcpy, in one run.
 
-python tools/bench_push.py [FOLDER with config.json]
+python tools/bench_push.py [FOLDER with config.json] [--only whole|sharded] [--pushes N]
 
 The weights are random, laid out as one Megatron-Core rank has them; the engine's side is vLLM's worker in a process of
-its own. Without a folder: a Qwen2 of 536 million parameters in bfloat16, tied. CPUs only.
+its own. Without a folder: a Qwen2 of 536 million parameters in bfloat16, tied. CPUs only. Seconds of a processor, which
+the kernel counts for each process, say what a push costs where others want the cores too.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import resource
 import statistics
 import sys
 import tempfile
@@ -19,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -40,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.gpu_check_parts.push_receivers import vllm_worker
 
 DTYPE = torch.bfloat16
-PUSHES = 5  # of each kind, by turns; the first is left out
+KINDS = {"whole": "gloo", "sharded": "sharded"}  # our names, and vLLM's backends
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
@@ -91,20 +93,20 @@ def serve(pipe: Connection, folder: str) -> None:
     """The engine's process: a worker, and both ways to receive on its one model."""
     engines = _engines(folder)
     seconds = _clocks()
-    before = 0
+    before, began = 0, Used.now()
     while (order := pipe.recv()) is not None:
         kind, method, args = order
         if method == "init_weight_transfer_engine":
             engines[kind].init_transfer_engine(engines[kind].parse_init_info(*args))
         elif method == "start_weight_update":
             seconds.clear()
-            before = forget_peak()
+            before, began = forget_peak(), Used.now()
             engines[kind].start_weight_update()
         elif method == "update_weights":
             engines[kind].receive_weights(engines[kind].parse_update_info(*args))
         elif method == "finish_weight_update":
             engines[kind].finish_weight_update()
-            seconds["grew"] = peak() - before
+            seconds |= {"held": before, "grew": peak() - before, **(Used.now() - began)._asdict()}
         pipe.send(dict(seconds))
 
 
@@ -115,8 +117,9 @@ def _engines(folder: str) -> dict[str, Any]:
     worker, config = vllm_worker(folder, on_gpu=False)
     model = worker.model_runner.get_model()
     make = WeightTransferEngineFactory.create_engine
-    kinds = ("gloo", "sharded")
-    return {kind: make(WeightTransferConfig(backend=kind), config, torch.device("cpu"), model) for kind in kinds}
+    return {
+        kind: make(WeightTransferConfig(backend=kind), config, torch.device("cpu"), model) for kind in KINDS.values()
+    }
 
 
 def _clocks() -> dict[str, float]:
@@ -129,12 +132,29 @@ def _clocks() -> dict[str, float]:
         process = kind.process_weights_after_loading
 
         def timed(self: Any, layer: Any, process: Callable[..., None] = process) -> None:
-            began = time.perf_counter()
+            began, used = time.perf_counter(), Used.now()
             process(self, layer)
             seconds["packing"] = seconds.get("packing", 0.0) + time.perf_counter() - began
+            seconds["packing_cpu"] = seconds.get("packing_cpu", 0.0) + sum((Used.now() - used)[:2])
 
         kind.process_weights_after_loading = timed
     return seconds
+
+
+class Used(NamedTuple):
+    """What this process has had of the processors: seconds of its own and in the kernel, and pages it was given."""
+
+    user: float
+    system: float
+    pages: int
+
+    @classmethod
+    def now(cls) -> Used:
+        found = resource.getrusage(resource.RUSAGE_SELF)
+        return cls(found.ru_utime, found.ru_stime, found.ru_minflt)
+
+    def __sub__(self, other: Used) -> Used:
+        return Used(self.user - other.user, self.system - other.system, self.pages - other.pages)
 
 
 def forget_peak() -> int:
@@ -159,7 +179,23 @@ def memcpy_rate() -> float:
     return best
 
 
-def push_all(rank: Rank, pipe: Connection) -> None:
+class Push(NamedTuple):
+    """One push: `seconds`, of them `packing`; processor seconds; pages; bytes by which resident memory
+    grew, and what the engine had before."""
+
+    seconds: float
+    packing: float
+    packing_cpu: float
+    sender_cpu: float
+    engine_user: float
+    engine_system: float
+    engine_pages: float
+    sender_grew: float
+    engine_grew: float
+    engine_held: float
+
+
+def push_all(rank: Rank, pipe: Connection, chosen: Sequence[str], pushes: int) -> None:
     engine: dict[str, float] = {}
 
     def client(kind: str) -> EngineFanOut:
@@ -169,37 +205,61 @@ def push_all(rank: Rank, pipe: Connection) -> None:
 
         return EngineFanOut([1], call)
 
-    whole = WeightPusher("gloo", 0, WeightStream(rank.specs, rank.whole), client("gloo"), "127.0.0.1")
-    sharded = ShardedPusher(0, 1, rank.specs, rank.holdings, host_store("127.0.0.1"), "127.0.0.1")
-    whole.connect()
-    began = time.perf_counter()
-    sharded.connect({"engine 0": client("sharded")})
-    print(f"the plan, once: {time.perf_counter() - began:.2f} s")
-    ways: dict[str, Callable[[int], Any]] = {"whole": whole.push, "sharded": sharded.push}
-    found: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
-    grew: dict[str, tuple[float, float]] = {}
-    for number in range(PUSHES):
+    ways: dict[str, Callable[[int], Any]] = {}
+    if "whole" in chosen:
+        whole = WeightPusher("gloo", 0, WeightStream(rank.specs, rank.whole), client("gloo"), "127.0.0.1")
+        whole.connect()
+        ways["whole"] = whole.push
+    if "sharded" in chosen:
+        sharded = ShardedPusher(0, 1, rank.specs, rank.holdings, host_store("127.0.0.1"), "127.0.0.1")
+        began = time.perf_counter()
+        sharded.connect({"engine 0": client("sharded")})
+        print(f"the plan, once: {time.perf_counter() - began:.2f} s", flush=True)
+        ways["sharded"] = sharded.push
+    found: dict[str, list[Push]] = {way: [] for way in ways}
+    for number in range(pushes):
         for way, push in ways.items():
             engine.clear()
-            before = forget_peak()
+            before, used = forget_peak(), Used.now()
             began = time.perf_counter()
             push(number)
-            found[way].append((time.perf_counter() - began, engine.get("packing", 0.0)))
-            grew[way] = (peak() - before) / 2**20, engine["grew"] / 2**20
+            seconds, mine = time.perf_counter() - began, Used.now() - used
+            packing = engine.get("packing", 0.0), engine.get("packing_cpu", 0.0)
+            theirs = engine["user"], engine["system"], engine["pages"]
+            found[way].append(
+                Push(
+                    seconds, *packing, mine.user + mine.system, *theirs, peak() - before, engine["grew"], engine["held"]
+                )
+            )
     rate = memcpy_rate()
     print(f"{rank.bytes / 1e6:.0f} MB; memcpy {rate / 1e9:.2f} GB/s, {rank.bytes / rate:.2f} s")
-    for way, times in found.items():
-        total, packed = (statistics.median(column) for column in zip(*times[1:], strict=True))
-        share, bare = rank.bytes / total / rate, rank.bytes / (total - packed) / rate
-        print(f"{way}: {total:.2f} s, {rank.bytes / total / 1e9:.2f} GB/s, {share:.2f} of memcpy's rate")
-        print(f"  {packed:.2f} s of it the engine's packing; {bare:.2f} of memcpy's rate without")
-        print(f"  resident memory grew by {grew[way][0]:.0f} MiB (sender) and {grew[way][1]:.0f} MiB (engine)")
+    for way, measured in found.items():
+        show(way, measured, rank.bytes, rate)
+
+
+def show(way: str, measured: Sequence[Push], size: int, rate: float) -> None:
+    """Medians of all but the first; of memory what the last took."""
+    m, last = Push(*map(statistics.median, zip(*measured[1:], strict=True))), measured[-1]
+    share, bare = size / m.seconds / rate, size / (m.seconds - m.packing) / rate
+    print(f"{way}: {m.seconds:.2f} s, {size / m.seconds / 1e9:.2f} GB/s, {share:.2f} of memcpy's rate")
+    print(f"  {m.packing:.2f} s of it the engine's packing; {bare:.2f} of memcpy's rate without")
+    print(
+        f"  processor seconds: sender {m.sender_cpu:.2f}, engine {m.engine_user + m.engine_system:.2f}, of them "
+        f"{m.packing_cpu:.2f} its packing, {m.engine_system:.2f} the kernel, for {m.engine_pages:.0f} pages"
+    )
+    print(
+        f"  resident memory grew by {last.sender_grew / 2**20:.0f} MiB (sender) and {last.engine_grew / 2**20:.0f} MiB "
+        f"(engine, from {last.engine_held / 2**20:.0f})"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", type=Path, metavar="FOLDER", help="with a config.json")
-    model = parser.parse_args().model
+    parser.add_argument("--only", choices=KINDS, help="one way alone, not both by turns")
+    parser.add_argument("--pushes", type=int, default=5, help="of each kind; the first is left out (default: 5)")
+    options = parser.parse_args()
+    model: Path | None = options.model
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as made:
         folder = model or Path(made)
@@ -212,7 +272,9 @@ def main() -> None:
         engine.start()
         theirs.close()
         try:
-            push_all(Rank(read_hf_config(folder)), mine)
+            push_all(
+                Rank(read_hf_config(folder)), mine, [options.only] if options.only else list(KINDS), options.pushes
+            )
             mine.send(None)
             engine.join(20)
         finally:

@@ -39,6 +39,16 @@ def drop_packed(module: torch.nn.Module) -> None:
     vars(module).pop("cpu_linear", None)
 
 
+def drop_embeddings(model: torch.nn.Module) -> None:
+    """Forget the packed copies of embeddings, which vLLM's CPU build makes of every one when it loads weights, in case
+    that it serves as the head. The model has heads of its own: nothing multiplies with them."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    for module in model.modules():
+        if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead):
+            drop_packed(module)
+
+
 def repack_experts(model: torch.nn.Module) -> None:
     """See to it that experts that are loaded again are packed again.
 

@@ -10,7 +10,7 @@ import torch
 
 from stare_megatron.models.boxes import Box
 from stare_megatron.sync.bake import Need, Needs
-from stare_megatron.sync.cpu_engine import drop_packed, repack_experts, repack_tied_heads
+from stare_megatron.sync.cpu_engine import drop_embeddings, drop_packed, repack_experts, repack_tied_heads
 
 
 def abandon(modules: Iterable[torch.nn.Module]) -> None:
@@ -45,6 +45,8 @@ class Loader:
         self._heads = _has_heads(model)
         self._staged: dict[str, tuple[torch.Tensor, int]] = {}
         repack_experts(model)
+        if self._heads:
+            drop_embeddings(model)
 
     def start(self) -> None:
         """Ready the modules that take whole tensors."""

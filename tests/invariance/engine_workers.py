@@ -227,6 +227,16 @@ def _pieces(worker: Any) -> dict[str, tuple[int, int]]:
     return {p.name: (p.shard, shard_sum(p.tensor, p.row, p.column, p.width)) for p in parts}
 
 
+def _unused_packed(worker: Any) -> list[str]:
+    """Embeddings of which the worker keeps a packed copy, though a head of its own does the multiplying."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    modules = list(worker.model_runner.get_model().named_modules())
+    heads = [path for path, module in modules if isinstance(module, ParallelLMHead)]
+    kinds = [(path, module) for path, module in modules if isinstance(module, VocabParallelEmbedding)]
+    return [path for path, module in kinds if heads and path not in heads and "cpu_linear" in vars(module)]
+
+
 def _swap_rows(worker: Any, path: str, one: int, other: int, rows: int) -> None:
     """Exchange two blocks of rows of a parameter that is kept as it is loaded."""
     weight = worker.model_runner.get_model().get_submodule(path).weight.data
@@ -283,6 +293,7 @@ _OWN = {
     "load_with_swapped_rows": _load_with_swapped_rows,
     "die_in_push": _die_in_push,
     "needed_bytes": _needed_bytes,
+    "unused_packed": _unused_packed,
 }
 
 

@@ -170,6 +170,7 @@ def push_and_compare(layout: str, chosen: dict[str, Engines], ranks: int = 2) ->
             assert whole.items() <= file.items()
             assert {key.split(".")[-2] for key in file.keys() - whole.keys()} <= {"qkv_proj", "gate_up_proj"}
             assert engine.call("gpu_in_use") == [0] * engine.count
+            assert engine.call("unused_packed") == [[]] * engine.count
         assert [r.in_use for r in pushed] == [0] * ranks
         used = {carrier for r in pushed for carriers in r.carriers.values() for carrier in carriers}
         assert used == PLACES.get((layout, name), HERE).carriers
