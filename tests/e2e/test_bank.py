@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -15,6 +16,8 @@ import pytest
 from stare_megatron.checkpoint import Bank, Outstanding, read_ahead
 from stare_megatron.metrics import jsonl
 from stare_megatron.sync.check import BOUNDS
+from stare_megatron.tasks.make import make
+from stare_megatron.tasks.tiny_model import default_settings
 from tests.e2e import test_train as demo
 from tests.e2e.rescoring import EVERY_VERSION, rescored
 from tests.e2e.test_sampling_modes import STREAM
@@ -36,9 +39,10 @@ material = demo.material
 
 
 def ended(
-    material: Path, runs: Path, how: signal.Signals = signal.SIGTERM, **settings: object
+    material: Path, runs: Path, how: signal.Signals = signal.SIGTERM, steps: int = 4, **settings: object
 ) -> tuple[int, list[psutil.Process]]:
-    """A run whose driver gets a signal after four steps; the step that it saved, and all processes that it had."""
+    """A run whose driver gets a signal after so many steps, SIGKILL once something is saved; the step that it saved,
+    and all processes that it had."""
     process = subprocess.Popen(
         demo.arguments(material, runs, **SETTINGS | {"run.steps": 40} | settings),
         cwd=demo.ROOT,
@@ -46,15 +50,21 @@ def ended(
         stderr=subprocess.STDOUT,
         text=True,
     )
-    metrics, deadline = runs / "e2e/metrics.jsonl", time.monotonic() + 300
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 4) and time.monotonic() < deadline:
+    metrics, latest = runs / "e2e/metrics.jsonl", runs / "e2e/checkpoints/latest"
+    deadline = time.monotonic() + 400
+
+    def far_enough() -> bool:
+        done = metrics.exists() and metrics.read_text().count("\n") >= steps
+        return done and (how is signal.SIGTERM or latest.exists())
+
+    while not far_enough() and time.monotonic() < deadline:
         assert process.poll() is None, process.stdout.read()[-3000:]  # type: ignore[union-attr]
         time.sleep(0.2)
     children = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, how)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == (130 if how is signal.SIGTERM else -how), output[-3000:]
-    return int((runs / "e2e/checkpoints/latest").read_text().strip().removeprefix("step_")), children
+    return int(latest.read_text().strip().removeprefix("step_")), children
 
 
 def require_gone(processes: list[psutil.Process]) -> None:
@@ -102,32 +112,53 @@ def test_a_stream_that_is_stopped_goes_on_with_what_it_had(material: Path, tmp_p
     assert sum(first[name] for name in COUNTS[1:]) == 8 * (len(kept.requests) - len(shelf))
 
 
-# The engine is the slower side, and no push waits for a probe, which has its turn after all that the engine was given:
-# requests are under way at any time.
-SLOW: dict[str, object] = {"inference.vllm.max_num_seqs": 2, "rollout.prompts_per_step": 16, "sync.probe_every": 0}
+# A model that has learned nothing ends a response at one token in a hundred: some are cut off. Two sequences at a time
+# are drawn of up to 48, and a batch takes some 800 iterations: the engine is at some at any moment.
+LONGEST = 256
+LONG: dict[str, object] = {
+    "rollout.prompts_per_step": 4,
+    "rollout.group_size": 4,
+    "rollout.max_response_tokens": LONGEST,
+    "reward.name": "length",
+    "reward.limit": LONGEST,
+    "reward.buffer": LONGEST,
+    "inference.vllm.max_num_seqs": 2,
+}
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL], ids=lambda how: how.name)
-def test_what_is_under_way_is_gone_on_with(material: Path, tmp_path: Path, how: signal.Signals) -> None:
-    """SIGKILL of the driver: what the policies of the newest checkpoint had drawn when it was written, and what they
-    finished since; no more."""
-    settings = SLOW | {"checkpoint.every": 0 if how is signal.SIGTERM else 2}
-    saved, left = ended(material, tmp_path, how, **settings)
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model and prompts for it."""
+    folder = tmp_path_factory.mktemp("talker") / "material"
+    settings = dataclasses.replace(default_settings("order_free_sum", layers=2, seed=1), max_batches=0)
+    make(settings, folder, 512, 32)
+    return folder
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=lambda how: how.name)
+def test_what_is_under_way_is_gone_on_with(talker: Path, tmp_path: Path, how: signal.Signals) -> None:
+    """SIGTERM: what there is at the last save. SIGKILL of the driver: what the policies of the newest checkpoint had
+    drawn when it was written, and what they finished since; no more."""
+    settings = LONG | {"checkpoint.every": 0 if how is signal.SIGTERM else 1}
+    saved, left = ended(talker, tmp_path, how, steps=2, **settings)
+    kept, _ = outstanding(tmp_path / "e2e", saved)
+    # As if it had ended at once: what was under way at the save may have been finished while the run ended.
+    for of in kept.requests:
+        if of.begun.partial:
+            (tmp_path / "e2e/bank" / kept.bank / f"{of.sampling.seed}.npz").unlink(missing_ok=True)
     kept, shelf = outstanding(tmp_path / "e2e", saved)
     bank = Bank(tmp_path / "e2e/bank")
     finished = [t for seed in shelf for t in bank.take(kept.bank, seed).group.trajectories]
     open_ = [of for of in kept.requests if of.sampling.seed not in shelf]
-    assert open_
     finished += [of.trajectory for request in open_ for of in request.begun.graded]
     partial = {(of.prompt.id, p.sample): p.drawn for of in open_ for p in of.begun.partial}
-    assert finished
-    assert partial or how is signal.SIGKILL  # then, their groups may have been finished before the kill
+    assert partial
 
-    _, rows, samples = resumed(material, tmp_path, saved, prompts=16, **settings)
+    _, rows, samples = resumed(talker, tmp_path, saved, prompts=4, **settings)
     require_gone(left)
     first = rows[saved]
     assert [first[name] for name in COUNTS[:3]] == [len(shelf), sum(len(of.begun.graded) for of in open_), len(partial)]
-    assert first["bank/again"] == 8 * len(open_) - first["bank/graded"] - first["bank/partial"]
+    assert first["bank/again"] == 4 * len(open_) - first["bank/graded"] - first["bank/partial"]
     learned = {(s["prompt_id"], s["sample"]): s["spans"][1] for s in samples if s["step"] > saved}
     for of in finished:
         assert learned[of.prompt_id, of.sample]["token_ids"] == of.spans[1].token_ids.tolist()
@@ -138,3 +169,7 @@ def test_what_is_under_way_is_gone_on_with(material: Path, tmp_path: Path, how: 
         versions = [version for version, tokens in action["policy_versions"] for _ in range(tokens)]
         assert versions[:n] == [version for version, tokens in drawn.versions for _ in range(tokens)]
         assert all(version >= saved for version in versions[n:])
+    # Whoever goes on has what is left of the budget.
+    lengths = [sum(len(span["token_ids"]) for span in s["spans"] if span["kind"] == "action") for s in samples]
+    assert max(lengths) == LONGEST
+    assert all(n == LONGEST for n, s in zip(lengths, samples, strict=True) if s["status"] == "truncated")
