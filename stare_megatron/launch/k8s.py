@@ -103,14 +103,15 @@ def objects(job: Job, options: Options) -> tuple[dict[str, Any], dict[str, Any]]
 
 
 def name_of(run: str) -> str:
-    """A run's name as Kubernetes takes it.
+    """A run's name as KubeRay takes it: a label by RFC 1035, which begins with a letter.
 
     Raises:
-        UserError: it is longer, or nothing is left.
+        UserError: it is longer, begins with a digit, or nothing is left.
     """
     name = run.lower().replace("_", "-").replace(".", "-").strip("-")
-    if not name or len(name) > _LONGEST:
-        raise UserError(f"run.name = {run!r}: a RayJob's name has 1 to {_LONGEST} letters and digits; choose another")
+    if not name or len(name) > _LONGEST or not name[0].isalpha():
+        what = f"a RayJob's name has 1 to {_LONGEST} letters and digits, a letter first"
+        raise UserError(f"run.name = {run!r}: {what}; choose another")
     return name
 
 

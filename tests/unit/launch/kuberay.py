@@ -115,7 +115,7 @@ class Cluster(Strict):
 
 class JobSpec(Strict):
     entrypoint: Annotated[str, Field(min_length=1)]
-    submissionMode: Literal["K8sJobMode", "HTTPMode", "InteractiveMode"]
+    submissionMode: Literal["K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"]
     shutdownAfterJobFinishes: bool
     ttlSecondsAfterFinished: Count
     backoffLimit: Count
@@ -127,10 +127,16 @@ class Metadata(Strict):
     namespace: Name | None = None
 
 
+class JobMetadata(Metadata):
+    """KubeRay refuses other names than labels by RFC 1035 (`ValidateRayJobMetadata`, 2026-08)."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=47)]
+
+
 class RayJob(Strict):
     apiVersion: Literal["ray.io/v1"]
     kind: Literal["RayJob"]
-    metadata: Metadata
+    metadata: JobMetadata
     spec: JobSpec
 
 

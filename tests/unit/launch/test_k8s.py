@@ -90,7 +90,7 @@ def test_the_shape_refuses_what_kuberay_would_not_know(tmp_path: Path) -> None:
         RayJob.model_validate(made)
 
 
-@pytest.mark.parametrize("name", ["_", "a" * 41])
+@pytest.mark.parametrize("name", ["_", "a" * 41, "0.5b", "-7b"])
 def test_a_name_that_kubernetes_does_not_take(name: str) -> None:
     with pytest.raises(UserError, match=r"run\.name = "):
         k8s.name_of(name)
