@@ -61,7 +61,7 @@ def test_what_is_run_is_the_run_resolved(tmp_path: Path) -> None:
     job = job_of(tmp_path, "k8s", "run.steps=9")
     settings, made = rendered(job, namespace="team")
     assert config.parse(tomllib.loads(settings.data["run.toml"]), "map") == job.config
-    assert settings.metadata == made.metadata
+    assert settings.metadata.model_dump() == made.metadata.model_dump()
     assert (made.metadata.name, made.metadata.namespace) == ("launched-1", "team")
     words = made.spec.entrypoint.split()
     mounted = {
