@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ STREAM: dict[str, object] = EVERY_SAMPLE | {
     "algorithm.correction.mode": "truncate",
     "inference.engines": 1,
     "rollout.prompts_per_step": PROMPTS,
+    "inference.vllm.max_num_seqs": 8,  # so that engines are at work whenever one is killed, on fast machines too
 }
 ONE_STEP = STREAM | {"sampling.mode": "one_step"}
 KILLED = "engine_0:KILL:score:2"
@@ -59,12 +61,14 @@ def test_stream_goes_on_with_the_groups_in_flight(material: Path, tmp_path: Path
     require_every_step(done)
     assert done.events("engine 0") == ["HEALTHY", "DEAD", "RESTARTING", "STALE", "HEALTHY"]
     assert done.events("trainer ranks") == []
+    assert "AGAIN" in done.events("sampling")
     assert all(row["sync/staleness"] <= 2 for row in done.rows)  # sampling.max_staleness
     assert sum(row["fleet/groups_again"] for row in done.rows) > 0
 
 
 def test_stream_goes_on_with_the_other_engine(material: Path, tmp_path: Path) -> None:
-    """One of two is killed while both sample: what it was at is sampled again by the other, at once."""
+    """One of two is killed while both sample: what it was at is sampled again by the other, which goes on before the
+    dead one is back."""
     done = recovery.run(material, tmp_path, "engine_1:KILL:score:2", **STREAM | {"inference.engines": 2})
     require_every_step(done)
     assert all(row["sync/staleness"] <= 2 for row in done.rows)
@@ -73,17 +77,18 @@ def test_stream_goes_on_with_the_other_engine(material: Path, tmp_path: Path) ->
     assert done.events("trainer ranks") == []
     assert sum(row["fleet/groups_again"] for row in done.rows) > 0
 
-    events = map(json.loads, (done.folder / FILE).read_text().splitlines())
-    (lost,) = (
-        datetime.datetime.fromisoformat(row["time"]).timestamp()
-        for row in events
-        if (row["who"], row["new"]) == ("engine 1", "DEAD")
-    )
+    events = [json.loads(line) for line in (done.folder / FILE).read_text().splitlines()]
+    times = {
+        row["new"]: datetime.datetime.fromisoformat(row["time"]).timestamp()
+        for row in reversed(events)  # the first of a kind counts
+        if row["who"] == "engine 1"
+    }
+    lost, back = times["DEAD"], times.get("STALE", math.inf)
     steps = {s.step: s for s in trace.read(done.folder)}
     (killed,) = (a.start for a in steps[3].tracks["driver"] if a.name == "score")
     ends = [a.end for s in steps.values() for a in s.tracks["engine 0"] if a.name == "sample"]
-    assert killed < lost < killed + 30
-    assert any(lost < end < killed + 30 for end in ends)
+    assert killed < lost
+    assert any(lost < end < back for end in ends)
 
 
 RANK_KILLED = "trainer_1:KILL:update:3"

@@ -21,7 +21,7 @@ AHEAD: dict[str, object] = EVERY_VERSION | {
     "inference.placement": "separate",
     "algorithm.correction.mode": "truncate",
     "rollout.prompts_per_step": PROMPTS,
-    "inference.vllm.max_num_seqs": 12,  # so that episodes are under way at any time
+    "inference.vllm.max_num_seqs": 6,  # so that episodes are under way at any time
 }
 STREAM = AHEAD | {"sampling.mode": "stream", "sampling.max_staleness": STALENESS}
 # What the interpreter is asked for, as the worked answers ask it.
