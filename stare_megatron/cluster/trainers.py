@@ -120,7 +120,7 @@ class TrainerActor(Answers, HasDisk):
             self._wanted = self._all_names()
         elif sums == "share":
             turn = version // self._config.sync.probe_every
-            self._wanted = share(self._stream.specs, turn, experts=device.current() is device.Device.CPU)
+            self._wanted = share(self._stream.specs, turn, on_cpu=device.current() is device.Device.CPU)
         with self._activity.during("push", f"version {version}"), self._costs.phase("push"):
             began = time.perf_counter()
             sent = self._sharded.push(version, engines) if self._sharded else self._pusher.push(version)

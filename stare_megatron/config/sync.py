@@ -29,6 +29,6 @@ class SyncConfig(Section):
         default=0.0,
         ge=0,
         description="Largest mean |log-prob difference| on the probe prompt, nats; beyond it the run stops. 0: follows "
-        "from `model.dtype`: 1e-3 in float32; in lower precision from what the first push measures, together with "
-        "checksums of the weights (docs/faq.md).",
+        "from `model.dtype`: 1e-3 in float32, in lower precision from what the first push measures; checksums of the "
+        "weights are compared, too (docs/faq.md).",
     )

@@ -52,7 +52,8 @@ class Weights:
         self._probe_tokens = probe_tokens
         self._dtype = dtype
         self._under_way = under_way
-        self._calibrated = dtype != PRECISE and not config.probe_threshold
+        self._exact = not config.probe_threshold
+        self._calibrated = self._exact and dtype != PRECISE
         self._sent: dict[str, str] = {}
         self._compared = False
         self._version = 0
@@ -62,7 +63,7 @@ class Weights:
     def push(self, version: int) -> None:
         """Stream the weights of `version` into every engine that there is."""
         sums: Sums = "none"
-        if self._calibrated and self._due(version):
+        if self._exact and self._due(version):
             sums = "share" if self._compared else "all"
         self._sent = push_to_all(self.trainers, self._engines, version, sums)
         self._version = version
@@ -81,7 +82,7 @@ class Weights:
         there is none now. `ours`: what `score_probe` found.
 
         Raises:
-            RunError: it is above `sync.probe_threshold`, or, in low precision, weights differ; names the engine and the
+            RunError: it is above the bound, or weights differ and `sync.probe_threshold` is 0; names the engine and the
                 first parameter that differs.
         """
         if ours is None:

@@ -1,7 +1,8 @@
 """Do engine and trainer have the same weights? Log-probs of a probe prompt say whether, checksums say which.
 
-In low precision honest log-probs differ by more than some faults make them differ. There checksums are compared after
-each push, and log-probs say whether the two compute the same with the same weights.
+In low precision honest log-probs differ by more than some faults make them differ, and in any precision a prompt may
+miss a fault: an expert's matrix moves few tokens. So checksums are compared after each push, and log-probs say whether
+the two compute the same with the same weights.
 
 A checksum is the sum over a parameter's elements of h(position) x bits mod 2^64: it depends on every bit and every
 position, is the same in any order and on any device, and adds over tensor-parallel shards without gathering them.
@@ -25,7 +26,10 @@ from stare_megatron.sync.source import ParamSpec
 
 _CHUNK = 1 << 20  # elements hashed at a time: bounds the temporaries to some 30 MB
 _MASK = (1 << 64) - 1
-_SHARE = 1 << 28  # elements whose checksums are compared after a push: well under a second on a GPU
+# Elements whose checksums are compared after a push: well under a second on a GPU; one or two on a core of a CPU, where
+# an engine multiplies to see what it has packed (`sync.loaded.used_weight`).
+_SHARE = 1 << 28
+_CPU_SHARE = 1 << 25
 
 PRECISE = "float32"
 # Largest mean |log-prob difference|, nats, of an engine and a trainer with the same weights, by model.dtype. The most
@@ -118,12 +122,12 @@ def first_difference(trainer: Mapping[str, str], engine: Mapping[str, str]) -> s
     return next((name for name in engine if name not in trainer), None)
 
 
-def share(specs: Sequence[ParamSpec], turn: int, *, experts: bool = False) -> frozenset[str]:
+def share(specs: Sequence[ParamSpec], turn: int, *, on_cpu: bool = False) -> frozenset[str]:
     """Names of the parameters whose checksums are compared at the probe that is number `turn`: the whole of a small
     model; of a large one so many as take no time worth mentioning, others each time, so that all have their turn.
-    `experts`: theirs, too; an engine on GPUs, whose kernels keep them in layouts of their own, reports none."""
-    comparable = [spec for spec in specs if experts or ".experts." not in spec.name]
-    turns = grouped(comparable, lambda spec: math.prod(spec.shape), _SHARE)
+    `on_cpu`: experts, too; an engine on GPUs, whose kernels keep them in layouts of their own, reports none."""
+    comparable = [spec for spec in specs if on_cpu or ".experts." not in spec.name]
+    turns = grouped(comparable, lambda spec: math.prod(spec.shape), _CPU_SHARE if on_cpu else _SHARE)
     return frozenset(spec.name for spec in turns[turn % len(turns)])
 
 
