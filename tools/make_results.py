@@ -6,6 +6,7 @@ evaluations under `examples/*/results*`.
 
 from __future__ import annotations
 
+import json
 import re
 import statistics
 import sys
@@ -57,6 +58,7 @@ STARE = {
     "stare_pi": "the same, proportional-integral",
 }
 ADAPTIVE = {"adaptive_entropy": "adaptive entropy bonus"}
+THOUSANDS = {"grpo_ds-seed1": "GRPO-ds", "stare_auto-seed1": "STARE-O1, auto"}
 RIVALS = ADAPTIVE | {"entropy_bonus": "fixed entropy bonus", "clip_cov": "Clip-Cov"}
 SETTINGS = {
     "grpo_ds": "GRPO-ds",
@@ -196,11 +198,12 @@ def disturbance() -> str:
     )
 
 
-def number_walk() -> str:
-    def with_interval(run: Run, metric: str, step: int) -> str:
-        low, high = (at(run, f"eval/test/{metric}/ci_{end}", step) for end in ("low", "high"))
-        return f"{at(run, f'eval/test/{metric}', step):.3f} ({low:.2f} to {high:.2f})"
+def with_interval(run: Run, metric: str, step: int) -> str:
+    low, high = (at(run, f"eval/test/{metric}/ci_{end}", step) for end in ("low", "high"))
+    return f"{at(run, f'eval/test/{metric}', step):.3f} ({low:.2f} to {high:.2f})"
 
+
+def number_walk() -> str:
     rows, titles = [], {"grpo_ds": "GRPO-ds", "stare_o1": "STARE-O1"}
     for seed in (1, 2):
         for step in (160, 240):
@@ -222,6 +225,60 @@ def number_walk() -> str:
                 )
     head = ["variant, seed", "step", f"entropy, last {LAST} steps", "steps with the gate open", "avg@32", "pass@8"]
     return markdown([*head, "pass@32", "distinct right answers of 32"], rows)
+
+
+def thousands() -> str:
+    """The last evaluation, and every second one before."""
+    rows = []
+    for name, title in THOUSANDS.items():
+        (run,) = runs("entropy_band/results_thousands", name)
+        for step in (400, 800, 1200, 1600, 2000):
+            until = run.steps <= step
+            rows.append(
+                [
+                    title if step == 400 else "",
+                    f"{step:,}",
+                    f"{run.series['groups/sampled'][until].sum():,.0f}",
+                    f"{entropy(run)[until][-LAST:].mean():.3f}",
+                    with_interval(run, "avg@64", step),
+                    f"{at(run, 'eval/test/greedy', step):.3f}",
+                    *(f"{at(run, f'eval/test/pass@{k}', step):.3f}" for k in (2, 8)),
+                    with_interval(run, "pass@64", step),
+                    f"{at(run, 'eval/test/distinct_correct', step):.2f}",
+                ]
+            )
+    head = ["variant", "step", "groups sampled", f"entropy, last {LAST} steps", "avg@64", "greedy"]
+    return markdown([*head, "pass@2", "pass@8", "pass@64", "distinct right answers of 64"], rows)
+
+
+def thousands_top_p() -> str:
+    """The last policies, sampled as one would use them."""
+    rows = []
+    for name, title in THOUSANDS.items():
+        file = ROOT / "examples/entropy_band/results_thousands/top_p_0.7" / f"{name}.jsonl"
+        found = json.loads(file.read_text())
+
+        def value(metric: str, found: dict[str, float] = found) -> str:
+            low, high = (found[f"eval/test/{metric}/ci_{end}"] for end in ("low", "high"))
+            return f"{found[f'eval/test/{metric}']:.3f} ({low:.2f} to {high:.2f})"
+
+        distinct = f"{found['eval/test/distinct_correct']:.2f}"
+        rows.append([title, *map(value, ("avg@64", "pass@2", "pass@8", "pass@64")), distinct])
+    return markdown(["variant", "avg@64", "pass@2", "pass@8", "pass@64", "distinct right answers of 64"], rows)
+
+
+def thousands_held() -> str:
+    return by_variant(
+        "entropy_band/results_thousands",
+        THOUSANDS,
+        [
+            Column("steps", lambda seeds: f"{seeds[0].steps[-1]:,}"),
+            Column("in band", spread(3, kept(0.12, "share_in_band"))),
+            Column("mean error once held, nats", signed(4, held(0.12, lambda off: float(off.mean())))),
+            Column("rms error once held, nats", spread(4, held(0.12, lambda off: float(np.sqrt((off**2).mean()))))),
+            Column(f"reward, last {LAST} steps", spread(3, last("reward/mean"))),
+        ],
+    )
 
 
 def by_size() -> str:
@@ -318,6 +375,9 @@ TABLES: dict[str, Callable[[], str]] = {
         longer,
         disturbance,
         number_walk,
+        thousands,
+        thousands_top_p,
+        thousands_held,
         by_size,
         tool_use,
         pretrained,
