@@ -24,9 +24,9 @@ def shipped(folder: str, name: str) -> str:
     found = [file for pattern in ("*.md", "*/*.*") for file in sorted(root.glob(pattern))]
     files = {file.relative_to(root).as_posix().removesuffix(".md"): file for file in found}
     if name and name not in files:
-        within = [file for file in files if name.casefold() in file.casefold()]
-        near = f"; there is {', '.join(within)}" if within else suggest(name, files)
-        raise UserError(f"no {name!r} in {folder}{near or '; without a name they are listed'}")
+        within = ", ".join(file for file in files if name.casefold() in file.casefold())
+        others = f"; there is {within}" if within else "; without a name they are listed"
+        raise UserError(f"no {name!r} in {folder}{suggest(name, files) or others}")
     if not name:
         return "\n".join(files)
     text, beside = files[name].read_text(), files[name].parent

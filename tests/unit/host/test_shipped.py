@@ -21,7 +21,7 @@ def test_an_example_that_includes_others_can_be_saved_anywhere(tmp_path, recipe)
     ("folder", "name", "answer"),
     [
         ("examples", "demo", "no 'demo' in examples; there is demo_cpu/README, demo_cpu/run.toml"),
-        ("docs", "Pushes", "no 'Pushes' in docs; there is weight_pushes"),
+        ("docs", "Pushes", "no 'Pushes' in docs; did you mean 'weight_pushes'?"),
         ("docs", "planing", "no 'planing' in docs; did you mean 'planning'?"),
         ("docs", "qqqq", "no 'qqqq' in docs; without a name they are listed"),
     ],
