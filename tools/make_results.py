@@ -50,6 +50,7 @@ PAGE = ROOT / "docs" / "results.md"
 _BLOCK = re.compile(r"<!-- table: (\w+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
 
 BAND = "entropy_band/results"
+ENDS = ("", "/ci_low", "/ci_high")  # of the names of a value and its interval
 STARE = {
     "stare_o1": "STARE-O1",
     "stare_c2": "STARE-C2",
@@ -198,9 +199,12 @@ def disturbance() -> str:
     )
 
 
+def interval(value: float, low: float, high: float) -> str:
+    return f"{value:.3f} ({low:.2f} to {high:.2f})"
+
+
 def with_interval(run: Run, metric: str, step: int) -> str:
-    low, high = (at(run, f"eval/test/{metric}/ci_{end}", step) for end in ("low", "high"))
-    return f"{at(run, f'eval/test/{metric}', step):.3f} ({low:.2f} to {high:.2f})"
+    return interval(*(at(run, f"eval/test/{metric}{end}", step) for end in ENDS))
 
 
 def number_walk() -> str:
@@ -253,18 +257,15 @@ def thousands() -> str:
 
 def thousands_top_p() -> str:
     """The last policies, sampled as one would use them."""
-    rows = []
+    rows, metrics = [], ("avg@64", "pass@2", "pass@8", "pass@64")
     for name, title in THOUSANDS.items():
         file = ROOT / "examples/entropy_band/results_thousands/top_p_0.7" / f"{name}.jsonl"
         found = json.loads(file.read_text())
 
-        def value(metric: str, found: dict[str, float] = found) -> str:
-            low, high = (found[f"eval/test/{metric}/ci_{end}"] for end in ("low", "high"))
-            return f"{found[f'eval/test/{metric}']:.3f} ({low:.2f} to {high:.2f})"
-
         distinct = f"{found['eval/test/distinct_correct']:.2f}"
-        rows.append([title, *map(value, ("avg@64", "pass@2", "pass@8", "pass@64")), distinct])
-    return markdown(["variant", "avg@64", "pass@2", "pass@8", "pass@64", "distinct right answers of 64"], rows)
+        values = [interval(*(found[f"eval/test/{metric}{end}"] for end in ENDS)) for metric in metrics]
+        rows.append([title, *values, distinct])
+    return markdown(["variant", *metrics, "distinct right answers of 64"], rows)
 
 
 def thousands_held() -> str:

@@ -93,7 +93,7 @@ def _read(path: Path, overrides: list[str], root: type[Root]) -> Root:
 
 def _check_kind(path: Path, tree: Mapping[str, Any], root: type[Root]) -> None:
     """Raises: UserError: the file is one of the other command, of which every key would be called unknown."""
-    supervised = [table for table in ("sft",) if table in tree]
+    supervised = "sft" in tree
     others = [table for table in ("reward", "rollout", "algorithm") if table in tree]
     if root is Config and supervised and not others:
         raise UserError(f"{path}: [sft] is of supervised training; its command is `sft`, not `train`")

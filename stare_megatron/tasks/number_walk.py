@@ -84,13 +84,10 @@ class NumberWalk(ArithmeticTask):
         moves, rest = divmod(len(words), 4)
         if rest or not 1 <= moves <= self.moves:
             return Score(0.0, False, f"{len(words)} words are no 1 to {self.moves} moves of 4")
-        for move in range(moves):
-            sign, amount, equals, number = words[4 * move : 4 * move + 4]
-            if (sign, amount, equals, number) not in _moves(here, self.largest):
-                return Score(
-                    0.0, False, f"move {move + 1}: {sign} {amount} {equals} {number}"[:80] + f" is none from {here}"
-                )
-            here = int(number)
+        here, right = _walk(here, words, self.largest)
+        if right < moves:
+            move = " ".join(words[4 * right : 4 * right + 4])
+            return Score(0.0, False, f"move {right + 1}: {move}"[:80] + f" is none from {here}")
         if here != goal:
             return Score(0.0, False, f"ends at {here}, want {goal}")
         return Score(1.0, True, "")
@@ -100,10 +97,9 @@ class NumberWalk(ArithmeticTask):
         reached, and the response may end. Empty once it cannot."""
         here, goal = _ends(prompt_text)
         moves, within = divmod(len(words), 4)
-        for sign, amount, equals, number in zip(*(words[i : 4 * moves : 4] for i in range(4)), strict=True):
-            if (sign, amount, equals, number) not in _moves(here, self.largest):
-                return frozenset()
-            here = int(number)
+        here, right = _walk(here, words, self.largest)
+        if right < moves:
+            return frozenset()
         left = self.moves - moves - 1
         alive = [
             move
@@ -136,6 +132,16 @@ def _steps(here: int, largest: int) -> list[tuple[str, int, int]]:
 def _moves(here: int, largest: int) -> set[tuple[str, str, str, str]]:
     """The words of each."""
     return {(sign, str(amount), "=", str(number)) for sign, amount, number in _steps(here, largest)}
+
+
+def _walk(here: int, words: Sequence[str], largest: int) -> tuple[int, int]:
+    """Where the whole moves of `words` lead before the first that is none, and how many these are."""
+    moves = len(words) // 4
+    for done in range(moves):
+        if tuple(words[4 * done : 4 * done + 4]) not in _moves(here, largest):
+            return here, done
+        here = int(words[4 * done + 3])
+    return here, moves
 
 
 @functools.cache
