@@ -9,8 +9,10 @@ the other side: an `EngineFanOut` of one engine.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
@@ -34,6 +37,7 @@ class Nursery:
         from stare_megatron.host import device
 
         self.folder = folder
+        self._prefix = f"workers-{uuid4().hex}-"
         environment = os.environ | device.engine_environment() | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
         self._log = (folder / "workers.log").open("wb")
         self._process = subprocess.Popen(
@@ -46,9 +50,8 @@ class Nursery:
         )
 
     def start(self, name: str, model: Path, workers: int, dtype: str, expert_parallel: bool = False) -> Workers:
-        from stare_megatron.host.ports import free_port
-
-        address = f"tcp://127.0.0.1:{free_port()}"
+        # Not a port: vLLM names shared memory by it, and what a killed worker left under that name ends the next one.
+        address = f"file://{self.folder}/{self._prefix}{name}"
         assert self._process.stdin is not None
         for rank in range(workers):
             order = [f"{name}.{rank}", str(model), workers, rank, address, dtype, expert_parallel]
@@ -64,9 +67,8 @@ class Nursery:
             self._process.kill()
             self._process.wait()
         self._log.close()
-
-    def log(self) -> str:
-        return (self.folder / "workers.log").read_text()[-6000:]
+        for left in Path("/dev/shm").glob(f"{self._prefix}*"):  # workers are killed
+            left.unlink()
 
 
 class Workers:
@@ -95,8 +97,13 @@ class Workers:
         path = self._folder / f"{self.name}.{rank}"
         deadline = time.monotonic() + 300
         while not path.exists():
+            if (why := _failure(path)).exists():
+                raise RuntimeError(f"{self.name}, worker {rank}, did not start:\n{why.read_text()}")
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{path} did not start")
+                os.kill(int(_pid(path).read_text()), signal.SIGUSR1)  # faulthandler: every thread's stack
+                time.sleep(1.0)
+                log = (self._folder / "workers.log").read_text()[-6000:]
+                raise TimeoutError(f"{self.name}, worker {rank}, did not start in 300 s:\n{log}")
             time.sleep(0.05)
         with _connected(path) as pipe:
             pipe.send((method, args))
@@ -104,6 +111,21 @@ class Workers:
         if failed:
             raise RuntimeError(f"{self.name}, worker {rank}: {value}")
         return value
+
+
+def _failure(path: Path) -> Path:
+    """Where a worker says why it did not come to listen at `path`."""
+    return path.with_name(f"{path.name}.failed")
+
+
+def _pid(path: Path) -> Path:
+    return path.with_name(f"{path.name}.pid")
+
+
+def _write(path: Path, text: str) -> None:
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(text)
+    new.rename(path)
 
 
 def _connected(path: Path) -> Any:
@@ -298,8 +320,6 @@ _OWN = {
 
 
 def main(folder: str) -> None:
-    import signal
-
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
     import vllm.engine.arg_utils
     import vllm.v1.worker.cpu_worker  # noqa: F401
@@ -314,10 +334,14 @@ def main(folder: str) -> None:
         name, *rest = json.loads(line)
         pid = os.fork()
         if not pid:
+            path = Path(folder, name)
             try:
-                _serve(str(Path(folder, name)), *rest)
-            except BaseException:  # noqa: BLE001 - goes to the log
+                faulthandler.register(signal.SIGUSR1)
+                _write(_pid(path), str(os.getpid()))
+                _serve(str(path), *rest)
+            except BaseException:  # noqa: BLE001 - goes to the caller
                 traceback.print_exc()
+                _write(_failure(path), traceback.format_exc())
             finally:
                 sys.stdout.flush()
                 os._exit(0)
