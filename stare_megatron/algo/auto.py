@@ -115,7 +115,7 @@ def strength(wanted: float, forces: EntropyForces, damped: bool) -> float:
     if raised == 0.0:
         return missing / (spared - missing) if spared > missing else math.inf
     half = (raised + spared - missing) / 2.0
-    root = math.sqrt(half * half + raised * missing)
+    root = math.hypot(half, math.sqrt(raised) * math.sqrt(missing))  # products of small numbers would vanish
     return missing / (half + root) if half > 0 else (root - half) / raised
 
 

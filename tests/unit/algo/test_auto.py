@@ -20,6 +20,7 @@ from stare_megatron.config import Config
 from stare_megatron.errors import UserError
 from stare_megatron.types import EntropyForces, EntropyReading, ForcedReading
 from tests.configs import configuration
+from tests.properties import bounded
 
 TARGET, BAND = 0.2, 0.3
 FORCE = st.floats(1e-6, 1.0)
@@ -168,6 +169,7 @@ def test_the_gain_is_learned():
         assert gain / 2 < learned < 2 * gain
 
 
+@bounded(100)
 @given(missing=st.floats(1e-6, 10), raised=st.floats(0, 1), spared=FORCE, damped=st.booleans(), drift=st.floats(-1, 0))
 def test_the_strength_solves_what_it_says(missing, raised, spared, damped, drift):
     forces = EntropyForces(drift, raised, -spared)
@@ -179,6 +181,12 @@ def test_the_strength_solves_what_it_says(missing, raised, spared, damped, drift
     got = drift + u * raised + (u / (1 + u) * spared if damped else 0.0)
     assert u >= 0
     assert got == pytest.approx(drift + missing, rel=1e-6, abs=1e-9)
+
+
+def test_the_strength_where_next_to_nothing_raises_it():
+    """What 1 / (1 + u) can add is all used up, and the rest would take a u beyond any bound: not none at all."""
+    assert auto.strength(0.5, EntropyForces(0.0, 5e-324, -0.5), True) > 1e100
+    assert auto.strength(0.5, EntropyForces(0.0, 1e-300, -0.4), True) > 1e100
 
 
 def test_nothing_is_raised_that_need_not_be():
