@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from stare_megatron.cluster.fleet import FORGIVEN_S, NEXT, UP, Event, Fleet, State
 from stare_megatron.config import InferenceConfig
+from tests.properties import bounded
 
 # A row a state, a column an event; `.`: nothing changes.
 TABLE = """
@@ -153,6 +154,7 @@ STEPS = st.lists(
 )
 
 
+@bounded(100)
 @given(STEPS, st.integers(0, 3))
 def test_nobody_serves_old_weights_or_starts_too_often(steps, restarts):
     """Whatever happens in whatever order: HEALTHY means the newest version, and a retired engine stays so."""

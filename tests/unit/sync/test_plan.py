@@ -11,6 +11,7 @@ from stare_megatron.errors import RunError
 from stare_megatron.models.boxes import Box
 from stare_megatron.sync.place import Carrier, Place, carrier
 from stare_megatron.sync.plan import Party, plan
+from tests.properties import bounded
 
 A, B = Place("a"), Place("b")
 PLACES = (A, B, Place("a", "GPU-1"), Place("a", "GPU-2"), Place("b", "GPU-1"))
@@ -54,6 +55,7 @@ def pushes(draw: st.DrawFn) -> tuple[dict[str, tuple[int, ...]], list[Party], li
     return tensors, senders, workers, draw(st.integers(1, 60))
 
 
+@bounded(100)
 @given(pushes())
 def test_every_element_needed_is_received_exactly_once(push) -> None:
     tensors, senders, workers, bucket = push
@@ -77,6 +79,7 @@ def test_every_element_needed_is_received_exactly_once(push) -> None:
         assert m.elements * 2 <= bucket or len(m.pieces) == 1
 
 
+@bounded(100)
 @given(pushes())
 def test_a_sender_on_the_same_gpu_comes_first_then_one_on_the_same_machine(push) -> None:
     _, senders, workers, _ = push

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stare_megatron.trainer.shares import blocks, share
+from tests.properties import bounded
 
 
 @st.composite
@@ -21,6 +22,7 @@ def ranges(draw: st.DrawFn) -> tuple[tuple[int, ...], int, int]:
     return shape, start, stop
 
 
+@bounded(100)
 @given(ranges())
 def test_blocks_are_the_range_in_its_order(case) -> None:
     shape, start, stop = case
@@ -36,6 +38,7 @@ def test_blocks_are_the_range_in_its_order(case) -> None:
     assert seen == list(range(start, stop))
 
 
+@bounded(100)
 @given(ranges())
 def test_few_blocks(case) -> None:
     shape, start, stop = case
