@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +48,9 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(material: Path, runs: Path, name: str, **keys: Any) -> list[jsonl.Row]:
+def start(
+    material: Path, runs: Path, name: str, keys: dict[str, Any], environment: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
     given = {
         "run.dir": runs,
         "run.name": name,
@@ -64,7 +67,11 @@ def train(material: Path, runs: Path, name: str, **keys: Any) -> list[jsonl.Row]
         "checkpoint.every": 2,
     } | keys
     command = [*COMMAND, *(f"{key}={value}" for key, value in given.items())]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=570)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=570)
+
+
+def train(material: Path, runs: Path, name: str, **keys: Any) -> list[jsonl.Row]:
+    done = start(material, runs, name, keys, dict(os.environ))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return jsonl.read(runs / name / jsonl.FILE)
 
@@ -123,3 +130,41 @@ def test_in_bfloat16_checksums_are_compared(material: Path, tmp_path: Path) -> N
     rows = train(material, tmp_path, "half", **{"model.dtype": "bfloat16", "sync.method": "whole"})
     assert all(row["sync/probe"] < BOUNDS["bfloat16"] for row in rows)
     assert all(1e-4 < row["mismatch/mean"] < BOUNDS["bfloat16"] for row in rows)
+
+
+HELD_BACK = "model.layers.1.mlp.experts.2.down_proj.weight"
+# A plugin of vLLM: a push never brings this matrix; loading the checkpoint, which is first, does.
+HOLDS_BACK = f"""
+def register():
+    from vllm.model_executor.models.qwen3_moe import Qwen3MoeForCausalLM
+
+    load, brought = Qwen3MoeForCausalLM.load_weights, []
+
+    def load_but_one(self, weights):
+        def passed():
+            for name, tensor in weights:
+                if name != {HELD_BACK!r}:
+                    yield name, tensor
+                elif not brought:
+                    brought.append(name)
+                    yield name, tensor
+
+        return load(self, passed())
+
+    Qwen3MoeForCausalLM.load_weights = load_but_one
+"""
+
+
+def test_a_matrix_that_pushes_do_not_bring_is_named(material: Path, tmp_path: Path) -> None:
+    """In float32, by checksums: the probe's few tokens may all go to other experts."""
+    (tmp_path / "holds_back.py").write_text(HOLDS_BACK)
+    about = tmp_path / "holds_back-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: holds-back\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[vllm.general_plugins]\nholds_back = holds_back:register\n")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = start(material, tmp_path, "held", {"sync.method": "whole"}, os.environ | {"PYTHONPATH": path})
+    said = done.stdout + done.stderr
+    assert done.returncode == 1, said[-3000:]
+    assert "engine 0 has other weights than the trainer after the push of version 0" in said, said[-3000:]
+    assert f"whose checksum differs is {HELD_BACK!r}" in said, said[-3000:]
