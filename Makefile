@@ -1,7 +1,7 @@
 # make demo    train a tiny model with STARE on this machine's CPU, about five minutes with the set-up
 # make smollm2 the same on a real pretrained model of 135M parameters, a few steps
 # make test    the test suite       make test-slow   also wide sweeps and long runs
-#                                   make test-unit   unit and contract tests alone
+#                                   make test-unit   unit and contract tests alone, those without Ray, vLLM and a compiler
 #                                   make test-runs   training runs of several minutes, which CI makes too
 #                                   make fuzz        property tests with twenty times the examples
 #                                   make test-cluster  several machines made of namespaces; needs root
@@ -45,7 +45,8 @@ test: $(STAMP)
 	    --shared=tests/invariance $(PYTEST_ARGS)
 
 test-unit: $(STAMP)
-	@$(BIN)/python -m pytest --shared="tests/contracts tests/unit" tests/contracts tests/unit $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m "not parts and not runs and not slow and not cluster and not gpu" \
+	    --shared="tests/contracts tests/unit" tests/contracts tests/unit $(PYTEST_ARGS)
 
 test-runs: $(STAMP)
 	@$(BIN)/python -m pytest -m "runs and not slow" --beside=tests/invariance tests/invariance tests/e2e $(PYTEST_ARGS)

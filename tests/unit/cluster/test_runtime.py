@@ -74,6 +74,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.parts
 @pytest.mark.timeout(120)
 def test_everything_but_the_driver_is_deaf_to_sigterm_and_gone_at_the_end(tmp_path):
     """As at the end of a Slurm job, or with `kill -TERM -GROUP`: the run can still save, and leaves nothing behind."""
@@ -144,6 +145,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.parts
 def test_ray_itself_says_nothing(tmp_path):
     """Neither when it starts and ends, nor of a process that is lost, which `(raylet)` used to be heard of."""
     (tmp_path / "lost.py").write_text(_LOST)

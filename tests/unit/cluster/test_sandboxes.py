@@ -26,7 +26,7 @@ CONFIG = SandboxConfig(
 )
 
 
-pytestmark = pytest.mark.usefixtures("local_ray")
+pytestmark = [pytest.mark.parts, pytest.mark.usefixtures("local_ray")]
 
 
 @pytest.fixture(scope="module")

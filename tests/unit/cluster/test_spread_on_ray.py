@@ -46,7 +46,7 @@ def group(request: GroupRequest, samples: Sequence[int]) -> Group:
     return Group(request.prompt, tuple(made), scores)
 
 
-pytestmark = pytest.mark.usefixtures("local_ray")
+pytestmark = [pytest.mark.parts, pytest.mark.usefixtures("local_ray")]
 
 
 @pytest.fixture(scope="module")

@@ -70,10 +70,12 @@ def test_a_request_without_drafts_takes_no_room() -> None:
     assert out.tolist() == [0.5, 2.0, 2.0]
 
 
+@pytest.mark.parts
 def test_tokens_are_drawn_from_the_policy() -> None:
     assert worst("mended") < 4.5  # 21 frequencies
 
 
+@pytest.mark.parts
 @pytest.mark.xfail(strict=True, reason="vLLM issue 55005; if this passes, delete sync/cpu_sampling.py")
 def test_upstream_is_mended() -> None:
     assert worst("upstream") < 4.5

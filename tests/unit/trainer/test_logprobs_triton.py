@@ -31,6 +31,7 @@ def _run(*command: str, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.parts
 def test_under_the_interpreter():
     """tests/gpu/test_triton.py, all of it."""
     cases = "tests/gpu/test_triton.py"
@@ -52,6 +53,7 @@ def compiled(tmp_path_factory) -> list[dict]:
     return json.loads(_run(*command, TRITON_CACHE_DIR=cache, TRITON_INTERPRET="0"))
 
 
+@pytest.mark.parts
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_compiled_for_gpus(compiled, capability):
     """By Triton's own compiler and assembler: 128-bit loads and stores of the logits, nothing spilled, registers for
