@@ -71,6 +71,7 @@ class _Probe:
         for port in (free_port(), 0):
             s = socket.socket()
             self._listening.append(s)
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as `free_port` asks
             s.bind(("", port))
             s.listen(1024)  # the kernel answers; nobody accepts
         return tuple(s.getsockname()[1] for s in self._listening)

@@ -99,7 +99,10 @@ def _shut_down() -> None:
     their children to it."""
     node: Any = ray_worker._global_node
     started = [info.process for kind in (node.all_processes if node else {}).values() for info in kind]
-    children = [c for p in started if psutil.pid_exists(p.pid) for c in psutil.Process(p.pid).children(recursive=True)]
+    children: list[psutil.Process] = []
+    for process in started:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it may end at any moment
+            children += psutil.Process(process.pid).children(recursive=True)
     for process in started:
         process.terminate = process.kill
     ray.shutdown()

@@ -10,22 +10,30 @@ import psutil
 # Below the range from which systems give ports to outgoing connections (Linux: 32768 and up), so that none of those
 # takes a port between its choice and its use.
 _RANGE = range(20000, 32000)
+_TRIES = 100
 _CONNECT_S = 3.0
+_kept: list[socket.socket] = []
 
 
 def free_port() -> int:
-    """A port on which nothing listens on this machine at the moment of asking.
+    """A port on which nothing listens on this machine, and which no other call gives while this process lives, in this
+    process or another: a socket stays bound to it. Whoever listens there sets SO_REUSEADDR, as servers and PyTorch's
+    stores do.
 
     Raises:
         OSError: none of a hundred tries was free.
     """
-    for port in random.SystemRandom().sample(_RANGE, 100):
-        with socket.socket() as s:
-            try:
-                s.bind(("", port))
-            except OSError:
-                continue
-            return port
+    for port in random.SystemRandom().sample(_RANGE, _TRIES):
+        s = socket.socket()
+        try:
+            s.bind(("", port))
+        except OSError:
+            s.close()
+            continue
+        # Not before: with it the port of another call would seem to be free.
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _kept.append(s)
+        return port
     raise OSError(f"no free TCP port found between {_RANGE.start} and {_RANGE.stop}")
 
 
