@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -81,17 +80,15 @@ def test_json(toml: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["seconds"]["rollout"] is None
 
 
-def test_it_takes_about_a_second(toml: Path) -> None:
-    """In a process of its own: no torch, no vLLM, no Ray."""
+def test_it_imports_nothing_that_takes_long(toml: Path) -> None:
+    """In a process of its own; it takes about a second."""
     code = (
         "import sys\nfrom stare_megatron.__main__ import main\n"
         f"assert main(['plan', {str(toml)!r}, {SHARE!r}]) == 0\n"
-        "assert not {'torch', 'vllm', 'ray', 'megatron'} & sys.modules.keys()\n"
-        "import resource\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_utime)"
+        "print(*{'torch', 'vllm', 'ray', 'megatron', 'transformers'} & sys.modules.keys(), 'after all')"
     )
-    began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert float(done.stdout.split()[-1]) < 3.0, f"{time.monotonic() - began:.1f} s by the clock"
+    assert done.stdout.splitlines()[-1] == "after all"
 
 
 @pytest.mark.parametrize(
