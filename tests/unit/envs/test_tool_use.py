@@ -345,26 +345,30 @@ def test_settings_leave_trajectories_out_of_the_loss():
 
 
 def test_episodes_interleave():
-    """While one tool is slow the others' episodes go on and end."""
+    """While one tool is slow the others' episodes go on and end: the slow one answers when they have."""
 
     class Slow(Box):
         async def run(self, code, stdin="", *, echo=False, seconds=0.0):
             if not self.codes:
                 self.codes.append(code)
-                await asyncio.sleep(0.3)
+                await others.wait()
                 order.append("slow")
             return said("4")
 
     order: list[str] = []
     box = Slow()
 
+    others = asyncio.Event()
+
     async def one(name: str) -> None:
         env = ToolUse(PROMPT, box, TOKENIZER, ToolUseConfig())
         await run_episode(PROMPT, 0, env, Script(call(name), call(name), "x<|im_end|>"), SAMPLING)
         order.append(name)
+        if {"b", "c"} <= set(order):
+            others.set()
 
     async def several() -> None:
-        await asyncio.gather(*map(one, "abc"))
+        await asyncio.wait_for(asyncio.gather(*map(one, "abc")), 60)
 
     asyncio.run(several())
     assert order == ["b", "c", "slow", "a"]
