@@ -181,7 +181,7 @@ def test_busy_servers_are_asked_again(no_pauses):
 
 def test_silence_and_a_dead_server_are_not_graded():
     quiet = pytest.raises(RewardError, match=r"no verdict in 1 attempts: no answer within 0.2 s")
-    with Server(2.0, "Score: 1") as server, quiet:
+    with Server(5.0, "Score: 1") as server, quiet:
         judged(server, judge_seconds=0.2, attempts=1)
     with pytest.raises(RewardError, match="no verdict in 2 attempts: ConnectError"):
         judged(server, attempts=2)
@@ -204,7 +204,7 @@ def test_what_is_no_verdict_is_not_asked_for_again(answer, words):
 
 
 def test_requests_under_way_are_bounded():
-    with Server(0.2) as server:
+    with Server(0.5) as server:
         judged(server, count=6, concurrency=2)
         assert (len(server.asked), server.most) == (6, 2)
 
