@@ -24,7 +24,7 @@ from stare_megatron.inference.engine import Engine
 class EngineProcess:
     """`call("sample", ...)` runs Engine.sample there; `submit` gives a future, so calls can overlap.
 
-    `own_core`: vLLM's core is in a process beside it, as on GPUs.
+    `own_core`: vLLM's core is in a process beside it, as on GPUs. `answered`: the futures in the order of the answers.
     """
 
     def __init__(self, *args: Any, own_core: bool = False) -> None:
@@ -38,6 +38,7 @@ class EngineProcess:
         self._ids = itertools.count()
         self._lock = threading.Lock()
         self._waiting: dict[int, Future[Any]] = {}
+        self.answered: list[Future[Any]] = []
         threading.Thread(target=self._read, daemon=True).start()
 
     def submit(self, method: str, *args: Any) -> Future[Any]:
@@ -48,7 +49,7 @@ class EngineProcess:
             self._pipe.send((number, method, args))
         return future
 
-    def call(self, method: str, *args: Any, timeout: float = 120) -> Any:
+    def call(self, method: str, *args: Any, timeout: float = 400) -> Any:
         return self.submit(method, *args).result(timeout)
 
     def descendants(self) -> list[psutil.Process]:
@@ -64,7 +65,7 @@ class EngineProcess:
         left = self.descendants()
         if self.process.is_alive():
             self._pipe.send(None)
-        self.process.join(30)
+        self.process.join(60)
         if self.process.is_alive():
             self.process.kill()
         for process in left:
@@ -76,6 +77,7 @@ class EngineProcess:
             while True:
                 number, failed, value = self._pipe.recv()
                 future = self._waiting.pop(number)
+                self.answered.append(future)
                 future.set_exception(value) if failed else future.set_result(value)
         except (EOFError, OSError):
             for future in self._waiting.values():
@@ -83,7 +85,7 @@ class EngineProcess:
 
 
 @contextmanager
-def started(folder: Path, config: InferenceConfig, window: int, timeout: float = 120) -> Iterator[EngineProcess]:
+def started(folder: Path, config: InferenceConfig, window: int, timeout: float = 400) -> Iterator[EngineProcess]:
     """A float32 engine of a checkpoint that has started in so many seconds; it is stopped afterwards."""
     process = EngineProcess("engine 0", folder, "float32", config, window, 0, "gloo")
     try:

@@ -21,7 +21,7 @@ WINDOW = 128
 PROMPT = (1, 17, 33, 60)
 NARROW = InferenceConfig(vllm={"max_num_batched_tokens": WINDOW, "max_num_seqs": 32})
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(900)
 
 
 def sampling(max_tokens: int = 24, stop: tuple[str, ...] = (), seed: int = 5, top_p: float = 1.0) -> Sampling:
@@ -59,7 +59,7 @@ def test_prompt_logprobs(engine: EngineProcess, model) -> None:
 def test_seeds_make_samples_reproducible_and_different(engine: EngineProcess) -> None:
     def group() -> list[tuple[int, ...]]:
         futures = [engine.submit("sample", PROMPT, sampling(seed=seed)) for seed in range(8)]
-        return [tuple(f.result(60).token_ids) for f in futures]
+        return [tuple(f.result(200).token_ids) for f in futures]
 
     first = group()
     assert group() == first
@@ -75,15 +75,15 @@ def test_more_prompts_than_a_batch_takes(engine: EngineProcess) -> None:
         for seed, prompt in enumerate(prompts):
             futures.append(engine.submit("sample", prompt.tolist(), sampling(max_tokens=8, seed=seed)))
             if not together:
-                futures[-1].result(60)
-        return [f.result(60).token_ids.tolist() for f in futures]
+                futures[-1].result(200)
+        return [f.result(200).token_ids.tolist() for f in futures]
 
     assert sampled(together=True) == sampled(together=False)
 
 
 def test_end_conditions(engine: EngineProcess) -> None:
     futures = [engine.submit("sample", PROMPT, sampling(max_tokens=100, seed=seed)) for seed in range(48)]
-    completions = [f.result(60) for f in futures]
+    completions = [f.result(200) for f in futures]
     ended = [c for c in completions if c.status is Status.COMPLETED]
     cut = [c for c in completions if c.status is Status.TRUNCATED]
     assert ended
@@ -102,12 +102,15 @@ def test_end_conditions(engine: EngineProcess) -> None:
 
 
 def test_a_probe_does_not_wait_for_what_waits(engine: EngineProcess) -> None:
-    """Five times as many samples as run at a time; the trainer waits for the probe after every push."""
+    """Five times as many samples as run at a time; the trainer waits for the probe after every push. In the order in
+    which the engine answers, which this process may be late to see."""
     futures = [engine.submit("sample", PROMPT, sampling(max_tokens=100, seed=seed)) for seed in range(160)]
-    assert len(engine.call("logprobs", np.arange(5, 60))) == 54
-    assert sum(future.done() for future in futures) < 96
+    probe = engine.submit("logprobs", np.arange(5, 60))
     for future in futures:
-        future.result(60)
+        future.result(400)
+    assert len(probe.result(400)) == 54
+    before = engine.answered[: engine.answered.index(probe)]
+    assert len(set(before) & set(futures)) < 96
 
 
 def test_a_prompt_that_fills_the_window_is_an_error(engine: EngineProcess) -> None:
@@ -139,7 +142,7 @@ def test_requests_wait_while_the_engine_sleeps(engine: EngineProcess) -> None:
     assert not waiting.done()
     assert engine.call("clock") == began
     engine.call("wake", "kv_cache")
-    assert len(waiting.result(30).token_ids)
+    assert len(waiting.result(200).token_ids)
     assert engine.call("clock") > began
 
 
@@ -153,7 +156,7 @@ def test_a_failed_start_names_the_engine_and_the_cause_and_leaves_nothing(
     process = EngineProcess("engine 3", folder, "float32", InferenceConfig(), WINDOW, 0, "gloo", own_core=own_core)
     try:
         with pytest.raises(RunError, match=r"^engine 3: vLLM did not start: [\w.]*SafetensorError: .*header too large"):
-            process.call("start", timeout=200)
+            process.call("start", timeout=400)
         assert process.descendants() == []
     finally:
         process.stop()
@@ -180,14 +183,14 @@ def test_a_core_in_a_process_of_its_own(engine: EngineProcess, model, tmp_path: 
         assert not any(w.done() for w in waiting)
         own.call("wake", "weights")
         own.call("wake", "kv_cache")
-        assert all(len(w.result(30).token_ids) for w in waiting)
+        assert all(len(w.result(200).token_ids) for w in waiting)
 
         core.suspend()  # so that the request is certainly in flight
         flying = own.submit("sample", PROMPT, sampling(100))
         time.sleep(0.2)
         core.kill()
         with pytest.raises(RunError, match="engine 1: its vLLM process died"):
-            flying.result(30)
+            flying.result(200)
         with pytest.raises(RunError, match="engine 1: its vLLM process died"):
             own.call("sample", PROMPT, sampling())
         own.call("close")
@@ -201,8 +204,8 @@ def test_a_refused_request_fails_alone(engine: EngineProcess) -> None:
     good = engine.submit("sample", PROMPT, sampling())
     bad = engine.submit("sample", (10**6,), sampling())
     with pytest.raises(Exception, match="out of vocabulary"):
-        bad.result(30)
-    assert len(good.result(30).token_ids)
+        bad.result(200)
+    assert len(good.result(200).token_ids)
 
 
 def test_close_leaves_nothing(engine: EngineProcess) -> None:
@@ -210,7 +213,7 @@ def test_close_leaves_nothing(engine: EngineProcess) -> None:
     flying = engine.submit("sample", PROMPT, sampling(100))
     engine.call("close")
     with pytest.raises(RunError, match="engine 0: it was closed"):
-        flying.result(30)
+        flying.result(200)
     with pytest.raises(RunError, match="engine 0: not running"):
         engine.call("sample", PROMPT, sampling())
     assert engine.descendants() == []
