@@ -18,7 +18,7 @@ WINDOW = 128
 REPEATS = (5, 6, 7, 8) * 3  # so that drafts are found from the first token on
 NGRAM = SpeculativeConfig(method="ngram", ngram_min=1)
 
-pytestmark = pytest.mark.timeout(540)
+pytestmark = pytest.mark.timeout(1200)
 
 
 def settings(speculative: SpeculativeConfig) -> InferenceConfig:

@@ -30,7 +30,7 @@ GROUPS, SIZE = 6, 4
 # Probabilities of some tokens, so that a random model calls, and now and then ends.
 LIKELY = {"</tool_call>": 0.12, "<tool_call>": 0.03, "<|im_end|>": 0.01, "{": 0.03, " é": 0.05}
 
-pytestmark = pytest.mark.timeout(500)
+pytestmark = pytest.mark.timeout(1200)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(checkpoint: Path) -> Iterator[EngineProcess]:
-    with started(checkpoint, InferenceConfig(), WINDOW, 300) as process:
+    with started(checkpoint, InferenceConfig(), WINDOW, 600) as process:
         yield process
 
 
@@ -158,7 +158,7 @@ def test_trained_tokens_and_logprobs_are_the_engines(checkpoint: Path, engine: E
 
     rollout = {"prompts_per_step": GROUPS, "group_size": SIZE, "max_response_tokens": RESPONSE}
     arguments = {"checkpoint": checkpoint, "groups": groups, "overrides": {"rollout": rollout}}
-    (trained,) = launch("tool_use_worker:train", 1, arguments, timeout=300)
+    (trained,) = launch("tool_use_worker:train", 1, arguments, timeout=600)
     kept = [t for t in trajectories if t.status.is_trainable]
     assert len(kept) > 0.9 * len(trajectories)
     assert sorted(trained["tokens"]) == sorted(t.token_ids().tolist() for t in kept)

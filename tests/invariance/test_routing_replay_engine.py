@@ -16,7 +16,7 @@ from replay_engine import REQUESTS, TOKENS, VOCAB
 
 from stare_megatron.host import device
 
-pytestmark = pytest.mark.timeout(500)
+pytestmark = pytest.mark.timeout(1200)
 
 
 def checkpoint(folder: Path) -> Path:
@@ -51,7 +51,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, dict[str, f
     script = Path(__file__).with_name("replay_engine.py")
     environment = os.environ | device.engine_environment() | {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
     done = subprocess.run(
-        [sys.executable, str(script), str(path), str(out)], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, str(script), str(path), str(out)], env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-4000:]
     sampled: list[Any] = pickle.loads(out.read_bytes())
