@@ -18,6 +18,7 @@ from stare_megatron.host.stacks import STACKS_SIGNAL
 
 _WRITE_S = 2.0  # for a process to write its stacks
 _POLL_S = 0.05
+_QUIET = 4  # looks in which nothing came: then it is all there, though a busy machine may stop who writes
 _LOG_BYTES = 16_384
 
 
@@ -93,12 +94,11 @@ def stacks_of(pid: int) -> str:
         log = Path(os.readlink(f"/proc/{pid}/fd/2"))
         before = log.stat().st_size
         os.kill(pid, STACKS_SIGNAL)
-        size, until = before, time.monotonic() + _WRITE_S
-        while time.monotonic() < until:
+        size, quiet, until = before, 0, time.monotonic() + _WRITE_S
+        while quiet < _QUIET and time.monotonic() < until:
             time.sleep(_POLL_S)
             now = log.stat().st_size
-            if now == size > before:
-                break
+            quiet = quiet + 1 if now == size > before else 0
             size = now
         with log.open("rb") as file:
             file.seek(before)

@@ -27,7 +27,7 @@ def completed(script: str, *words: str) -> list[str]:
     """COMPREPLY for a line of `stare-megatron` and these words, the last being typed."""
     quoted = " ".join(f"'{word}'" for word in ("stare-megatron", *words))
     code = f'source {script}; COMP_WORDS=({quoted}); COMP_CWORD={len(words)}; _stare_megatron; echo "${{COMPREPLY[@]}}"'
-    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, timeout=30, check=True)
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, timeout=300, check=True)
     assert done.stderr == ""
     return done.stdout.split()
 
@@ -68,7 +68,7 @@ def test_zsh_reads_the_same_through_its_own_bridge(capsys):
 def test_zsh_takes_it(tmp_path, capsys):
     main(["completion", "zsh"])
     (tmp_path / "file").write_text(capsys.readouterr().out)
-    done = subprocess.run(["zsh", "-f", "-c", f"source {tmp_path}/file"], capture_output=True, text=True, timeout=30)
+    done = subprocess.run(["zsh", "-f", "-c", f"source {tmp_path}/file"], capture_output=True, text=True, timeout=300)
     assert done.stderr == ""
 
 
