@@ -20,7 +20,7 @@ from stare_megatron.launch.node import STOPPED, Node, Part
 DRIVER = (
     "import signal, sys, time, pathlib\n"
     "signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))\n"
-    "pathlib.Path(sys.argv[1]).touch()\ntime.sleep(60)"
+    "pathlib.Path(sys.argv[1]).touch()\ntime.sleep(900)"
 )
 
 
@@ -31,7 +31,7 @@ def part(tmp_path: Path) -> Part:
 
 @pytest.fixture
 def ray():
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(900)"])
     yield process
     process.kill()
     process.wait()
@@ -64,7 +64,7 @@ def test_so_does_the_end_of_ray(part: Part, ray) -> None:
 def test_what_knows_no_sigterm_is_stopped_all_the_same(part: Part, ray) -> None:
     (part.state / "stop").touch()
     mine = Node(part)
-    assert mine._call([sys.executable, "-c", "import time; time.sleep(60)"], ray) == STOPPED
+    assert mine._call([sys.executable, "-c", "import time; time.sleep(900)"], ray) == STOPPED
     assert mine._call([sys.executable, "-c", "raise SystemExit(3)"], ray) == STOPPED  # and nothing after it starts
 
 
@@ -100,7 +100,7 @@ def test_ray_s_processes_are_deaf_and_end_with_the_node(part: Part, monkeypatch:
     assert ray.poll() is None
     assert child.is_running()
     node._kill(ray)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while child.is_running() and child.status() != "zombie":
         assert time.monotonic() < deadline
         time.sleep(0.02)

