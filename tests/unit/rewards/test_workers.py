@@ -70,16 +70,16 @@ def ended(pid: int) -> bool:
 
 
 def wait_until(true) -> None:
-    for _ in range(600):
+    for _ in range(6000):
         if true():
             return
         time.sleep(0.05)
-    raise AssertionError("not within 30 s")
+    raise AssertionError("not within 300 s")
 
 
 def test_a_hanging_worker_is_killed_and_the_loop_goes_on(module, tmp_path):
     async def run() -> tuple[int, int, int]:
-        pool = WorkerPool(module, 1, limits(seconds=1.0))
+        pool = WorkerPool(module, 1, limits(seconds=3.0))
         first = (await pool.call({"do": "work"}))["pid"]
         again = (await pool.call({"do": "work"}))["pid"]
         hanging = asyncio.create_task(pool.call({"do": "hang"}))
@@ -87,7 +87,7 @@ def test_a_hanging_worker_is_killed_and_the_loop_goes_on(module, tmp_path):
         while not hanging.done():  # the loop is not blocked meanwhile
             await asyncio.sleep(0.05)
             ticks += 1
-        with pytest.raises(WorkerError, match="no answer within 1 s"):
+        with pytest.raises(WorkerError, match="no answer within 3 s"):
             await hanging
         assert first == again
         assert ended(first)
@@ -103,11 +103,11 @@ def test_a_hanging_worker_is_killed_and_the_loop_goes_on(module, tmp_path):
 
 def test_a_reply_that_waited_for_a_busy_loop_still_counts(module):
     async def run() -> int:
-        pool = WorkerPool(module, 1, limits(seconds=1.0))
+        pool = WorkerPool(module, 1, limits(seconds=2.0))
         pid = (await pool.call({"do": "work"}))["pid"]
         call = asyncio.create_task(pool.call({"do": "sleep", "seconds": 0.2}))
         await asyncio.sleep(0.05)
-        time.sleep(1.5)  # somebody blocks the loop past the time-out
+        time.sleep(5.0)  # somebody blocks the loop past the time-out
         assert (await call)["pid"] == pid
         await pool.close()
         return pid
@@ -206,7 +206,7 @@ def test_no_process_outlives_its_parent_even_if_it_hangs(module, tmp_path, end):
     if end == "kill":
         assert parent.stdout.readline() == "killed\n"
         parent.kill()
-    parent.wait(60)
+    parent.wait(600)
     pids.append(int(mark.read_text()))
     wait_until(lambda: all(ended(pid) for pid in pids))
     parent.stdout.close()
@@ -252,7 +252,7 @@ def test_grading_works_off_the_main_thread():
     config = WorkerConfig(processes=1)
     thread = threading.Thread(target=lambda: said.extend(grade(MathReward(config), [("1/2", r"\boxed{0.5}")])))
     thread.start()
-    thread.join(120)
+    thread.join(600)
     assert said == [True]
 
 
