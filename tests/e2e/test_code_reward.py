@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 from stare_megatron import tasks
 from stare_megatron.metrics import jsonl
 from stare_megatron.tasks.tiny_model import _supervised, default_settings, make_model, make_tokenizer, save
+from tests import programs
 from tests.contracts.source import ROOT
 
 pytestmark = pytest.mark.runs
@@ -68,10 +68,10 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_programs_are_run_graded_and_logged(material: Path) -> None:
     command = [sys.executable, "-m", "stare_megatron", "train", str(material / "run.toml"), "--quiet"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=570, check=False)
+    done = programs.run(command, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     run = material / "runs/code"
     rows = jsonl.read(run / jsonl.FILE)

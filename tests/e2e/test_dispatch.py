@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import collections
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from stare_megatron.metrics import jsonl, trace
+from tests import programs
 from tests.e2e import test_train as demo
 
 pytestmark = pytest.mark.runs
@@ -25,9 +25,7 @@ def trained(material: Path, runs: Path, engines: int, spread_below: int) -> Path
         "inference.engines": engines,
         "inference.spread_below": spread_below,
     }
-    done = subprocess.run(
-        demo.arguments(material, runs, **settings), cwd=demo.ROOT, capture_output=True, text=True, timeout=400
-    )
+    done = programs.run(demo.arguments(material, runs, **settings), cwd=demo.ROOT)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return runs / "e2e"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from stare_megatron.host.ports import free_port
+from tests import programs
 from tests.contracts.source import ROOT
 
 AUTH = {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
@@ -34,7 +34,7 @@ def call(*arguments: str, **environment: str) -> tuple[int, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "GLOO_", "NCCL_"))}
     command = [sys.executable, "-m", "stare_megatron", "doctor", *arguments]
     env = kept | AUTH | {"COLUMNS": "200"} | environment
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, cwd=ROOT)
+    done = programs.run(command, env=env, cwd=ROOT)
     return done.returncode, done.stdout + done.stderr
 
 

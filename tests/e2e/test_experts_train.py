@@ -20,13 +20,14 @@ from stare_megatron.metrics.catalogue import COSTS
 from stare_megatron.sync.check import BOUNDS
 from stare_megatron.tasks.folder import write_prompts
 from stare_megatron.tasks.tiny_model import make_tokenizer, save
+from tests import programs
 from tests.contracts.source import ROOT
 
 COMMAND = [sys.executable, "-m", "stare_megatron", "train", str(ROOT / "examples/demo_cpu/run.toml"), "--quiet"]
 EVERYTHING = json.dumps(["gradients", "optimizer", "parameters"])
 LAYERS, EXPERTS = 2, 4
 
-pytestmark = [pytest.mark.runs, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.runs, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def start(
         "checkpoint.every": 2,
     } | keys
     command = [*COMMAND, *(f"{key}={value}" for key, value in given.items())]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=570)
+    return programs.run(command, cwd=ROOT, env=environment)
 
 
 def train(material: Path, runs: Path, name: str, **keys: Any) -> list[jsonl.Row]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,12 +12,13 @@ from stare_megatron.metrics import jsonl
 from stare_megatron.sync.check import BOUNDS
 from stare_megatron.tasks.make import make
 from stare_megatron.tasks.tiny_model import default_settings
+from tests import programs
 from tests.contracts.source import ROOT
 
 pytestmark = pytest.mark.runs
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 def test_two_steps_and_one_more_after_a_resume(tmp_path: Path) -> None:
     material = tmp_path / "material"
     make(default_settings("order_free_sum", layers=2, seed=1), material, 256, 8)
@@ -35,7 +35,7 @@ def test_two_steps_and_one_more_after_a_resume(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "stare_megatron", "train", str(ROOT / "examples/demo_cpu/run.toml"), "--quiet"]
     command += [f"{key}={value}" for key, value in settings.items()]
     for more in (["run.steps=2"], ["run.steps=3", "run.resume=auto"]):
-        done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+        done = programs.run([*command, *more], cwd=ROOT)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = jsonl.read(tmp_path / "half" / jsonl.FILE)
     assert [row["step"] for row in rows] == [1, 2, 3]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from multiprocessing.connection import Connection
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from stare_megatron.models.families import read_hf_config
+from tests import programs
 from tools.gpu_check_parts import models, report, transport
 from tools.gpu_check_parts.outcome import Context
 
@@ -24,7 +24,7 @@ CHECK = [sys.executable, "tools/gpu_check.py", "--device", "cpu", "--minutes", "
 def check(out: Path, *parts: str) -> dict[str, dict]:
     """Parts by name, as the report has them; those of a GPU say that they need one."""
     command = [*CHECK, "--parts", ",".join(parts), "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = programs.run(command, cwd=ROOT)
     text = (out / report.TEXT).read_text()
     assert done.returncode == 0, text
     found = json.loads((out / report.JSON).read_text())

@@ -19,6 +19,7 @@ from stare_megatron.metrics import jsonl
 from stare_megatron.metrics.catalogue import COSTS
 from stare_megatron.tasks.make import make
 from stare_megatron.tasks.tiny_model import default_settings
+from tests import programs
 
 ROOT = Path(__file__).parents[2]
 STEPS = 4
@@ -53,13 +54,11 @@ def run(material: Path, runs: Path, disk: Path, program: list[str], **settings: 
     example = str(ROOT / "examples/demo_cpu/run.toml")
     command = [sys.executable, *program, "train", example, "--quiet", *(f"{k}={v}" for k, v in keys.items())]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(
+    done = programs.run(
         command,
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
-        timeout=500,
         env=environment,
         start_new_session=True,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from stare_megatron.metrics import jsonl
 from stare_megatron.metrics.catalogue import COSTS
 from stare_megatron.tasks.make import make
 from stare_megatron.tasks.tiny_model import default_settings
+from tests import programs
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "stare_megatron", "train", str(ROOT / "examples/demo_cpu/run.toml"), "--quiet"]
@@ -46,7 +46,7 @@ def settings(material: Path, runs: Path, name: str, **keys: Any) -> list[str]:
 def train(material: Path, runs: Path, name: str, **keys: Any) -> list[dict[str, str]]:
     """What each step found and did, as text, since NaN is not equal to itself."""
     command = [*COMMAND, *settings(material, runs, name, **keys)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=570)
+    done = programs.run(command, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = jsonl.read(runs / name / "metrics.jsonl")
     return [{key: repr(x) for key, x in row.items() if not key.startswith(COSTS)} for row in rows]
@@ -60,7 +60,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.runs
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 def test_engines_and_ranks_take_turns_and_learn_the_same(material: Path, tmp_path: Path) -> None:
     plain = train(material, tmp_path, "plain")
     moved = train(material, tmp_path, "moved", **{"trainer.offload": EVERYTHING})
@@ -76,7 +76,7 @@ def test_engines_and_ranks_take_turns_and_learn_the_same(material: Path, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 def test_a_run_whose_engine_dies_saves_what_is_away_and_is_evaluated(material: Path, tmp_path: Path) -> None:
     """The engine is killed while it samples, when nothing of a rank is on its device."""
     keys = settings(
@@ -85,13 +85,13 @@ def test_a_run_whose_engine_dies_saves_what_is_away_and_is_evaluated(material: P
     script = str(ROOT / "tests/e2e/killed_run.py")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, script, "engine", "2", "train", COMMAND[4], "--quiet", *keys]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=570, env=environment)
+    done = programs.run(command, cwd=ROOT, env=environment)
     said = done.stdout + done.stderr
     assert done.returncode == 75, said[-3000:]
     assert "step 2 is saved" in said
     saved = tmp_path / "died/checkpoints/step_000002"
     evaluate = [*COMMAND[:3], "eval", COMMAND[4], "--model", str(saved), "--out", str(tmp_path / "eval"), *keys]
-    done = subprocess.run(evaluate, cwd=ROOT, capture_output=True, text=True, timeout=570)
+    done = programs.run(evaluate, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (alone,) = jsonl.read(tmp_path / "eval/eval.jsonl")
     (during,) = (row for row in jsonl.read(tmp_path / "died/eval.jsonl") if row["step"] == 2)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 
 import pytest
 
 from stare_megatron.tasks.make import make
 from stare_megatron.tasks.tiny_model import default_settings
+from tests import programs
 from tests.contracts.source import ROOT
 
 
@@ -23,12 +23,9 @@ def test_the_page_runs(tmp_path):
     script.write_text("def page():\n" + "\n".join(f"    {line}" for line in code.splitlines()) + "\n\n\n")
     with script.open("a") as f:
         f.write('if __name__ == "__main__":\n    page()\n')
-    done = subprocess.run(
+    done = programs.run(
         [sys.executable, str(script)],
         cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=500,
         env={**_environment(), "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 from stare_megatron.metrics import jsonl
 from stare_megatron.tasks.make import make
 from stare_megatron.tasks.tiny_model import default_settings
+from tests import programs
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "stare_megatron", "train", str(ROOT / "examples/demo_cpu/run.toml"), "--quiet"]
@@ -42,12 +42,12 @@ def train(material: Path, runs: Path, name: str, **keys: Any) -> tuple[int, str]
         "checkpoint.every": 0,
     } | keys
     command = [*COMMAND, *(f"{key}={value}" for key, value in given.items())]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=570)
+    done = programs.run(command, cwd=ROOT)
     return done.returncode, done.stdout + done.stderr
 
 
 @pytest.mark.runs
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(1800)
 def test_a_quantized_engine_is_apart_within_its_bound_and_corrected(material: Path, tmp_path: Path) -> None:
     rows: dict[str, list[jsonl.Row]] = {}
     for name, keys in {"plain": {}, "quantized": QUANTIZED}.items():

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from stare_megatron.metrics import jsonl
+from tests import programs
 from tests.contracts.source import ROOT
 from tests.e2e.rescoring import EVERY_VERSION, Stretch, rescored
 from tests.e2e.test_train import prompts_of
@@ -65,9 +65,7 @@ def require_right(sample: dict[str, Any]) -> None:
 
 def trained(material: Path, runs: Path, **settings: object) -> tuple[list[jsonl.Row], list[Stretch]]:
     """A run's metrics, and the stretches of its samples; everything is right that is right in every mode."""
-    done = subprocess.run(
-        command(material, runs, steps=STEPS, **settings), cwd=ROOT, capture_output=True, text=True, timeout=500
-    )
+    done = programs.run(command(material, runs, steps=STEPS, **settings), cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = jsonl.read(runs / "tool/metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
 
 import pytest
 
 from stare_megatron.metrics import jsonl
+from tests import programs
 from tests.contracts.source import ROOT
 from tests.e2e.tool_run import command, make_material
 
@@ -18,12 +18,9 @@ STEPS = 4
 def test_a_policy_trains_with_the_tool(tmp_path):
     """Calls are made and answered, right answers come of them, engine and trainer agree over observations, and the
     run says at which level code was run."""
-    done = subprocess.run(
+    done = programs.run(
         command(make_material(tmp_path / "material"), tmp_path, steps=STEPS),
         cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=570,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = jsonl.read(tmp_path / "tool/metrics.jsonl")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 from stare_megatron.tasks.make import make
 from stare_megatron.tasks.tiny_model import default_settings
+from tests import programs
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,7 +19,7 @@ def test_ranks_train_under_torchrun(tmp_path: Path) -> None:
     made = tmp_path / "made"
     make(dataclasses.replace(default_settings("order_free_sum", layers=2, seed=0), max_batches=0), made, 8, 4)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
+    done = programs.run(
         [
             *torchrun,
             "tools/bench_trainer.py",
@@ -31,9 +31,6 @@ def test_ranks_train_under_torchrun(tmp_path: Path) -> None:
         ],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "TP1 PP2 CP1 DP1" in done.stdout

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import runpy
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 from stare_megatron.metrics import jsonl
 from stare_megatron.tasks.make import make
 from stare_megatron.tasks.tiny_model import default_settings
+from tests import programs
 from tests.contracts.source import ROOT
 
 EXAMPLE = ROOT / "examples/your_own"
@@ -39,7 +39,7 @@ def test_the_example_trains(tmp_path: Path) -> None:
     }
     command = [sys.executable, "-m", "stare_megatron", "train", "examples/your_own/run.toml", "--quiet"]
     command += [f"{key}={value}" for key, value in keys.items()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=570)
+    done = programs.run(command, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     run = tmp_path / "your_own"
 
