@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests import programs
 
 ROOT = Path(__file__).parents[2]
 SMI = """#!/bin/sh
@@ -36,13 +37,10 @@ def run(tmp_path: Path, code: str, **environment: str) -> Any:
     )
     tail = "\nprint('\\n' + json.dumps(out))\nray.shutdown()\n"
     path = f"{tool.parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
+    done = programs.run(
         [sys.executable, "-c", head + code + tail],
         cwd=ROOT,
         env=os.environ | {"PATH": path, "STARE_DEVICE": "cuda", "RAY_DEDUP_LOGS": "0"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -184,11 +182,11 @@ out.append(told(2))
     kind = "GPUs" if device == "cuda" else "CPUs"
     assert f"the run needs 5 {kind}" in small[0]
     assert f"the cluster has 4 {kind}, 4 free (" in small[0]
-    assert small[1] < 5
+    assert small[1] < 60  # and not after the minutes that Ray would wait for a group
     assert f"the run needs 4 {kind}" in taken[0]
     assert f"the cluster has 4 {kind}, 1 free (" in taken[0]
     assert f"1 free; /runs/first has 3 {kind}); end what holds them" in taken[0]
-    assert taken[1] < 15
+    assert taken[1] < 120
     assert fits == ""
 
 
