@@ -32,6 +32,7 @@ from stare_megatron.cluster.trainers import TrainerGroup
 from stare_megatron.config import ClusterConfig, Config
 from stare_megatron.errors import RanksLostError, RunError, UserError
 from stare_megatron.host.ports import free_port
+from tests import programs
 from tests.configs import configuration
 
 SAID: list[str] = []
@@ -116,10 +117,19 @@ def test_a_wait_says_for_whom_and_for_what(cluster, quick, monkeypatch):
     monkeypatch.setattr(runtime, "_SAY_S", 0.5)
     SAID.clear()
     ranks = [Rank.remote(), Rank.remote()]
-    ray.get([rank.hello.remote() for rank in ranks])
-    with pytest.raises(RunError):
-        crew("trainer rank 0", "trainer rank 1").wait([ranks[0].hello.remote(), ranks[1].push.remote(1)], "update", 4)
+    answered = ranks[0].hello.remote()
+    ray.get([answered, ranks[1].hello.remote()])
+    both = crew("trainer rank 0", "trainer rank 1")
+
+    def end() -> None:
+        if SAID:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        both.wait([answered, ranks[1].push.remote(1)], "update", watch=end)
     assert re.fullmatch(r"waiting \d+ s for trainer rank 1 \(update\)", SAID[-1])
+    with pytest.raises(RunError, match=r"^trainer rank 1: no answer within 1 s \(update\)"):
+        both.wait([answered, ranks[1].push.remote(1)], "update", 1)
 
 
 def test_a_hanging_engine_is_named_while_groups_are_sampled(cluster, monkeypatch):
@@ -135,12 +145,13 @@ def test_a_hanging_engine_is_named_while_groups_are_sampled(cluster, monkeypatch
 
 
 def _raise(said: str) -> None:
-    assert re.fullmatch(r"waiting [01] s for engine 0 \(sample\)", said)
+    assert re.fullmatch(r"waiting \d+ s for engine 0 \(sample\)", said)
     raise InterruptedError
 
 
 def keep_checking(roll: RollCall) -> None:
-    for _ in range(300):
+    """For five minutes at most."""
+    for _ in range(3000):
         roll.check()
         time.sleep(0.1)
 
@@ -165,12 +176,15 @@ def test_an_idle_rank_that_is_silent_is_named(cluster):
     ray.get(rank.hello.remote())
     rank.push.remote(1)
     roll = RollCall([rank], runtime.Crew(["rank 0"], SAID.append, named_hosts=False, lost=RanksLostError), 1.0)
-    with pytest.raises(RanksLostError, match=r"rank 0: no answer for [12] s \(inference\.answer_timeout\)"):
+    with pytest.raises(RanksLostError, match=r"rank 0: no answer for [1-9]\d* s \(inference\.answer_timeout\)"):
         keep_checking(roll)
 
 
 def lives(process: psutil.Process) -> bool:
-    return psutil.pid_exists(process.pid) and process.status() != psutil.STATUS_ZOMBIE
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_processes_are_killed_with_those_they_started_stopped_or_not(cluster):
@@ -193,8 +207,8 @@ def test_processes_are_killed_with_those_they_started_stopped_or_not(cluster):
     first = later.pid, psutil.Process(later.pid).create_time()
     family = families.Family(node, ((parent.pid, times[0]), (child.pid, times[1]), first, (other.pid, times[1] - 100)))
     ray.get(families.end(family))
-    later.wait(10)
-    deadline = time.monotonic() + 10
+    later.wait(120)
+    deadline = time.monotonic() + 120
     while any(map(lives, (child, started))) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(lives, (child, started)))
@@ -205,7 +219,7 @@ def test_processes_are_killed_with_those_they_started_stopped_or_not(cluster):
 
 def test_a_package_missing_on_a_node_is_named(cluster):
     with pytest.raises(RunError, match=r"its process died: ModuleNotFoundError: No module named 'nowhere_at_all'"):
-        crew("engine 0").meet([Rank.remote("nowhere_at_all").hello.remote()], 60)
+        crew("engine 0").meet([Rank.remote("nowhere_at_all").hello.remote()], 400)
 
 
 def test_every_actor_has_the_drivers_versions_and_is_named_by_its_host(cluster):
@@ -213,12 +227,12 @@ def test_every_actor_has_the_drivers_versions_and_is_named_by_its_host(cluster):
     there = dataclasses.replace(here, host="b", address="10.0.0.2", versions=here.versions | {"torch": "1.0"})
     both = crew("engine 0", "engine 1", named_hosts=True)
     with pytest.raises(UserError, match=r"^engine 1 on b \(10\.0\.0\.2\): torch 1\.0, the driver's is [\d.]+: every"):
-        both.meet([Rank.remote().hello.remote(), ray.put(there)], 60)
+        both.meet([Rank.remote().hello.remote(), ray.put(there)], 400)
     slow = dataclasses.replace(there, versions=here.versions, missing=("/opt/lib/libiomp5.so",))
     with pytest.raises(
         UserError, match=r"^engine 0 on b \(10\.0\.0\.2\): no /opt/lib/libiomp5\.so, which the driver's"
     ):
-        crew("engine 0", named_hosts=True).meet([ray.put(slow)], 60)
+        crew("engine 0", named_hosts=True).meet([ray.put(slow)], 400)
     assert both.names[0] == f"engine 0 on {here.host} ({here.address})"
     assert set(here.versions) >= {"Python", "torch", "ray", "stare_megatron"}
 
@@ -244,14 +258,14 @@ def head(**environment: str) -> Iterator[str]:
             command, env=os.environ | environment, cwd=folder, stdout=out, stderr=out, start_new_session=True
         )
     try:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 400
         while "runtime started" not in log.read_text():
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()  # noqa: PT018
             time.sleep(0.2)
         yield f"127.0.0.1:{port}"
     finally:
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait(30)
+        process.wait(120)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -270,9 +284,7 @@ except UserError as e:
 
 def join(address: str, **environment: str) -> tuple[str, str]:
     """What a driver prints, and what is on its stderr."""
-    done = subprocess.run(
-        [sys.executable, "-c", JOIN, address], env=os.environ | environment, capture_output=True, text=True, timeout=90
-    )
+    done = programs.run([sys.executable, "-c", JOIN, address], env=os.environ | environment)
     return done.stdout, done.stderr
 
 
