@@ -20,6 +20,7 @@ from stare_megatron.metrics import jsonl
 from stare_megatron.metrics.catalogue import COSTS
 from stare_megatron.tasks.folder import write_prompts
 from stare_megatron.tasks.tiny_model import default_settings, make_model, make_tokenizer, save
+from tests import programs
 
 pytestmark = pytest.mark.runs
 
@@ -57,9 +58,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(material: Path, name: str, *more: str, stop: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     command = [*(STOPPED if stop else PLAIN), *stop, "sft", str(material / "sft.toml"), "--quiet", f"run.name={name}"]
-    return subprocess.run(
-        [*command, *more], cwd=ROOT, capture_output=True, text=True, timeout=500, start_new_session=True
-    )
+    return programs.run([*command, *more], cwd=ROOT, start_new_session=True)
 
 
 @pytest.fixture(scope="module")
@@ -101,10 +100,11 @@ def test_a_run_of_two_epochs(material: Path, whole: Path) -> None:
 
 
 def test_a_killed_run_goes_on_bit_equal(material: Path, whole: Path) -> None:
-    done = run(material, "killed", stop=("KILL", "4"))
+    at_once = "checkpoint.asynchronous=false"  # else a slow disk may not have step 3 by then
+    done = run(material, "killed", at_once, stop=("KILL", "4"))
     assert done.returncode == -9
     assert [p.name for p in store.complete(material / "runs/killed/checkpoints")] == ["step_000003"]
-    done = run(material, "killed", "run.resume=auto")
+    done = run(material, "killed", at_once, "run.resume=auto")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert_same(material / "runs/killed", whole)
 
@@ -134,7 +134,7 @@ def test_train_begins_with_its_export(material: Path, whole: Path) -> None:
     }
     overrides = [f"{key}={value}" for key, value in keys.items()]
     command = [*PLAIN, "train", str(ROOT / "examples/demo_cpu/run.toml"), "--quiet", *overrides]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    done = programs.run(command, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (row,) = jsonl.read(material / "runs/rl" / jsonl.FILE)
     assert row["mismatch/mean"] < 1e-3
