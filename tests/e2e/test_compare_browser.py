@@ -11,10 +11,10 @@ import math
 import os
 import shutil
 import statistics
+import time
 
 import numpy as np
 import pytest
-from selenium.webdriver.support.ui import WebDriverWait
 
 from stare_megatron.compare import derived
 from stare_megatron.compare.align import Align, mean_curve, position
@@ -45,7 +45,24 @@ def driver():
     for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    return webdriver.Chrome(options=options, service=Service(helper))
+    made = webdriver.Chrome(options=options, service=Service(helper))
+    made.command_executor.client_config.timeout = 600
+    made.set_script_timeout(400)
+    return made
+
+
+def require_fits(browser, width: int, elements: str) -> None:
+    """Nothing scrolls sideways and none of `elements` is cut off, once the page has come to the width: what was wide
+    stays so for a while, and figures are drawn again after that."""
+    script = """
+        const cut = [...document.querySelectorAll(arguments[0])]
+            .filter((e) => e.tagName !== "OPTION" && e.getBoundingClientRect().right > innerWidth + 0.5)
+            .map((e) => e.id || e.className || e.tagName);
+        return [innerWidth, Math.max(document.scrollingElement.scrollWidth, innerWidth), cut];"""
+    until = time.monotonic() + 120
+    while (seen := browser.execute_script(script, elements)) != [width, width, []]:
+        assert time.monotonic() < until, seen
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +90,6 @@ def page(runs, tmp_path_factory):
     try:
         out = tmp_path_factory.mktemp("out")
         compare(runs, out, Options(png=False))
-        browser.set_script_timeout(240)
         resize(browser, WIDTHS[0])
         browser.get((out / REPORT).as_uri())
         draw(browser)
@@ -269,11 +285,7 @@ def test_no_sideways_scrolling(page, width, scheme):
         page.refresh()  # as a phone opens it; a page that was wide keeps its wide viewport for a while
         page.execute_script("for (const d of document.querySelectorAll('details')) d.open = true")
         draw(page)
-        WebDriverWait(page, 20).until(lambda p: p.execute_script("return innerWidth") == width)
-        assert page.execute_script("return document.scrollingElement.scrollWidth") <= width
-        wide = """return [...document.querySelectorAll("figure, .card, .scroll, article, h1, h2")]
-            .filter((e) => e.getBoundingClientRect().right > innerWidth + 0.5).length"""
-        assert page.execute_script(wide) == 0
+        require_fits(page, width, "figure, .card, .scroll, article, h1, h2")
     finally:
         resize(page, WIDTHS[0])
         page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})

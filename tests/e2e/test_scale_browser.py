@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 
 from stare_megatron.__main__ import main
 from tests.contracts.source import ROOT
-from tests.e2e.test_compare_browser import WIDTHS, driver, resize
+from tests.e2e.test_compare_browser import WIDTHS, driver, require_fits, resize
 
 RESULTS = ROOT / "examples/scaling_cpu/results"
 RUNS = sorted(f.parent for f in RESULTS.glob("*/eval.jsonl"))
@@ -94,14 +93,7 @@ def test_nothing_is_wider_than_the_window(page: Any, width: int, scheme: str) ->
     )
     resize(page, width)
     try:
-        # The figures are drawn again once the window has its size.
-        until = time.monotonic() + 10
-        while page.execute_script("return document.scrollingElement.scrollWidth") > width:
-            assert time.monotonic() < until
-            time.sleep(0.1)
-        wide = """return [...document.querySelectorAll("figure, .scroll, h1, h2, select")]
-            .filter((e) => e.getBoundingClientRect().right > innerWidth + 0.5).map((e) => e.id || e.className)"""
-        assert page.execute_script(wide) == []
+        require_fits(page, width, "figure, .scroll, h1, h2, select")
     finally:
         resize(page, WIDTHS[0])
         page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})

@@ -9,7 +9,7 @@ import pytest
 from selenium.webdriver.common.keys import Keys
 
 from stare_megatron.compare.report import REPORT, Options, compare
-from tests.e2e.test_compare_browser import driver, resize
+from tests.e2e.test_compare_browser import driver, require_fits, resize
 from tests.unit.compare.run_folders import write_run, write_sample_records
 
 HOSTILE = [
@@ -50,7 +50,6 @@ def page(files, tmp_path_factory):
     try:
         out = tmp_path_factory.mktemp("out")
         compare([files[0]], out, Options(png=False))
-        browser.set_script_timeout(240)
         resize(browser, 390)
         browser.get((out / REPORT).as_uri())
         browser.execute_script("trajectories.parse()")
@@ -152,10 +151,7 @@ def test_no_sideways_scrolling(page, width):
     page.refresh()
     page.execute_script("trajectories.parse()")
     choose(page, "step", 2)
-    assert page.execute_script("return document.scrollingElement.scrollWidth") <= width
-    wide = """return [...document.querySelectorAll("#viewer, #viewer *")].filter((e) => e.tagName !== "OPTION" &&
-        e.getBoundingClientRect().right > innerWidth + 0.5).length"""
-    assert page.execute_script(wide) == 0
+    require_fits(page, width, "#viewer, #viewer *")
 
 
 def test_no_errors(page):
