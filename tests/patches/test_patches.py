@@ -32,7 +32,7 @@ def probe(*excluded: str) -> dict[str, str]:
         [sys.executable, str(Path(__file__).parent / "probes.py"), *excluded],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         env=environment,
         check=False,
     )

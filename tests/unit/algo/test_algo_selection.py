@@ -16,7 +16,7 @@ class ThreadShards:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._barrier = threading.Barrier(size, timeout=30)
+        self._barrier = threading.Barrier(size, timeout=300)
         self._slots: list[torch.Tensor] = [torch.empty(0)] * size
         self._rank = threading.local()
 

@@ -64,7 +64,7 @@ def test_the_page_shows_the_report_and_follows_it(tmp_path):
     server.start()
 
     def get(path: str) -> str:
-        with urllib.request.urlopen(server.url + path, timeout=30) as answer:
+        with urllib.request.urlopen(server.url + path, timeout=120) as answer:
             return answer.read().decode()
 
     page, report, first = get("/"), get("/report?1"), json.loads(get("/state"))

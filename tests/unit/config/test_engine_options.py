@@ -29,7 +29,7 @@ def test_vllm_is_not_imported_for_its_options() -> None:
         "import sys; from stare_megatron.config.upstream import check_engine_args; "
         "check_engine_args({'enforce_eager': True}); sys.exit('vllm' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=600).returncode == 0
 
 
 def test_known_options_pass() -> None:

@@ -182,7 +182,7 @@ def test_another_process_reads_what_was_pickled(own, tmp_path_factory):
     )
     command = [sys.executable, "-c", code, str(file)]
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, timeout=600)
     assert done.stdout.strip() == "weight=0.5 threads=1 must='be' True", done.stderr
 
 

@@ -118,7 +118,7 @@ class TestPaths:
 
         made = pickle.dumps(configuration(run={"dir": "runs"}))
         code = "import pickle, sys; print(pickle.loads(sys.stdin.buffer.read()).folder)"
-        done = subprocess.run([sys.executable, "-c", code], input=made, capture_output=True, cwd="/", timeout=60)
+        done = subprocess.run([sys.executable, "-c", code], input=made, capture_output=True, cwd="/", timeout=600)
         assert done.stdout.decode().strip() == f"{tmp_path}/runs/unit"
 
 

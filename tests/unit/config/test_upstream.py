@@ -15,7 +15,7 @@ def test_fields_are_those_of_the_installed_dataclass():
         "from megatron.core.transformer.transformer_config import TransformerConfig as T, MLATransformerConfig as M\n"
         "print(*sorted({f.name for f in (*dataclasses.fields(T), *dataclasses.fields(M))}))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=6000, check=True)
     assert upstream.megatron_fields() == set(done.stdout.split())
 
 
@@ -74,5 +74,5 @@ def test_nothing_heavy_is_imported():
         "import sys; from stare_megatron.config import upstream as u; u.check_megatron({'moe_router_dtype': 'fp64'})\n"
         "print([m for m in ('torch', 'megatron', 'vllm') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=True)
     assert done.stdout.strip() == "[]"

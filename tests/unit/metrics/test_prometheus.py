@@ -30,7 +30,7 @@ LINE = re.compile(
 
 def read(url: str) -> dict[str, float]:
     """Series -> value; every line is one of the format, and all lines of a name are together."""
-    with urllib.request.urlopen(url, timeout=10) as answer:
+    with urllib.request.urlopen(url, timeout=120) as answer:
         assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
         lines = answer.read().decode().splitlines()
     assert all(LINE.fullmatch(line) for line in lines)
@@ -66,7 +66,7 @@ def test_values_are_served_where_the_settings_say(tmp_path, host):
     assert found['stare_megatron_sync_probe{run="unit"}'] != found['stare_megatron_sync_probe{run="unit"}'], "NaN"
     sinks.close()
     with pytest.raises(urllib.error.URLError):
-        urllib.request.urlopen(url, timeout=10)
+        urllib.request.urlopen(url, timeout=120)
 
 
 def test_a_step_replaces_the_one_before_and_an_evaluation_stays():
@@ -93,7 +93,7 @@ def test_members_of_a_family_that_are_written_alike_are_told_apart():
 def test_nothing_else_is_there():
     sink = PrometheusSink(LoggingConfig(prometheus_port=free_port()), "unit", 5)
     with pytest.raises(urllib.error.HTTPError, match="404"):
-        urllib.request.urlopen(sink.url + "x", timeout=10)
+        urllib.request.urlopen(sink.url + "x", timeout=120)
     sink.close()
 
 
@@ -116,7 +116,7 @@ def test_a_taken_port_is_refused_at_the_door(monkeypatch):
 def test_a_name_that_was_made_to_lead_here_gets_nothing(asked, status):
     server = PageServer("127.0.0.1", 0, Page)
     server.start()
-    client = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=10)
+    client = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=120)
     client.request("GET", "/", headers={"Host": asked})
     assert client.getresponse().status == status
     client.close()

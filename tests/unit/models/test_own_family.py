@@ -53,6 +53,6 @@ def test_a_file_and_a_line_are_a_family(tmp_path: Path) -> None:
     (models / "families.py").write_text(registry.replace('    "qwen3":', f'{line}    "qwen3":'))
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     command = [sys.executable, "-c", f"CONFIG = {CONFIG!r}\n{CODE}", str(tmp_path)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) == 3 + 12 * 2

@@ -386,7 +386,7 @@ def test_the_command_line_ends_with_code_2_and_one_line(files):
         f'[data]\ntrain = ["{files / "train.jsonl"}"]\n[reward]\nname = "math"\n'
     )
     command = [sys.executable, "-m", "stare_megatron", "train", str(files / "run.toml")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1
     assert "/nowhere': no such folder" in done.stderr

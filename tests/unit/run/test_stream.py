@@ -167,7 +167,7 @@ def test_it_waits_for_nobody_while_the_trainer_learns_and_for_all_before_an_eval
     waiting.join(0.1)
     assert waiting.is_alive()
     engines.go.release(10**6)
-    waiting.join(20)
+    waiting.join(300)
     assert len(taken.get_nowait().groups) == P
     sampler.settle()
     sampler.drain()
