@@ -117,6 +117,7 @@ class Engine:
         try:
             self._llm = FrontEnd(self._meter)
             await self._llm.start(self._args)
+            self._children.unname_buffers()
             await self._llm.update_weight_version(str(UNPUSHED))
         except RuntimeError as e:
             await self.close()
