@@ -19,7 +19,7 @@ from stare_megatron.errors import UserError
 from stare_megatron.host import device
 from stare_megatron.host.ports import connect_error, host_port
 
-_SHORT_S, _FULL_S = 30.0, 180.0
+_SHORT_S, _FULL_S = 90.0, 180.0  # an actor takes seconds to start, on a crowded machine half a minute
 
 
 def full(config: Config | None, cluster: ClusterConfig) -> ClusterFacts:
