@@ -89,7 +89,7 @@ class Machine:
             words, cwd="/", stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, text=True
         )
 
-    def run(self, command: Sequence[str | Path], timeout: float = 300, **environment: str) -> tuple[int, str]:
+    def run(self, command: Sequence[str | Path], timeout: float = 800, **environment: str) -> tuple[int, str]:
         """Exit code and output."""
         process = self.start(command, **environment)
         try:
@@ -138,7 +138,7 @@ def machines(count: int, folder: Path, *, debian: bool = False) -> Iterator[list
             process = subprocess.Popen(["unshare", *words], stdin=subprocess.DEVNULL)
             stack.callback(process.wait)
             stack.callback(process.kill)
-            own, deadline = os.readlink("/proc/self/ns/net"), time.monotonic() + 10
+            own, deadline = os.readlink("/proc/self/ns/net"), time.monotonic() + 120
             while time.monotonic() < deadline:
                 with contextlib.suppress(OSError, LookupError):
                     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -147,7 +147,7 @@ def machines(count: int, folder: Path, *, debian: bool = False) -> Iterator[list
                         return pid
                 assert process.poll() is None, f"unshare {words} ended with code {process.returncode}"
                 time.sleep(0.02)
-            raise AssertionError(f"unshare {words} was not ready within 10 s")
+            raise AssertionError(f"unshare {words} was not ready within 120 s")
 
         hub = begin("-n", "sleep", "infinity")
         _ip(hub, "link", "add", "br0", "type", "bridge")
