@@ -194,7 +194,7 @@ def killed(
     for name in ("checkpoint", "model", "optimizer", "model_runner", "step", "bridge"):
         importlib.import_module(f"stare_megatron.trainer.{name}")
     rng = random.Random(seed)
-    found = []
+    found, takes = [], 0.1
     for number in range(kills + 1):
         reading, writing = os.pipe()
         child = os.fork()
@@ -207,8 +207,11 @@ def killed(
         with os.fdopen(reading) as lines:
             loaded = lines.readline()
             assert loaded, f"process {number} ended before it had loaded a checkpoint"
-            # As long as a few saves take.
-            time.sleep(rng.uniform(0.0, 0.5))
+            for _ in range(rng.randint(0, 3)):
+                began = time.monotonic()
+                assert lines.readline(), f"process {number} ended in a save"
+                takes = time.monotonic() - began
+            time.sleep(rng.uniform(0.0, takes))  # somewhere in the next save, however long one takes here
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
         found.append((int(loaded), any(root.glob("**/*.partial"))))
@@ -241,6 +244,7 @@ def _save_forever(rank: Rank, model: Path, root: Path, number: int, report: int,
         done += 1
         saver.save(dataclasses.replace(STATE, step=done))
         saver.poll()
+        os.write(report, b"saved\n")
 
 
 def across_specs(rank: Rank, *, checkpoint: Path, converted: Path, folder: Path) -> list[UpdateStats]:
