@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -147,7 +148,7 @@ def test_a_kept_state_that_is_not_used_ends():
     async def body(box):
         async with box.session() as session:
             await session.run("x = 1")
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(3.0)
             after = await session.run("'x' in globals()", echo=True)
             assert after.value == "False"
             assert after.stderr == "[the state was reset: it was not used for 0.2 s]\n"
@@ -159,7 +160,7 @@ def test_a_kept_state_does_nothing_between_cells(in_box):
     async def body(box):
         async with box.session() as session:
             await session.run("import time; before = time.process_time()")
-            assert (await session.run("time.sleep(0.1)\ntime.process_time() - before < 0.1", echo=True)).value == "True"
+            assert (await session.run("time.sleep(1.0)\ntime.process_time() - before < 0.5", echo=True)).value == "True"
             child = session._child
             await session.run("1")
             while psutil.Process(child.pid).status() != psutil.STATUS_STOPPED:  # the signal is on its way
@@ -170,8 +171,12 @@ def test_a_kept_state_does_nothing_between_cells(in_box):
 
 def workers(box):
     """The processes that fork this box's calls, known by their directories, which are on their command lines."""
-    lines = {p: " ".join(p.cmdline()) for p in psutil.Process().children()}
-    return [p for p, line in lines.items() if any(base in line for base in box.directories())]
+    found = []
+    for process in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # another, that has just ended
+            if any(base in " ".join(process.cmdline()) for base in box.directories()):
+                found.append(process)
+    return found
 
 
 def test_a_worker_that_dies_costs_the_call_in_it_and_is_replaced():
@@ -235,7 +240,7 @@ def test_nothing_is_left_when_the_driver_is_killed():
         assert below
         driver.kill()
         await driver.wait()
-        for _ in range(1000):
+        for _ in range(6000):
             if not base.exists() and not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in below):
                 return
             await asyncio.sleep(0.02)

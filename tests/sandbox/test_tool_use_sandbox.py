@@ -49,7 +49,7 @@ def play(codes: tuple[str, ...], **settings) -> tuple[list[str], list[str]]:
 
 def test_state_is_kept_or_not_as_set():
     codes = ("x = 6 * 7", "print('x is', x)\nx + 1", "raise ValueError('no')", "import time; time.sleep(60)", "x")
-    shown, outcomes = play(codes, keep_state=True, tool_seconds=3)
+    shown, outcomes = play(codes, keep_state=True, tool_seconds=8)
     assert shown[:2] == ["[no output]", "x is 42\n43"]
     assert shown[2].endswith("ValueError: no")
     assert shown[3] == "[stopped: it took too long]"
