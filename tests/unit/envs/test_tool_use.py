@@ -351,21 +351,18 @@ def test_episodes_interleave():
         async def run(self, code, stdin="", *, echo=False, seconds=0.0):
             if not self.codes:
                 self.codes.append(code)
-                await others.wait()
+                while not {"b", "c"} <= set(order):
+                    await asyncio.sleep(0)
                 order.append("slow")
             return said("4")
 
     order: list[str] = []
     box = Slow()
 
-    others = asyncio.Event()
-
     async def one(name: str) -> None:
         env = ToolUse(PROMPT, box, TOKENIZER, ToolUseConfig())
         await run_episode(PROMPT, 0, env, Script(call(name), call(name), "x<|im_end|>"), SAMPLING)
         order.append(name)
-        if {"b", "c"} <= set(order):
-            others.set()
 
     async def several() -> None:
         await asyncio.wait_for(asyncio.gather(*map(one, "abc")), 60)
