@@ -25,6 +25,7 @@ from ray._private import worker as ray_worker
 from ray._private.services import find_bootstrap_address
 
 from stare_megatron.cluster.families import Family, family
+from stare_megatron.cluster.signals import ENDS, Interrupting, deaf_children
 from stare_megatron.cluster.silence import NO_WATCH, Watch
 from stare_megatron.config import ClusterConfig
 from stare_megatron.data.tokenizer import first_line
@@ -33,7 +34,6 @@ from stare_megatron.host import packages, stacks
 from stare_megatron.host.ports import connect_error, host_port, interface_of
 
 Ref = ray.ObjectRef
-_ENDS = (signal.SIGTERM, signal.SIGHUP)
 
 _POLL_S = 5.0
 _TICK_S = 1.0
@@ -62,36 +62,28 @@ def cluster(config: ClusterConfig, actors: int) -> Iterator[None]:
     if config.address == "auto":
         _check_named_address()
     said: list[str] = []
-    try:
-        if config.address == "local":
-            with _deaf_children():
-                ray.init(
-                    address="local",
-                    num_cpus=actors,
-                    object_store_memory=config.object_store_mb * 2**20,
-                    include_dashboard=False,
-                    **common,
-                )
-        else:
-            with _stderr_to(said):
-                ray.init(address=config.address, **common)
-    except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as e:
-        raise UserError(f"cluster.address = {config.address!r}: {_refusal(e, ''.join(said))}") from e
-    try:
-        yield
-    finally:
-        _shut_down()
-
-
-@contextlib.contextmanager
-def _deaf_children() -> Iterator[None]:
-    """Processes started within, and theirs, hear no SIGTERM or SIGHUP. Schedulers send them to every process of a job,
-    and a run can save only while Ray, ranks and engines live. Ray does the same about Ctrl-C."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with Interrupting() as interrupting:
+        try:
+            if config.address == "local":
+                with deaf_children():
+                    ray.init(
+                        address="local",
+                        num_cpus=actors,
+                        object_store_memory=config.object_store_mb * 2**20,
+                        include_dashboard=False,
+                        **common,
+                    )
+                    interrupting.install()
+            else:
+                with _stderr_to(said):
+                    ray.init(address=config.address, **common)
+                interrupting.install()
+        except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as e:
+            raise UserError(f"cluster.address = {config.address!r}: {_refusal(e, ''.join(said))}") from e
+        try:
+            yield
+        finally:
+            _shut_down()
 
 
 def _shut_down() -> None:
@@ -372,7 +364,7 @@ def enter_actor(folder: Path, name: str) -> None:
     first line says where it runs and where SIGUSR1 makes it write its stacks, and it stays deaf to SIGTERM: whoever
     first starts Python's resource tracker would hear it again."""
     resource_tracker.ensure_running()
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *_ENDS})
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *ENDS})
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush()

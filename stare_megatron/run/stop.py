@@ -9,8 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-# Who sends a signal to a process group and to each process in it, or passes on one that the group gets, says it twice.
-_ECHO_SECONDS = 1.0
+from stare_megatron.cluster.signals import ECHO_SECONDS
 
 
 class StopSignal:
@@ -23,8 +22,8 @@ class StopSignal:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Handle the signals within the context. Enter it after Ray has started, which sets a handler of its own for
-        SIGTERM. Outside of the main thread, where Python delivers no signal, nothing is done."""
+        """Handle the signals within the context. Enter it after Ray has started (`signals.Interrupting`).
+        Outside of the main thread, where Python delivers no signal, nothing is done."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -40,7 +39,7 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
-            if time.monotonic() - self._asked_at < _ECHO_SECONDS:
+            if time.monotonic() - self._asked_at < ECHO_SECONDS:
                 return
             raise KeyboardInterrupt
         self.asked, self._asked_at = True, time.monotonic()
