@@ -330,7 +330,7 @@ def _add_runs(commands: Any) -> None:
         "--out",
         type=paths.argument,
         metavar="FOLDER",
-        help="new folder for the results (default: RUN.DIR/RUN.NAME-eval)",
+        help="new folder for the results (default: RUN.DIR/NAME-eval, with the name of what is evaluated)",
     )
 
     about = "check the machines a run would use: versions, GPUs, network, shared folder, limits; names the cure"

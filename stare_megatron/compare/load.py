@@ -127,6 +127,11 @@ def _sources(path: Path) -> list[Path]:
         found = {f.parent for name in (jsonl.FILE, PACKED) for f in path.rglob(name)}
         if found:
             return sorted(found)
+        if (path / "responses").is_dir():
+            raise UserError(
+                f"{path}: what `eval` found, no run; leave it out, or name a folder of runs, {path.parent}: what is no "
+                "run in it is passed over"
+            )
         raise UserError(f"{path}: no {jsonl.FILE} or {PACKED} in it or below; is it the folder of a run?")
     raise UserError(f"{path}: no such folder; give the folder of a run, e.g. runs/NAME")
 

@@ -96,7 +96,7 @@ def _check_kind(path: Path, tree: Mapping[str, Any], root: type[Root]) -> None:
     supervised = "sft" in tree
     others = [table for table in ("reward", "rollout", "algorithm") if table in tree]
     if root is Config and supervised and not others:
-        raise UserError(f"{path}: [sft] is of supervised training; its command is `sft`, not `train`")
+        raise UserError(f"{path}: [sft] is of supervised training; its command is `sft`, not `train` or `eval`")
     if root is SftConfig and others and not supervised:
         raise UserError(f"{path}: [{others[0]}] is of a run that samples; its command is `train`, not `sft`")
 

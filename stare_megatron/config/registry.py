@@ -136,7 +136,10 @@ def _import(where: str, fault: str) -> ModuleType:
         last = traceback.extract_tb(e.__traceback__)[-1]
         place = (e.filename, e.lineno) if isinstance(e, SyntaxError) else (last.filename, last.lineno)
         said = (str(e).splitlines() or [""])[0]
-        raise UserError(f"{fault}: cannot be imported: {place[0]}:{place[1]}: {type(e).__name__}: {said}") from e
+        cure = ""
+        if isinstance(e, ModuleNotFoundError):
+            cure = f"; install it in this environment ({sys.prefix}), or put its folder on PYTHONPATH"
+        raise UserError(f"{fault}: cannot be imported: {place[0]}:{place[1]}: {type(e).__name__}: {said}{cure}") from e
 
 
 def _import_file(path: Path, fault: str) -> ModuleType:

@@ -220,7 +220,10 @@ def _extra(raw: dict[str, Any], keys: list[str], where: str) -> str:
 def _lookup(raw: dict[str, Any], key: str, where: str) -> Any:
     value = rows.find(raw, key)
     if value is rows.ABSENT:
-        raise UserError(f"{where}: no key {key!r}; the row has {', '.join(map(repr, raw)) or 'none'}")
+        raise UserError(
+            f"{where}: no key {key!r}; the row has {', '.join(map(repr, raw)) or 'none'}; data.prompt_key, "
+            "data.answer_key and data.extra_keys name the columns"
+        )
     return value
 
 

@@ -66,10 +66,21 @@ def find_policy(config: Config, path: Path | None) -> Policy:
         if newest is not None:
             return _trained(config, newest)
         raise UserError(f"--model {path}: the run has neither exported a policy nor saved a checkpoint yet")
+    if not path.is_dir():
+        raise UserError(f"--model {path}: no such folder; give a run's, one of its checkpoints or a Hugging Face one")
     raise UserError(
         f"--model {path}: neither a Hugging Face folder (config.json), nor a training checkpoint (loop.json), nor a "
-        "run's folder (run.json)"
+        f"run's folder (run.json){_nearby(path)}"
     )
+
+
+def _nearby(path: Path) -> str:
+    """What was meant, for a folder of checkpoints or one within a checkpoint."""
+    if (path.parent / "loop.json").is_file():
+        return f"; the checkpoint is {path.parent}"
+    if (newest := checkpoint.find(path, "auto")) is not None:
+        return f"; its newest checkpoint is {newest}"
+    return ""
 
 
 def _trained(config: Config, folder: Path) -> Policy:
@@ -106,7 +117,7 @@ def evaluate(config: Config, *, model: Path | None, out: Path | None) -> Path:
     benchmarks = load_benchmarks(config, tokenizer)
     check_prompts(config, None, benchmarks)
     check_own(config, tokenizer, benchmarks[0].prompts[0])
-    folder = out or config.folder.with_name(f"{config.folder.name}-eval")
+    folder = out or results_folder(config, model)
     partial = _make(folder)
     try:
         with _engines(config, policy, partial / "logs", say, sizing.eval_load(benchmarks)) as engines:
@@ -122,6 +133,16 @@ def evaluate(config: Config, *, model: Path | None, out: Path | None) -> Path:
     for line in (*eval_results.text(done.results), f"results: {folder}"):
         say(line)
     return folder
+
+
+def results_folder(config: Config, model: Path | None) -> Path:
+    """Where results go by default: `run.dir`/NAME-eval. NAME is the configuration's run, or what `model` names: a run,
+    with the step of its checkpoint or export, else the folder itself."""
+    if model is None:
+        return config.folder.with_name(f"{config.folder.name}-eval")
+    run = next((f for f in (model, *model.parents) if (f / "run.json").is_file()), model)
+    step = "" if model in (run, run_folder.RunFolder(run, fresh=False).export) else f"-{model.name}"
+    return config.folder.with_name(f"{run.name}{step}-eval")
 
 
 def _make(folder: Path) -> Path:
@@ -154,7 +175,7 @@ def _engines(
             with residency.to_engines():
                 push_to_all(trainers, engines, step)
             engines.renew = functools.partial(renew, trainers, engines, step)
-        status("evaluating")
+        status(f"evaluating {policy.name}")
         with session.lookout.watching(), session.lookout.during("eval"):
             yield session.engines
 

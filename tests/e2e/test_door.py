@@ -191,7 +191,8 @@ def test_evaluation_alone_without_a_benchmark(files, capsys):
 
 def test_evaluation_alone_of_nothing(files, capsys):
     held_out = benchmarks(files / "made/eval.jsonl")
-    assert "neither a Hugging Face folder" in alone(files, capsys, held_out, "--model", str(files / "nowhere"))
+    assert "nowhere: no such folder" in alone(files, capsys, held_out, "--model", str(files / "nowhere"))
+    assert "neither a Hugging Face folder" in alone(files, capsys, held_out, "--model", str(files / "made"))
     (files / "run").mkdir()
     (files / "run/run.json").write_text("{}")
     assert "neither exported a policy nor saved" in alone(files, capsys, "--model", str(files / "run"), held_out)

@@ -115,6 +115,12 @@ def test_folders_of_runs(tmp_path):
         load_all([tmp_path / "empty"], NOW)
     with pytest.raises(UserError, match="none: no such folder"):
         load_all([tmp_path / "none"], NOW)
+    (tmp_path / "results" / "b-eval" / "responses").mkdir(parents=True)  # beside runs, as `eval` leaves it: runs/*
+    with pytest.raises(
+        UserError, match=rf"b-eval: what `eval` found, no run; leave it out, or name .*, {tmp_path}/results:"
+    ):
+        load_all(sorted((tmp_path / "results").iterdir()), NOW)
+    assert len(load_all([tmp_path / "results"], NOW)) == 2
 
 
 def test_groups_are_runs_that_differ_in_their_seed(tmp_path):

@@ -112,7 +112,7 @@ def test_a_wrong_object_is_refused(own, name, parts):
     [
         ("x = 1\ny = nothing\n", "own.py:2: NameError: name 'nothing' is not defined"),
         ("def f(:\n", "own.py:1: SyntaxError"),
-        ("import no_such_thing\n", "own.py:1: ModuleNotFoundError: No module named 'no_such_thing'"),
+        ("import no_such_thing\n", "own.py:1: ModuleNotFoundError: No module named 'no_such_thing'; install it in"),
         (ENV.replace("make=make", "make=4"), "is not a callable object"),
         (ENV.replace("def make(prompt, context)", "def make(prompt)"), "cannot be called as make(prompt, context)"),
         (ENV.replace('"notebook")', '"book")'), "session_key = 'book' is none of the settings"),

@@ -116,7 +116,11 @@ def test_parquet_reads_like_jsonl(load, tmp_path, tokenizer):
     [
         ((row(1), "{oops"), {}, "p.jsonl:2: not valid JSON"),
         ((row(1), "[1]"), {}, "p.jsonl:2: want one JSON object"),
-        ((row(1), {"id": "b", "prompt": "2 :"}), {}, "p.jsonl:2: no key 'answer'; the row has 'id', 'prompt'"),
+        (
+            (row(1), {"id": "b", "prompt": "2 :"}),
+            {},
+            "p.jsonl:2: no key 'answer'; the row has 'id', 'prompt'; data.prompt_key, data.answer_key",
+        ),
         ((row(1),), {"prompt_key": "question"}, "p.jsonl:1: no key 'question'"),
         ((row(1), row(2, id="r1")), {}, r"p.jsonl:2: id 'r1' was used before, at .*p.jsonl:1"),
         ((row(1, prompt=3),), {}, "key 'prompt': want a string or a list"),
