@@ -14,6 +14,7 @@ from stare_megatron.data.prompts import PromptSet
 from stare_megatron.data.tokenizer import load_tokenizer
 from stare_megatron.envs import ENVS, EnvContext
 from stare_megatron.rewards.base import response_text
+from stare_megatron.rollout import own
 from stare_megatron.rollout.episode import Masks, run_group
 from stare_megatron.rollout.reflection import word_counter
 from stare_megatron.rollout.sampler import Sampler
@@ -44,7 +45,7 @@ class Runner:
         box: SandboxClient | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._reward = rewards.make_reward(config.reward, box, config.sandbox)
+        self._reward = own.with_culprit(config, rewards.make_reward(config.reward, box, config.sandbox))
         self._tokenizer = load_tokenizer(config.model.path, config.data.chat_template_kwargs)
         self._words = config.logging.reflection_words
         self._count = word_counter(self._words)

@@ -1,8 +1,10 @@
-"""What users bring, looked at before anything is started: it is built once, and its methods are checked."""
+"""What users bring: it is built once and its methods are checked before anything is started; what a reward raises later
+is told as the user's."""
 
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 from stare_megatron.config import Config
 from stare_megatron.config.registry import is_address
 from stare_megatron.config.reward import SumConfig
+from stare_megatron.data.tokenizer import first_line
 from stare_megatron.envs import ENVS, EnvContext
-from stare_megatron.errors import ORDINARY, UserError
+from stare_megatron.errors import ORDINARY, RunError, UserError
 from stare_megatron.rewards import PARTS, REWARDS, RewardContext, RewardKind
-from stare_megatron.types import Prompt
+from stare_megatron.rewards.base import Reward
+from stare_megatron.types import Prompt, Score, Trajectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -98,6 +102,39 @@ def _check_reward(reward: _Reward, config: Config) -> None:
         raise UserError(f"{where}: {what} cannot be awaited to grade a trajectory; want `{_GRADES}`, {page}")
     if not _takes(grade, 3 + isinstance(made, type)):
         raise UserError(f"{where}: {what} takes other arguments; want `{_GRADES}`, {page}")
+
+
+def with_culprit(config: Config, reward: Reward) -> Reward:
+    """`reward`, made as `config` says, so that what goes wrong in a user's file names it. Rewards of this package are
+    taken as they are."""
+    own = [found for found in _rewards(config) if is_address(found.name)]
+    return _Culprit(reward, own) if own else reward
+
+
+class _Culprit:
+    """A reward that is a user's, or has parts that are."""
+
+    def __init__(self, reward: Reward, own: list[_Reward]) -> None:
+        self._reward = reward
+        self._own = ", ".join(f"{found.key} = {found.name!r}" for found in own)
+        self._files = {found.name.rpartition(":")[0] for found in own}
+
+    async def __call__(self, prompt: Prompt, trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase) -> Score:
+        """Raises: RunError: an exception other than `RewardError`, whose traceback is written to stderr, the engine's
+        log; or something that is no `Score`."""
+        cure = "mend it; where an answer cannot be graded raise RewardError, docs/adding_a_reward.md"
+        try:
+            score: object = await self._reward(prompt, trajectory, tokenizer)
+        except ORDINARY as e:
+            traceback.print_exc()
+            lines = [
+                f"{f.filename}:{f.lineno}: " for f in traceback.extract_tb(e.__traceback__) if f.filename in self._files
+            ]
+            said = f"{(lines or [''])[-1]}{type(e).__name__}: {first_line(e)}"
+            raise RunError(f"{self._own}: {said}, for prompt {prompt.id!r}; {cure}; its log has the traceback") from e
+        if not isinstance(score, Score):
+            raise RunError(f"{self._own}: returned {score!r} for prompt {prompt.id!r}; want a Score; {cure}")
+        return score
 
 
 def _built(make: Callable[[], object], what: str, page: str) -> object:

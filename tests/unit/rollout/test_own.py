@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from stare_megatron.config import Config, parse
-from stare_megatron.errors import UserError
+from stare_megatron.errors import RunError, UserError
+from stare_megatron.rollout.groups import Runner
 from stare_megatron.rollout.own import check_own, is_async
-from stare_megatron.types import Prompt
+from stare_megatron.types import Completion, GroupRequest, Prompt, Sampling, Status
 from tests import byte_tokenizer
 from tests.configs import tables
 
@@ -150,3 +154,46 @@ def test_a_decorated_or_partial_coroutine_is_async() -> None:
     assert is_async(Called())
     assert not is_async(lambda: None)
     assert not is_async(3)
+
+
+GRADES = [
+    ("return 1 / 0", "reward.py:2: ZeroDivisionError: division by zero, for prompt 'p'; mend it; where"),
+    ("return None", "TypeError: the reward returned None for prompt p; want a number or a Score, for prompt 'p'"),
+    ("return float('nan')", "ValueError: reward must be finite, got nan, for prompt 'p'"),
+    ("return prompt.extra['far']", "reward.py:2: KeyError: 'far', for prompt 'p'"),
+]
+
+
+class Answers:
+    version = 1
+
+    async def sample(self, token_ids: tuple[int, ...], sampling: Sampling) -> Completion:
+        ids = np.array(TOKENIZER.encode("4"), np.int32)
+        return Completion(ids, np.zeros(len(ids), np.float32), Status.COMPLETED, 1)
+
+
+def graded(config: Config, folder: Path) -> None:
+    """A group of two by the engine's own way, with the tokenizer in `folder`."""
+    TOKENIZER.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({"vocab_size": len(TOKENIZER)}))
+    model = config.model.model_copy(update={"path": folder})
+    run = Runner(config.model_copy(update={"model": model}), Answers())
+    asyncio.run(run(GroupRequest(0, PROMPT, 2, Sampling(16, 1.0, 1.0, (), 5))))
+
+
+@pytest.mark.parametrize(("body", "message"), GRADES, ids=[body for body, _ in GRADES])
+def test_a_mistake_in_a_reward_is_told_with_key_line_and_prompt(tmp_path, capfd, body, message):
+    config = own(tmp_path, reward=f"def grade(prompt, text):\n    {body}\n", name="grade")
+    with pytest.raises(RunError) as e:
+        graded(config, tmp_path)
+    said = str(e.value)
+    assert said.startswith(f"reward.name = '{tmp_path}/reward.py:grade': ")
+    assert message in said
+    assert "\n" not in said
+    assert "Traceback" in capfd.readouterr().err
+
+
+def test_what_an_async_reward_returns_is_a_score(tmp_path):
+    code = "async def grade(prompt, trajectory, tokenizer):\n    return 1.0\n"
+    with pytest.raises(RunError, match=r"reward\.py:grade': returned 1\.0 for prompt 'p'; want a Score"):
+        graded(own(tmp_path, reward=code, name="grade"), tmp_path)
