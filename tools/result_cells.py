@@ -133,7 +133,7 @@ def held(goal: float, measure: Callable[[np.ndarray], float]) -> Callable[[Run],
     """Of H - H_tgt from the first step at which the entropy is not above the target."""
 
     def value(run: Run) -> float:
-        off = entropy(run) - goal
+        off = entropy(run) - target(run, goal)
         return measure(off[int(np.argmax(off <= 0)) :])
 
     return value
