@@ -59,7 +59,11 @@ STARE = {
     "stare_pi": "the same, proportional-integral",
 }
 ADAPTIVE = {"adaptive_entropy": "adaptive entropy bonus"}
-THOUSANDS = {"grpo_ds-seed1": "GRPO-ds", "stare_auto-seed1": "STARE-O1, auto"}
+THOUSANDS = {
+    "grpo_ds-seed1": "GRPO-ds",
+    "stare_auto-seed1": "STARE-O1, auto",
+    "stare_auto_annealed-seed1": "the same, H_tgt falls from 0.12 to 0.03",
+}
 RIVALS = ADAPTIVE | {"entropy_bonus": "fixed entropy bonus", "clip_cov": "Clip-Cov"}
 SETTINGS = {
     "grpo_ds": "GRPO-ds",
