@@ -10,6 +10,7 @@ yet, for `latest` the step whose checkpoint has it and is not yet in the file `l
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -27,19 +28,17 @@ def kill() -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def kill_engine() -> None:
+def to_engine(number: int) -> None:
     for process in psutil.Process().children(recursive=True):
-        if "EngineActor" in " ".join(process.cmdline()):
-            process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # another, that has just ended
+            if "EngineActor" in " ".join(process.cmdline()):
+                process.send_signal(number)
 
 
-def stop_engine() -> None:
-    for process in psutil.Process().children(recursive=True):
-        if "EngineActor" in " ".join(process.cmdline()):
-            process.suspend()
-
-
-ENGINES = {"engine": kill_engine, "stopped-engine": stop_engine}
+ENGINES = {
+    "engine": functools.partial(to_engine, signal.SIGKILL),
+    "stopped-engine": functools.partial(to_engine, signal.SIGSTOP),
+}
 
 
 def arm(phase: str, step: int) -> None:

@@ -79,14 +79,13 @@ def cluster() -> Iterator[None]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "_POLL_S", 0.5)
-    monkeypatch.setattr(lookout_module, "_ANSWER_S", 10.0)
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("fault", ["sleep", "stop"])
 def test_a_rank_that_does_not_enter_a_collective_is_named(cluster, quick, tmp_path, fault):
     said: list[str] = []
-    lookout = Lookout(WatchdogConfig(first=8.0), tmp_path, said.append)
+    lookout = Lookout(WatchdogConfig(first=15.0), tmp_path, said.append)
     lookout.step = 7
     crew = runtime.Crew(["trainer rank 0", "trainer rank 1"], said.append, named_hosts=False, lookout=lookout)
     environment = {"env_vars": trainer_environment()}
@@ -94,9 +93,9 @@ def test_a_rank_that_does_not_enter_a_collective_is_named(cluster, quick, tmp_pa
         GlooRank.options(num_cpus=1, runtime_env=environment).remote(rank, tmp_path / "logs") for rank in range(2)
     ]
     lookout.add(lookout_module.RANKS, crew, actors)
-    crew.meet([actor.hello.remote() for actor in actors], 120)
+    crew.meet([actor.hello.remote() for actor in actors], 400)
     port = free_port()
-    crew.wait([actor.join.remote(port) for actor in actors], "start", 120)
+    crew.wait([actor.join.remote(port) for actor in actors], "start", 400)
     with lookout.watching(), lookout.during("update"):
         for _ in range(2):
             crew.wait([actor.update.remote("") for actor in actors], "update")
@@ -127,7 +126,10 @@ def test_a_rank_that_does_not_enter_a_collective_is_named(cluster, quick, tmp_pa
     assert (seen == "stopped") == (fault == "stop")
     assert "GiB" in (folder / "machines.txt").read_text()
     assert "rank_1 on" in (folder / "logs/trainer_rank_1.txt").read_text()
-    assert not psutil.pid_exists(pids[1])
+    until = time.monotonic() + 120
+    while psutil.pid_exists(pids[1]):  # its raylet has yet to hear of the end
+        assert time.monotonic() < until
+        time.sleep(0.1)
     for actor in actors[:1]:
         ray.kill(actor)
 
@@ -157,7 +159,7 @@ RUNS = {
     ),
     "engine stopped in rollout": (
         ["tests/e2e/killed_run.py", "stopped-engine", "1"],
-        {},
+        {"inference.vllm.max_num_seqs": 2},  # so that it samples for seconds, and is at it when it is stopped
         r"engine 0 is stopped \(process \d+\)",
         "2-rollout",
     ),
@@ -177,8 +179,8 @@ def ended(material: Path, runs: Path, before: list[str], settings: Mapping[str, 
         "rollout.prompts_per_step": 8,
         "rollout.dynamic_sampling": "false",
         "rollout.max_refills": 0,
-        "watchdog.first": 25,
-        "watchdog.floor": 25,
+        "watchdog.first": 40,
+        "watchdog.floor": 40,
         "inference.answer_timeout": 600,
         "logging.wandb": "disabled",
     } | dict(settings)
@@ -192,18 +194,20 @@ def ended(material: Path, runs: Path, before: list[str], settings: Mapping[str, 
         start_new_session=True,
     )
     seen: set[psutil.Process] = set()
-    until = time.monotonic() + 500
+    until = time.monotonic() + 1200
     while process.poll() is None and time.monotonic() < until:
         seen.update(psutil.Process(process.pid).children(recursive=True))
         time.sleep(1)
-    output = process.communicate(timeout=30)[0]
-    _, left = psutil.wait_procs(seen, timeout=20)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    output = process.communicate()[0]
+    _, left = psutil.wait_procs(seen, timeout=300)
     assert [p for p in left if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
     return process.returncode, output
 
 
 @pytest.mark.runs
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("case", RUNS)
 def test_a_run_that_hangs_and_may_not_go_on_ends_and_says_who_is_at_fault(material, tmp_path, case):
     before, settings, line, folder = RUNS[case]
@@ -218,7 +222,7 @@ def test_a_run_that_hangs_and_may_not_go_on_ends_and_says_who_is_at_fault(materi
 
 
 @pytest.mark.runs
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_a_run_that_hangs_goes_on_with_new_ranks(material, tmp_path):
     """As by default: the one at fault is named and killed, and the ranks are started again from the last checkpoint."""
     settings = METHOD | {"algorithm.settings.mark": tmp_path / "hung", "checkpoint.every": 1}
