@@ -27,6 +27,8 @@ def command(material: Path, runs: Path, *, steps: int, **more: object) -> list[s
         "eval.benchmarks": "[]",
         "rollout.prompts_per_step": 16,
         "checkpoint.export_final": "false",
+        "env.tool_seconds": 120,  # a product is no matter of seconds, but for a machine that stands still
+        "sandbox.wall_seconds": 120,
     } | more
     start = [sys.executable, "-m", "stare_megatron", "train", "examples/tool_use_cpu/run.toml", "--quiet"]
     return [*start, *(f"{key}={value}" for key, value in keys.items())]
