@@ -65,6 +65,7 @@ def run(material: Path, runs: Path, faults: str, **settings: object) -> Done:
         "data.train": json.dumps([str(material / "train.jsonl")]),
         "rollout.prompts_per_step": 8,
         "inference.engines": 2,
+        "inference.answer_timeout": 600,  # an engine that is slow for a tenth of it is SUSPECT
         "checkpoint.every": 2,
         "checkpoint.export_final": "false",
         "logging.wandb": "disabled",
@@ -80,17 +81,21 @@ def run(material: Path, runs: Path, faults: str, **settings: object) -> Done:
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
     )
     children: dict[int, psutil.Process] = {}
-    deadline = time.monotonic() + 500
+    deadline = time.monotonic() + 1200
     while process.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(psutil.NoSuchProcess):
             children |= {p.pid: p for p in psutil.Process(process.pid).children(recursive=True)}
         time.sleep(0.2)
     process.kill()
     said = process.communicate()[0]
-    _, alive = psutil.wait_procs(list(children.values()), timeout=20)
+    _, alive = psutil.wait_procs(list(children.values()), timeout=300)
     for left in alive:
         left.kill()
     return Done(process.returncode, said, runs / "r", [p.name() for p in alive])
+
+
+# What is due is on disk before the next step begins.
+SAVED: dict[str, object] = {"checkpoint.asynchronous": "false"}
 
 
 def learned(rows: list[jsonl.Row]) -> list[dict[str, Any]]:
@@ -129,7 +134,8 @@ def test_a_run_outlives_an_engine_and_a_rank(material: Path, tmp_path: Path) -> 
         material,
         tmp_path,
         "engine_0:KILL:rollout:1,trainer_1:KILL:update:3",
-        **{"inference.engines": 1, "run.steps": 4, "rollout.prompts_per_step": 16, "inference.vllm.max_num_seqs": 4},
+        **{"inference.engines": 1, "run.steps": 4, "rollout.prompts_per_step": 16, "inference.vllm.max_num_seqs": 4}
+        | SAVED,
     )
     require_whole(done)
     assert done.events("engine 0") == ["HEALTHY", "DEAD", "RESTARTING", "STALE", "HEALTHY"]

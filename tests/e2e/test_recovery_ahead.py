@@ -95,7 +95,7 @@ RANK_KILLED = "trainer_1:KILL:update:3"
 
 
 def test_stream_goes_on_with_new_ranks(material: Path, tmp_path: Path) -> None:
-    done = recovery.run(material, tmp_path, RANK_KILLED, **STREAM)
+    done = recovery.run(material, tmp_path, RANK_KILLED, **STREAM | recovery.SAVED)
     require_every_step(done)
     require_new_ranks(done)
     assert all(row["sync/staleness"] <= 2 for row in done.rows)
@@ -104,7 +104,7 @@ def test_stream_goes_on_with_new_ranks(material: Path, tmp_path: Path) -> None:
 def test_one_step_goes_on_with_new_ranks_as_if_nothing_had_happened(material: Path, tmp_path: Path) -> None:
     """Bit for bit: the batch in hand comes from the checkpoint, the one after it is sampled again by the policy before,
     which the engine gets back. What the lost ranks had begun ahead is of no batch."""
-    done = recovery.run(material, tmp_path / "killed", RANK_KILLED, **ONE_STEP)
+    done = recovery.run(material, tmp_path / "killed", RANK_KILLED, **ONE_STEP | recovery.SAVED)
     require_every_step(done)
     require_new_ranks(done)
     clean = recovery.run(material, tmp_path / "clean", recovery.CLEAN, **ONE_STEP)
