@@ -18,6 +18,7 @@ from stare_megatron.metrics import jsonl
 from stare_megatron.sync.check import BOUNDS
 from stare_megatron.tasks.make import make
 from stare_megatron.tasks.tiny_model import default_settings
+from tests import programs
 from tests.e2e import test_train as demo
 from tests.e2e.rescoring import EVERY_VERSION, rescored
 from tests.e2e.test_sampling_modes import STREAM
@@ -51,7 +52,7 @@ def ended(
         text=True,
     )
     metrics, latest = runs / "e2e/metrics.jsonl", runs / "e2e/checkpoints/latest"
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 1200
 
     def far_enough() -> bool:
         done = metrics.exists() and metrics.read_text().count("\n") >= steps
@@ -62,14 +63,9 @@ def ended(
         time.sleep(0.2)
     children = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, how)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=400)
     assert process.returncode == (130 if how is signal.SIGTERM else -how), output[-3000:]
     return int(latest.read_text().strip().removeprefix("step_")), children
-
-
-def require_gone(processes: list[psutil.Process]) -> None:
-    _, alive = psutil.wait_procs(processes, timeout=150)  # Ray's agents outlive a killed driver by a minute and more
-    assert not alive, [p.name() for p in alive]
 
 
 def outstanding(run: Path, step: int) -> tuple[Outstanding, set[int]]:
@@ -86,7 +82,7 @@ def resumed(
     learned from once, and each token has the log-prob that its version's policy gives it."""
     run, last = runs / "e2e", step + MORE
     command = demo.arguments(material, runs, **SETTINGS | {"run.steps": last} | settings)
-    again = subprocess.run(command, cwd=demo.ROOT, capture_output=True, text=True, timeout=400)
+    again = programs.run(command, cwd=demo.ROOT)
     assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
     rows = jsonl.read(run / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, last + 1))
@@ -101,11 +97,14 @@ def resumed(
 
 
 def test_a_stream_that_is_stopped_goes_on_with_what_it_had(material: Path, tmp_path: Path) -> None:
-    saved, left = ended(material, tmp_path)
-    require_gone(left)
-    kept, shelf = outstanding(tmp_path / "e2e", saved)
+    for runs in (tmp_path / "1", tmp_path / "2", tmp_path / "3"):  # an end may come when no group has just finished
+        saved, left = ended(material, runs)
+        demo.require_gone(left)
+        kept, shelf = outstanding(runs / "e2e", saved)
+        if shelf:
+            break
     assert shelf
-    said, rows, _ = resumed(material, tmp_path, saved)
+    said, rows, _ = resumed(material, runs, saved)
     assert f"{len(shelf)} finished groups, and of others" in said
     first = rows[saved]
     assert first["bank/groups"] == len(shelf)
@@ -155,7 +154,7 @@ def test_what_is_under_way_is_gone_on_with(talker: Path, tmp_path: Path, how: si
     assert partial
 
     _, rows, samples = resumed(talker, tmp_path, saved, prompts=4, **settings)
-    require_gone(left)
+    demo.require_gone(left)
     first = rows[saved]
     assert [first[name] for name in COUNTS[:3]] == [len(shelf), sum(len(of.begun.graded) for of in open_), len(partial)]
     assert first["bank/again"] == 4 * len(open_) - first["bank/graded"] - first["bank/partial"]
