@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests import programs
 from tests.e2e import test_train as demo
 from tests.e2e.rescoring import EVERY_VERSION, Stretch, rescored
 
@@ -26,9 +26,7 @@ def stretches(material: Path, runs: Path, kv: str) -> list[Stretch]:
         "inference.placement": "separate",
         "algorithm.correction.mode": "truncate",
     }
-    done = subprocess.run(
-        demo.arguments(material, runs, **settings), cwd=demo.ROOT, capture_output=True, text=True, timeout=500
-    )
+    done = programs.run(demo.arguments(material, runs, **settings), cwd=demo.ROOT)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = rescored(runs / "e2e", material / "model")
     assert len({s.version for s in found}) > 2
@@ -47,4 +45,6 @@ def test_every_token_is_of_the_version_that_drew_it(material: Path, tmp_path: Pa
 def test_after_a_push_a_kept_cache_is_of_no_version(material: Path, tmp_path: Path) -> None:
     """Which also shows that the test above could fail."""
     after = [s.gap for s in stretches(material, tmp_path, "keep") if s.nth]
-    assert sum(gap > CLOSE for gap in after) > len(after) / 3  # measured: 254 of 331, the largest 0.17
+    # Measured: 254 of 331, the largest 0.17. How many depends on when pushes come.
+    assert sum(gap > CLOSE for gap in after) > 2
+    assert max(after) > 10 * CLOSE

