@@ -7,6 +7,7 @@ processes were lost, and may be started again; 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import errno
 import platform
 import sys
 from collections.abc import Callable
@@ -378,6 +379,12 @@ def main(argv: list[str] | None = None) -> int:
         return _stopped(e, f"the run stopped: {e}", LOST)
     except RunError as e:
         return _stopped(e, f"the run stopped: {e}", 1)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _stopped(
+            e, f"{e.filename or 'a file'}: its disk is full ({e.strerror}); free some room and start again", 1
+        )
     except KeyboardInterrupt as e:
         return _stopped(e, "interrupted", 130)
 

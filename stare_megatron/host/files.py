@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from stare_megatron.errors import UserError
 
 PARTIAL = ".partial"
 STALE = ".stale" + PARTIAL
+_BLOCK = 1 << 16
 
 # What a file begins with that is something else than its name says.
 _DISGUISES = (
@@ -28,13 +30,73 @@ def write_atomic(path: Path, text: str) -> None:
     """Replace a file's content, in UTF-8: a reader, also after a crash, sees the old or the new one, never a part.
 
     Half of a surrogate pair, which is no character, is written as `?`.
+
+    Raises:
+        OSError: with the file's name; nothing is left of the new content.
     """
     partial = path.with_name(path.name + PARTIAL)
-    with partial.open("w", encoding="utf-8", errors="replace") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(partial, path)
+    try:
+        with named(path), partial.open("w", encoding="utf-8", errors="replace") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """An OSError of a write, as of a full disk, gets the file's name, which Python gives to those of `open` alone."""
+    try:
+        yield
+    except OSError as e:
+        e.filename = e.filename or str(path)
+        raise
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file of lines, whole or not at all. What a killed writer was cut off in is taken away first.
+
+    Raises:
+        OSError: with the file's name.
+    """
+    with named(path), path.open("r+b" if path.exists() else "w+b", buffering=0) as file:
+        end = _end_of_lines(file)
+        file.truncate(end)
+        write_at(file, end, f"{line}\n".encode())
+
+
+def write_at(file: io.FileIO, place: int, data: bytes, before: bytes = b"") -> None:
+    """Write `data` from `place` to the end of the file, or leave `before` there, the bytes that were, if there is no
+    room.
+
+    Raises:
+        OSError: as the write.
+    """
+    file.seek(place)
+    left = memoryview(data)
+    try:
+        while left:
+            left = left[file.write(left) :]
+    except OSError:
+        file.seek(place)
+        file.write(before)  # into room that it had
+        file.truncate(place + len(before))
+        raise
+
+
+def _end_of_lines(file: io.FileIO) -> int:
+    """Where the last line that is whole ends."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        begin = max(0, end - _BLOCK)
+        file.seek(begin)
+        found = file.read(end - begin).rfind(b"\n")
+        if found >= 0:
+            return begin + found + 1
+        end = begin
+    return 0
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stare_megatron.errors import UserError
-from stare_megatron.host.files import whole_folder
+from stare_megatron.host.files import append_line, whole_folder
 from stare_megatron.metrics import jsonl
 from stare_megatron.metrics.catalogue import Metric
 from stare_megatron.metrics.eval_results import Result
@@ -82,8 +82,7 @@ def write(
 
 def append(run: Path, step: int, metrics: Sequence[Metric]) -> None:
     """Add an evaluation to the table of a run."""
-    with (run / TABLE).open("a") as f:
-        f.write(jsonl.line(step, metrics))
+    append_line(run / TABLE, jsonl.line(step, metrics).removesuffix("\n"))
 
 
 def restore(run: Path, step: int, fingerprint: str) -> frozenset[int]:

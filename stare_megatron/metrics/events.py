@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from stare_megatron.host.files import append_line
 from stare_megatron.types.report import RunEvent
 
 FILE = "events.jsonl"
@@ -32,8 +33,11 @@ class Events:
         row = dataclasses.asdict(event)
         del row["news"]
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-        with self._path.open("a") as file:
-            file.write(json.dumps({"time": now} | row) + "\n")
+        try:
+            append_line(self._path, json.dumps({"time": now} | row))
+        except OSError as e:  # the run need not end for it, nor hide what it ends for
+            self._note(f"{self._path}: cannot be written: {e.strerror}: {text(event)}")
+            return
         if event.news:
             self._note(text(event))
 

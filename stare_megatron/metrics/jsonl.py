@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stare_megatron.errors import UserError
-from stare_megatron.host.files import write_atomic
+from stare_megatron.host.files import named, write_at, write_atomic
 from stare_megatron.metrics.catalogue import Metric, by_name
 
 FILE = "metrics.jsonl"
@@ -31,13 +31,14 @@ class JsonlSink:
         self._path = path
         if path.exists():
             cut(path, restored_step)
-        # The buffer holds a whole line, which is then written at once.
-        self._file = path.open("r+b" if path.exists() else "w+b", buffering=1 << 20)
+        # Without a buffer a whole line is written at once, and a full disk is an error here.
+        self._file = path.open("r+b" if path.exists() else "w+b", buffering=0)
         self._newest = self._file.seek(0, os.SEEK_END)  # where the newest line begins
+        self._line = b""
         self._row: dict[str, float | str] = {}
 
     def log(self, step: int, metrics: Sequence[Metric]) -> None:
-        self._newest = self._file.seek(0, os.SEEK_END)
+        self._newest, self._line = self._file.seek(0, os.SEEK_END), b""
         self._row = row(step, metrics)
         self._write()
 
@@ -45,20 +46,21 @@ class JsonlSink:
         """Replace values of the newest step, in place: the line is written again in one piece, at least as long as it
         was, so that a process that is killed meanwhile leaves the old line or the new one."""
         self._row |= {name: to_json(value) for name, value in by_name(metrics).items()}
-        self._write(pad=self._file.seek(0, os.SEEK_END) - self._newest)
+        self._write()
 
-    def _write(self, pad: int = 0) -> None:
-        text = json.dumps(self._row, allow_nan=False)
-        self._file.seek(self._newest)
-        self._file.write(f"{text:<{max(pad - 1, 0)}}\n".encode())
-        self._file.flush()  # a full disk is an error here, and not a line cut off
+    def _write(self) -> None:
+        """The row, or what was there, where the disk has no room for it."""
+        line = f"{json.dumps(self._row, allow_nan=False):<{max(len(self._line) - 1, 0)}}\n".encode()
+        with named(self._path):
+            write_at(self._file, self._newest, line, self._line)
+        self._line = line
 
     def rewind(self, step: int) -> None:
         """Forget what was logged after `step`: those steps come again."""
         self._file.close()
         cut(self._path, step)
-        self._file = self._path.open("r+b", buffering=1 << 20)
-        self._newest = self._file.seek(0, os.SEEK_END)
+        self._file = self._path.open("r+b", buffering=0)
+        self._newest, self._line = self._file.seek(0, os.SEEK_END), b""
 
     def close(self) -> None:
         self._file.close()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stare_megatron.errors import UserError
-from stare_megatron.host.files import write_atomic
+from stare_megatron.host.files import append_line, write_atomic
 from stare_megatron.types.report import Activity
 
 FILE, OLDER = "trace.jsonl", "trace.1.jsonl"
@@ -51,11 +51,10 @@ class TraceFile:
             for name, activities in trace.tracks.items()
         }
         trained = [name[:_DETAIL] for name in trace.trained]
-        line = json.dumps({"step": trace.step, "tracks": tracks, "trained": trained}, separators=(",", ":")) + "\n"
+        line = json.dumps({"step": trace.step, "tracks": tracks, "trained": trained}, separators=(",", ":"))
         if self._path.exists() and self._path.stat().st_size + len(line) > self._half:
             os.replace(self._path, self._older)
-        with self._path.open("a") as file:
-            file.write(line)
+        append_line(self._path, line)
 
 
 def read(folder: Path) -> list[StepTrace]:

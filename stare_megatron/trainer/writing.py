@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from stare_megatron.errors import RunError
 from stare_megatron.host import manifest
+from stare_megatron.host.files import free_bytes
 
 _MOST_THREADS = 4  # of a rank; each writes a file of its own, and a file system serves a few streams of a rank best
 
@@ -96,7 +97,8 @@ class Writing:
             for step in self._request.finalize_fns:
                 step()
         except CheckpointException as e:
-            raise RunError(f"{self._folder}: the checkpoint could not be written: {outcome or e}") from e
+            free = f"{free_bytes(self._folder) / 1e6:,.0f} MB free on its disk"
+            raise RunError(f"{self._folder}: the checkpoint could not be written ({free}): {outcome or e}") from e
         return entries
 
 

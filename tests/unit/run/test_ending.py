@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -74,6 +75,11 @@ ENDS = [
     (RunError("engine 0: its process died"), 1, "stare-megatron: the run stopped: engine 0: its process died"),
     (UserError("trainer rank 0: a checkpoint of another model"), 2, "stare-megatron: trainer rank 0: a checkpoint of"),
     (KeyboardInterrupt(), 130, "stare-megatron: interrupted"),
+    (
+        OSError(errno.ENOSPC, "No space left on device", "runs/x/metrics.jsonl"),
+        1,
+        "stare-megatron: runs/x/metrics.jsonl: its disk is full (No space left on device); free some room",
+    ),
     (SystemExit(15), 130, "stare-megatron: interrupted"),  # SIGTERM while Ray's handler is in place
 ]
 
