@@ -29,6 +29,7 @@ COMMANDS = commands()
 PLACEHOLDERS = {
     "DATASET": "gsm8k",
     "run.toml": "examples/demo_cpu/run.toml",
+    "mine/run.toml": "examples/your_own/run.toml",
     "sft.toml": "examples/tool_use_7b/sft.toml",
 }
 # Folders of this repository: a path that begins so must exist.
