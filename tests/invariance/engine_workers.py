@@ -95,15 +95,16 @@ class Workers:
 
     def _one(self, rank: int, method: str, args: tuple[Any, ...]) -> Any:
         path = self._folder / f"{self.name}.{rank}"
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 600
         while not path.exists():
             if (why := _failure(path)).exists():
                 raise RuntimeError(f"{self.name}, worker {rank}, did not start:\n{why.read_text()}")
             if time.monotonic() > deadline:
-                os.kill(int(_pid(path).read_text()), signal.SIGUSR1)  # faulthandler: every thread's stack
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it was not even forked, or is gone
+                    os.kill(int(_pid(path).read_text()), signal.SIGUSR1)  # faulthandler: every thread's stack
                 time.sleep(1.0)
                 log = (self._folder / "workers.log").read_text()[-6000:]
-                raise TimeoutError(f"{self.name}, worker {rank}, did not start in 300 s:\n{log}")
+                raise TimeoutError(f"{self.name}, worker {rank}, did not start in 600 s:\n{log}")
             time.sleep(0.05)
         with _connected(path) as pipe:
             pipe.send((method, args))
@@ -129,7 +130,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _connected(path: Path) -> Any:
-    for _ in range(40):  # there is a socket a moment before anybody listens at it
+    for _ in range(1200):  # there is a socket a moment before anybody listens at it
         with contextlib.suppress(ConnectionRefusedError):
             return Client(str(path), "AF_UNIX")
         time.sleep(0.05)

@@ -35,7 +35,7 @@ def _join(rank: Rank) -> dist.ProcessGroup:
         init_method=f"tcp://{rank.master_addr}:{rank.master_port}",
         rank=rank.rank,
         world_size=rank.world_size,
-        timeout=datetime.timedelta(seconds=60),
+        timeout=datetime.timedelta(seconds=300),
     )
     group = dist.group.WORLD
     assert group is not None

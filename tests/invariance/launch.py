@@ -1,6 +1,6 @@
 """Run a function on N processes that can form a torch.distributed group, and collect what each returns.
 
-    results = launch("parity_worker:run", 2, {"cases": ...}, timeout=120)
+    results = launch("parity_worker:run", 2, {"cases": ...})
 
 The function is named as "module:function" (a module of this folder, or one importable from the project's root), takes
 (rank: Rank, **arguments) and returns something that pickles. It runs in a process of its own with the environment
@@ -61,7 +61,7 @@ def joined(here: Rank, trainer: TrainerConfig, port: int) -> Iterator[None]:
         master_addr=here.master_addr,
         master_port=port,
         seed=5,
-        timeout_s=60,
+        timeout_s=300,
     )
     yield
     parallel.shutdown()  # not after an error: others may still wait in a collective
@@ -71,7 +71,7 @@ def launch(
     target: str,
     ranks: int,
     arguments: dict[str, Any] | None = None,
-    timeout: float = 180.0,
+    timeout: float = 900.0,
     *,
     bare: bool = False,
 ) -> list[Any]:

@@ -16,7 +16,7 @@ def run(here: Rank, *, paths: dict[str, str]) -> dict[str, Any]:
     from stare_megatron.config import TrainerConfig
     from stare_megatron.trainer import parallel
 
-    parallel.initialize(TrainerConfig(), **dataclasses.asdict(here), seed=1, timeout_s=60)
+    parallel.initialize(TrainerConfig(), **dataclasses.asdict(here), seed=1, timeout_s=300)
     found: dict[str, Any] = {f"logits {name}": logits(Path(path)) for name, path in paths.items()}
     found["unpacked"] = packed_or_not(Path(paths["qwen3"]))
     found["attention"] = attention()

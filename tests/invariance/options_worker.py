@@ -26,7 +26,7 @@ def run(here: Rank, *, dense: str, experts: str) -> dict[str, tuple[bool, float]
     from stare_megatron.config import TrainerConfig
     from stare_megatron.trainer import parallel
 
-    parallel.initialize(TrainerConfig(), **dataclasses.asdict(here), seed=1, timeout_s=60)
+    parallel.initialize(TrainerConfig(), **dataclasses.asdict(here), seed=1, timeout_s=300)
     found = {}
     for option, (settings, value, moe) in OPTIONS.items():
         path = Path(experts if moe else dense)

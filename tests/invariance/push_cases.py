@@ -38,7 +38,7 @@ def _model(here: Rank, path: Path, port: int, trainer: dict[str, Any]) -> Iterat
 
     config = TrainerConfig(world_size=here.world_size, **trainer)
     place = dataclasses.asdict(dataclasses.replace(here, master_port=port))
-    parallel.initialize(config, **place, seed=5, timeout_s=60)
+    parallel.initialize(config, **place, seed=5, timeout_s=300)
     dtype = getattr(torch, DTYPE)
     try:
         yield build_model(path, dtype, config, torch.device("cpu"), 64), dtype

@@ -45,7 +45,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
     checkpoint: Path = make_checkpoint(tmp_path_factory.mktemp("ages") / "model")
     made: dict[str, list[dict[str, Measured]]] = {}
     for ranks, cases in CASES.items():
-        by_rank = launch("age_cases:learned", ranks, {"checkpoint": checkpoint, "cases": cases}, timeout=400)
+        by_rank = launch("age_cases:learned", ranks, {"checkpoint": checkpoint, "cases": cases})
         for name in cases:
             made[name] = [{part.name: part for part in of[name]} for of in by_rank]
     return made

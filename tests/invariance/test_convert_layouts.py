@@ -72,7 +72,7 @@ def round_trip(folder: Path, cases: list[tuple[str, dict[str, Any]]], ranks: int
         prepared.append(
             {"hf": str(hf), "mcore": str(mcore), "out": str(out), "trainer": layout, "port": free_port()} | more
         )
-    by_rank = launch("convert_worker:run", ranks, {"cases": prepared}, timeout=400)
+    by_rank = launch("convert_worker:run", ranks, {"cases": prepared})
     for case, different in zip(prepared, zip(*by_rank, strict=True), strict=True):
         assert list(different) == [[]] * ranks, f"{case}: loaded otherwise than from Hugging Face"
         if not more:

@@ -48,7 +48,7 @@ def found(checkpoint) -> dict[str, Any]:
     for ranks, cases in ((1, whole), (2, split)):
         cases = {name: tables | {"batch": {"count": 3}} for name, tables in cases.items()}
         cases["no step"] = case(world_size=ranks) | {"batch": {"count": 0}}
-        seen |= launch("step_cases:many", ranks, {"checkpoint": checkpoint, "cases": cases}, timeout=400)[0]
+        seen |= launch("step_cases:many", ranks, {"checkpoint": checkpoint, "cases": cases})[0]
     return seen
 
 
@@ -86,7 +86,7 @@ def test_the_scale_is_saved(checkpoint, tmp_path):
     first = case(TOO_LARGE, world_size=2, tensor_parallel=2)
     pairs = {"same": (first, first), "other": (first, case(SCALE, world_size=2))}
     arguments = {"checkpoint": checkpoint, "folder": tmp_path, "layouts": pairs}
-    for seen, name in itertools.product(launch("step_cases:resume", 2, arguments, timeout=300), pairs):
+    for seen, name in itertools.product(launch("step_cases:resume", 2, arguments), pairs):
         for got, want in zip(seen[name]["resumed"], seen[name]["went_on"], strict=True):
             assert got["update/loss_scale"] == want["update/loss_scale"] == TOO_LARGE / 2
             assert got["update/overflows"] == want["update/overflows"]

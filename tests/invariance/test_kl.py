@@ -55,7 +55,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def one(checkpoint, reference) -> dict[str, dict[str, Any]]:
     cases = kinds(reference) | {"begin": case({}), "off": case({"coefficient": 0.0})}
-    return launch("kl_cases:alone", 1, {"checkpoint": checkpoint, "cases": cases}, timeout=300)[0]
+    return launch("kl_cases:alone", 1, {"checkpoint": checkpoint, "cases": cases})[0]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def two(checkpoint, reference) -> list[dict[str, dict[str, Any]]]:
         for layout, keys in LAYOUTS.items()
         for kind, overrides in kinds(reference, world_size=2, **keys).items()
     }
-    return launch("kl_cases:alone", 2, {"checkpoint": checkpoint, "cases": cases}, timeout=540)
+    return launch("kl_cases:alone", 2, {"checkpoint": checkpoint, "cases": cases})
 
 
 def logprobs(folder: Path, *, grad: bool = False) -> tuple[Any, dict[tuple[str, int], torch.Tensor]]:
@@ -157,7 +157,7 @@ def test_twenty_passes_change_no_bit_of_what_learns(checkpoint, reference):
         "float16, all away": case({"reference": str(reference)}, model={"dtype": "float16"}, offload=away),
         "bfloat16 in the reward": case({"place": "reward", "estimator": "k3"}, model=BFLOAT16, offload=away),
     }
-    (found,) = launch("kl_cases:cycles", 1, {"checkpoint": checkpoint, "cases": cases, "count": 20}, timeout=540)
+    (found,) = launch("kl_cases:cycles", 1, {"checkpoint": checkpoint, "cases": cases, "count": 20})
     assert found == dict.fromkeys(cases, True)
 
 
@@ -168,7 +168,7 @@ def test_a_resumed_run_learns_the_same(checkpoint, tmp_path):
         "reward": (case({"place": "reward", "estimator": "k1"}), case({"place": "reward", "estimator": "k1"})),
     }
     arguments = {"checkpoint": checkpoint, "folder": tmp_path, "layouts": layouts}
-    (found,) = launch("step_cases:resume", 1, arguments, timeout=300)
+    (found,) = launch("step_cases:resume", 1, arguments)
     for seen in found.values():
         assert seen["resumed"] == seen["went_on"]
         assert seen["went_on"][0]["kl/reference"] > 0
@@ -177,7 +177,7 @@ def test_a_resumed_run_learns_the_same(checkpoint, tmp_path):
 def test_sampling_alone_tells_the_policy(checkpoint, reference):
     """`scoring = "rollout"`: the reference's pass is the only one before the update."""
     cases = kinds(reference, scoring="rollout")
-    (found,) = launch("kl_cases:alone", 1, {"checkpoint": checkpoint, "cases": cases}, timeout=300)
+    (found,) = launch("kl_cases:alone", 1, {"checkpoint": checkpoint, "cases": cases})
     for kind, seen in found.items():
         assert seen["stats"]["kl/reference"] > 0.1
         assert seen["stats"]["update/grad_norm"] > 0, kind

@@ -52,7 +52,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(checkpoint) -> dict[str, dict[str, Any]]:
-    return launch("step_cases:many", 1, {"checkpoint": checkpoint, "cases": MATRIX[1]}, timeout=600)[0]
+    return launch("step_cases:many", 1, {"checkpoint": checkpoint, "cases": MATRIX[1]})[0]
 
 
 def compare(name: str, by_rank: list[dict[str, Any]], alone: dict[str, dict[str, Any]]) -> None:

@@ -91,13 +91,13 @@ SLOW_FOUR_RANKS: list[tuple[str, dict[str, Any]]] = [
 
 
 @functools.cache
-def _folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="checkpoints-"))
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="checkpoints-")
 
 
 @functools.cache
 def checkpoint(family: str) -> Path:
-    return checkpoints.make(family, _folder())
+    return checkpoints.make(family, Path(_folder().name))
 
 
 def outcomes(cases: list[tuple[str, dict[str, Any]]], ranks: int, **more: Any) -> list[list[Outcome]]:
@@ -105,7 +105,7 @@ def outcomes(cases: list[tuple[str, dict[str, Any]]], ranks: int, **more: Any) -
     arguments = [
         {"path": str(checkpoint(family)), "port": free_port(), "trainer": layout} | more for family, layout in cases
     ]
-    by_rank = launch("parity_worker:run", ranks, {"cases": arguments}, timeout=400)
+    by_rank = launch("parity_worker:run", ranks, {"cases": arguments})
     return [list(column) for column in zip(*by_rank, strict=True)]
 
 

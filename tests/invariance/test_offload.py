@@ -55,7 +55,7 @@ def model(tmp_path_factory) -> Path:
 
 def _same(model: Path, ranks: int, cases: dict[str, Any]) -> None:
     arguments = {"checkpoint": model, "cases": cases, "count": 3}
-    for found in launch("offload_cases:updates", ranks, arguments, timeout=540):
+    for found in launch("offload_cases:updates", ranks, arguments):
         for name in cases:
             assert found[name, True] == found[name, False], name
 
@@ -83,7 +83,7 @@ def test_three_updates_of_experts_are_the_same_bit_for_bit(tmp_path):
 )
 def test_saved_exported_and_restored_from_every_state(model, tmp_path, overrides):
     arguments = {"checkpoint": model, "overrides": overrides, "folder": tmp_path}
-    for found in launch("offload_cases:saves", overrides["trainer"]["world_size"], arguments, timeout=540):
+    for found in launch("offload_cases:saves", overrides["trainer"]["world_size"], arguments):
         expected = found[""][0]
         assert all(went_on == expected for pair in found.values() for went_on in pair)
     saved = sorted(path for path in tmp_path.iterdir() if path.suffix != ".hf")
@@ -98,7 +98,7 @@ def test_saved_exported_and_restored_from_every_state(model, tmp_path, overrides
 
 def test_twenty_cycles_take_no_more_memory(model):
     arguments = {"checkpoint": model, "overrides": case(1, BFLOAT16), "count": 20}
-    (found,) = launch("offload_cases:cycles", 1, arguments, timeout=540)
+    (found,) = launch("offload_cases:cycles", 1, arguments)
     sizes, tensors = zip(*found, strict=True)
     assert len(set(tensors)) == 1, tensors
     # A heap breathes, by some megabytes at times; a class that is kept twice would grow by one each time, ten from
@@ -108,7 +108,7 @@ def test_twenty_cycles_take_no_more_memory(model):
 
 def test_an_update_that_fails_leaves_everything_in_its_place(model):
     arguments = {"checkpoint": model, "overrides": case(2, BFLOAT16)}
-    for found in launch("offload_cases:failures", 2, arguments, timeout=300):
+    for found in launch("offload_cases:failures", 2, arguments):
         assert found == ("spoilt", ["gradients", "optimizer"], True)
 
 

@@ -29,7 +29,7 @@ def saved(here: Rank, *, paths: dict[str, str], trainer: dict[str, Any]) -> dict
     from stare_megatron.trainer.model import build_model
 
     settings = TrainerConfig(world_size=here.world_size, **trainer)
-    parallel.initialize(settings, **dataclasses.asdict(here), seed=1, timeout_s=60)
+    parallel.initialize(settings, **dataclasses.asdict(here), seed=1, timeout_s=300)
     found = {}
     for name, path in paths.items():
         model = build_model(Path(path), torch.bfloat16, settings, torch.device("cpu"), 128)[0]
@@ -63,7 +63,7 @@ def head_operators(here: Rank, *, path: str) -> list[str]:
     from stare_megatron.trainer.model import build_model
     from stare_megatron.trainer.partials import VocabShard
 
-    parallel.initialize(TrainerConfig(), **dataclasses.asdict(here), seed=1, timeout_s=60)
+    parallel.initialize(TrainerConfig(), **dataclasses.asdict(here), seed=1, timeout_s=300)
     model: Any = build_model(Path(path), torch.bfloat16, TrainerConfig(), torch.device("cpu"), 128)[0].module
     hidden = torch.randn(40, model.config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
     head, columns = Head(model, VocabShard(0, 112, None), 0), model.output_weight().shape[0]

@@ -128,7 +128,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def compare(ranks: int, cases: list[tuple[str, str, dict[str, Any]]], paths: dict[str, Path]) -> None:
     asked = [{"path": str(paths[n]), "port": free_port(), "dtype": d, "trainer": t} for n, d, t in cases]
-    by_rank = launch("plan_worker:run", ranks, {"cases": asked}, timeout=500)
+    by_rank = launch("plan_worker:run", ranks, {"cases": asked})
     for i, (name, dtype, trainer) in enumerate(cases):
         shape, layout = read_hf_config(paths[name]), Layout.of(TrainerConfig(world_size=ranks, **trainer))
         most: dict[int, int] = {}

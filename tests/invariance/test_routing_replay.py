@@ -44,7 +44,7 @@ def outcome(checkpoint: Path) -> Any:
             name: {"world_size": ranks, "micro_batch_tokens": 64, "optimizer": {"lr": 1e-3}} | fields
             for name, fields in LAYOUTS[ranks].items()
         }
-        return launch("replay_cases:replayed", ranks, {"checkpoint": checkpoint, "cases": cases}, timeout=500)
+        return launch("replay_cases:replayed", ranks, {"checkpoint": checkpoint, "cases": cases})
 
     return of
 

@@ -44,7 +44,7 @@ def test_there_and_back_at_another_layout(model, tmp_path):
 
     def at(ranks: int, shape: dict[str, Any], source: Path | None, out: Path) -> Any:
         arguments = {"checkpoint": model, "layout": shape, "source": source, "out": out}
-        found = launch("saving_cases:reshard", ranks, arguments, timeout=300)
+        found = launch("saving_cases:reshard", ranks, arguments)
         files = [name for _, names in found for name in names]
         assert sorted(files) == sorted(p.name for p in out.glob("*.distcp"))
         return found[0][0]
@@ -64,21 +64,21 @@ def test_there_and_back_at_another_layout(model, tmp_path):
 @pytest.mark.parametrize("shape", [TP2, DP2], ids=["TP2", "DP2"])
 def test_saved_before_the_first_step(model, tmp_path, shape):
     arguments = {"checkpoint": model, "layout": shape, "out": tmp_path / "saved"}
-    for found in launch("saving_cases:unstarted", 2, arguments, timeout=300):
+    for found in launch("saving_cases:unstarted", 2, arguments):
         assert found[:2] == found[2:]
 
 
 @pytest.mark.parametrize("shape", [TP2, DP2], ids=["TP2", "DP2"])
 def test_a_save_in_the_background_is_of_the_state_when_it_began(model, tmp_path, shape):
     arguments = {"checkpoint": model, "layout": shape, "folder": tmp_path}
-    said = launch("saving_cases:in_background", 2, arguments, timeout=300)
+    said = launch("saving_cases:in_background", 2, arguments)
     assert said == [([False, True] * 3, True)] * 2
     assert all(same(tmp_path / f"at_once-{n}", tmp_path / f"later-{n}") for n in range(3))
 
 
 def test_every_rank_hears_of_a_file_that_cannot_be_written(model, tmp_path):
     arguments = {"checkpoint": model, "layout": TP2, "folder": tmp_path / "saved"}
-    said = launch("saving_cases:unwritable", 2, arguments, timeout=300)
+    said = launch("saving_cases:unwritable", 2, arguments)
     assert all("the checkpoint could not be written" in text for text in said), said
     assert "No space left on device" in said[1]
 
@@ -87,7 +87,7 @@ def test_saved_to_disks_of_ranks_own_and_copied(model, tmp_path):
     """From links the state comes back bit for bit, and copies are the files of a save without links; a file that some
     rank lacks is refused on every rank, which can load another checkpoint then."""
     arguments = {"checkpoint": model, "layout": TP2_DP2, "folder": tmp_path}
-    for found in launch("saving_cases:on_own_disks", 4, arguments, timeout=300):
+    for found in launch("saving_cases:on_own_disks", 4, arguments):
         went_on, restored, refused, instead = found
         assert restored == went_on
         assert instead == went_on
@@ -108,7 +108,7 @@ def test_a_killed_save_leaves_the_last_checkpoint_loadable(model, tmp_path, kill
     root = tmp_path / "checkpoints"
     disk = tmp_path / "disk/run" if local else None
     arguments = {"checkpoint": model, "root": root, "kills": kills, "seed": 5, "local": disk}
-    (found,) = launch("saving_cases:killed", 1, arguments, timeout=400)
+    (found,) = launch("saving_cases:killed", 1, arguments)
     loaded = [step for step, _ in found]
     assert len(loaded) == kills + 1
     assert loaded == sorted(loaded)
@@ -124,7 +124,7 @@ def test_a_checkpoint_loads_with_and_without_transformer_engines_extra_states(mo
     convert(Options(model, converted), Console(quiet=True))
     assert any("final_layernorm._extra_state" in key for key in TorchDist(converted).objects)  # for others' loaders
     arguments = {"checkpoint": model, "converted": converted, "folder": tmp_path}
-    (found,) = launch("saving_cases:across_specs", 1, arguments, timeout=300)
+    (found,) = launch("saving_cases:across_specs", 1, arguments)
     assert all(stats == found[0] for stats in found), found
     keys = {name: TorchDist(tmp_path / name).objects for name in ("local", "engine", "older")}
     assert not any("_extra_state" in key for name in ("local", "engine") for key in keys[name])

@@ -66,14 +66,14 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def both(checkpoint):
-    return launch("scoring_cases:both_ways", 1, {"checkpoint": checkpoint, "cases": BOTH_WAYS}, timeout=300)[0]
+    return launch("scoring_cases:both_ways", 1, {"checkpoint": checkpoint, "cases": BOTH_WAYS})[0]
 
 
 @pytest.fixture(scope="module")
 def outcomes(checkpoint):
     """By number of ranks, then by rank."""
     return {
-        ranks: launch("step_cases:many", ranks, {"checkpoint": checkpoint, "cases": cases}, timeout=400)
+        ranks: launch("step_cases:many", ranks, {"checkpoint": checkpoint, "cases": cases})
         for ranks, cases in CASES.items()
     }
 
@@ -203,7 +203,7 @@ def engine_tokens() -> list[tuple[float, float, int]]:
 
 
 def test_non_finite_values_stop_the_run_before_the_weights_change(checkpoint):
-    (said,) = launch("scoring_cases:failures", 1, {"checkpoint": checkpoint}, timeout=200)
+    (said,) = launch("scoring_cases:failures", 1, {"checkpoint": checkpoint})
     engine, policy, unchanged, finite = said
     assert engine.startswith("rollout: of ")
     assert engine.endswith("1 have a non-finite log-prob under the engine")

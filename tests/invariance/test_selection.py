@@ -39,7 +39,7 @@ def check(kind: str, n: int, fraction: float, results: list) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_selection_on_ranks_matches_a_sort(ranks):
-    results = launch("group_cases:selection", ranks, {"kinds": KINDS, "n": N, "fraction": 0.1}, timeout=240)
+    results = launch("group_cases:selection", ranks, {"kinds": KINDS, "n": N, "fraction": 0.1})
     for kind in KINDS:
         check(kind, N, 0.1, results)
 
@@ -48,7 +48,7 @@ def test_selection_on_ranks_matches_a_sort(ranks):
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ten_million_tokens(ranks):
     kinds = ["random", "ties"]
-    results = launch("group_cases:selection", ranks, {"kinds": kinds, "n": 10_000_000, "fraction": 0.1}, timeout=500)
+    results = launch("group_cases:selection", ranks, {"kinds": kinds, "n": 10_000_000, "fraction": 0.1})
     for kind in kinds:
         check(kind, 10_000_000, 0.1, results)
 
@@ -67,11 +67,11 @@ def test_vocab_parallel_logprobs(ranks, temperature):
     """At a real vocabulary, against float64: half of it masked to -inf in every second row, offsets, padding that would
     win."""
     arguments = {"vocab": 151_936, "rows": 6, "temperature": temperature, "offsets": OFFSETS}
-    _assert_exact(launch("group_cases:logprobs", ranks, arguments, timeout=300))
+    _assert_exact(launch("group_cases:logprobs", ranks, arguments))
 
 
 def test_vocab_parallel_logprobs_of_the_triton_kernels(monkeypatch):
     """Under the interpreter; the third rank holds 88 columns and padding, the fourth nothing but padding."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     arguments = {"vocab": 600, "rows": 4, "temperature": 0.7, "offsets": OFFSETS}
-    _assert_exact(launch("group_cases:logprobs", 4, arguments, timeout=300))
+    _assert_exact(launch("group_cases:logprobs", 4, arguments))

@@ -19,7 +19,7 @@ from stare_megatron.models.families import read_hf_config
 from stare_megatron.sync.check import added, checksum, first_difference, merge_shards
 
 pytest.importorskip("vllm")
-pytestmark = pytest.mark.timeout(500)
+pytestmark = pytest.mark.timeout(1800)
 
 LAYOUTS = {
     "TP2": {"tensor_parallel": 2},
@@ -150,13 +150,13 @@ def test_so_has_every_other_family(name: str, layout: str, nursery: Nursery) -> 
 def push_and_compare(layout: str, chosen: dict[str, Engines], ranks: int = 2) -> None:
     cases = []
     for name, e in chosen.items():
-        e.scramble(hash(layout) % 1000)
+        e.scramble(list(LAYOUTS).index(layout))
         where = PLACES.get((layout, name), HERE)
         e.be_at(where)
         cases.append(
             {"path": e.path, "trainer": LAYOUTS[layout], "engines": e.all, "port": free_port(), "places": where.ranks}
         )
-    by_rank = launch("push_cases:run", ranks, {"cases": cases}, timeout=300)
+    by_rank = launch("push_cases:run", ranks, {"cases": cases})
     for i, (name, e) in enumerate(chosen.items()):
         pushed = [found[i] for found in by_rank]
         assert [r.unlike for r in pushed] == [[]] * ranks
@@ -204,7 +204,7 @@ def test_rows_that_changed_places_are_named_with_worker_and_box(engines: dict[st
     engine = e.all[2]
     e.be_at(HERE)
     case = {"path": e.path, "trainer": {}, "engines": [engine], "port": free_port(), "places": None}
-    ((pushed,),) = launch("push_cases:run", 1, {"cases": [case]}, timeout=120)
+    ((pushed,),) = launch("push_cases:run", 1, {"cases": [case]})
     engine._one(1, "swap_rows", ("model.embed_tokens", 0, 16, 16))
     theirs = {label: value for worker in engine.call("sums") for label, value in worker.items()}
     named = first_difference(added([pushed.sums[engine.name]]), theirs)
@@ -217,7 +217,7 @@ def test_query_heads_that_changed_places_are_named_with_worker_and_box(engines: 
     engine = e.all[2]
     e.be_at(HERE)
     case = {"path": e.path, "trainer": {}, "engines": [engine], "port": free_port(), "places": None}
-    ((pushed,),) = launch("push_cases:run", 1, {"cases": [case]}, timeout=120)
+    ((pushed,),) = launch("push_cases:run", 1, {"cases": [case]})
     shape = read_hf_config(e.path)
     size, last = shape.head_dim, (shape.heads - 1) * shape.head_dim
     name = "model.layers.1.self_attn.q_proj.weight"
@@ -238,7 +238,7 @@ def test_a_late_engine_gets_a_push_of_its_own_and_one_that_dies_in_a_push_is_nam
     e.be_at(HERE)
     e.scramble(7)
     arguments = {"path": e.path, "port": free_port(), "first": first, "second": second}
-    (said,) = launch("push_cases:faults", 1, arguments, timeout=120)
+    (said,) = launch("push_cases:faults", 1, arguments)
     assert said[0].startswith(("RunError: mortal", "EOFError")), said
     assert said[1] == ""
     assert unlike(second, e.loaded[second.name]) == []

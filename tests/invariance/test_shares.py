@@ -45,7 +45,7 @@ def test_the_same_as_upstreams_and_both_are_read(tmp_path, family, shape: dict[s
     path = model(family, tmp_path)
     shape["model"] = {"dtype": "float32"} | shape["model"] | {"path": str(path)}
     arguments = {"checkpoint": path, "layout": shape, "folder": tmp_path}
-    found = launch("share_cases:upstreams", shape["trainer"]["world_size"], arguments, timeout=400)
+    found = launch("share_cases:upstreams", shape["trainer"]["world_size"], arguments)
     assert all(stats == ranks[0] for ranks in found for stats in ranks)
     assert same(tmp_path / "shares", tmp_path / "whole")
 
@@ -58,7 +58,7 @@ def test_another_number_of_data_parallel_ranks(tmp_path) -> None:
         origin = tmp_path / source if source else None
         arguments = {"checkpoint": path, "layout": shape, "source": origin, "out": tmp_path / out}
         ranks = shape["trainer"]["world_size"]
-        stats.append(launch("share_cases:between", ranks, arguments, timeout=400)[0][0])
+        stats.append(launch("share_cases:between", ranks, arguments)[0][0])
         written = sizes(tmp_path / out)
         assert len(written) == ranks
         assert written[0] > 0.8 * written[-1], written
@@ -75,7 +75,7 @@ def test_memory_is_bounded_by_a_ranks_share(tmp_path) -> None:
     path = _wide(tmp_path / "wide")
     arguments = {"checkpoint": path, "layout": DP4, "out": tmp_path}
     share = parameters * (4 + 12) // 4  # model, master weights and moments in float32
-    for found in launch("share_cases:memory", 4, arguments, timeout=500):
+    for found in launch("share_cases:memory", 4, arguments):
         for what, held in found.items():
             assert held < share + largest * 4 + 16 * MIB, (what, held / MIB, share / MIB)
 

@@ -91,7 +91,7 @@ def outcome(checkpoint):
     def of(ranks: int, name: str) -> list[dict[str, Any]]:
         if ranks not in done:
             arguments = {"checkpoint": checkpoint, "cases": CASES[ranks]}
-            done[ranks] = launch("step_cases:many", ranks, arguments, timeout=400)
+            done[ranks] = launch("step_cases:many", ranks, arguments)
         return [by_case[name] for by_case in done[ranks]]
 
     return of
@@ -279,7 +279,7 @@ def resumed(checkpoint, tmp_path_factory):
     }
     folder = tmp_path_factory.mktemp("saved")
     arguments = {"checkpoint": checkpoint, "folder": folder, "layouts": layouts}
-    return folder, launch("step_cases:resume", 2, arguments, timeout=400)
+    return folder, launch("step_cases:resume", 2, arguments)
 
 
 @pytest.mark.parametrize("name", ["TP2 to PP2", "VPP2 to DP2"])
@@ -311,6 +311,6 @@ def test_export_loads_in_transformers(resumed, checkpoint):
 
 
 def test_non_finite_values_stop_the_run_before_the_weights_change(checkpoint):
-    (said,) = launch("step_cases:failures", 1, {"checkpoint": checkpoint}, timeout=200)
+    (said,) = launch("step_cases:failures", 1, {"checkpoint": checkpoint})
     assert "1 one under the policy or the engine" in said[0]
     assert said[1] == "optimizer step 1: the loss is nan; no weight was changed by this step"

@@ -19,14 +19,19 @@ FOUR_RANKS: list[dict[str, Any]] = [TP2 | PP2, {}]
 
 
 @functools.cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="supervised-")
+
+
+@functools.cache
 def checkpoint() -> Path:
-    return step_cases.make_checkpoint(Path(tempfile.mkdtemp(prefix="supervised-")) / "model")
+    return step_cases.make_checkpoint(Path(_folder().name, "model"))
 
 
 def learned(ranks: int, layouts: list[dict[str, Any]], **more: str) -> list[list[Learned]]:
     """By layout, then by rank."""
     arguments = {"path": str(checkpoint()), "layouts": [(free_port(), layout) for layout in layouts]} | more
-    by_rank = launch("supervised_cases:learn", ranks, arguments, timeout=400)
+    by_rank = launch("supervised_cases:learn", ranks, arguments)
     return [list(column) for column in zip(*by_rank, strict=True)]
 
 

@@ -33,7 +33,7 @@ def outcomes(tmp_path_factory):
     """By number of ranks, then by rank."""
     checkpoint = make_checkpoint(tmp_path_factory.mktemp("model") / "qwen2")
     return {
-        ranks: launch("token_record_cases:records", ranks, {"checkpoint": checkpoint, "cases": cases}, timeout=400)
+        ranks: launch("token_record_cases:records", ranks, {"checkpoint": checkpoint, "cases": cases})
         for ranks, cases in CASES.items()
     }
 
