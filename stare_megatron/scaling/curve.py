@@ -154,7 +154,7 @@ def _flat(points: Points, weights: np.ndarray, theta: np.ndarray, least: float) 
     mean = float(np.sum(weights * points.y) / np.sum(weights))
     constant = float(np.sum(weights * (points.y - mean) ** 2))
     free = max(1, len(points.x) - PARAMETERS)
-    if (constant - least) / (PARAMETERS - 1) < _FLAT * least / free:
+    if (constant - least) / (PARAMETERS - 1) <= _FLAT * least / free:  # both 0: nothing was ever right
         return "the curve is flat: a constant accuracy fits about as well as a sigmoid, so there is nothing to scale"
     if theta[A] <= theta[R0]:
         return f"accuracy falls, from {theta[R0]:.3f} towards {theta[A]:.3f}: this is no learning curve"

@@ -89,6 +89,15 @@ def test_a_flat_curve_is_refused():
     assert "flat" in curve.reason
 
 
+@pytest.mark.parametrize("accuracy", [0.0, 0.25, 1.0])
+def test_the_same_accuracy_throughout_is_flat(accuracy):
+    """As of a model that never answers right: no sigmoid fits better than exactly."""
+    points = exact()
+    curve = fit_curve(Points(points.x, np.full(13, accuracy), points.se, points.seed))
+    assert isinstance(curve, Refusal)
+    assert "flat" in curve.reason
+
+
 def test_a_falling_curve_is_refused():
     points = exact()
     curve = fit_curve(Points(points.x, 0.8 - points.y, points.se, points.seed))
