@@ -117,16 +117,19 @@ class _Culprit:
     def __init__(self, reward: Reward, own: list[_Reward]) -> None:
         self._reward = reward
         self._own = ", ".join(f"{found.key} = {found.name!r}" for found in own)
+        self._told = False
         self._files = {found.name.rpartition(":")[0] for found in own}
 
     async def __call__(self, prompt: Prompt, trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase) -> Score:
-        """Raises: RunError: an exception other than `RewardError`, whose traceback is written to stderr, the engine's
+        """Raises: RunError: an exception other than `RewardError`, the first with its traceback on stderr, the engine's
         log; or something that is no `Score`."""
         cure = "mend it; where an answer cannot be graded raise RewardError, docs/adding_a_reward.md"
         try:
             score: object = await self._reward(prompt, trajectory, tokenizer)
         except ORDINARY as e:
-            traceback.print_exc()
+            if not self._told:  # all samples of a batch are graded at about the same time
+                traceback.print_exc()
+            self._told = True
             lines = [
                 f"{f.filename}:{f.lineno}: " for f in traceback.extract_tb(e.__traceback__) if f.filename in self._files
             ]
