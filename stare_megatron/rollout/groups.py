@@ -54,6 +54,7 @@ class Runner:
             raise ValueError(f"env.name = {config.env.name!r} needs a sandbox")
         check_env(config.env, self._tokenizer)
         self._context = EnvContext(config.env.settings, self._tokenizer, box, clock)
+        self._make_env = own.env_with_culprit(config, lambda prompt: self._kind.make(prompt, self._context))
         self._masks = Masks(overlong=config.rollout.overlong == "mask", void=config.env.void_turns == "mask")
         self._sampler = sampler
         self._under_way: list[GroupUnderWay] = []
@@ -65,7 +66,7 @@ class Runner:
         try:
             group = await run_group(
                 request,
-                make_env=lambda prompt: self._kind.make(prompt, self._context),
+                make_env=self._make_env,
                 sampler=self._sampler,
                 reward=self._reward,
                 tokenizer=self._tokenizer,

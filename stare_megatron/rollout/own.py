@@ -1,23 +1,28 @@
-"""What users bring: it is built once and its methods are checked before anything is started; what a reward raises later
-is told as the user's."""
+"""What users bring: it is built once and its methods are checked before anything is started; what it raises later is
+told as the user's."""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import numpy as np
+import numpy.typing as npt
 
 from stare_megatron.config import Config
 from stare_megatron.config.registry import is_address
 from stare_megatron.config.reward import SumConfig
 from stare_megatron.data.tokenizer import first_line
 from stare_megatron.envs import ENVS, EnvContext
+from stare_megatron.envs.base import End, Env, MakeEnv
 from stare_megatron.errors import ORDINARY, RunError, UserError
 from stare_megatron.rewards import PARTS, REWARDS, RewardContext, RewardKind
 from stare_megatron.rewards.base import Reward
-from stare_megatron.types import Prompt, Score, Trajectory
+from stare_megatron.types import Completion, Prompt, Score, Status, Trajectory, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -108,36 +113,110 @@ def with_culprit(config: Config, reward: Reward) -> Reward:
     """`reward`, made as `config` says, so that what goes wrong in a user's file names it. Rewards of this package are
     taken as they are."""
     own = [found for found in _rewards(config) if is_address(found.name)]
-    return _Culprit(reward, own) if own else reward
+    if not own:
+        return reward
+    cure = "where an answer cannot be graded raise RewardError, docs/adding_a_reward.md"
+    return _OwnReward(reward, _Culprit([(found.key, found.name) for found in own], cure))
+
+
+def env_with_culprit(config: Config, make: MakeEnv) -> MakeEnv:
+    """The same for what makes the environments of episodes."""
+    if not is_address(config.env.name):
+        return make
+    cure = "what an episode cannot go on from is an EnvError, docs/adding_an_environment.md"
+    culprit = _Culprit([("env.name", config.env.name)], cure)
+
+    def made(prompt: Prompt) -> Env:
+        with culprit.named(prompt):
+            return _OwnEnv(make(prompt), ENVS[config.env.name].statuses, culprit, prompt)
+
+    return made
 
 
 class _Culprit:
-    """A reward that is a user's, or has parts that are."""
+    """Names what a user brought in the errors that it raises, given as pairs of key and address."""
 
-    def __init__(self, reward: Reward, own: list[_Reward]) -> None:
-        self._reward = reward
-        self._own = ", ".join(f"{found.key} = {found.name!r}" for found in own)
+    def __init__(self, own: list[tuple[str, str]], cure: str) -> None:
+        self._own = ", ".join(f"{key} = {name!r}" for key, name in own)
+        self._files = {name.rpartition(":")[0] for _, name in own}
+        self._cure = f"mend it; {cure}"
         self._told = False
-        self._files = {found.name.rpartition(":")[0] for found in own}
 
-    async def __call__(self, prompt: Prompt, trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase) -> Score:
-        """Raises: RunError: an exception other than `RewardError`, the first with its traceback on stderr, the engine's
-        log; or something that is no `Score`."""
-        cure = "mend it; where an answer cannot be graded raise RewardError, docs/adding_a_reward.md"
+    @contextlib.contextmanager
+    def named(self, prompt: Prompt) -> Iterator[None]:
+        """Raises: RunError: for a common exception; the first with its traceback on stderr, the engine's log."""
         try:
-            score: object = await self._reward(prompt, trajectory, tokenizer)
+            yield
         except ORDINARY as e:
-            if not self._told:  # all samples of a batch are graded at about the same time
+            if not self._told:  # all samples of a batch come here at about the same time
                 traceback.print_exc()
             self._told = True
             lines = [
                 f"{f.filename}:{f.lineno}: " for f in traceback.extract_tb(e.__traceback__) if f.filename in self._files
             ]
             said = f"{(lines or [''])[-1]}{type(e).__name__}: {first_line(e)}"
-            raise RunError(f"{self._own}: {said}, for prompt {prompt.id!r}; {cure}; its log has the traceback") from e
+            where = f"{self._own}: {said}, for prompt {prompt.id!r}"
+            raise RunError(f"{where}; {self._cure}; its log has the traceback") from e
+
+    def returned(self, what: object, wanted: str, prompt: Prompt) -> RunError:
+        return RunError(f"{self._own}: returned {what!r} for prompt {prompt.id!r}; want {wanted}; {self._cure}")
+
+
+class _OwnReward:
+    """A reward that is a user's, or has parts that are."""
+
+    def __init__(self, reward: Reward, culprit: _Culprit) -> None:
+        self._reward = reward
+        self._culprit = culprit
+
+    async def __call__(self, prompt: Prompt, trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase) -> Score:
+        with self._culprit.named(prompt):
+            score: object = await self._reward(prompt, trajectory, tokenizer)
         if not isinstance(score, Score):
-            raise RunError(f"{self._own}: returned {score!r} for prompt {prompt.id!r}; want a Score; {cure}")
+            raise self._culprit.returned(score, "a Score", prompt)
         return score
+
+
+class _OwnEnv:
+    """An episode in an environment that is a user's."""
+
+    def __init__(self, env: Env, statuses: frozenset[Status], culprit: _Culprit, prompt: Prompt) -> None:
+        self._env = env
+        self._statuses = statuses
+        self._culprit = culprit
+        self._prompt = prompt
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        return self._env.stop
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        return self._env.turns
+
+    async def reset(self) -> npt.NDArray[np.int32]:
+        with self._culprit.named(self._prompt):
+            found: object = await self._env.reset()
+        if not _are_tokens(found):
+            raise self._culprit.returned(found, "the prompt's tokens from `reset`, int32 [n]", self._prompt)
+        return found
+
+    async def step(self, action: Completion) -> npt.NDArray[np.int32] | End:
+        with self._culprit.named(self._prompt):
+            found: object = await self._env.step(action)
+        if _are_tokens(found) or (isinstance(found, End) and found.status in self._statuses):
+            return found
+        statuses = ", ".join(sorted(status.name for status in self._statuses))
+        wanted = f"tokens, int32 [n], or an End from `step`, with a status of its EnvKind ({statuses})"
+        raise self._culprit.returned(found, wanted, self._prompt)
+
+    async def close(self) -> None:
+        with self._culprit.named(self._prompt):
+            await self._env.close()
+
+
+def _are_tokens(found: object) -> TypeGuard[npt.NDArray[np.int32]]:
+    return isinstance(found, np.ndarray) and found.dtype == np.int32 and found.ndim == 1
 
 
 def _built(make: Callable[[], object], what: str, page: str) -> object:

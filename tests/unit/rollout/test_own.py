@@ -197,3 +197,28 @@ def test_what_an_async_reward_returns_is_a_score(tmp_path):
     code = "async def grade(prompt, trajectory, tokenizer):\n    return 1.0\n"
     with pytest.raises(RunError, match=r"reward\.py:grade': returned 1\.0 for prompt 'p'; want a Score"):
         graded(own(tmp_path, reward=code, name="grade"), tmp_path)
+
+
+STEPS = [
+    ("step", "return 1 / 0", "env.py:{line}: ZeroDivisionError: division by zero, for prompt 'p'; mend it; what an"),
+    ("step", "return None", "returned None for prompt 'p'; want tokens, int32 [n], or an End from `step`"),
+    ("step", "return [1, 2]", "returned [1, 2] for prompt 'p'; want tokens, int32 [n]"),
+    ("step", "return End(Status.INEXACT)", "with a status of its EnvKind (COMPLETED, TRUNCATED)"),
+    ("reset", "return self.missing", "env.py:{line}: AttributeError: 'Mine' object has no attribute 'missing', for"),
+    ("reset", "return 'Hi'", "returned 'Hi' for prompt 'p'; want the prompt's tokens from `reset`, int32 [n]"),
+    ("close", "raise OSError('gone')", "env.py:{line}: OSError: gone, for prompt 'p'"),
+]
+
+
+@pytest.mark.parametrize(("verb", "body", "message"), STEPS, ids=[f"{verb}: {body}" for verb, body, _ in STEPS])
+def test_a_mistake_in_an_environment_is_told_with_key_line_and_prompt(tmp_path, capfd, verb, body, message):
+    lines = ENV.splitlines()
+    line = next(i for i, text in enumerate(lines) if f"def {verb}(" in text) + 1
+    lines[line] = f"        {body}"
+    with pytest.raises(RunError) as e:
+        graded(own(tmp_path, env="\n".join(lines) + "\n"), tmp_path)
+    said = str(e.value)
+    assert said.startswith(f"env.name = '{tmp_path}/env.py:ENV': ")
+    assert message.format(line=line + 1) in said
+    assert "\n" not in said
+    assert capfd.readouterr().err.count("Traceback") == ("{line}" in message)
