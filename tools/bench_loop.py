@@ -1,13 +1,14 @@
 """What a run costs beside bare vLLM, in one go on one machine: sampling by turns, then whole steps.
 
-python tools/bench_loop.py run.toml [KEY=VALUE ...] [--rounds N] [--steps N]
+python tools/bench_loop.py run.toml [KEY=VALUE ...] [--rounds N] [--steps N] [--trl]
 
 Sampling: each round is one update batch of the run (`rollout.prompts_per_step` x `rollout.group_size`) with the same
 engine arguments, prompts and seeds for `LLM.generate`, for our engine alone, and for the rollout of a run. They stand
 ready side by side and work one after the other, so that a loaded machine slows all alike.
 
-Steps: `stare-megatron train` with the same settings; CPU seconds and memory are those of all its processes. On a loaded
-machine CPU seconds and ratios count, walls do not.
+Steps: `stare-megatron train` with the same settings; CPU seconds and memory are those of all its processes. With
+`--trl` TRL's GRPOTrainer after it (`tools/bench_trl.py`; `pip install trl`), one thread, on the same task, model,
+prompts and reward. On a loaded machine CPU seconds and ratios count, walls do not.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import json
 import multiprocessing
 import os
 import platform
@@ -219,34 +221,82 @@ def show(found: dict[str, list[Round]]) -> None:
 
 @dataclass(frozen=True)
 class Loop:
-    """A run. `start`: CPU seconds until its first step was recorded, that step included; `step`: of each further one;
-    `wall`: median of a step; `peak`: bytes that its processes held without what they share, at most."""
+    """A run. `start`: CPU seconds until its first step was recorded, that step included. Of the steps after it: `step`,
+    CPU seconds each, `tokens` sampled in each, and `wall`, the median. `peak`: bytes that its processes held without
+    what they share, at most. `reward`: mean of the second half."""
 
     start: float
     step: float
+    tokens: float
     wall: float
     peak: int
+    reward: float
 
 
 def steps(file: Path, settings: Sequence[str], number: int) -> Loop:
     """`number` steps of a run, in a folder that goes."""
-    seen: dict[tuple[int, float], float] = {}
-    peak, start, turn = 0, 0.0, 0
+    group_size = load(file, settings).rollout.group_size
     with tempfile.TemporaryDirectory() as runs:
         own = [f"run.dir={runs}", "run.name=bench", f"run.steps={number}", "logging.wandb=disabled"]
         command = [sys.executable, "-m", "stare_megatron", "train", str(file), "--quiet", *settings, *own]
-        rows = Path(runs, "bench", "metrics.jsonl")
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as run:
-            while run.poll() is None:
-                turn += 1
-                peak = max(peak, _look(run.pid, seen, memory=turn % 10 == 0))
-                if not start and rows.exists() and rows.stat().st_size:
-                    start = sum(seen.values())
-                time.sleep(0.1)
-        if run.returncode:
-            raise SystemExit(f"{' '.join(command)}: exit code {run.returncode}")
-        walls = [row["time/step"] for row in jsonl.read(rows)]
-    return Loop(start, (sum(seen.values()) - start) / (number - 1), statistics.median(walls), peak)
+        table = Path(runs, "bench", "metrics.jsonl")
+        cost = _watched(command, table, dict(os.environ))
+        rows = jsonl.read(table)
+        tokens = [row["response/length_mean"] * row["groups/sampled"] * group_size for row in rows]
+        return _loop(*cost, tokens, [row["reward/mean"] for row in rows], [row["time/step"] for row in rows])
+
+
+def trl_steps(file: Path, settings: Sequence[str], number: int) -> Loop:
+    """The same by TRL."""
+    with tempfile.TemporaryDirectory() as folder:
+        table = Path(folder, "rows.jsonl")
+        own = ["--steps", str(number), "--out", str(table)]
+        command = [sys.executable, str(Path(__file__).with_name("bench_trl.py")), str(file), *settings, *own]
+        cost = _watched(command, table, os.environ | {"OMP_NUM_THREADS": "1"})
+        rows = [json.loads(line) for line in table.read_text().splitlines()]
+        return _loop(*cost, *([row[name] for row in rows] for name in ("tokens", "reward", "wall")))
+
+
+def _loop(
+    start: float, whole: float, peak: int, tokens: Sequence[float], reward: Sequence[float], wall: Sequence[float]
+) -> Loop:
+    later = len(wall) - 1
+    return Loop(
+        start,
+        (whole - start) / later,
+        statistics.fmean(tokens[1:]),
+        statistics.median(wall[1:]),
+        peak,
+        statistics.fmean(reward[len(reward) // 2 :]),
+    )
+
+
+def _watched(command: Sequence[str], table: Path, environment: dict[str, str]) -> tuple[float, float, int]:
+    """CPU seconds until a program's table had its first line, those to its end, and what it held at most, bytes."""
+    seen: dict[tuple[int, float], float] = {}
+    peak, start, turn = 0, 0.0, 0
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment) as run:
+        while run.poll() is None:
+            turn += 1
+            peak = max(peak, _look(run.pid, seen, memory=turn % 10 == 0))
+            if not start and table.exists() and table.stat().st_size:
+                start = sum(seen.values())
+            time.sleep(0.1)
+    if run.returncode:
+        raise SystemExit(f"{' '.join(command)}: exit code {run.returncode}")
+    return start, sum(seen.values()), peak
+
+
+def show_steps(found: dict[str, Loop]) -> None:
+    """A row a program; the ratio is of CPU seconds a sampled token, to the last row's."""
+    head = ("CPU s/step", "CPU ms/token", "of the last", "median wall s", "CPU s to first", "MB", "reward")
+    width = max(map(len, head)) + 2
+    print(f"{'':22}" + "".join(f"{name:>{width}}" for name in head))
+    last = list(found.values())[-1]
+    for name, one in found.items():
+        ratio = (one.step / one.tokens) / (last.step / last.tokens)
+        cells = (one.step, 1e3 * one.step / one.tokens, ratio, one.wall, one.start, one.peak / 1e6, one.reward)
+        print(f"{name:22}" + "".join(f"{x:{width},.{d}f}" for x, d in zip(cells, (2, 3, 2, 2, 0, 0, 3), strict=True)))
 
 
 def _look(pid: int, seen: dict[tuple[int, float], float], *, memory: bool) -> int:
@@ -267,8 +317,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=12, help="0: no sampling")
     parser.add_argument("--steps", type=int, default=12, help="0: no steps")
+    parser.add_argument("--trl", action="store_true", help="the steps of TRL, too (pip install trl)")
     args = parser.parse_args()
     config = load(args.file, args.settings)
     r = config.rollout
@@ -277,11 +328,13 @@ def main() -> None:
     print(
         f"{config.model.path}, {r.prompts_per_step} x {r.group_size} samples of at most {r.max_response_tokens} tokens"
     )
-    show(sample(config, args.rounds))
+    if args.rounds:
+        show(sample(config, args.rounds))
     if args.steps > 1:
-        made = steps(args.file, args.settings, args.steps)
-        print(f"steps: {made.step:.2f} CPU s each, median wall {made.wall:.2f} s; ", end="")
-        print(f"{made.start:.0f} CPU s to the first; {made.peak / 1e6:,.0f} MB")
+        loops = {"stare-megatron train": steps(args.file, args.settings, args.steps)}
+        if args.trl:
+            loops[f"TRL {version('trl')}, generate"] = trl_steps(args.file, args.settings, args.steps)
+        show_steps(loops)
 
 
 if __name__ == "__main__":
