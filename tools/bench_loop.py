@@ -235,7 +235,7 @@ class Loop:
 
 def steps(file: Path, settings: Sequence[str], number: int) -> Loop:
     """`number` steps of a run, in a folder that goes."""
-    group_size = load(file, settings).rollout.group_size
+    group_size = load(file, list(settings)).rollout.group_size
     with tempfile.TemporaryDirectory() as runs:
         own = [f"run.dir={runs}", "run.name=bench", f"run.steps={number}", "logging.wandb=disabled"]
         command = [sys.executable, "-m", "stare_megatron", "train", str(file), "--quiet", *settings, *own]
