@@ -5,10 +5,19 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
 from stare_megatron.cluster.signals import ENDS, Interrupting
+
+
+@pytest.fixture(autouse=True)
+def not_deaf() -> Iterator[None]:
+    """Tests may themselves run under nohup, where SIGHUP is ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("number", ENDS)
