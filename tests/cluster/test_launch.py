@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from stare_megatron.metrics import jsonl
+from tests import programs
 from tests.cluster import slurm
 from tests.cluster.machines import ROOT, Machine, machines, why_not
 from tests.cluster.runs import learned
@@ -48,9 +49,9 @@ def settings(shared: Path, runs: str) -> list[str]:
 def test_a_job_that_slurm_stops_goes_on_as_if_it_had_not(shared: Path, pair: list[Machine]) -> None:
     """SIGTERM to the batch script, as before a time limit: the step ends, is saved, and the job queued again; the whole
     is bit for bit the run that was not stopped. Logs of both nodes are in one folder, for each start."""
-    programs = slurm.install(shared / "slurm", [(machine.name, machine.pid) for machine in pair])
+    slurms = slurm.install(shared / "slurm", [(machine.name, machine.pid) for machine in pair])
     environment = {
-        "PATH": f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{slurms}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "HOME": "/tmp",  # of each machine its own
         "OMP_NUM_THREADS": "1",
