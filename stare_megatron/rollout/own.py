@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stare_megatron.config import Config
-from stare_megatron.config.registry import is_address
+from stare_megatron.config.registry import is_address, source_file
 from stare_megatron.config.reward import SumConfig
 from stare_megatron.data.tokenizer import first_line
 from stare_megatron.envs import ENVS, EnvContext
@@ -123,22 +123,23 @@ def env_with_culprit(config: Config, make: MakeEnv) -> MakeEnv:
     """The same for what makes the environments of episodes."""
     if not is_address(config.env.name):
         return make
+    statuses = ENVS[config.env.name].statuses
     cure = "what an episode cannot go on from is an EnvError, docs/adding_an_environment.md"
     culprit = _Culprit([("env.name", config.env.name)], cure)
 
     def made(prompt: Prompt) -> Env:
         with culprit.named(prompt):
-            return _OwnEnv(make(prompt), ENVS[config.env.name].statuses, culprit, prompt)
+            return _OwnEnv(make(prompt), statuses, culprit, prompt)
 
     return made
 
 
 class _Culprit:
-    """Names what a user brought in the errors that it raises, given as pairs of key and address."""
+    """Names what a user brought in the errors that it raises, given as pairs of key and address, which are loaded."""
 
     def __init__(self, own: list[tuple[str, str]], cure: str) -> None:
         self._own = ", ".join(f"{key} = {name!r}" for key, name in own)
-        self._files = {name.rpartition(":")[0] for _, name in own}
+        self._files = {str(source_file(name)) for _, name in own}
         self._cure = f"mend it; {cure}"
         self._told = False
 

@@ -193,6 +193,15 @@ def test_a_mistake_in_a_reward_is_told_with_key_line_and_prompt(tmp_path, capfd,
     assert capfd.readouterr().err.count("Traceback") == 1  # of two samples
 
 
+def test_a_mistake_in_a_module_has_its_line(tmp_path, monkeypatch):
+    (tmp_path / "own_grades.py").write_text("def grade(prompt, text):\n    return 1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = parse(tables(reward={"name": "own_grades:grade"}), "test")
+    with pytest.raises(RunError) as e:
+        graded(config, tmp_path)
+    assert str(e.value).startswith(f"reward.name = 'own_grades:grade': {tmp_path}/own_grades.py:2: ZeroDivisionError: ")
+
+
 def test_what_an_async_reward_returns_is_a_score(tmp_path):
     code = "async def grade(prompt, trajectory, tokenizer):\n    return 1.0\n"
     with pytest.raises(RunError, match=r"reward\.py:grade': returned 1\.0 for prompt 'p'; want a Score"):
