@@ -25,7 +25,7 @@ from ray._private import worker as ray_worker
 from ray._private.services import find_bootstrap_address
 
 from stare_megatron.cluster.families import Family, family
-from stare_megatron.cluster.signals import ENDS, Interrupting, deaf_children
+from stare_megatron.cluster.signals import ENDS, Interrupt, deaf_children, handling
 from stare_megatron.cluster.silence import NO_WATCH, Watch
 from stare_megatron.config import ClusterConfig
 from stare_megatron.data.tokenizer import first_line
@@ -62,7 +62,7 @@ def cluster(config: ClusterConfig, actors: int) -> Iterator[None]:
     if config.address == "auto":
         _check_named_address()
     said: list[str] = []
-    with Interrupting() as interrupting:
+    with handling(ENDS) as install:
         try:
             if config.address == "local":
                 with deaf_children():
@@ -73,11 +73,11 @@ def cluster(config: ClusterConfig, actors: int) -> Iterator[None]:
                         include_dashboard=False,
                         **common,
                     )
-                    interrupting.install()
+                    install(Interrupt())
             else:
                 with _stderr_to(said):
                     ray.init(address=config.address, **common)
-                interrupting.install()
+                install(Interrupt())
         except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as e:
             raise UserError(f"cluster.address = {config.address!r}: {_refusal(e, ''.join(said))}") from e
         try:

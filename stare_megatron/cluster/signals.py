@@ -6,7 +6,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -14,6 +14,8 @@ ENDS = (signal.SIGTERM, signal.SIGHUP)
 
 # Who sends a signal to a process group and to each process in it, or passes on one that the group gets, says it twice.
 ECHO_SECONDS = 1.0
+
+Handler = Callable[[int, FrameType | None], None]
 
 
 @contextlib.contextmanager
@@ -27,33 +29,36 @@ def deaf_children() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class Interrupting:
-    """Within this context, from `install` on, SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does. Ray puts a
-    handler of its own in place when it starts, which answers SIGTERM with a stack trace and `abort()`: nobody would
-    clean up. So `install` comes after that. Outside of the main thread, where Python delivers no signal, nothing is
-    done."""
+@contextlib.contextmanager
+def handling(numbers: Sequence[signal.Signals]) -> Iterator[Callable[[Handler], None]]:
+    """Within this context, from the call of what it gives, a handler of ours has these signals, but for a SIGHUP that
+    nobody hears, as under nohup; at its end the handlers of before are back, whoever has put others in place. Outside
+    of the main thread, where Python delivers no signal, nothing is done."""
+    before: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in numbers}
+
+    def install(handler: Handler) -> None:
+        for number, old in before.items():
+            if not (number == signal.SIGHUP and old is signal.SIG_IGN):
+                signal.signal(number, handler)
+
+    try:
+        yield install
+    finally:
+        for number, old in before.items():
+            if old is not None:  # None: of another library, written in C
+                signal.signal(number, old)
+
+
+class Interrupt:
+    """A handler that does what Ctrl-C does. Ray puts one of its own in place when it starts, which answers SIGTERM with
+    a stack trace and `abort()`: nobody would clean up. So this one is installed after that."""
 
     def __init__(self) -> None:
         self._heard_at = float("-inf")
-        self._before: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> Interrupting:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.getsignal(number) for number in ENDS}
-        return self
-
-    def install(self) -> None:
-        for number, handler in self._before.items():
-            if number == signal.SIGHUP and handler is signal.SIG_IGN:  # nohup's
-                continue
-            signal.signal(number, self._handle)
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            if handler is not None:  # None: of another library, written in C
-                signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def __call__(self, number: int, frame: FrameType | None) -> None:
         before, self._heard_at = self._heard_at, time.monotonic()
         if self._heard_at - before >= ECHO_SECONDS:
             raise KeyboardInterrupt

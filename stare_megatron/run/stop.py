@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from stare_megatron.cluster.signals import ECHO_SECONDS
+from stare_megatron.cluster.signals import ECHO_SECONDS, ENDS, handling
 
 
 class StopSignal:
@@ -22,20 +21,11 @@ class StopSignal:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Handle the signals within the context. Enter it after Ray has started (`signals.Interrupting`).
-        Outside of the main thread, where Python delivers no signal, nothing is done."""
-        if threading.current_thread() is not threading.main_thread():
+        """Handle the signals within the context, as `handling` does. Enter it after Ray has started, which puts a
+        handler of its own in place."""
+        with handling((signal.SIGINT, *ENDS)) as install:
+            install(self._handle)
             yield
-            return
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup's
-            numbers.append(signal.SIGHUP)
-        before = {number: signal.signal(number, self._handle) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.asked:

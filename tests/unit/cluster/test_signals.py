@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from stare_megatron.cluster.signals import ENDS, Interrupting
+from stare_megatron.cluster.signals import ENDS, Interrupt, handling
 
 
 @pytest.fixture(autouse=True)
@@ -23,9 +23,9 @@ def not_deaf() -> Iterator[None]:
 @pytest.mark.parametrize("number", ENDS)
 def test_it_is_an_interrupt_until_the_handler_of_before_is_back(number):
     before = signal.getsignal(number)
-    with Interrupting() as interrupting:
+    with handling(ENDS) as install:
         assert signal.getsignal(number) is before
-        interrupting.install()
+        install(Interrupt())
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(number)
     assert signal.getsignal(number) is before
@@ -34,8 +34,8 @@ def test_it_is_an_interrupt_until_the_handler_of_before_is_back(number):
 def test_a_signal_that_is_said_twice_does_not_interrupt_the_cleaning_up(monkeypatch):
     now = [10.0]
     monkeypatch.setattr("stare_megatron.cluster.signals.time.monotonic", lambda: now[0])
-    with Interrupting() as interrupting:
-        interrupting.install()
+    with handling(ENDS) as install:
+        install(Interrupt())
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
         now[0] += 0.5
@@ -48,8 +48,8 @@ def test_a_signal_that_is_said_twice_does_not_interrupt_the_cleaning_up(monkeypa
 def test_nohup_stays_deaf_to_the_terminals_end():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with Interrupting() as interrupting:
-            interrupting.install()
+        with handling(ENDS) as install:
+            install(Interrupt())
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
