@@ -48,3 +48,16 @@ def test_whoever_asked_can_listen_there_and_nobody_answers_before() -> None:
     assert store.get("key") == b"value"
     with socket.socket() as taken, pytest.raises(OSError, match="in use"):
         taken.bind(("", second))
+
+
+@pytest.mark.parts
+def test_vllm_can_meet_there() -> None:
+    """As trainer ranks and workers do before they push by NCCL."""
+    code = (
+        "from vllm.distributed.utils import StatelessProcessGroup\n"
+        "from stare_megatron.host.ports import free_port\n"
+        "group = StatelessProcessGroup.create('127.0.0.1', free_port(), 0, 1)\n"
+        "print(group.broadcast_obj('met', 0))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    assert done.stdout.splitlines()[-1:] == ["met"], done.stderr[-2000:]
