@@ -127,7 +127,7 @@ def _sources(path: Path) -> list[Path]:
         found = {f.parent for name in (jsonl.FILE, PACKED) for f in path.rglob(name)}
         if found:
             return sorted(found)
-        if (path / "responses").is_dir():
+        if (path / eval_records.RESPONSES).is_dir():
             raise UserError(
                 f"{path}: what `eval` found, no run; leave it out, or name a folder of runs, {path.parent}: what is no "
                 "run in it is passed over"

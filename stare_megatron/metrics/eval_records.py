@@ -23,6 +23,7 @@ from stare_megatron.types import Group, SpanKind
 
 FOLDER = "eval"
 TABLE = "eval.jsonl"
+RESPONSES = "responses"  # the folder of `eval` on its own, apart, so that no benchmark's name can be that of the table
 _RESULTS = "results.json"
 
 Decode = Callable[[list[int]], str]
@@ -82,7 +83,7 @@ def write(
 
 def append(run: Path, step: int, metrics: Sequence[Metric]) -> None:
     """Add an evaluation to the table of a run."""
-    append_line(run / TABLE, jsonl.line(step, metrics).removesuffix("\n"))
+    append_line(run / TABLE, jsonl.line(step, metrics))
 
 
 def restore(run: Path, step: int, fingerprint: str) -> frozenset[int]:

@@ -72,8 +72,8 @@ def row(step: int, metrics: Sequence[Metric]) -> dict[str, float | str]:
 
 
 def line(step: int, metrics: Sequence[Metric]) -> str:
-    """One step as a line of the file."""
-    return json.dumps(row(step, metrics), allow_nan=False) + "\n"
+    """One step as a line of the file, without its end."""
+    return json.dumps(row(step, metrics), allow_nan=False)
 
 
 @dataclass(frozen=True)

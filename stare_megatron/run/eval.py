@@ -187,7 +187,7 @@ def _tell(status: Callable[[str], None], event: RunEvent) -> None:
 
 def _write(config: Config, policy: Policy, benchmarks: tuple[Benchmark, ...], done: Evaluation, folder: Path) -> None:
     about = {"model": policy.name, "step": policy.step, "fingerprint": fingerprint(config, benchmarks)}
-    responses = folder / "responses"  # apart, so that no benchmark's name can be that of the table
+    responses = folder / eval_records.RESPONSES
     responses.mkdir()
     eval_records.fill(responses, about, done.results, done.rows)
     eval_records.append(folder, policy.step, done.metrics)
