@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -21,6 +22,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+# Two lanes on two cores, with ranks and engines beside them: threads of one operation that wait for each other cost more
+# than they bring. Before torch is imported, and for all that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 
 import pytest
 
 from stare_megatron.cluster.signals import ENDS, Interrupt, handling
+from tests import programs
 
 
 @pytest.fixture(autouse=True)
@@ -74,12 +74,12 @@ except KeyboardInterrupt:
 """
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.parts
 def test_while_engines_start_nobody_is_left_and_ray_says_nothing(tmp_path):
     """Ray's own handler would write a stack trace and abort the driver."""
     script = tmp_path / "starting.py"
     script.write_text(_STARTING)
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=100)
+    done = programs.run([sys.executable, script])
     assert done.stdout == "interrupted; left: []\n", done.stderr[-2000:]
     assert done.returncode == 0
     assert "SIGTERM received" not in done.stderr

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerFast
 
 from stare_megatron.config import parse_sft
 from stare_megatron.data.prepare.retool import conversation
@@ -76,14 +75,14 @@ def test_the_tokens_are_those_of_the_whole_conversation(name: str, tmp_path: Pat
     assert len(found.tokens) == len(want)
 
 
-def test_marks_are_those_of_a_template_with_generation_blocks(tmp_path: Path) -> None:
+def test_marks_are_those_of_a_template_with_generation_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers' own mask, of Qwen2.5's template with the assistant's text between generation tags."""
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(qwen_tokenizer.FOLDER))
+    tokenizer = qwen_tokenizer.load()
     head = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
     body = "{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
     tail = "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
     ask = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-    tokenizer.chat_template = head + body + tail + ask
+    monkeypatch.setattr(tokenizer, "chat_template", head + body + tail + ask)
     marked: Any = tokenizer.apply_chat_template(TALK, return_assistant_tokens_mask=True, return_dict=True)
     found = load(tmp_path, tokenizer, {"messages": TALK})
     ids, mask = (list(marked[key]) for key in ("input_ids", "assistant_masks"))
@@ -237,8 +236,10 @@ TEMPLATES = [
 
 
 @pytest.mark.parametrize(("template", "words"), TEMPLATES, ids=[words[:30] for _, words in TEMPLATES])
-def test_a_template_that_cannot_be_learned_from_is_refused(template: str | None, words: str, tmp_path: Path) -> None:
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(qwen_tokenizer.FOLDER))
-    tokenizer.chat_template = template
+def test_a_template_that_cannot_be_learned_from_is_refused(
+    template: str | None, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = qwen_tokenizer.load()
+    monkeypatch.setattr(tokenizer, "chat_template", template)
     with pytest.raises(UserError, match=words):
         load(tmp_path, tokenizer, {"messages": TALK})

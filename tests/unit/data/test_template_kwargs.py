@@ -28,9 +28,19 @@ OFF = {"enable_thinking": False}
 
 @pytest.fixture
 def qwen3(tmp_path: Path) -> Path:
-    """A folder with Qwen3's tokenizer."""
+    """A folder with Qwen3's chat template and special tokens, and of its vocabulary the bytes alone: it loads at once."""
     folder = Path(shutil.copytree(qwen_tokenizer.fetched("qwen3"), tmp_path / "qwen3"))
-    shape = {"model_type": "qwen3", "vocab_size": 151936, "eos_token_id": 151645}
+    tree = json.loads((folder / "tokenizer.json").read_text())
+    tree["model"]["vocab"] = {byte: i for byte, i in tree["model"]["vocab"].items() if i < 256}
+    tree["model"]["merges"] = []
+    for i, token in enumerate(tree["added_tokens"]):
+        token["id"] = 256 + i
+    (folder / "tokenizer.json").write_text(json.dumps(tree))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("added_tokens_decoder", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (end,) = (token["id"] for token in tree["added_tokens"] if token["content"] == "<|im_end|>")
+    shape = {"model_type": "qwen3", "vocab_size": 256 + len(tree["added_tokens"]), "eos_token_id": end}
     (folder / "config.json").write_text(json.dumps(shape))
     return folder
 

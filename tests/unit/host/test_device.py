@@ -80,6 +80,7 @@ def test_a_broken_transformer_engine_is_refused_by_name(monkeypatch, tmp_path, f
     device.has_transformer_engine.cache_clear()
 
 
+@pytest.mark.parts
 def test_a_rank_refuses_it_before_megatron_core_is_imported(tmp_path):
     """Whose import fails less clearly then, or goes on without."""
     package = tmp_path / "transformer_engine"
@@ -106,6 +107,7 @@ except UserError as e:
     assert done.stdout.startswith("False Transformer Engine is installed and cannot be imported"), done.stderr
 
 
+@pytest.mark.parts
 def test_megatron_core_does_not_see_what_serves_nothing(tmp_path):
     """Or Apex: on a CPU it would take their Adam, which works on GPUs only."""
     for name in ("transformer_engine", "apex"):

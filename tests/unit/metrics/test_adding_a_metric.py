@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = """
 import json
@@ -44,6 +46,7 @@ def apply(page: str, root: Path) -> list[str]:
     return changed
 
 
+@pytest.mark.parts
 def test_the_examples_of_the_guide_work(tmp_path):
     shutil.copytree(ROOT / "stare_megatron", tmp_path / "stare_megatron", ignore=shutil.ignore_patterns("__pycache__"))
     changed = apply((ROOT / "docs" / "adding_a_metric.md").read_text(), tmp_path)

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from stare_megatron.metrics import jsonl
 
 RUN = """
@@ -29,6 +31,7 @@ sinks.close()
 """
 
 
+@pytest.mark.parts
 def test_a_run_goes_on_without_it(tmp_path):
     """wandb's process ends at SIGTERM, also where the signal is blocked when it is started."""
     own = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}  # not this process's

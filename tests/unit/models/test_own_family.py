@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.contracts.source import ROOT
 from tests.guide import blocks
 
@@ -40,6 +42,7 @@ print(len(ours))
 """
 
 
+@pytest.mark.parts
 def test_a_file_and_a_line_are_a_family(tmp_path: Path) -> None:
     """The file of the page, under another name, in a copy: its tensors are those of its twin in transformers."""
     page = blocks("adding_a_model_family")["python"]

@@ -66,6 +66,7 @@ def test_all_demands_count():
     assert scored(r"\boxed{ }", boxed=True).reward == 0.0
 
 
+@pytest.mark.parts
 def test_a_pattern_that_takes_for_ever_is_not_graded():
     began = time.monotonic()
     with pytest.raises(RewardError, match="no answer within 5 s"):

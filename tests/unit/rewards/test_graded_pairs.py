@@ -50,6 +50,7 @@ def grade(pairs):
     return asyncio.run(run())
 
 
+@pytest.mark.parts
 def test_every_pair_is_graded_as_it_should_be():
     assert len(PAIRS) >= 400
     wrong = [

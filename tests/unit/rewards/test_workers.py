@@ -22,6 +22,8 @@ from stare_megatron.rewards.workers import WorkerError, WorkerLimits, WorkerPool
 from stare_megatron.tasks import reasoning
 from tests.unit.rewards.test_rewards import PROMPT, Text, written
 
+pytestmark = pytest.mark.parts
+
 MATH = "stare_megatron.rewards.math_worker"
 WORKER = """
 import os, signal, time

@@ -59,6 +59,7 @@ def test_an_answer_of_an_earlier_run_does_not_count(tmp_path):
     assert run("raise SystemExit(0)", tmp_path).status is Status.FAILED
 
 
+@pytest.mark.parts
 def test_a_part_that_hangs_ends_with_all_it_started(tmp_path, monkeypatch):
     """Also a grandchild in a session of its own whose parent has ended, and one that ignores the request."""
     monkeypatch.setattr(runner, "GRACE_S", 1.0)
@@ -85,6 +86,7 @@ def test_a_part_that_hangs_ends_with_all_it_started(tmp_path, monkeypatch):
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.parts
 def test_a_part_may_clean_up_when_time_is_up(tmp_path):
     code = (
         "import signal, sys, time\n"
@@ -135,6 +137,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **codes: str) -> No
     monkeypatch.setenv("PYTHONPATH", path)
 
 
+@pytest.mark.parts
 def test_every_part_is_reported(tmp_path, monkeypatch, capsys):
     pretend(
         monkeypatch,
@@ -186,6 +189,7 @@ def test_parts_beside_each_other(tmp_path, monkeypatch):
     assert [(p["part"], p["numbers"]) for p in found] == [("one", {"beside": True}), ("two", {"beside": True})]
 
 
+@pytest.mark.parts
 def test_time_runs_out(tmp_path, monkeypatch):
     pretend(monkeypatch, tmp_path, slow="time.sleep(99)", never="return Outcome()")
     monkeypatch.setattr(gpu_check, "_LEAST_S", 2.0)
@@ -197,6 +201,7 @@ def test_time_runs_out(tmp_path, monkeypatch):
     assert "no time left" in never["reason"]
 
 
+@pytest.mark.parts
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
 def test_a_request_to_end_ends_what_runs(tmp_path, monkeypatch, number):
     before = signal.getsignal(signal.SIGTERM)
