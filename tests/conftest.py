@@ -23,8 +23,8 @@ from typing import Any
 
 import pytest
 
-# Two lanes on two cores, with ranks and engines beside them: threads of one operation that wait for each other cost more
-# than they bring. Before torch is imported, and for all that tests start.
+# Two lanes on two cores, with ranks and engines beside them: threads of one operation that wait for each other cost
+# more than they bring. Before torch is imported, and for all that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 

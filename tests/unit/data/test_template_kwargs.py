@@ -28,7 +28,8 @@ OFF = {"enable_thinking": False}
 
 @pytest.fixture
 def qwen3(tmp_path: Path) -> Path:
-    """A folder with Qwen3's chat template and special tokens, and of its vocabulary the bytes alone: it loads at once."""
+    """A folder with Qwen3's chat template and special tokens; of its vocabulary the bytes alone, so that it loads at
+    once."""
     folder = Path(shutil.copytree(qwen_tokenizer.fetched("qwen3"), tmp_path / "qwen3"))
     tree = json.loads((folder / "tokenizer.json").read_text())
     tree["model"]["vocab"] = {byte: i for byte, i in tree["model"]["vocab"].items() if i < 256}
