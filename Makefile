@@ -45,7 +45,7 @@ test: $(STAMP)
 	    --shared=tests/invariance $(PYTEST_ARGS)
 
 test-unit: $(STAMP)
-	@$(BIN)/python -m pytest -m "not parts and not runs and not slow and not cluster and not gpu" \
+	@STARE_FUZZ=0.33 $(BIN)/python -m pytest -m "not parts and not runs and not slow and not cluster and not gpu" \
 	    --shared="tests/contracts tests/unit" tests/contracts tests/unit $(PYTEST_ARGS)
 
 test-runs: $(STAMP)

@@ -8,6 +8,7 @@ A file is taken by making a file of its own in a folder that both lanes know.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -32,6 +33,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--beside", default="", help="paths, separated by spaces: run these in a process beside this one")
     parser.addoption("--shared", default="", help="paths, separated by spaces: run each file in the lane that is free")
     parser.addoption("--lane-of", type=Path, help="for the process beside: the folder where lanes meet")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    # What has been imported stays; each full collection would go through all of it again.
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # extensions in C++ look at the end for what nobody has freed
 
 
 def pytest_configure(config: pytest.Config) -> None:

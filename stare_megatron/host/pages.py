@@ -66,7 +66,8 @@ class PageServer:
 
     def start(self) -> None:
         """Serve in a thread, until `close`."""
-        threading.Thread(target=self._server.serve_forever, name="pages", daemon=True).start()
+        # `stop` waits for the next look at whether it was asked.
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), name="pages", daemon=True).start()
 
     def serve(self) -> None:
         """Serve in this thread, until an exception, e.g. of Ctrl-C."""

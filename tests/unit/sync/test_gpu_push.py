@@ -91,6 +91,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     gpu.install(monkeypatch.setattr)
     for module in (sharded, receiver):
         monkeypatch.setattr(module, "place", lambda device: Place("one machine", f"GPU-{here.gpu}"))
+    monkeypatch.setattr(sharded, "_CAUSE_S", 0.5)
     monkeypatch.setattr(sharded, "GPU_PUSH_BUCKET", 4 * COLUMNS * 2)  # two rows
     return gpu
 
