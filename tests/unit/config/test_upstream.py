@@ -8,6 +8,7 @@ from stare_megatron.config import upstream
 from stare_megatron.errors import UserError
 
 
+@pytest.mark.parts
 def test_fields_are_those_of_the_installed_dataclass():
     """The source reading against the real import, in a process of its own."""
     code = (

@@ -4,11 +4,12 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests import programs
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = """
@@ -52,9 +53,7 @@ def test_the_examples_of_the_guide_work(tmp_path):
     changed = apply((ROOT / "docs" / "adding_a_metric.md").read_text(), tmp_path)
     assert changed.count("stare_megatron/metrics/catalogue.py") == 4
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
+    done = programs.run([sys.executable, "-c", SCRIPT], env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout.splitlines()[-1])
     assert seen["package"] == str(tmp_path)

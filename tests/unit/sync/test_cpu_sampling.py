@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
 
 from stare_megatron.sync import cpu_sampling
+from tests import programs
 
 # 20,000 requests with one draft each, one of three temperatures: how often each first token was drawn, less what it
 # should have been, in standard errors.
@@ -17,6 +17,7 @@ SAMPLER = """
 import sys, torch
 from vllm.utils import cpu_triton_utils
 from stare_megatron.sync import cpu_sampling
+from tests import programs
 if sys.argv[1] == "mended":
     cpu_sampling.mend()
 from vllm.platforms.cpu import CpuPlatform
@@ -46,9 +47,7 @@ print("worst", worst)
 
 def worst(how: str) -> float:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", SAMPLER, how], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    done = programs.run([sys.executable, "-c", SAMPLER, how], env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     return float(done.stdout.split("worst")[1])
 
