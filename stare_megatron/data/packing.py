@@ -102,6 +102,7 @@ def _plan_step(
         pack(own, [costs[i] for i in members], budget, count) for own, members in zip(lengths, ranks, strict=True)
     ]
     grid = [[sum(costs[members[n]] for n in bin) for bin in bins] for bins, members in zip(packed, ranks, strict=True)]
+    largest = max(sum(own[n] for n in bin) for bins, own in zip(packed, lengths, strict=True) for bin in bins)
     return tuple(
         UpdateShare(
             assignments=_assignments([kept[i] for i in members]),
@@ -109,6 +110,7 @@ def _plan_step(
             num_sequences=len(kept),
             micro_batches=tuple(map(tuple, bins)),
             cost_imbalance=cost_imbalance(grid, trainer.lockstep),
+            largest_tokens=largest,
         )
         for members, bins in zip(ranks, packed, strict=True)
     )

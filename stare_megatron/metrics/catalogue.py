@@ -89,6 +89,7 @@ _ENTRIES = (
         R.UPDATE_MEAN,
         "Costliest data-parallel rank by the mean, less 1, in FLOPs of its sequences; see docs/packing.md.",
     ),
+    Entry("packing/largest_tokens", "tokens", R.UPDATE_MAX, "Largest micro-batch: at most trainer.micro_batch_tokens."),
     Entry("update/lr", "1", R.LAST, "Learning rate."),
     Entry("update/loss_scale", "factor", R.LAST, "float16: factor of the loss while its gradients were made."),
     Entry("update/overflows", "updates", R.UPDATE_SUM, "float16: updates skipped since their gradients overflowed."),

@@ -10,6 +10,7 @@ from stare_megatron.config import Config
 from stare_megatron.errors import UserError
 from stare_megatron.models.shape import ModelShape
 from stare_megatron.plan import violations
+from stare_megatron.plan.activations import Pack
 from stare_megatron.plan.cures import Cures, Outcome
 from stare_megatron.plan.hardware import Gpu
 from stare_megatron.plan.lengths import Lengths
@@ -36,13 +37,19 @@ _ALONE = 0.92  # vLLM's share of a GPU that an engine has for itself
 @dataclass(frozen=True)
 class Given:
     """What a plan is made for, beside the configuration. `nodes`: 0: as many as it takes; `kept`: share of the groups
-    that dynamic sampling keeps; `copies`: of the logits in the backward pass."""
+    that dynamic sampling keeps; `copies`: of the logits in the backward pass; `largest`: tokens of the largest
+    micro-batch where that is known, 0: as many as there may be."""
 
     machine: Machine
     lengths: Lengths
     nodes: int = 0
     kept: float = 1.0
     copies: int = 1
+    largest: int = 0
+
+    def pack(self, config: Config) -> Pack:
+        """The largest micro-batch."""
+        return largest_pack(config, self.lengths, self.copies, self.largest)
 
 
 @dataclass(frozen=True)
@@ -117,7 +124,9 @@ def memory_of(config: Config, shape: ModelShape, given: Given) -> tuple[Config, 
     config, share, wrong = sized(config, shape, m.gpu.memory)
     room = engine_room(config, shape, m.gpu, given.lengths, share)
     count = max(map(len, Ranks(config, shape, m, given.lengths).batches()))
-    rank = RankInput(m.layers, largest_pack(config, given.lengths, given.copies), count, residency(config))
+    rank = RankInput(
+        m.layers, largest_pack(config, given.lengths, given.copies, given.largest), count, residency(config)
+    )
     used = uses(config, shape, m.gpu, m.constants, rank, room)
     if wrong:
         return config, used, room, [wrong]
@@ -129,7 +138,9 @@ def ranks_fit(config: Config, shape: ModelShape, given: Given) -> bool:
     """Whether the ranks alone fit their GPUs in scoring and update, with some to spare."""
     m = given.machine
     count = max(map(len, Ranks(config, shape, m, given.lengths).batches()))
-    rank = RankInput(m.layers, largest_pack(config, given.lengths, given.copies), count, residency(config))
+    rank = RankInput(
+        m.layers, largest_pack(config, given.lengths, given.copies, given.largest), count, residency(config)
+    )
     beside = m.constants.outside + SPARE
     if config.inference.placement == "colocated":
         beside += m.constants.sleeping

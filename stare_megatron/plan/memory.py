@@ -157,12 +157,13 @@ def rank_parts(config: Config, shape: ModelShape, given: RankInput, phase: Phase
     return max(passes, step, key=lambda found: sum(found.values()))
 
 
-def largest_pack(config: Config, lengths: Lengths, copies: int = 1) -> Pack:
-    """A micro-batch of the whole budget, or of the longest sequence where that is longer."""
+def largest_pack(config: Config, lengths: Lengths, copies: int = 1, largest: int = 0) -> Pack:
+    """A micro-batch of `largest` tokens; without, of the whole budget, or of the longest sequence where that is
+    longer."""
     t = config.trainer
     sequences = config.rollout.prompts_per_step * config.rollout.group_size // t.updates_per_batch
     everything = -(-sequences // t.data_parallel) * config.window
-    tokens = min(max(t.micro_batch_tokens, config.window), everything) / t.context_parallel
+    tokens = (largest or min(max(t.micro_batch_tokens, config.window), everything)) / t.context_parallel
     return Pack(tokens, tokens * lengths.action_share, copies)
 
 

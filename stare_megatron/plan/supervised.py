@@ -18,7 +18,7 @@ from stare_megatron.plan.cures import Cures, Outcome
 from stare_megatron.plan.estimate import Given
 from stare_megatron.plan.hardware import Gpu
 from stare_megatron.plan.lengths import Lengths, assumed
-from stare_megatron.plan.memory import Phase, RankInput, Use, fullest_rank, largest_pack, residency
+from stare_megatron.plan.memory import Phase, RankInput, Use, fullest_rank, residency
 from stare_megatron.plan.moves import HostMemory, host_memory, moves
 from stare_megatron.plan.timing import PassTime, Ranks, SaveTime, save_time
 
@@ -102,7 +102,7 @@ def make(run: SftConfig, shape: ModelShape, given: Given) -> SupervisedPlan:
 
     def used(changed: Config) -> Sequence[Use]:
         count = max(map(len, Ranks(changed, shape, m, given.lengths).batches()))
-        rank = RankInput(m.layers, largest_pack(changed, given.lengths, given.copies), count, residency(changed))
+        rank = RankInput(m.layers, given.pack(changed), count, residency(changed))
         return [Use("rank", Phase.UPDATE, fullest_rank(changed, shape, m.constants, rank, Phase.UPDATE), m.gpu.memory)]
 
     def outcome(changed: Config) -> Outcome | None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,15 +48,15 @@ class Forecast:
         return []
 
     def against(self, folder: Path) -> list[tuple[str, str]]:
-        """Label and text of plan and measurement, after the last step. Times are those of a plan made again with the
-        run's own lengths, so that they differ by what the plan gets wrong and not by what it could not know."""
+        """Label and text of plan and measurement, after the last step: of a plan made again with the run's own lengths
+        and largest micro-batch, so that they differ by what the plan gets wrong and not by what it could not know."""
         if self.plan is None and not self.host:
             return []
         rows = jsonl.read_steps(folder / jsonl.FILE)
         if self.plan is None:
             most = max((row.get("memory/host_run", 0.0) for row in rows), default=0.0) * _MB
             return [("plan", f"memory {compared(self.host / _GIB, most / _GIB, 'GiB')}")] if most else []
-        plan = _at_lengths_of(self.plan, folder)
+        plan = _as_it_ran(self.plan, folder, rows)
         found = []
         warm = rows[_WARM:] or rows
         for phase in Phase:
@@ -122,14 +122,15 @@ def _gpu() -> hardware.Gpu | None:
     return dataclasses.replace(gpu, memory=seen[0].bytes or gpu.memory) if gpu else None
 
 
-def _at_lengths_of(plan: Plan, folder: Path) -> Plan:
+def _as_it_ran(plan: Plan, folder: Path, rows: Sequence[Mapping[str, float]]) -> Plan:
     r, data = plan.config.rollout, plan.config.data
     count = r.prompts_per_step * r.group_size
     try:
         found = lengths.of_run(folder, count, longest=r.max_response_tokens, longest_prompt=data.max_prompt_tokens)
     except UserError:
         return plan
-    return make(plan.config, plan.shape, dataclasses.replace(plan.given, lengths=found), cures=False)
+    largest = int(max((row.get("packing/largest_tokens", 0) for row in rows), default=0))
+    return make(plan.config, plan.shape, dataclasses.replace(plan.given, lengths=found, largest=largest), cures=False)
 
 
 def as_text(lines: Sequence[tuple[str, str]]) -> str:

@@ -30,7 +30,8 @@ class RankBatch:
 
     `owned_T` bool: action tokens whose prediction this context-parallel rank makes; over the data- and
     context-parallel ranks each action token of the step is owned once. `factor_T` float32: weight of a token's loss in
-    the plain sum (`algo.reduce`). `cost_imbalance`: of the step over all ranks, as planned.
+    the plain sum (`algo.reduce`). `cost_imbalance`, `largest_tokens`: of the step
+    over all ranks, as planned.
     """
 
     batch: TokenBatch
@@ -38,6 +39,7 @@ class RankBatch:
     owned_T: torch.Tensor
     factor_T: torch.Tensor
     cost_imbalance: float
+    largest_tokens: int
 
 
 def rank_batch(
@@ -60,7 +62,7 @@ def rank_batch(
         num_sequences=batch.num_sequences,
         constant_length=config.response_tokens,
     )
-    return RankBatch(batch, rows, owned_T, factor_T, share.cost_imbalance)
+    return RankBatch(batch, rows, owned_T, factor_T, share.cost_imbalance, share.largest_tokens)
 
 
 @dataclass(frozen=True, eq=False)

@@ -277,6 +277,7 @@ class TrainerRank:
             *report(done, lr, scaled=self._dtype is torch.float16),
             Measured("throughput/trained_tokens", data.batch.num_action_tokens),
             Measured("packing/cost_imbalance", data.cost_imbalance),
+            Measured("packing/largest_tokens", data.largest_tokens),
         ]
 
     def score_tokens(self, token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:

@@ -151,7 +151,7 @@ class Reference:
             found = [score(own, step, temperature).scores.logprob_T for step in data]
         self._seconds += time.perf_counter() - began
         return [
-            ReferencedBatch(step.batch, step.rows, step.owned_T, step.factor_T, step.cost_imbalance, logprob_T)
+            ReferencedBatch(**vars(step), reference_logprob_T=logprob_T)
             for step, logprob_T in zip(data, found, strict=True)
         ]
 

@@ -219,11 +219,11 @@ class UpdateShare:
     `assignments` name groups by their index in the list of groups handed over with it. `num_action_tokens` and
     `num_sequences` count the whole step over all ranks. `micro_batches`: indices of the sequences of each, counted
     through the assignments; as many on every rank, some may be empty. `cost_imbalance`: of the whole step, see
-    `data.packing.cost_imbalance`.
+    `data.packing.cost_imbalance`. `largest_tokens`: of the largest micro-batch of any rank.
 
     Example:
         UpdateShare(assignments=(Assignment(0, (0, 1), (0, 22)),), num_action_tokens=30, num_sequences=2,
-                    micro_batches=((0, 1),), cost_imbalance=0.0)
+                    micro_batches=((0, 1),), cost_imbalance=0.0, largest_tokens=40)
     """
 
     assignments: tuple[Assignment, ...]
@@ -231,6 +231,7 @@ class UpdateShare:
     num_sequences: int
     micro_batches: tuple[tuple[int, ...], ...]
     cost_imbalance: float
+    largest_tokens: int
 
 
 @dataclass(frozen=True, eq=False)

@@ -194,6 +194,9 @@ def test_ranks_that_meet_in_every_micro_batch_are_reported_so():
     grid = [[sum(LONG(own[n]) for n in bin) for bin in s.micro_batches] for s in plain for own in [tokens(s, groups)]]
     assert {s.cost_imbalance for s in plain} == {cost_imbalance(grid)}
     assert {s.cost_imbalance for s in experts} == {cost_imbalance(grid, 2)}
+    assert {s.largest_tokens for s in plain} == {
+        max(sum(own[n] for n in bin) for s in plain for own in [tokens(s, groups)] for bin in s.micro_batches)
+    }
 
 
 def tokens(share, groups) -> list[int]:

@@ -57,6 +57,26 @@ def test_gpus_have_times_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert f"{found.plan.update.seconds:,.1f} s planned" not in said[2][1]
 
 
+def test_memory_is_planned_for_the_largest_micro_batch_there_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "on_gpus", lambda _: True)
+    monkeypatch.setattr(device, "gpus", lambda: (H100,))
+    found = forecast(config_of("qwen2.5-1.5b", trainer={"micro_batch_tokens": 16384}, **TABLES))
+    assert found.plan is not None
+
+    def planned(**values: float) -> float:
+        lengths = {"response__length_mean": 900.0, "response__length_max": 2000.0}
+        (_, said) = found.against(write(tmp_path, **lengths, **values))[-1]
+        return float(said.split()[2])
+
+    most = planned()
+    assert planned(packing__largest_tokens=16384.0) == most
+    half = planned(packing__largest_tokens=8192.0)
+    states = sum(found.plan.uses[0].parts[f"rank: {name}"] for name in ("weights", "gradients", "optimizer")) / 2**30
+    assert half - states == pytest.approx((most - states) / 2, rel=0.1)
+
+
 def test_saves_are_compared_as_far_as_the_loop_waited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "on_gpus", lambda _: True)
     monkeypatch.setattr(device, "gpus", lambda: (H100,))

@@ -51,6 +51,7 @@ BY_UPDATE = {  # name: whether it has a weight
     "stare/tokens_neg": False,
     "throughput/trained_tokens": False,
     "packing/cost_imbalance": False,
+    "packing/largest_tokens": False,
 }
 REFERRED = {"kl/reference": 0.25, "kl/penalty": 0.75}  # beside (7, 3, 5); each has a weight
 SCORED = ("policy/entropy", "policy/entropy_estimate", "policy/surprisal", "mismatch/mean", "mismatch/kl")
@@ -231,7 +232,7 @@ def updated(step: Step) -> dict[str, float]:
     summed = ("stare/selected_pos", "stare/selected_neg", "stare/tokens_pos", "stare/tokens_neg", "update/overflows")
     found |= {name: sum(each[name]) for name in (*summed, "throughput/trained_tokens")}
     found |= {name: each[name][-1] for name in ("update/lr", "update/loss_scale")}
-    found |= {"update/ratio_max": max(each["update/ratio_max"])}
+    found |= {name: max(each[name]) for name in ("update/ratio_max", "packing/largest_tokens")}
     columns = list(zip(*step.totals, strict=True))
     units = [sum(column) if i < 8 else sum(column) / 2**24 for i, column in enumerate(columns)]
     tokens, both, either, broken, change, critical = (units[i] for i in (0, 5, 6, 7, 8, 9))

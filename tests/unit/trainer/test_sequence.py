@@ -64,7 +64,7 @@ def share_of(*samples: int, rows: int = 1) -> UpdateShare:
     """Sequence n goes to row n, the last row takes what is left."""
     first = {0: 0, 1: 5, 2: 13}
     packed = tuple(tuple(n for n in range(len(samples)) if min(n, rows - 1) == row) for row in range(rows))
-    return UpdateShare((Assignment(0, samples, tuple(first[s] for s in samples)),), 8, 3, packed, 0.0)
+    return UpdateShare((Assignment(0, samples, tuple(first[s] for s in samples)),), 8, 3, packed, 0.0, 8)
 
 
 def test_token_batch():
@@ -139,7 +139,7 @@ def test_zigzag():
 
 
 def test_a_share_without_sequences_makes_dummy_rows():
-    share = UpdateShare((), 8, 3, ((), ()), 0.0)
+    share = UpdateShare((), 8, 3, ((), ()), 0.0, 8)
     batch = batch_of(share)
     assert batch.token_ids_T.shape == (0,)
     for layout in (ALONE, SequenceLayout(4, 1, 0), SequenceLayout(2, 2, 1)):
@@ -149,7 +149,7 @@ def test_a_share_without_sequences_makes_dummy_rows():
         assert all(row.token_ids_1P.shape[1] % layout.sequence_parallel == 0 for row in rows)
 
 
-@pytest.mark.parametrize("share", [UpdateShare((), 8, 3, ((), ()), 0.0), share_of(1, 2)], ids=["none", "some"])
+@pytest.mark.parametrize("share", [UpdateShare((), 8, 3, ((), ()), 0.0, 8), share_of(1, 2)], ids=["none", "some"])
 def test_tokens_are_on_the_ranks_device(share):
     """Without sequences too: a model on a GPU takes no tensor of a CPU."""
     batch = token_batch([group()], share, ALGORITHMS["grpo"], AlgorithmConfig(), torch.device("meta"))
