@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from stare_megatron.config import methods
+from stare_megatron.config import float8, methods
 from stare_megatron.config.algorithm import AlgorithmConfig
 from stare_megatron.config.base import Free, Section
 from stare_megatron.config.checkpoint import CheckpointConfig
@@ -152,8 +152,12 @@ class Config(Section):
             settings = (a.method, a.stare, t.updates_per_batch, r.temperature, r.top_p)
             fault = fault or methods.rollout_scoring_fault(*settings)
         fault = fault or t.optimizer.type_fault(self.model.dtype)
-        bounds = (self.sync.probe_every, self.sync.probe_threshold)
-        fault = fault or self.inference.quantization_fault(self.model.dtype, a.correction.mode, t.scoring, *bounds)
+        given = (a.correction.mode, t.scoring, self.sync.probe_every, self.sync.probe_threshold)
+        if self.inference.quantization != "none":
+            key = f'inference.quantization = "{self.inference.quantization}"'
+            fault = fault or float8.fault(key, self.model.dtype, ("bfloat16", "float16"), *given)
+        if t.fp8 != "none":
+            fault = fault or float8.fault(f'trainer.fp8 = "{t.fp8}"', self.model.dtype, ("bfloat16",), *given)
         fault = fault or (a.stare.idle() if a.method == "stare" else "")
         scope = a.stare.scope if a.method == "stare" else "batch"
         fault = fault or self.sampling.fault(self.inference.placement, a.correction.mode, t.scoring, scope)

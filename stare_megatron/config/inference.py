@@ -144,33 +144,6 @@ class InferenceConfig(Section):
             )
         return self
 
-    def quantization_fault(self, dtype: str, correction: str, scoring: str, probe_every: int, threshold: float) -> str:
-        """Why engines may not be quantized with `model.dtype`, `algorithm.correction.mode`, `trainer.scoring`,
-        `sync.probe_every` and `sync.probe_threshold`, with the cure; "" where they may."""
-        if self.quantization == "none":
-            return ""
-        key = f'inference.quantization = "{self.quantization}"'
-        if dtype == "float32":
-            return f'{key} is of 16-bit weights; set model.dtype = "bfloat16" or "float16"'
-        if scoring == "rollout":
-            return (
-                f"{key}: the engines' log-probs are not those of the policy about to be updated; set trainer.scoring = "
-                '"trainer"'
-            )
-        if correction == "none":
-            return (
-                f"{key} samples from a policy that differs from the trained one, and algorithm.correction.mode = "
-                '"none" learns as if it did not; set algorithm.correction.mode = "truncate" or "mask" '
-                "(docs/rollout_correction.md)"
-            )
-        if not (probe_every and threshold):
-            return (
-                f"{key} needs a bound on how far engine and trainer may be apart, which checksums cannot tell of "
-                "quantized weights; set sync.probe_threshold, for instance to 0.2 nats, and sync.probe_every of at "
-                "least 1 (docs/quantization.md)"
-            )
-        return ""
-
     @property
     def fewest_engines(self) -> int:
         """`min_engines`, settled."""

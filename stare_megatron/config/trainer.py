@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from stare_megatron.config.base import Free, PassThrough, Section
+from stare_megatron.config.float8 import Recipe
 
 _TRIAL_STEPS = 100
 
@@ -143,6 +144,11 @@ class TrainerConfig(Section):
         default="trainer",
         description="Log-probs and entropy before an update: of a forward pass, or, for one update a batch, of the "
         "engines, without a pass; see docs/scoring.md.",
+    )
+    fp8: Recipe = Field(
+        default="none",
+        description="How Transformer Engine multiplies the layers' matrices, in every pass: in `model.dtype`, or in "
+        "float8 with a scale for a tensor, for blocks of 128, or (Blackwell) of 32; see docs/quantization.md.",
     )
     recompute: Free[Literal["none", "selective", "full"]] = Field(
         default="none", description="Activation recomputation: of the layers' parts in `recompute_modules`, or of all."

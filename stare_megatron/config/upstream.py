@@ -126,6 +126,7 @@ MEGATRON_REFUSED: tuple[tuple[str, str], ...] = (
         _RUN,
     ),
     (".*init_method.*|init_model_with_meta_device", "every parameter is read from the checkpoint"),
+    ("fp8|fp8_recipe", "set trainer.fp8 instead"),
     (
         "fp8.*|fp4.*|tp_only_amax_red|.*_in_bf16|first_last_layers_bf16|.*kitchen.*|quant_recipe|moe_router_padding_.*",
         _ENGINES,

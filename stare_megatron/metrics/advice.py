@@ -68,7 +68,7 @@ class Settings:
             group_size=number("rollout.group_size", own.group_size),
             max_response_tokens=number("rollout.max_response_tokens", own.max_response_tokens),
             corrected=flat.get("algorithm.correction.mode", "none") != "none",
-            quantized=flat.get("inference.quantization", "none") != "none",
+            quantized=any(flat.get(key, "none") != "none" for key in ("inference.quantization", "trainer.fp8")),
             weaker=_weaker(flat) if flat.get("algorithm.method") == "stare" else "",
         )
 
@@ -140,8 +140,8 @@ def _mismatch(s: _Steps, c: Settings) -> str:
     # A policy that has been updated since differs for a good reason.
     if c.quantized and c.mode == "sync" and apart >= _QUANTIZED:
         return (
-            f"quantized engines differ by {apart:.3f} nats a token from the trainer: the correction discards much of "
-            "what they sample; leave inference.quantization out where the reward falls behind"
+            f"with float8 engines and trainer differ by {apart:.3f} nats a token: the correction discards much of what "
+            "is sampled; leave inference.quantization or trainer.fp8 out where the reward falls behind"
         )
     if not c.quantized and c.mode == "sync" and apart >= 0.02:
         cure = "look for a setting that differs (docs/rollout_correction.md)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from stare_megatron.config import TrainerConfig
+from stare_megatron.config.float8 import BLOCKS
 from stare_megatron.errors import UserError
 from stare_megatron.models.shape import ModelShape
 
@@ -42,6 +43,34 @@ def check_experts(config: TrainerConfig, shape: ModelShape) -> None:
             f"trainer.tensor_parallel = {config.tensor_parallel} and a model with experts need "
             "trainer.sequence_parallel = true"
         )
+
+
+def check_fp8(config: TrainerConfig, shape: ModelShape, engine: bool | None) -> None:
+    """`engine`: the layers are Transformer Engine's, None: not known yet.
+
+    Raises:
+        UserError: `trainer.fp8` without it, with experts, or with a rank's matrix that is not made of whole blocks.
+    """
+    if config.fp8 == "none":
+        return
+    key = f'trainer.fp8 = "{config.fp8}"'
+    if engine is False:
+        raise UserError(f"{key}: it is for Transformer Engine's layers, and those here are torch's; leave it out")
+    if shape.experts is not None:
+        raise UserError(f"{key}: that experts are trained right in float8 has not been shown; leave it out")
+    block, t = BLOCKS[config.fp8], config.tensor_parallel
+    widths = {
+        "hidden": shape.hidden,
+        "queries, keys and values": (shape.heads + 2 * shape.kv_groups) * shape.head_dim // t,
+        "attention": shape.heads * shape.head_dim // t,
+        "MLP": shape.ffn // t,
+    }
+    for name, width in widths.items():
+        if width % block:
+            raise UserError(
+                f"{key}: it multiplies blocks of {block}, and a rank's {name} are {width} wide with "
+                f'trainer.tensor_parallel = {t}; lower it, or set trainer.fp8 = "tensorwise"'
+            )
 
 
 def recompute_modules(config: TrainerConfig, shape: ModelShape) -> list[str]:

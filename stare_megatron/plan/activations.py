@@ -108,6 +108,12 @@ def kept(shape: ModelShape, layout: Layout, layers: Layers, dtype: str, *, mixed
     )
 
 
+def float8_copies(shape: ModelShape, layout: Layout) -> float:
+    """Bytes of a rank's weights in float8, as they are and transposed, beside those in 16 bits."""
+    s = Sizes.of(shape, layout, "bfloat16")
+    return 2.0 * (shape.layers // layout.pipeline) * s.hidden * (2 * s.query + 2 * s.key + 3 * s.ffn)
+
+
 def _mlp(shape: ModelShape, layout: Layout, s: Sizes, layers: Layers) -> float:
     # gate and up, then their product; the local layers also keep the activation, a copy of up and the gate's.
     widths = 3 if layers is Layers.ENGINE else 5

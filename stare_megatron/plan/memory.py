@@ -14,7 +14,7 @@ from stare_megatron.config import Config
 from stare_megatron.models.layout import element_bytes, kv_token_bytes, push_buffers
 from stare_megatron.models.shape import ModelShape
 from stare_megatron.models.weights import engine_bytes
-from stare_megatron.plan.activations import Layers, Pack, score_peak, update_peak
+from stare_megatron.plan.activations import Layers, Pack, float8_copies, score_peak, update_peak
 from stare_megatron.plan.hardware import Constants, Gpu
 from stare_megatron.plan.lengths import Lengths
 from stare_megatron.plan.parameters import Layout, StateBytes, largest
@@ -141,6 +141,8 @@ def rank_parts(config: Config, shape: ModelShape, given: RankInput, phase: Phase
     parts = given.residency[phase].parts(state)
     if config.algorithm.kl.on_device:
         parts["reference"] = float(state.parameters)
+    if t.fp8 != "none" and "weights" in parts:
+        parts["float8 weights"] = float8_copies(shape, layout)
     how = (shape, layout, t, given.layers, dtype, stage, given.pack)
     if phase is Phase.UPDATE:
         peak = update_peak(*how, given.micro_batches)

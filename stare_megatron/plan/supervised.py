@@ -11,7 +11,7 @@ from stare_megatron.config import Config, SftConfig
 from stare_megatron.errors import UserError
 from stare_megatron.metrics import jsonl
 from stare_megatron.metrics.console import mean
-from stare_megatron.models.layout import check_experts, check_layout
+from stare_megatron.models.layout import check_experts, check_fp8, check_layout
 from stare_megatron.models.shape import ModelShape
 from stare_megatron.plan import violations
 from stare_megatron.plan.cures import Cures, Outcome
@@ -133,6 +133,7 @@ def of_layout(run: SftConfig, config: Config, shape: ModelShape, gpu: Gpu, nodes
         *violations.splits(t, shape),
         lambda: check_layout(t, True),
         lambda: check_experts(t, shape),
+        lambda: check_fp8(t, shape, None),
     )
     found = violations.refusals(checks)
     if run.sft.max_tokens > shape.max_positions:

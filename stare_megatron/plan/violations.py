@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from stare_megatron.config import Config, TrainerConfig
 from stare_megatron.errors import UserError
-from stare_megatron.models.layout import check_experts, check_layout
+from stare_megatron.models.layout import check_experts, check_fp8, check_layout
 from stare_megatron.models.shape import ModelShape
 from stare_megatron.plan.cures import Cures
 from stare_megatron.plan.hardware import Gpu
@@ -27,6 +27,7 @@ def of_layout(config: Config, shape: ModelShape, gpu: Gpu, nodes: int) -> list[s
         *splits(t, shape),
         lambda: check_layout(t, True),
         lambda: check_experts(t, shape),
+        lambda: check_fp8(t, shape, None),
         lambda: check_engine_layout(config, shape),
         lambda: check_window(config, shape),
     )

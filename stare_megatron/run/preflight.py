@@ -98,6 +98,7 @@ def check_trainer_options(config: Config, shape: ModelShape) -> None:
     lacking = upstream.megatron_lacking(config.trainer, experts=shape.experts is not None, engine=engine)
     upstream.check_megatron(config.trainer.megatron, lacking)
     upstream.check_precision_aware(config.trainer, engine)
+    layout.check_fp8(config.trainer, shape, engine)
 
 
 def check_engine_options(config: Config, shape: ModelShape) -> None:

@@ -14,14 +14,15 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from stare_megatron.config import TrainerConfig
+from stare_megatron.config.float8 import FORMATS
 from stare_megatron.config.upstream import check_megatron, megatron_lacking
 from stare_megatron.errors import UserError
 from stare_megatron.host import device as devices
 from stare_megatron.models import rotary
 from stare_megatron.models.families import read_hf_config
-from stare_megatron.models.layout import padded_vocab, recompute_modules
+from stare_megatron.models.layout import check_fp8, padded_vocab, recompute_modules
 from stare_megatron.models.shape import ModelShape
-from stare_megatron.trainer import bridge, initial_weights, parallel, rope, spec
+from stare_megatron.trainer import bridge, float8, initial_weights, parallel, rope, spec
 from stare_megatron.trainer.head import PolicyModel
 
 
@@ -47,10 +48,11 @@ def policy_config(shape: ModelShape, dtype: torch.dtype, trainer: TrainerConfig)
     """The model's and the run's settings as Megatron-Core wants them. Needs `parallel.initialize`.
 
     Raises:
-        UserError: the layout does not fit the model, or upstream refuses the combination.
+        UserError: the layout does not fit the model, upstream refuses the combination, or the GPU has no such float8.
     """
     engine = spec.providers().transformer_engine
     check_megatron(trainer.megatron, megatron_lacking(trainer, experts=shape.experts is not None, engine=engine))
+    check_fp8(trainer, shape, engine)
     shape.check_layout(
         tensor_parallel=trainer.tensor_parallel,
         pipeline_parallel=trainer.pipeline_parallel,
@@ -81,10 +83,6 @@ def policy_config(shape: ModelShape, dtype: torch.dtype, trainer: TrainerConfig)
         "expert_model_parallel_size": trainer.expert_parallel,
         "expert_tensor_parallel_size": trainer.expert_tensor_parallel,
         "sequence_parallel": trainer.sequence_parallel,
-        "params_dtype": dtype,
-        "pipeline_dtype": dtype,
-        "bf16": dtype is torch.bfloat16,
-        "fp16": dtype is torch.float16,
         # Every parameter is read from the checkpoint.
         "perform_initialization": False,
         "use_cpu_initialization": devices.current() is devices.Device.CPU,
@@ -94,6 +92,7 @@ def policy_config(shape: ModelShape, dtype: torch.dtype, trainer: TrainerConfig)
         "calculate_per_token_loss": True,
         "finalize_model_grads_func": _finalize,
         **spec.fusion_settings(),
+        **_number_settings(dtype, trainer),
     }
     if shape.experts is not None:
         settings |= {
@@ -117,9 +116,25 @@ def policy_config(shape: ModelShape, dtype: torch.dtype, trainer: TrainerConfig)
         settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     settings |= _recompute_settings(shape, trainer)
     try:
-        return PolicyConfig(**(settings | trainer.megatron))
+        config = PolicyConfig(**(settings | trainer.megatron))
     except (ValueError, AssertionError, TypeError) as e:
         raise UserError(f"Megatron-Core refuses the settings of [trainer]: {e}") from e
+    if trainer.fp8 != "none":
+        float8.check_device(config)
+    return config
+
+
+def _number_settings(dtype: torch.dtype, trainer: TrainerConfig) -> dict[str, Any]:
+    """TransformerConfig fields of what numbers are kept and multiplied in."""
+    settings: dict[str, Any] = {
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "fp16": dtype is torch.float16,
+    }
+    if trainer.fp8 != "none":
+        settings |= {"fp8": FORMATS[trainer.fp8], "fp8_recipe": trainer.fp8}
+    return settings
 
 
 def _recompute_settings(shape: ModelShape, trainer: TrainerConfig) -> dict[str, Any]:

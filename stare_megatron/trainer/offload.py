@@ -24,6 +24,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from stare_megatron.config.trainer import StateClass
 from stare_megatron.errors import RunError
 from stare_megatron.host import copies
+from stare_megatron.trainer.float8 import forget_copies
 from stare_megatron.trainer.residue import largest
 from stare_megatron.trainer.shares import parts
 from stare_megatron.types import Measured
@@ -146,6 +147,8 @@ class Offload:
         """Move those of `names` that may be away and are not. Their memory is torch's until `give_back`."""
         began = time.perf_counter()
         leaving: list[StateClass] = [name for name in self._moved if name in names and name not in self._away]
+        if "parameters" in leaving:
+            forget_copies(self._chunks)
         for name in leaving:
             storages = self.storages(name)
             sizes = [storage.nbytes() for storage in storages]

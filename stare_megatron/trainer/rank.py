@@ -19,6 +19,7 @@ from stare_megatron.algo.comm import comm
 from stare_megatron.algo.registry import ALGORITHMS
 from stare_megatron.algo.stare import Candidates, Weights
 from stare_megatron.config import Config
+from stare_megatron.config.float8 import BLOCKS
 from stare_megatron.errors import RunError
 from stare_megatron.host import device, manifest
 from stare_megatron.models.boxes import Box
@@ -127,6 +128,7 @@ class TrainerRank:
             sequence_parallel=trainer.tensor_parallel if trainer.sequence_parallel else 1,
             context_parallel=trainer.context_parallel,
             context_rank=parallel.context_parallel_rank(),
+            block=BLOCKS.get(trainer.fp8, 1),
         )
         self._optimizer_steps = 0
         self._step = 0

@@ -50,11 +50,13 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class SequenceLayout:
-    """What decides padding and slicing: sizes of tensor (when sequence-parallel, else 1) and context parallelism."""
+    """What decides padding and slicing: sizes of tensor (when sequence-parallel, else 1) and context parallelism.
+    `block`: a rank's tokens come in multiples of it."""
 
     sequence_parallel: int
     context_parallel: int
     context_rank: int
+    block: int = 1
 
 
 def token_batch(
@@ -193,11 +195,11 @@ def padded_lengths(lengths: Sequence[int], layout: SequenceLayout) -> list[int]:
     """Lengths of the sequences as they are run; a row without sequences is one sequence of padding.
 
     With CP each is a multiple of 2 CP; the last one grows until this rank's row is a multiple of TP under sequence
-    parallelism.
+    parallelism, of whole blocks on each.
     """
     unit = 2 * layout.context_parallel if layout.context_parallel > 1 else 1
     padded = [-(-n // unit) * unit for n in lengths] or [unit]
-    whole = layout.sequence_parallel * layout.context_parallel
+    whole = layout.sequence_parallel * layout.context_parallel * layout.block
     while sum(padded) % whole:
         padded[-1] += unit
     return padded

@@ -43,6 +43,7 @@ _PARTS = (
     Part("sft", f"{_HERE}.variants:supervised", 150, "`stare-megatron sft`, saved and resumed: the loss falls"),
     Part("rank-adam", f"{_HERE}.rank:precision_aware", 120, "as `rank-te`, Adam with its state in fewer bytes"),
     Part("loop-fp8", f"{_HERE}.variants:quantized", 150, "two steps with engines in float8: probe, mismatch"),
+    Part("loop-fp8-ranks", f"{_HERE}.variants:trained_in_float8", 150, "two steps with the ranks' layers in float8"),
     Part("loop-drafts", f"{_HERE}.variants:drafts", 150, "two steps with n-gram drafts: how many are kept"),
     Part("loop-replay", f"{_HERE}.variants:replay", 180, "two steps of a mixture of experts with routing replay"),
 )

@@ -1,8 +1,9 @@
-"""Parts `loop-kl`, `loop-stream`, `loop-recovery`, `loop-drafts`, `loop-fp8`, `loop-replay` and `sft`: settings of a
-run, and a loss in it, that take another way on a GPU than on a CPU, two or three steps each."""
+"""Part `sft` and those `loop-...` that are not in `loop`: settings of a run, and a loss in it, that take another way on
+a GPU than on a CPU, two or three steps each."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import subprocess
@@ -87,13 +88,23 @@ def drafts(context: Context) -> Outcome:
 
 def quantized(context: Context) -> Outcome:
     """Engines in float8, into which pushes go in bfloat16."""
-    changed = {
-        "inference": {"quantization": "fp8_per_channel"},
+    return _in_float8(context, {"inference": {"quantization": "fp8_per_channel"}})
+
+
+def trained_in_float8(context: Context) -> Outcome:
+    """Ranks whose layers multiply in float8 with scales of blocks, beside engines in bfloat16."""
+    if not context.on_gpu or importlib.util.find_spec("transformer_engine") is None:
+        return skipped("needs Transformer Engine and a GPU")
+    return _in_float8(context, {"trainer": {"fp8": "blockwise"}})
+
+
+def _in_float8(context: Context, changed: dict[str, dict[str, Any]]) -> Outcome:
+    needed = {
         "algorithm": {"correction": {"mode": "truncate"}},
         "sync": {"probe_threshold": _PROBE_FP8, "probe_every": 1},
-        "trainer": {"scoring": "trainer"},
+        "trainer": {"scoring": "trainer"} | changed.get("trainer", {}),
     }
-    return _of_dense(context, changed, {"mismatch/ess": 0.5}, dtype="bfloat16")
+    return _of_dense(context, changed | needed, {"mismatch/ess": 0.5}, dtype="bfloat16")
 
 
 def replay(context: Context) -> Outcome:

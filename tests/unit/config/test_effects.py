@@ -205,6 +205,7 @@ EFFECTS: dict[str, Seen | Refused | str] = {
     "trainer.logits_chunk_tokens": "tests/invariance/test_step_parity.py",
     "trainer.updates_per_batch": Seen(probes.plan, 2),
     "trainer.scoring": Refused("rollout", "needs rollout.temperature = 1"),
+    "trainer.fp8": "tests/unit/trainer/test_float8.py::test_megatron_core_is_told",
     "trainer.recompute": Seen(probes.megatron, "full"),
     "trainer.recompute_modules": Seen(probes.megatron, ["core_attn"], {"trainer.recompute": "selective"}),
     "trainer.offload": "tests/unit/run/test_sizing.py::test_a_rank_that_leaves_the_gpu_gives_its_room_to_the_engine",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,11 @@ PARTS: list[Part] = [
     variants.recovery,
     variants.drafts,
     variants.quantized,
+    variants.trained_in_float8,
     variants.replay,
     variants.supervised,
 ]
-NEEDS_A_GPU = (variants.replay, variants.recovery)
+NEEDS_A_GPU = (variants.replay, variants.recovery, variants.trained_in_float8)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -38,6 +41,7 @@ def test_settings_are_taken(part: Part, device: str, tmp_path: Path, monkeypatch
         return 1
 
     monkeypatch.setattr(loop, "command", command)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: ModuleSpec("transformer_engine", None))
     monkeypatch.setattr(models, "make", lambda *_, **__: 1)
     outcome = part(Context(device, tmp_path, tmp_path, 60))
     if part in NEEDS_A_GPU and device == "cpu":

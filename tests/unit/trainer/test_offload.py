@@ -34,6 +34,10 @@ class Chunk:
         self.buffers, self.expert_parallel_buffers = [buffer], []
         self.first, self.second = self.param[:size].view(-1, 2), self.param[size:]
         self.module = SimpleNamespace(parameters=lambda: iter([self.first, self.second, self.own]))
+        self.float8 = SimpleNamespace(_fp8_workspaces={})
+
+    def modules(self) -> Any:
+        return iter([self.module, self.float8])
 
 
 def made(size: int = 100, moved: Any = ("gradients", "optimizer", "parameters"), residue: int = 0) -> Any:
@@ -76,6 +80,14 @@ def test_there_and_back_every_view_sees_the_same_bits(size):
     assert not x.chunk.buffers[0].grad_data.any()
     x.chunk.param[0] = 5.0
     assert x.chunk.first[0, 0] == 5.0
+
+
+def test_copies_in_float8_go_with_the_parameters_they_are_of():
+    for moved, left in (("parameters", {}), ("optimizer", {"weight": 1})):
+        x = made(moved=[moved])
+        x.chunk.float8._fp8_workspaces["weight"] = 1
+        x.offload.put_away("parameters", "optimizer")
+        assert x.chunk.float8._fp8_workspaces == left
 
 
 def test_only_what_is_named_moves_and_what_was_away_is_away_again():

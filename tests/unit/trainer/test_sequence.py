@@ -8,6 +8,7 @@ import torch
 
 from stare_megatron.algo.registry import ALGORITHMS
 from stare_megatron.config import AlgorithmConfig
+from stare_megatron.config.float8 import BLOCKS
 from stare_megatron.trainer.partials import NO_TARGET
 from stare_megatron.trainer.sequence import (
     MicroBatch,
@@ -163,3 +164,16 @@ def test_padding_is_the_least_that_serves():
     assert padded_lengths([5, 4], SequenceLayout(4, 1, 0)) == [5, 7]
     assert padded_lengths([5, 3], SequenceLayout(1, 2, 0)) == [8, 4]
     assert padded_lengths([], SequenceLayout(2, 2, 0)) == [4]
+
+
+@pytest.mark.parametrize(("tensor", "context"), [(1, 1), (4, 1), (1, 2), (2, 4)])
+@pytest.mark.parametrize("block", BLOCKS.values())
+def test_a_rank_has_whole_blocks_of_float8(tensor: int, context: int, block: int) -> None:
+    layout = SequenceLayout(tensor, context, 0, block)
+    for lengths in ([], [5, 3], [300, 129, 1]):
+        padded = padded_lengths(lengths, layout)
+        assert sum(padded) % (block * tensor * context) == 0
+        assert len(padded) == max(1, len(lengths))
+        alone = padded_lengths(lengths, SequenceLayout(tensor, context, 0))
+        assert padded[:-1] == alone[:-1]
+        assert 0 <= padded[-1] - alone[-1] < block * tensor * context
