@@ -152,12 +152,7 @@ class Config(Section):
             settings = (a.method, a.stare, t.updates_per_batch, r.temperature, r.top_p)
             fault = fault or methods.rollout_scoring_fault(*settings)
         fault = fault or t.optimizer.type_fault(self.model.dtype)
-        given = (a.correction.mode, t.scoring, self.sync.probe_every, self.sync.probe_threshold)
-        if self.inference.quantization != "none":
-            key = f'inference.quantization = "{self.inference.quantization}"'
-            fault = fault or float8.fault(key, self.model.dtype, ("bfloat16", "float16"), *given)
-        if t.fp8 != "none":
-            fault = fault or float8.fault(f'trainer.fp8 = "{t.fp8}"', self.model.dtype, ("bfloat16",), *given)
+        fault = fault or self._float8_fault()
         fault = fault or (a.stare.idle() if a.method == "stare" else "")
         scope = a.stare.scope if a.method == "stare" else "batch"
         fault = fault or self.sampling.fault(self.inference.placement, a.correction.mode, t.scoring, scope)
@@ -176,3 +171,14 @@ class Config(Section):
             settled = {"stare": stare.model_copy(update={"target_steps": self.run.steps})}
             object.__setattr__(self, "algorithm", self.algorithm.model_copy(update=settled))
         return self
+
+    def _float8_fault(self) -> str:
+        """Why engines or ranks may not multiply in float8 with the other settings; "" where they may."""
+        given = (self.algorithm.correction.mode, self.trainer.scoring, self.sync.probe_every, self.sync.probe_threshold)
+        fault, dtype = "", self.model.dtype
+        if self.inference.quantization != "none":
+            key = f'inference.quantization = "{self.inference.quantization}"'
+            fault = float8.type_fault(key, dtype, ("bfloat16", "float16")) or float8.fault(key, *given)
+        if self.trainer.fp8 != "none":
+            fault = fault or self.trainer.fp8_type_fault(dtype) or float8.fault(self.trainer.fp8_key, *given)
+        return fault

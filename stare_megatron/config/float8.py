@@ -15,14 +15,15 @@ BLOCKS = {"tensorwise": 16, "blockwise": 128, "mxfp8": 32}
 the quantizers' `is_quantizable`)."""
 
 
-def fault(
-    key: str, dtype: str, dtypes: tuple[str, ...], correction: str, scoring: str, probe_every: int, threshold: float
-) -> str:
-    """Why `key` may not be used with `model.dtype`, of which it takes `dtypes`, `algorithm.correction.mode`,
-    `trainer.scoring`, `sync.probe_every` and `sync.probe_threshold`, with the cure; "" where it may."""
-    if dtype not in dtypes:
-        wanted = " or ".join(f'"{name}"' for name in dtypes)
-        return f"{key} is of 16-bit weights; set model.dtype = {wanted}"
+def type_fault(key: str, dtype: str, dtypes: tuple[str, ...]) -> str:
+    """Why `key` may not be used with `model.dtype`, of which it takes `dtypes`, with the cure; "" where it may."""
+    wanted = " or ".join(f'"{name}"' for name in dtypes)
+    return "" if dtype in dtypes else f"{key} is of 16-bit weights; set model.dtype = {wanted}"
+
+
+def fault(key: str, correction: str, scoring: str, probe_every: int, threshold: float) -> str:
+    """Why `key` may not be used with `algorithm.correction.mode`, `trainer.scoring`, `sync.probe_every` and
+    `sync.probe_threshold`, with the cure; "" where it may."""
     if scoring == "rollout":
         return (
             f"{key}: the engines' log-probs are not those of the policy about to be updated; set trainer.scoring = "

@@ -153,7 +153,8 @@ class SftConfig(Section):
                 f"sft.batch_tokens = {self.sft.batch_tokens} is less than one sequence, sft.max_tokens = "
                 f"{self.sft.max_tokens}; raise the one or lower the other"
             )
-        if fault := self.trainer.optimizer.type_fault(self.model.dtype):
+        dtype = self.model.dtype
+        if fault := self.trainer.optimizer.type_fault(dtype) or self.trainer.fp8_type_fault(dtype):
             raise ValueError(fault)
         fault = self.trainer.optimizer.fault(self.run.steps) if self.run.steps else ""
         if fault and not self.trainer.optimizer.short_warmup:

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from stare_megatron.config import float8
 from stare_megatron.config.base import Free, PassThrough, Section
-from stare_megatron.config.float8 import Recipe
 
 _TRIAL_STEPS = 100
 
@@ -145,7 +145,7 @@ class TrainerConfig(Section):
         description="Log-probs and entropy before an update: of a forward pass, or, for one update a batch, of the "
         "engines, without a pass; see docs/scoring.md.",
     )
-    fp8: Recipe = Field(
+    fp8: float8.Recipe = Field(
         default="none",
         description="How Transformer Engine multiplies the layers' matrices, in every pass: in `model.dtype`, or in "
         "float8 with a scale for a tensor, for blocks of 128, or (Blackwell) of 32; see docs/quantization.md.",
@@ -192,6 +192,15 @@ class TrainerConfig(Section):
     def expert_tensor_parallel(self) -> int:
         """Ranks that split one expert: `megatron.expert_tensor_parallel_size`, upstream's default is TP."""
         return int(self.megatron.get("expert_tensor_parallel_size") or self.tensor_parallel)
+
+    @property
+    def fp8_key(self) -> str:
+        """The setting as messages name it."""
+        return f'trainer.fp8 = "{self.fp8}"'
+
+    def fp8_type_fault(self, dtype: str) -> str:
+        """Why `fp8` may not be used with `model.dtype`, with the cure; "" where it may."""
+        return "" if self.fp8 == "none" else float8.type_fault(self.fp8_key, dtype, ("bfloat16",))
 
     @property
     def lockstep(self) -> int:

@@ -53,7 +53,7 @@ def check_fp8(config: TrainerConfig, shape: ModelShape, engine: bool | None) -> 
     """
     if config.fp8 == "none":
         return
-    key = f'trainer.fp8 = "{config.fp8}"'
+    key = config.fp8_key
     if engine is False:
         raise UserError(f"{key}: it is for Transformer Engine's layers, and those here are torch's; leave it out")
     if shape.experts is not None:

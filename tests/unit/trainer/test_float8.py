@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from stare_megatron.config import Config, TrainerConfig
+from stare_megatron.config import Config, TrainerConfig, parse_sft
 from stare_megatron.config.float8 import FORMATS
 from stare_megatron.config.upstream import check_megatron
 from stare_megatron.errors import UserError
@@ -49,6 +49,13 @@ def made(**changes: dict[str, Any]) -> Config:
 def test_what_cannot_be_is_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         made(**changes)
+
+
+def test_supervised_training_needs_the_type_alone() -> None:
+    tree = {"model": {"path": "m", "dtype": "bfloat16"}, "data": {"train": ["t"]}, "trainer": {"fp8": "tensorwise"}}
+    assert parse_sft(tree, "test").trainer.fp8 == "tensorwise"
+    with pytest.raises(UserError, match=r'set model\.dtype = "bfloat16"'):
+        parse_sft(tree | {"model": {"path": "m", "dtype": "float32"}}, "test")
 
 
 @pytest.mark.parametrize("key", ["fp8", "fp8_recipe"])
