@@ -87,6 +87,14 @@ class ModelShape:
     experts: Experts | None
 
     @property
+    def longest(self) -> str:
+        """What a refusal of longer sequences says of `max_positions`, which is read from one of these keys."""
+        return (
+            f"at most {self.max_positions} tokens (max_position_embeddings there, with rope scaling if any, or "
+            "sliding_window if that is less)"
+        )
+
+    @property
     def active_ffn(self) -> int:
         """Width of the MLP that a token meets, or of all its experts."""
         return self.experts.active_ffn if self.experts else self.ffn

@@ -137,10 +137,7 @@ def of_layout(run: SftConfig, config: Config, shape: ModelShape, gpu: Gpu, nodes
     )
     found = violations.refusals(checks)
     if run.sft.max_tokens > shape.max_positions:
-        found.append(
-            f"sft.max_tokens = {run.sft.max_tokens}; the model's max_position_embeddings = {shape.max_positions}: "
-            "lower it"
-        )
+        found.append(f"sft.max_tokens = {run.sft.max_tokens}; the model's config.json allows {shape.longest}: lower it")
     found += violations.too_many(t.world_size, gpu, nodes, f"{t.world_size}")
     found += violations.crossing(gpu, {"trainer": t.tensor_parallel})
     return found

@@ -322,8 +322,8 @@ def check_window(config: Config, shape: ModelShape) -> None:
         raise UserError(
             f"data.max_prompt_tokens {config.data.max_prompt_tokens} + rollout.max_response_tokens "
             f"{config.rollout.max_response_tokens} (inference.max_model_len {config.inference.max_model_len}) give a "
-            f"window of {config.window} tokens; {config.model.path / 'config.json'} says max_position_embeddings = "
-            f"{shape.max_positions} (or a window on attention of so many): lower one of them"
+            f"window of {config.window} tokens; {config.model.path / 'config.json'} allows {shape.longest}: lower "
+            "one of those settings"
         )
 
 

@@ -42,6 +42,6 @@ def check_window(config: SftConfig, shape: ModelShape) -> None:
     """Raises: UserError: sequences longer than the model's positions."""
     if config.sft.max_tokens > shape.max_positions:
         raise UserError(
-            f"sft.max_tokens = {config.sft.max_tokens}; {config.model.path / 'config.json'} says "
-            f"max_position_embeddings = {shape.max_positions}: lower it"
+            f"sft.max_tokens = {config.sft.max_tokens}; {config.model.path / 'config.json'} allows {shape.longest}: "
+            "lower it"
         )

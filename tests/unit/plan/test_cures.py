@@ -23,7 +23,7 @@ def test_every_violation_at_once_with_its_cure() -> None:
     for part in (
         "trainer.tensor_parallel = 3 does not divide",
         "inference.tensor_parallel = 6 does not divide",
-        "max_position_embeddings = 40960",
+        "allows at most 40960 tokens",
         "colocated engines share the trainer's 24",
         "--nodes 2 of 8 are 16",
         "update: rank + engine takes",

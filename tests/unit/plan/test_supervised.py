@@ -76,7 +76,7 @@ def test_every_violation_at_once_with_its_cure() -> None:
     said = "\n".join(plan.violations)
     for part in (
         "trainer.tensor_parallel = 3 does not divide",
-        "sft.max_tokens = 200000; the model's max_position_embeddings = ",
+        "sft.max_tokens = 200000; the model's config.json allows at most ",
         "the run takes 18 GPUs, --nodes 2 of 8 are 16",
         "update: rank takes",
     ):

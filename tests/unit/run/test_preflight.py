@@ -192,9 +192,7 @@ def test_engine_layout(make, files):
 
 
 def test_window_beyond_the_positions(make):
-    refused(
-        make(rollout={"max_response_tokens": 60}), "window of 76 tokens", "max_position_embeddings = 64", "lower one"
-    )
+    refused(make(rollout={"max_response_tokens": 60}), "window of 76 tokens", "at most 64 tokens", "lower one")
     refused(make(inference={"max_model_len": 65}), "inference.max_model_len 65", "window of 65")
     preflight.check(make(rollout={"max_response_tokens": 48}))
 

@@ -55,7 +55,7 @@ def test_the_steps_are_those_of_the_epochs_or_fewer(material: Path, tmp_path: Pa
 REFUSED = [
     ({"data": {"train": ["nowhere.jsonl"]}}, r"data.train: .*nowhere.jsonl: cannot read it"),
     ({"data": {"eval": ["nowhere.jsonl"]}}, r"data.eval: .*nowhere.jsonl"),
-    ({"sft": {"max_tokens": 4096}}, r"sft.max_tokens = 4096; .*max_position_embeddings = 512: lower it"),
+    ({"sft": {"max_tokens": 4096}}, r"sft.max_tokens = 4096; .* at most 512 tokens .*: lower it"),
     ({"model": {"weights": "nowhere"}}, r"model.weights = .*not a Megatron-Core checkpoint"),
     ({"trainer": {"world_size": 3, "tensor_parallel": 3}}, r"tensor_parallel"),
     ({"data": {"messages_key": "talk", "prompt_key": "question"}}, r"rows.jsonl:1: .*no 'talk', and no 'question'"),
