@@ -14,17 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 from stare_megatron import __version__
-from stare_megatron.chat import arguments as chat_arguments
-from stare_megatron.compare import arguments as compare_arguments
-from stare_megatron.convert import arguments
-from stare_megatron.data.prepare import arguments as prepare_data
 from stare_megatron.errors import LOST, LostError, RunError, UserError
 from stare_megatron.host import completion, paths, program
-from stare_megatron.launch import arguments as launch_arguments
-from stare_megatron.plan.arguments import ABOUT, EXAMPLES, add_plan
-from stare_megatron.scaling import arguments as scale_arguments
-from stare_megatron.study import arguments as study_arguments
-from stare_megatron.tasks import arguments as tasks_arguments
 
 Handler = Callable[[argparse.Namespace, list[str]], int]
 
@@ -250,6 +241,14 @@ _START = """start here, on a machine without a GPU:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from stare_megatron.chat import arguments as chat_arguments
+    from stare_megatron.compare import arguments as compare_arguments
+    from stare_megatron.convert import arguments
+    from stare_megatron.data.prepare import arguments as prepare_data
+    from stare_megatron.scaling import arguments as scale_arguments
+    from stare_megatron.study import arguments as study_arguments
+    from stare_megatron.tasks import arguments as tasks_arguments
+
     parser = argparse.ArgumentParser(
         prog="stare-megatron",
         description="Reinforcement learning of language models with STARE.",
@@ -314,6 +313,9 @@ def _command(commands: Any, name: str, handler: Handler, about: str, *examples: 
 
 
 def _add_runs(commands: Any) -> None:
+    from stare_megatron.launch import arguments as launch_arguments
+    from stare_megatron.plan.arguments import ABOUT, EXAMPLES, add_plan
+
     examples = ("train run.toml", "train run.toml run.name=wide rollout.group_size=8", "train run.toml run.resume=auto")
     _add_run(_command(commands, "train", _train, "train a policy", *examples))
     about = "teach a model conversations, before `train`: supervised, on the trainer's ranks alone"
@@ -363,15 +365,14 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = _parser()
-    completion.check_command(parser, sys.argv[1:] if argv is None else argv)
-    # argparse takes a list of positionals in one piece only; overrides after an option are what is left over.
-    args, rest = parser.parse_known_args(argv)
-    if rest and (
-        args.handler not in (_train, _sft, _eval, _plan, _launch) or any(item.startswith("-") for item in rest)
-    ):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    try:
+    try:  # of all that takes time, imports included
+        parser = _parser()
+        completion.check_command(parser, sys.argv[1:] if argv is None else argv)
+        # argparse takes a list of positionals in one piece only; overrides after an option are what is left over.
+        args, rest = parser.parse_known_args(argv)
+        takes = args.handler in (_train, _sft, _eval, _plan, _launch)
+        if rest and (not takes or any(item.startswith("-") for item in rest)):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
         return args.handler(args, rest)
     except UserError as e:
         return _stopped(e, str(e), 2)

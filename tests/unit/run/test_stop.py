@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -56,3 +58,30 @@ def test_nohup_stays_in_force():
         assert not stop.asked
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+# A Ctrl-C at the moment when a module is looked for, and what was loaded when the command began.
+INTERRUPTED = """
+import os, signal, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == sys.argv[1]:
+            os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may ignore it
+sys.meta_path.insert(0, Finder())
+from stare_megatron.__main__ import main
+print(*sorted(name for name in sys.modules if name.startswith("stare_megatron.")))
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("module", ["stare_megatron.chat.arguments", "numpy._core._multiarray_umath", "torch"])
+def test_ctrl_c_while_modules_are_imported(module, tmp_path):
+    command = [sys.executable, "-c", INTERRUPTED, module, "make-tiny-model", "--out", str(tmp_path / "made")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert (done.returncode, done.stderr) == (130, "stare-megatron: interrupted\n")
+    # Of what is loaded before anyone hears a Ctrl-C there is as little as can be.
+    host = ["stare_megatron.host", *(f"stare_megatron.host.{name}" for name in ("completion", "paths", "program"))]
+    assert done.stdout.split() == sorted(["stare_megatron.__main__", "stare_megatron.errors", *host])
