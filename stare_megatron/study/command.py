@@ -45,7 +45,11 @@ def run(file: Path, *, form: str, only: Sequence[str], jobs: int, folder: Path |
     states = {p.state for p in progress}
     if State.FAILED in states:
         return 1
-    return INTERRUPTED if states != {State.DONE} else 0
+    if states == {State.DONE}:
+        return 0
+    done = sum(p.state is State.DONE for p in progress)
+    console.print(f"stopped: {done} of {len(progress)} runs are done; the same command goes on", highlight=False)
+    return INTERRUPTED
 
 
 def _report(study: spec.Study, progress: list[Progress]) -> Path:

@@ -16,6 +16,7 @@ from stare_megatron.study.jobs import Progress, State
 _STYLES = {
     State.WAITING: "dim",
     State.RUNNING: "bold",
+    State.STOPPING: "yellow",
     State.DONE: "green",
     State.FAILED: "red",
     State.STOPPED: "yellow",

@@ -34,6 +34,7 @@ _FREE_KEYS = frozenset({"run.resume", "run.steps"})
 class State(enum.Enum):
     WAITING = "waiting"
     RUNNING = "running"
+    STOPPING = "stopping after its step"
     DONE = "done"
     FAILED = "failed"
     STOPPED = "stopped"
@@ -114,6 +115,8 @@ class Runner:
         for seed in sorted({p.job.seed for p in self.progress if p.state is State.WAITING}):
             for command in self._study.prepare[seed]:
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
+                if self._stopping:  # the command has heard a terminal's Ctrl-C, too
+                    return
                 if done.returncode:
                     said = (done.stderr.strip() or done.stdout.strip()).splitlines()
                     raise RunError(f"prepare, seed {seed}: {' '.join(command)}: {said[-1] if said else 'failed'}")
@@ -169,8 +172,9 @@ class Runner:
     def _stop(self, number: int, frame: Any) -> None:
         """The first signal lets every running job finish its step and save; the second ends them at once."""
         self._stopping = True
-        for process, _ in self._running.values():
+        for i, (process, _) in self._running.items():
             process.send_signal(signal.SIGINT)
+            self.progress[i].state = State.STOPPING
 
 
 def log_file(job: Job) -> Path:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from stare_megatron.errors import UserError
 from stare_megatron.metrics import jsonl
 from stare_megatron.run.folder import to_toml
-from stare_megatron.study import jobs, spec
+from stare_megatron.study import command, jobs, spec
 from stare_megatron.study.display import line, table
 
 BASE = """
@@ -169,3 +171,57 @@ def test_what_the_user_sees(file):
     progress = jobs.Progress(job, jobs.State.RUNNING, rows=jsonl.read(job.config.folder / jsonl.FILE))
     assert line(progress) == "grpo-seed1: running, step 3/5, entropy 0.500, reward 0.250"
     assert table([progress]).row_count == 1
+
+
+CTRL_C = """
+import os, signal
+os.kill({pid}, signal.SIGINT)  # as a terminal's Ctrl-C, which the command hears as well
+raise SystemExit(130)
+"""
+
+
+def test_ctrl_c_in_a_command_of_prepare_starts_nothing(file, capsys):
+    script = file.with_name("make.py")
+    script.write_text(CTRL_C.format(pid=os.getpid()))
+    edit(file, "make.py", str(script))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may ignore it
+    try:
+        code = command.run(file, form="", only=(), jobs=1, folder=None, dry_run=False)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert code == 130
+    assert capsys.readouterr().out.splitlines()[-1] == "stopped: 0 of 4 runs are done; the same command goes on"
+    assert not file.with_name("study").exists()
+
+
+# A run that says that it waits for a Ctrl-C, and then ends as one that was interrupted.
+WAITS = """
+import signal, sys, time
+def stop(*_):
+    sys.exit(130)
+signal.signal(signal.SIGINT, stop)
+print("waiting", flush=True)
+while True:
+    time.sleep(0.1)
+"""
+
+
+def test_ctrl_c_goes_to_what_runs_and_the_next_run_does_not_start(file, tmp_path, monkeypatch):
+    (tmp_path / "stare_megatron.py").write_text(WAITS)  # found first by `python -m` in this folder
+    monkeypatch.chdir(tmp_path)
+    edit(file, 'prepare = ["{python} make.py --out {seed}"]', "prepare = []")
+    study, seen = spec.load(file, ""), []
+
+    def show(progress):
+        log = jobs.log_file(progress[0].job)
+        if progress[0].state is jobs.State.RUNNING and log.read_text().strip() == "waiting":
+            os.kill(os.getpid(), signal.SIGINT)
+        seen.append(progress[0].state)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        progress = jobs.Runner(study, 1, show).run()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert jobs.State.STOPPING in seen
+    assert [p.state.name for p in progress] == ["STOPPED", "WAITING", "WAITING", "WAITING"]
