@@ -49,7 +49,7 @@ def cluster(config: ClusterConfig, actors: int) -> Iterator[None]:
     by count and cap their own threads.
 
     Raises:
-        UserError: the cluster cannot be reached, or a local one cannot start.
+        UserError: the cluster cannot be reached, or a local one cannot start. LostError: that took too long.
     """
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     # Workers of no environment, one a CPU, that actors with one of their own do not use.
@@ -80,6 +80,10 @@ def cluster(config: ClusterConfig, actors: int) -> Iterator[None]:
                 install(Interrupt())
         except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as e:
             raise UserError(f"cluster.address = {config.address!r}: {_refusal(e, ''.join(said))}") from e
+        except Exception as e:  # Ray has no class for this one (node.py), and no setting for its 30 seconds
+            if "timed out during startup" in str(e):
+                raise LostError("Ray did not start in 30 s; is this machine too busy? Start again") from e
+            raise
         try:
             yield
         finally:

@@ -60,7 +60,7 @@ def _is_broad(node):
 def test_no_more_broad_excepts_than_there_are():
     """Those that clean up and raise again: a new one needs a reason, and a new number here."""
     broad = places(lambda node: isinstance(node, ast.ExceptHandler) and _is_broad(node))
-    assert len(broad) <= 8, broad
+    assert len(broad) <= 9, broad
 
 
 def test_type_rules_are_switched_off_by_the_line_only():

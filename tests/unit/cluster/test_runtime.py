@@ -12,7 +12,8 @@ import ray
 import ray.exceptions
 
 from stare_megatron.cluster import runtime
-from stare_megatron.errors import RunError
+from stare_megatron.config import ClusterConfig
+from stare_megatron.errors import LostError, RunError
 
 
 def test_a_process_ended_for_want_of_memory_is_one_line(monkeypatch):
@@ -30,6 +31,27 @@ def test_a_process_ended_for_want_of_memory_is_one_line(monkeypatch):
     assert "\n" not in str(e.value)
     assert str(e.value).startswith("trainer 1: Ray ended its process: 1 worker(s) were killed due to the node")
     assert "23.1GB used / 23.5GB limit; run less beside it" in str(e.value)
+
+
+def test_a_ray_that_starts_too_slowly_may_be_started_again(monkeypatch):
+    """What `Node.__init__` raises, word for word; another exception of no class of its own stays as it is."""
+    said = [
+        "The current node timed out during startup. This could happen because some of the raylet failed to startup or "
+        "the GCS has become overloaded.",
+        "anything else",
+    ]
+
+    def init(**_: object) -> None:
+        raise Exception(said.pop(0))
+
+    monkeypatch.setattr(ray, "init", init)
+    with (
+        pytest.raises(LostError, match=r"^Ray did not start in 30 s.*Start again$"),
+        runtime.cluster(ClusterConfig(), 1),
+    ):
+        pass
+    with pytest.raises(Exception, match=r"^anything else$"), runtime.cluster(ClusterConfig(), 1):
+        pass
 
 
 _TERMINATED = """
