@@ -32,6 +32,19 @@ def configuration(**changes: Mapping[str, Any]) -> Config:
     return parse(tables(**changes), "test")
 
 
+FLOAT8: dict[str, dict[str, Any]] = {
+    "model": {"dtype": "bfloat16"},
+    "algorithm": {"method": "grpo", "correction": {"mode": "truncate"}},
+    "sync": {"probe_threshold": 0.2},
+}
+"""What engines or ranks in float8 need."""
+
+
+def changed(tables: Mapping[str, dict[str, Any]], changes: Mapping[str, dict[str, Any]]) -> Config:
+    """Both read as one configuration; a key of `changes` wins."""
+    return configuration(**{name: tables.get(name, {}) | changes.get(name, {}) for name in {**tables, **changes}})
+
+
 def small_model(folder: Path, experts: int = 0, *, weights: bool = True, **fields: Any) -> Path:
     """A checkpoint folder of four layers that preflight takes; every weight is 0. Without `weights` it has none."""
     folder.mkdir()

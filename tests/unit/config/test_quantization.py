@@ -12,19 +12,14 @@ from stare_megatron.inference.engine import Engine
 from stare_megatron.metrics.advice import Settings
 from stare_megatron.models.families import read_hf_config
 from stare_megatron.run import preflight
-from tests.configs import configuration, small_model
+from tests.configs import FLOAT8, changed, configuration, small_model
 
 KIND = "fp8_per_channel"
-GOOD: dict[str, dict[str, Any]] = {
-    "model": {"dtype": "bfloat16"},
-    "inference": {"quantization": KIND},
-    "algorithm": {"method": "grpo", "correction": {"mode": "truncate"}},
-    "sync": {"probe_threshold": 0.2},
-}
+GOOD = FLOAT8 | {"inference": {"quantization": KIND}}
 
 
 def made(**changes: dict[str, Any]) -> Config:
-    return configuration(**{table: GOOD.get(table, {}) | changes.get(table, {}) for table in GOOD | changes})
+    return changed(GOOD, changes)
 
 
 @pytest.mark.parametrize(

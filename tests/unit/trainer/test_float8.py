@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from stare_megatron.config import Config, TrainerConfig, parse_sft
+from stare_megatron.config import TrainerConfig, parse_sft
 from stare_megatron.config.float8 import FORMATS
 from stare_megatron.config.upstream import check_megatron
 from stare_megatron.errors import UserError
@@ -18,19 +18,10 @@ from stare_megatron.models.shape import ModelShape
 from stare_megatron.plan.activations import Layers
 from stare_megatron.plan.memory import Phase, RankInput, largest_pack, rank_parts, residency
 from stare_megatron.trainer import float8, model, spec
-from tests.configs import configuration
+from tests.configs import FLOAT8, changed
 from tests.unit.plan.models import config_of, given_for, shape_of
 
-GOOD: dict[str, dict[str, Any]] = {
-    "model": {"dtype": "bfloat16"},
-    "trainer": {"fp8": "blockwise"},
-    "algorithm": {"method": "grpo", "correction": {"mode": "truncate"}},
-    "sync": {"probe_threshold": 0.2},
-}
-
-
-def made(**changes: dict[str, Any]) -> Config:
-    return configuration(**{table: GOOD.get(table, {}) | changes.get(table, {}) for table in GOOD | changes})
+GOOD = FLOAT8 | {"trainer": {"fp8": "blockwise"}}
 
 
 @pytest.mark.parametrize(
@@ -48,7 +39,7 @@ def made(**changes: dict[str, Any]) -> Config:
 )
 def test_what_cannot_be_is_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        made(**changes)
+        changed(GOOD, changes)
 
 
 def test_supervised_training_needs_the_type_alone() -> None:
