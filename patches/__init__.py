@@ -55,6 +55,7 @@ PATCHES: tuple[str, ...] = (
     "moe_split_sizes",
     "torch_adam_step",
     "bucket_padding",
+    "linear_gemm",
 )
 
 

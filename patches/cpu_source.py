@@ -6,6 +6,7 @@ import ast
 import re
 
 from stare_megatron_patches import Patch, PatchError
+from stare_megatron_patches.import_hook import insert_import
 
 _STANDIN = "__cpu_standin__"
 _TENSOR_TYPE = re.compile(r"^torch\.cuda\.(\w+Tensor)$")
@@ -67,14 +68,7 @@ def rewrite(tree: ast.Module, name: str) -> ast.Module:
     tree = visitor.visit(tree)
     if not visitor.changes and name in _MUST_CHANGE:
         raise PatchError(f"{name} names CUDA no more: is the CPU supported upstream now?")
-    after_docstring = 0
-    for i, node in enumerate(tree.body):
-        docstring = i == 0 and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        if docstring or (isinstance(node, ast.ImportFrom) and node.module == "__future__"):
-            after_docstring = i + 1
-    standin = ast.ImportFrom("stare_megatron_patches.cpu_standin", [ast.alias("cuda", _STANDIN)], 0)
-    tree.body.insert(after_docstring, standin)
-    return tree
+    return insert_import(tree, "stare_megatron_patches.cpu_standin", "cuda", _STANDIN)
 
 
 PATCH = Patch(

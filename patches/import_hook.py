@@ -57,3 +57,14 @@ class PatchingLoader(importlib.machinery.SourceFileLoader):
         for patch in self._fixes:
             assert patch.fix is not None
             patch.fix(module)
+
+
+def insert_import(tree: ast.Module, module: str, name: str, alias: str) -> ast.Module:
+    """Put `from module import name as alias` before everything but what has to be first; in place."""
+    first = 0
+    for i, node in enumerate(tree.body):
+        docstring = i == 0 and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if docstring or (isinstance(node, ast.ImportFrom) and node.module == "__future__"):
+            first = i + 1
+    tree.body.insert(first, ast.ImportFrom(module, [ast.alias(name, alias)], 0))
+    return tree

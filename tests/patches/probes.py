@@ -116,9 +116,50 @@ def bucket_padding() -> None:
         torch.testing.assert_close(found[f"optimizer.state.param.{name}"], parameter.detach(), rtol=0, atol=0)
 
 
+def linear_gemm() -> None:
+    """Where oneDNN is said to be faster, no product of a linear layer is made by torch's BLAS."""
+    import torch
+    from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce as linear
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    import stare_megatron_patches.linear_gemm as patch
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: object = None) -> object:
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    patch.onednn_is_faster = lambda: True
+    names: list[str] = []
+    drawn = torch.Generator().manual_seed(0)
+    x, w, g = (torch.randn(shape, generator=drawn) for shape in ((200, 1, 256), (320, 256), (200, 1, 320)))
+    x.requires_grad_()
+    w.requires_grad_()
+    with Operators():
+        made = linear(x, w, None, False, False, False)
+        made.backward(g)
+    exact = (x.detach().double(), w.detach().double(), g.double())
+    for found, product in (
+        (made, exact[0] @ exact[1].t()),
+        (x.grad, exact[2] @ exact[1]),
+        (w.grad, exact[2][:, 0].t() @ exact[0][:, 0]),
+    ):
+        torch.testing.assert_close(found.double(), product, atol=1e-4, rtol=0)
+    assert not [name for name in names if name.startswith(("aten.mm", "aten.addmm", "aten.bmm"))], names
+
+
 PROBES: dict[str, Callable[[], None]] = {
     f.__name__: f
-    for f in (cpu_source, jit_fuser, rng_state, router_gemm, moe_split_sizes, torch_adam_step, bucket_padding)
+    for f in (
+        cpu_source,
+        jit_fuser,
+        rng_state,
+        router_gemm,
+        moe_split_sizes,
+        torch_adam_step,
+        bucket_padding,
+        linear_gemm,
+    )
 }
 
 
