@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import importlib.metadata
 import json
@@ -16,6 +17,7 @@ from packaging.specifiers import SpecifierSet
 
 import stare_megatron_patches
 from stare_megatron_patches import PATCHES, Patch, PatchError, cpu_source, expect
+from stare_megatron_patches.import_hook import PatchingLoader
 
 PATCH_FOLDER = Path(stare_megatron_patches.__file__).parent
 LEDGER = stare_megatron_patches.load()
@@ -113,6 +115,38 @@ def test_rewrite_for_the_cpu() -> None:
         "a = torch.empty(2, device=__cpu_standin__.current_device())",
         "b = a.cpu()",
     ]
+
+
+def test_rewritten_code_is_kept_until_its_source_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    monkeypatch.setattr(sys, "pycache_prefix", None)
+    file, rewritten = tmp_path / "kind.py", []
+
+    def rewrite(tree: ast.Module, name: str) -> ast.Module:
+        rewritten.append(name)
+        return cpu_source.rewrite(tree, name)
+
+    def kind() -> object:
+        code = PatchingLoader(
+            "kind", str(file), [dataclasses.replace(LEDGER["cpu_source"], rewrite=rewrite)], []
+        ).get_code("kind")
+        assert code is not None
+        found: dict[str, object] = {}
+        exec(code, found)
+        return found["kind"]
+
+    file.write_text("kind = 'cuda'")
+    assert (kind(), kind(), rewritten) == ("cpu", "cpu", ["kind"])
+    file.write_text("kind = 'cuda', 2")
+    assert (kind(), kind(), rewritten) == (("cpu", 2), ("cpu", 2), ["kind"] * 2)
+    (cache,) = (tmp_path / "__pycache__").iterdir()
+    for damaged in (cache.read_bytes()[:-9], cache.read_bytes()[:32], b""):
+        cache.write_bytes(damaged)
+        rewritten.clear()
+        assert (kind(), kind(), rewritten) == (("cpu", 2), ("cpu", 2), ["kind"])
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    cache.unlink()
+    assert (kind(), cache.exists()) == (("cpu", 2), False)
 
 
 def test_patch_needs_no_megatron() -> None:
