@@ -6,13 +6,21 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
 
 from stare_megatron import tasks
 from stare_megatron.metrics import jsonl
@@ -30,22 +38,42 @@ LAYERS, EXPERTS = 2, 4
 pytestmark = [pytest.mark.runs, pytest.mark.timeout(1800)]
 
 
+# Of whose experts a token takes 2.
+FAMILIES: dict[str, tuple[Callable[..., PretrainedConfig], dict[str, Any]]] = {
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        {"num_experts": EXPERTS, "moe_intermediate_size": 48, "norm_topk_prob": True, "head_dim": 32},
+    ),
+    "qwen2_moe": (
+        Qwen2MoeConfig,
+        {"num_experts": EXPERTS, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 64},
+    ),
+    "mixtral": (MixtralConfig, {"num_local_experts": EXPERTS}),
+}
+TASK = tasks.get("order_free_sum")
+
+
+def make(family: str, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """A random model."""
+    kind, fields = FAMILIES[family]
+    torch.manual_seed(1)
+    config = kind(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96,
+        num_hidden_layers=LAYERS, num_attention_heads=2, num_key_value_heads=2, num_experts_per_tok=2,
+        max_position_embeddings=512, tie_word_embeddings=False, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, initializer_range=0.15, **fields,
+    )  # fmt: skip
+    save(AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer, folder)
+
+
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Qwen3-MoE, of whose experts a token takes 2, and the demo's prompts."""
+    """A random Qwen3-MoE, one of each other family beside it, and the demo's prompts."""
     folder = tmp_path_factory.mktemp("experts")
-    task = tasks.get("order_free_sum")
-    tokenizer = make_tokenizer(task)
-    torch.manual_seed(1)
-    config = Qwen3MoeConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, moe_intermediate_size=48,
-        num_hidden_layers=LAYERS, num_attention_heads=2, num_key_value_heads=2, head_dim=32, num_experts=EXPERTS,
-        num_experts_per_tok=2, norm_topk_prob=True, max_position_embeddings=512, tie_word_embeddings=False,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, initializer_range=0.15,
-        dtype=torch.float32,
-    )  # fmt: skip
-    save(Qwen3MoeForCausalLM(config), tokenizer, folder / "model")  # type: ignore[arg-type]
-    write_prompts(folder / "train.jsonl", "random", task.prompts("train", 64, 0))
+    tokenizer = make_tokenizer(TASK)
+    for family in FAMILIES:
+        make(family, tokenizer, folder / family)
+    write_prompts(folder / "train.jsonl", "random", TASK.prompts("train", 64, 0))
     return folder
 
 
@@ -56,7 +84,7 @@ def start(
         "run.dir": runs,
         "run.name": name,
         "run.steps": 3,
-        "model.path": material / "model",
+        "model.path": material / "qwen3_moe",
         "data.train": json.dumps([str(material / "train.jsonl")]),
         # A model that knows nothing: right for half of all texts, always the same for the same text.
         "reward.name": f"{ROOT / 'tools/gpu_check_parts/models.py'}:coin",
@@ -82,10 +110,11 @@ def learned(row: jsonl.Row) -> dict[str, str]:
     return {key: repr(x) for key, x in row.items() if not key.startswith(COSTS)}
 
 
-def moved(material: Path, run: Path) -> dict[str, float]:
-    """The largest change of each expert's matrix."""
-    before, after = load_file(material / "model/model.safetensors"), load_file(run / "hf/model.safetensors")
-    return {name: float((after[name] - before[name]).abs().max()) for name in before if ".experts." in name}
+def moved(model: Path, run: Path) -> dict[str, float]:
+    """The largest change of each tensor."""
+    before, after = load_file(model / "model.safetensors"), load_file(run / "hf/model.safetensors")
+    assert before.keys() == after.keys()
+    return {name: float((after[name] - before[name]).abs().max()) for name in before}
 
 
 @pytest.fixture(scope="module")
@@ -102,28 +131,38 @@ def test_experts_on_two_ranks_learn_leave_and_come_back(material: Path, whole: l
     assert all(row["mismatch/mean"] < 1e-5 and row["sync/probe"] < 1e-5 for row in rows)
     assert all(row["update/grad_norm"] > 0 for row in rows)
     assert all(row["memory/trainer_resident"] == 0 < row["memory/trainer_arena"] for row in rows)
-    changes = moved(material, tmp_path / "sharded")
-    assert len(changes) == LAYERS * EXPERTS * 3
+    changes = moved(material / "qwen3_moe", tmp_path / "sharded")
+    assert sum(".experts." in name for name in changes) == LAYERS * EXPERTS * 3
     assert min(changes.values()) > 1e-4
     saved = tmp_path / "sharded/checkpoints/step_000002"
     again = train(material, tmp_path, "again", **away | {"run.resume": saved})
     assert [learned(row) for row in again] == [learned(row) for row in rows[2:]]
 
 
+# Ranks split attention by heads and experts by number; workers split every matrix.
+SPLIT = {
+    "trainer.tensor_parallel": 2,
+    "trainer.sequence_parallel": "true",
+    "trainer.megatron.expert_tensor_parallel_size": 1,
+    "inference.tensor_parallel": 2,
+    "sync.method": "sharded",
+}
+
+
 def test_experts_of_two_ranks_go_into_an_engine_of_two_workers(
     material: Path, whole: list[jsonl.Row], tmp_path: Path
 ) -> None:
-    """Ranks split attention by heads and experts by number; workers split every matrix."""
-    split = {
-        "trainer.tensor_parallel": 2,
-        "trainer.sequence_parallel": "true",
-        "trainer.megatron.expert_tensor_parallel_size": 1,
-        "inference.tensor_parallel": 2,
-        "sync.method": "sharded",
-    }
-    rows = train(material, tmp_path, "split", **split)
+    rows = train(material, tmp_path, "split", **SPLIT)
     assert all(row["mismatch/mean"] < 1e-5 and row["sync/probe"] < 1e-5 for row in rows)
     assert [row["update/grad_norm"] for row in rows] == pytest.approx([row["update/grad_norm"] for row in whole], 1e-4)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "qwen3_moe"])
+def test_other_families(material: Path, tmp_path: Path, family: str) -> None:
+    """After the first update engines know of every tensor, shared experts and their gates among them."""
+    rows = train(material, tmp_path, family, **SPLIT | {"model.path": material / family, "run.steps": 2})
+    assert all(row["mismatch/mean"] < 1e-5 and row["sync/probe"] < 1e-5 for row in rows)
+    assert min(moved(material / family, tmp_path / family).values()) > 1e-4
 
 
 def test_in_bfloat16_checksums_are_compared(material: Path, tmp_path: Path) -> None:
