@@ -63,6 +63,7 @@ THOUSANDS = {
     "grpo_ds-seed1": "GRPO-ds",
     "stare_auto-seed1": "STARE-O1, auto",
     "stare_auto_annealed-seed1": "the same, H_tgt falls from 0.12 to 0.03",
+    "stare_auto_annealed-seed2": "the same, seed 2",
 }
 RIVALS = ADAPTIVE | {"entropy_bonus": "fixed entropy bonus", "clip_cov": "Clip-Cov"}
 SETTINGS = {
