@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch._C import _distributed_c10d as recorder  # pyright: ignore[reportAttributeAccessIssue]
 
-from stare_megatron.host.evidence import GroupMembers
+from stare_megatron.host.evidence import Flight, GroupMembers
 from stare_megatron.host.stacks import flight, read_flight
 
 PIPELINE = GroupMembers("5", "PIPELINE_MODEL_PARALLEL_GROUP", (4, 6))
@@ -29,13 +30,24 @@ def as_nccl_writes(entry: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return entry | {"profiling_name": f"nccl:{kind}"} | changes
 
 
+def finished() -> Flight:
+    """What is recorded once gloo's own thread has noted the end of the last two, which is after the calls return."""
+    deadline = time.monotonic() + 60
+    while True:
+        found = flight()
+        assert found is not None
+        if all(operation.finished for operation in found.operations[-2:]):
+            return found
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_collectives_of_both_recorders_are_read_in_the_order_they_were_entered(
     one_rank: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.distributed.all_reduce(torch.ones(3))
     torch.distributed.broadcast(torch.ones(2), 0)
-    alone = flight()
-    assert alone is not None
+    alone = finished()
     reduced, sent = alone.operations[-2:]
     assert (reduced.kind, reduced.sizes, sent.kind) == ("all_reduce", ((3,),), "broadcast")
 
