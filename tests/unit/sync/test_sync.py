@@ -231,7 +231,9 @@ def test_trainer_side_imports_no_vllm() -> None:
 def test_an_engine_that_cannot_join_ends_the_trainers_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     from stare_megatron.sync.push import WeightPusher
 
-    monkeypatch.setattr(wire, "TIMEOUT", timedelta(seconds=5))  # for which the sender would wait for the engine
+    # For which the sender would wait for the engine, and the interpreter at its end for the sender.
+    monkeypatch.setattr(wire, "TIMEOUT", timedelta(seconds=5))
+    monkeypatch.setattr(wire, "JOIN_TIMEOUT", timedelta(seconds=5))
 
     def call(method: str, arguments: object) -> None:
         raise RunError("engine 1: no route to 127.0.1.1")
