@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib.machinery
 import importlib.util
@@ -54,8 +55,10 @@ class PatchingLoader(importlib.machinery.SourceFileLoader):
         source = self.get_data(path)
         # Of whatever the code depends on; the path is in it.
         key = hashlib.sha256(importlib.util.MAGIC_NUMBER)
-        for part in (f"{sys.flags.optimize} {path}".encode(), source, *self._sources()):
+        for part in (f"{sys.flags.optimize} {path}".encode(), source):
             key.update(hashlib.sha256(part).digest())
+        for name in (__name__, *(patch.rewrite.__module__ for patch in self._rewrites if patch.rewrite)):
+            key.update(_source_digest(name))
         cache = importlib.util.cache_from_source(path, optimization="rewritten")
         code = self._cached(cache, key.digest())
         if code is None:
@@ -65,15 +68,9 @@ class PatchingLoader(importlib.machinery.SourceFileLoader):
                 tree = patch.rewrite(tree, fullname)
             code = compile(ast.fix_missing_locations(tree), path, "exec", dont_inherit=True)
             if not sys.dont_write_bytecode:
-                self.set_data(
-                    cache, key.digest() + marshal.dumps(code)
-                )  # whole or not at all; none on a read-only disk
+                # Whole or not at all; not on a read-only disk.
+                self.set_data(cache, key.digest() + marshal.dumps(code))
         return code
-
-    def _sources(self) -> list[bytes]:
-        """Of those that rewrite."""
-        names = [__name__, *(patch.rewrite.__module__ for patch in self._rewrites if patch.rewrite)]
-        return [Path(sys.modules[name].__file__ or "").read_bytes() for name in names]
 
     def _cached(self, cache: str, key: bytes) -> CodeType | None:
         """None where there is no code of this key, or its file is damaged."""
@@ -90,6 +87,12 @@ class PatchingLoader(importlib.machinery.SourceFileLoader):
         for patch in self._fixes:
             assert patch.fix is not None
             patch.fix(module)
+
+
+@functools.cache
+def _source_digest(name: str) -> bytes:
+    """Of the source of a module that rewrites: it is read once, not for each module that it rewrites."""
+    return hashlib.sha256(Path(sys.modules[name].__file__ or "").read_bytes()).digest()
 
 
 def insert_import(tree: ast.Module, module: str, name: str, alias: str) -> ast.Module:

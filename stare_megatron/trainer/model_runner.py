@@ -30,8 +30,7 @@ class RankBatch:
 
     `owned_T` bool: action tokens whose prediction this context-parallel rank makes; over the data- and
     context-parallel ranks each action token of the step is owned once. `factor_T` float32: weight of a token's loss in
-    the plain sum (`algo.reduce`). `cost_imbalance`, `largest_tokens`: of the step
-    over all ranks, as planned.
+    the plain sum (`algo.reduce`). `cost_imbalance`, `largest_tokens`: of the step over all ranks, as planned.
     """
 
     batch: TokenBatch

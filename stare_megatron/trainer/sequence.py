@@ -8,6 +8,7 @@ TP in all) ask for. Padding follows a sequence's own tokens, so causal attention
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -200,8 +201,7 @@ def padded_lengths(lengths: Sequence[int], layout: SequenceLayout) -> list[int]:
     unit = 2 * layout.context_parallel if layout.context_parallel > 1 else 1
     padded = [-(-n // unit) * unit for n in lengths] or [unit]
     whole = layout.sequence_parallel * layout.context_parallel * layout.block
-    while sum(padded) % whole:
-        padded[-1] += unit
+    padded[-1] += -sum(padded) % math.lcm(unit, whole)
     return padded
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -114,6 +113,6 @@ def test_the_plan_counts_them() -> None:
     assert "float8 weights" not in parts(Phase.ROLLOUT, fp8="blockwise", offload=["parameters"])
 
 
-def test_the_advice_knows_of_it(tmp_path: Path) -> None:
+def test_the_advice_knows_of_it() -> None:
     assert Settings.of({"trainer.fp8": "blockwise"}).quantized
     assert not Settings.of({"trainer.fp8": "none"}).quantized
