@@ -315,26 +315,11 @@ def _command(commands: Any, name: str, handler: Handler, about: str, *examples: 
 def _add_runs(commands: Any) -> None:
     from stare_megatron.launch import arguments as launch_arguments
     from stare_megatron.plan.arguments import ABOUT, EXAMPLES, add_plan
+    from stare_megatron.run import arguments as run_arguments
 
-    examples = ("train run.toml", "train run.toml run.name=wide rollout.group_size=8", "train run.toml run.resume=auto")
-    _add_run(_command(commands, "train", _train, "train a policy", *examples))
-    about = "teach a model conversations, before `train`: supervised, on the trainer's ranks alone"
-    examples = ("sft sft.toml", "sft sft.toml sft.epochs=2 trainer.optimizer.lr=1e-5", "sft sft.toml run.resume=auto")
-    _add_run(_command(commands, "sft", _sft, about, *examples))
-
-    about = "evaluate a policy on the held-out prompts of eval.benchmarks: avg@k and pass@k"
-    examples = ("eval run.toml --model runs/demo", "eval run.toml eval.benchmarks=aime24.jsonl eval.samples=32")
-    add = _command(commands, "eval", _eval, about, *examples).add_argument
-    add("config", type=paths.argument, help="TOML file of a run")
-    add("overrides", nargs="*", default=[], metavar="key.sub=value", help="override a key of the file")
-    policy = "Hugging Face folder, training checkpoint or run folder (default: the file's model.path)"
-    add("--model", type=paths.argument, metavar="FOLDER", help=policy)
-    add(
-        "--out",
-        type=paths.argument,
-        metavar="FOLDER",
-        help="new folder for the results (default: RUN.DIR/NAME-eval, with the name of what is evaluated)",
-    )
+    run_arguments.add_train(_command(commands, "train", _train, run_arguments.TRAIN, *run_arguments.TRAIN_EXAMPLES))
+    run_arguments.add_train(_command(commands, "sft", _sft, run_arguments.SFT, *run_arguments.SFT_EXAMPLES))
+    run_arguments.add_eval(_command(commands, "eval", _eval, run_arguments.EVAL, *run_arguments.EVAL_EXAMPLES))
 
     about = "check the machines a run would use: versions, GPUs, network, shared folder, limits; names the cure"
     examples = ("doctor run.toml", "doctor run.toml cluster.address=auto", "doctor cluster.address=HOST:6379", "doctor")
@@ -354,14 +339,6 @@ def _add_runs(commands: Any) -> None:
 
     add = _command(commands, "plot", _plot, "draw a run's curves from its metrics", "plot runs/demo").add_argument
     add("run", type=paths.argument, help="run folder")
-
-
-def _add_run(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("config", type=paths.argument, help="TOML file; `stare-megatron config` explains its keys")
-    add("overrides", nargs="*", default=[], metavar="key.sub=value", help="override a key of the file")
-    add("--print-config", action="store_true", help="print the resolved configuration, every key in use, and exit")
-    add("--quiet", action="store_true", help="one line per step instead of the live display")
 
 
 def main(argv: list[str] | None = None) -> int:
