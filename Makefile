@@ -39,10 +39,11 @@ smollm2: $(STAMP)
 	$(BIN)/python tools/make_smollm2.py --out .cache/smollm2 --pad-heads
 	$(BIN)/stare-megatron train examples/smollm2_arithmetic/run.toml run.name=smollm2-$$(date +%Y%m%d-%H%M%S)
 
-# Two lanes; what comes last is shared between them, so that both end at about the same time.
+# Three lanes for two cores, since a third of the time a test waits for programs that start. What comes last is shared
+# between them, so that all end at about the same time.
 test: $(STAMP)
 	@$(BIN)/python -m pytest --beside="tests/contracts tests/unit tests/sandbox tests/patches" \
-	    --shared=tests/invariance $(PYTEST_ARGS)
+	    --shared="tests/e2e tests/invariance" --lanes=3 $(PYTEST_ARGS)
 
 test-unit: $(STAMP)
 	@STARE_FUZZ=0.33 $(BIN)/python -m pytest -m "not parts and not runs and not slow and not cluster and not gpu" \

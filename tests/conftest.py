@@ -1,9 +1,9 @@
-"""`--beside=PATHS --shared=PATHS`: two lanes of tests at a time, one report. The tests of `beside` run in a process
-beside this one. Those of `shared` run last, a file at a time in whichever lane comes to it first: this one begins with
-the first file, the other with the last.
+"""`--beside=PATHS --shared=PATHS --lanes=N`: N lanes of tests at a time, one report. The tests of `beside` run in a
+process beside this one. Those of `shared` run last, a file at a time in whichever lane comes to it first; each lane
+begins at another place. Lanes beyond the second have the shared ones alone.
 
-The other process sends its reports through a file; they are shown, counted and timed here like those of this process.
-A file is taken by making a file of its own in a folder that both lanes know.
+The other processes send their reports through a file each; they are shown, counted and timed here like those of this
+process. A file is taken by making a file of its own in a folder that all lanes know.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 
-# Two lanes on two cores, with ranks and engines beside them: threads of one operation that wait for each other cost
+# Some lanes on two cores, with ranks and engines beside them: threads of one operation that wait for each other cost
 # more than they bring. Before torch is imported, and for all that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -32,7 +32,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--beside", default="", help="paths, separated by spaces: run these in a process beside this one")
     parser.addoption("--shared", default="", help="paths, separated by spaces: run each file in the lane that is free")
-    parser.addoption("--lane-of", type=Path, help="for the process beside: the folder where lanes meet")
+    parser.addoption("--lanes", type=int, default=2, help="how many, this one among them (default: 2)")
+    parser.addoption("--lane", type=int, default=0, help="for the processes beside: which of them this is, from 1")
+    parser.addoption("--lane-of", type=Path, help="for the processes beside: the folder where lanes meet")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -54,27 +56,27 @@ def pytest_configure(config: pytest.Config) -> None:
 
     shared = given("--shared")
     if folder := config.getoption("--lane-of"):
-        of_both = _Shared(config.rootpath, shared, folder, backwards=True)
-        config.pluginmanager.register(of_both)
-        config.pluginmanager.register(_Sender(config, folder, of_both))
+        of_all = _Shared(config, shared, folder)
+        config.pluginmanager.register(of_all)
+        config.pluginmanager.register(_Sender(config, folder, of_all))
         return
     beside = given("--beside")
     here = [a for a in config.args if a not in beside]
     if shared or (beside and here):
         config.option.ignore = [*(config.option.ignore or ()), *beside]
-        lane = _Beside(config, beside, shared)
-        config.pluginmanager.register(lane)
-        config.pluginmanager.register(_Shared(config.rootpath, shared, lane.folder))
+        others = _Beside(config, beside, shared)
+        config.pluginmanager.register(others)
+        config.pluginmanager.register(_Shared(config, shared, others.folder))
         config.args = here
 
 
 class _Shared:
-    """Tests of which either lane takes a file when it comes to it."""
+    """Tests of which any lane takes a file when it comes to it."""
 
-    def __init__(self, root: Path, paths: Sequence[str], folder: Path, backwards: bool = False) -> None:
-        self._paths = [root / p for p in paths]
+    def __init__(self, config: pytest.Config, paths: Sequence[str], folder: Path) -> None:
+        self._paths = [config.rootpath / p for p in paths]
         self._folder = folder
-        self._backwards = backwards
+        self._begins = config.getoption("--lane") / config.getoption("--lanes")  # where among the files
         self._taken: dict[Path, bool] = {}  # of the files met so far: whether this lane runs them
 
     def has(self, item: pytest.Item) -> bool:
@@ -85,7 +87,9 @@ class _Shared:
         files: dict[Path, list[pytest.Item]] = {}
         for item in filter(self.has, items):
             files.setdefault(item.path, []).append(item)
-        order = reversed(files.values()) if self._backwards else files.values()
+        order = list(files.values())
+        first = int(len(order) * self._begins)
+        order = order[first:] + order[:first]
         items[:] = [i for i in items if not self.has(i)] + [i for file in order for i in file]
 
     @pytest.hookimpl(tryfirst=True)
@@ -107,13 +111,17 @@ class _Shared:
         return True
 
 
+def _reports(folder: Path, lane: int) -> Path:
+    return folder / f"reports-{lane}"
+
+
 class _Sender:
-    """What the process beside tells. What is shared is counted by the other process, which collects it too."""
+    """What a process beside tells. What is shared is counted by the first process, which collects it too."""
 
     def __init__(self, config: pytest.Config, folder: Path, shared: _Shared) -> None:
         self._config = config
         self._shared = shared
-        self._file = (folder / "reports").open("w")
+        self._file = _reports(folder, config.getoption("--lane")).open("w")
         self._deselected = 0
 
     def _own(self, items: Sequence[pytest.Item]) -> int:
@@ -134,31 +142,18 @@ class _Sender:
 
 
 class _Beside:
-    """Starts the other process, and shows its reports between the tests of this one."""
+    """Starts the other processes, and shows their reports between the tests of this one."""
 
     def __init__(self, config: pytest.Config, beside: list[str], shared: list[str]) -> None:
         self._config = config
         self._temporary = tempfile.TemporaryDirectory(prefix="lanes-")
         self.folder = Path(self._temporary.name)
-        self._log = self.folder / "log"
-        reports = self.folder / "reports"
-        reports.touch()
-        self._reports = reports.open()
-        self._line = ""
-        given = [str(a) for a in config.invocation_params.args]
-        options = [a for a in given if a not in config.args and not a.startswith("--beside")]
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "pytest", *options, "--lane-of", str(self.folder), *beside, *shared],
-                cwd=config.rootpath,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
+        lanes = range(1, config.getoption("--lanes") if shared else 2)
+        self._lanes = [_Lane(config, i, self.folder, [*(beside if i == 1 else ()), *shared]) for i in lanes]
 
     def pytest_sessionstart(self) -> None:
         if terminal := self._config.pluginmanager.get_plugin("terminalreporter"):
-            terminal.showfspath = False  # reports of two files come by turns
+            terminal.showfspath = False  # reports of several files come by turns
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
@@ -169,27 +164,66 @@ class _Beside:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, object, object]:
         done = yield
-        while self._process.poll() is None:
+        while any(lane.runs() for lane in self._lanes):
             self._show(session)
             time.sleep(0.2)
         self._show(session)
-        if self._process.returncode not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
-            pytest.exit(f"the process beside ended:\n{self._log.read_text()[-8000:]}", returncode=1)
+        for lane in self._lanes:
+            lane.check()
         return done
 
     def pytest_sessionfinish(self) -> None:
-        if self._process.poll() is None:
+        for lane in self._lanes:
+            lane.end()
+        self._temporary.cleanup()
+
+    def _show(self, session: pytest.Session) -> None:
+        for lane in self._lanes:
+            lane.show(session)
+
+
+class _Lane:
+    """One of the other processes."""
+
+    def __init__(self, config: pytest.Config, number: int, folder: Path, paths: Sequence[str]) -> None:
+        self._config = config
+        self._log = folder / f"log-{number}"
+        reports = _reports(folder, number)
+        reports.touch()
+        self._told = reports.open()
+        self._line = ""
+        given = [str(a) for a in config.invocation_params.args]
+        options = [a for a in given if a not in config.args and not a.startswith("--beside")]
+        options += [f"--lane-of={folder}", f"--lane={number}"]
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "pytest", *options, *paths],
+                cwd=config.rootpath,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def runs(self) -> bool:
+        return self._process.poll() is None
+
+    def check(self) -> None:
+        fine = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED)
+        if self._process.returncode not in fine:
+            pytest.exit(f"a process beside ended:\n{self._log.read_text()[-8000:]}", returncode=1)
+
+    def end(self) -> None:
+        if self.runs():
             self._process.send_signal(signal.SIGINT)  # fixtures are torn down
             try:
                 self._process.wait(60)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
-        self._reports.close()
-        self._temporary.cleanup()
+        self._told.close()
 
-    def _show(self, session: pytest.Session) -> None:
-        while part := self._reports.readline():
+    def show(self, session: pytest.Session) -> None:
+        while part := self._told.readline():
             self._line += part
             if not part.endswith("\n"):
                 return
