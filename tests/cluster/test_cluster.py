@@ -218,7 +218,7 @@ def test_a_machine_that_is_switched_off(shared: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seconds", [8, 20])
+@pytest.mark.parametrize("seconds", [8, 20, 60])
 def test_a_cable_that_is_pulled_for_a_while(seconds: int, shared: Path) -> None:
     """A lost link is not taken for a process that died: the run waits and learns every step once, or, where Ray gives
     the machine up, ends with what it has saved and names it."""
