@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import Field, SerializeAsAny, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from stare_megatron.config import beside
 from stare_megatron.config.base import Section
 from stare_megatron.errors import ORDINARY, UserError, nearest
 from stare_megatron.host import paths
@@ -92,7 +93,7 @@ def source_file(address: str) -> Path | None:
 
 
 def load_object(address: str, key: str) -> Any:
-    """The object at an address. A process loads a file once; its folder is searched, last, for what it imports.
+    """The object at an address. A process loads a file once; what it imports is looked for in its folder last.
 
     `key` names the setting in errors.
 
@@ -139,6 +140,8 @@ def _import(where: str, fault: str) -> ModuleType:
         cure = ""
         if isinstance(e, ModuleNotFoundError):
             cure = f"; install it in this environment ({sys.prefix}), or put its folder on PYTHONPATH"
+        elif isinstance(e, AttributeError | ImportError) and (taken := beside.hidden(Path(last.filename))):
+            cure = f"; {taken} has the name of a package, which is what an import gives: rename it"
         raise UserError(f"{fault}: cannot be imported: {place[0]}:{place[1]}: {type(e).__name__}: {said}{cure}") from e
 
 
@@ -151,8 +154,7 @@ def _import_file(path: Path, fault: str) -> ModuleType:
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))
+    beside.serve(path.parent, name)
     with contextlib.ExitStack() as undo:
         undo.callback(sys.modules.pop, name)
         spec.loader.exec_module(module)
