@@ -33,6 +33,7 @@ from stare_megatron.rollout.own import check_own
 from stare_megatron.rollout.window import Window
 from stare_megatron.run import folder as run_folder
 from stare_megatron.run import forecast, loop, preflight, resuming, sizing
+from stare_megatron.run.alone import alone
 from stare_megatron.run.banking import Banking
 from stare_megatron.run.ending import ended, on_record
 from stare_megatron.run.evaluation import Evaluations, Evaluator
@@ -64,6 +65,11 @@ def train(config: Config, *, quiet: bool, command: list[str]) -> int:
     Raises:
         UserError: before anything is started. RunError: the run had to stop.
     """
+    with alone(config.folder):
+        return _train(config, quiet, command)
+
+
+def _train(config: Config, quiet: bool, command: list[str]) -> int:
     console = Console()
     prepared = prepare(config, console)
     config = prepared.config

@@ -23,6 +23,7 @@ from stare_megatron.metrics.sinks import Sinks, open_sinks
 from stare_megatron.models.families import read_hf_config
 from stare_megatron.run import folder as run_folder
 from stare_megatron.run import forecast, resuming
+from stare_megatron.run.alone import alone
 from stare_megatron.run.ending import ended
 from stare_megatron.run.rates import rates_of
 from stare_megatron.run.stop import StopSignal
@@ -66,6 +67,11 @@ def sft(config: SftConfig, *, quiet: bool, command: list[str]) -> int:
     Raises:
         UserError: before anything is started. RunError: the run had to stop.
     """
+    with alone(config.folder):
+        return _sft(config, quiet, command)
+
+
+def _sft(config: SftConfig, quiet: bool, command: list[str]) -> int:
     console = Console()
     say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
     prepared = prepare(config, console)
