@@ -14,6 +14,7 @@ from stare_megatron.data.chat import ChatTemplate
 from stare_megatron.data.tokenizer import load_tokenizer
 from stare_megatron.errors import UserError
 from stare_megatron.host import device, program
+from stare_megatron.host.exported import exported
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,15 +45,15 @@ class Sampling:
 
 @contextmanager
 def hf_folder(policy: Path, say: Callable[[str], None]) -> Iterator[Path]:
-    """The Hugging Face folder of a policy: itself, what its run exported, or its newest training checkpoint, converted
-    into a folder that is removed.
+    """The Hugging Face folder of a policy: itself, what its run exported, if that did not go on after it, or its newest
+    training checkpoint, converted into a folder that is removed.
 
     Raises:
         UserError: no policy there.
     """
-    exported = next((f for f in (policy, policy / "hf") if (f / "config.json").is_file()), None)
-    if exported is not None:
-        yield exported
+    found = policy if (policy / "config.json").is_file() else exported(policy)
+    if found is not None:
+        yield found
         return
     from rich.console import Console
 

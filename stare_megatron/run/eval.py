@@ -19,6 +19,7 @@ from stare_megatron.config import Config
 from stare_megatron.data.benchmarks import Benchmark, load_benchmarks
 from stare_megatron.data.tokenizer import decoder, load_tokenizer
 from stare_megatron.errors import RunError, UserError
+from stare_megatron.host.exported import exported
 from stare_megatron.metrics import eval_records, eval_results, events
 from stare_megatron.rollout.groups import check_env, check_prompts
 from stare_megatron.rollout.own import check_own
@@ -48,8 +49,8 @@ class Policy:
 
 
 def find_policy(config: Config, path: Path | None) -> Policy:
-    """The policy at `path`: a Hugging Face folder, a training checkpoint, or a run's folder (the policy it exported,
-    else its newest checkpoint). None: `model.path`.
+    """The policy at `path`: a Hugging Face folder, a training checkpoint, or a run's folder (the policy it exported, if
+    it did not go on after that, else its newest checkpoint). None: `model.path`.
 
     Raises:
         UserError: nothing of the kind there.
@@ -60,9 +61,9 @@ def find_policy(config: Config, path: Path | None) -> Policy:
         return _trained(config, checkpoint.find(path.parent, str(path)) or path)
     if (path / "run.json").is_file():
         run = run_folder.RunFolder(path, fresh=False)
-        if (run.export / "config.json").is_file():
-            return Policy(run.export, None, 0, checkpoint.find(run.checkpoints, "auto"))
         newest = checkpoint.find(run.checkpoints, "auto")
+        if (final := exported(path)) is not None:
+            return Policy(final, None, 0, newest)
         if newest is not None:
             return _trained(config, newest)
         raise UserError(f"--model {path}: the run has neither exported a policy nor saved a checkpoint yet")

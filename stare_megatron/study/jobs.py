@@ -22,6 +22,7 @@ import psutil
 
 from stare_megatron.config import flatten
 from stare_megatron.errors import RunError, UserError
+from stare_megatron.host.exported import exported
 from stare_megatron.metrics import eval_records, jsonl
 from stare_megatron.study.spec import Job, Study
 
@@ -186,7 +187,7 @@ def is_done(p: Progress) -> bool:
     """All steps logged, and the policy of the last one evaluated and exported where it is to be."""
     config, steps = p.job.config, p.steps
     p.read()
-    if p.step < steps or (config.checkpoint.export_final and not (config.folder / "hf").is_dir()):
+    if p.step < steps or (config.checkpoint.export_final and exported(config.folder) is None):
         return False
     table = config.folder / eval_records.TABLE
     rows = jsonl.read(table) if table.is_file() else []

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from stare_megatron.errors import UserError
+from stare_megatron.host import manifest
 from stare_megatron.run.eval import find_policy, results_folder
 from tests.configs import configuration
 
@@ -47,3 +50,15 @@ def test_a_folder_near_the_one_that_is_meant_is_told_it(config):
     ):
         with pytest.raises(UserError, match=rf"neither a Hugging Face .*; {meant} {run}/checkpoints/step_000040$"):
             find_policy(config, run / path)
+
+
+def test_a_run_that_went_on_after_its_export_is_evaluated_where_it_is(config):
+    run = config.folder.parent / "trained"
+    for folder, second in (("checkpoints/step_000040", 1000), ("hf", 1001)):
+        (run / folder / "config.json").write_text("{}")
+        manifest.write(run / folder)
+        os.utime(run / folder / manifest.NAME, (second, second))
+    assert find_policy(config, run).model == run / "hf"
+    os.utime(run / "hf" / manifest.NAME, (999, 999))
+    with pytest.raises(UserError, match=r"step_000040/loop\.json"):  # it is read, and there is nothing in it
+        find_policy(config, run)
