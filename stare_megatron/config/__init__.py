@@ -9,7 +9,7 @@ from stare_megatron.config.data import DataConfig
 from stare_megatron.config.env import EnvConfig
 from stare_megatron.config.eval import BenchmarkConfig, EvalConfig
 from stare_megatron.config.inference import InferenceConfig
-from stare_megatron.config.loader import all_keys, cluster_alone, load, load_run, load_sft, parse, parse_sft
+from stare_megatron.config.loader import all_keys, cluster_alone, load, load_run, load_sft, parse, parse_sft, wanted
 from stare_megatron.config.logging import LoggingConfig
 from stare_megatron.config.methods import CorrectionConfig, Selector, StareConfig
 from stare_megatron.config.model import ModelConfig
@@ -56,4 +56,5 @@ __all__ = [
     "parse",
     "parse_sft",
     "section_of",
+    "wanted",
 ]

@@ -226,15 +226,18 @@ def _explain(error: ValidationError, source: Source, root: type[Section] = Confi
         return f"{origin}: unknown key {key!r}{hint(key, tree, root)}"
     if first["type"] == "missing":
         return f"{origin}: key {key!r} is missing: {all_keys(tree, root).get(key, 'a table is required')}"
-    message = first["msg"].removeprefix("Value error, ")
-    must = _MUST.get(first["type"]) or _MUST.get(first["type"].partition("_")[0])
-    if must:
-        message = "must " + must.format(**first.get("ctx", {}))
+    message = wanted(first)
     if first["type"] == "literal_error":
         choices = first.get("ctx", {})["expected"].replace("'", "").replace(" or ", ", ").split(", ")
         message += suggest(first["input"], choices) if isinstance(first["input"], str) else ""
     value = "" if first["type"] == "value_error" else f" = {first['input']!r:.200}"
     return f"{origin}: {key}{value}: {message}" if key else f"{origin}: {message}"
+
+
+def wanted(error: Any) -> str:
+    """What is wrong with a value, by pydantic's account of it."""
+    must = _MUST.get(error["type"]) or _MUST.get(error["type"].partition("_")[0])
+    return "must " + must.format(**error.get("ctx", {})) if must else error["msg"].removeprefix("Value error, ")
 
 
 def hint(key: str, tree: Mapping[str, Any] | None = None, root: type[Section] = Config) -> str:

@@ -28,13 +28,15 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
 
 from stare_megatron import config
 from stare_megatron.config import Config
+from stare_megatron.config.include import COMMAND_LINE
 from stare_megatron.config.methods import Section
-from stare_megatron.errors import UserError
+from stare_megatron.errors import UserError, suggest
 
 
 class VariantSpec(Section):
@@ -67,6 +69,10 @@ class StudySpec(Section):
                 if variant not in self.variants:
                     raise ValueError(f"forms.{name}.variants: no variant {variant!r}; there are {list(self.variants)}")
         return self
+
+
+_UNKNOWN = "extra_forbidden"  # pydantic's type of the error
+_TABLES: dict[str, type[Section]] = {"variants": VariantSpec, "forms": FormSpec}
 
 
 @dataclass(frozen=True)
@@ -120,7 +126,7 @@ def load(file: Path, form: str, only: Sequence[str] = (), folder: Path | None = 
     # Seed by seed, so that a study that is cut short has compared all variants on the seeds it did.
     for seed in chosen.seeds or spec.seeds:
         for name in chosen.variants or spec.variants:
-            job = _job(base, folder, spec, chosen, name, seed)
+            job = _job(file, folder, spec, chosen, name, seed)
             if not only or any(fnmatch.fnmatchcase(job.name, pattern) for pattern in only):
                 jobs.append(job)
     if not jobs:
@@ -145,18 +151,32 @@ def _read(file: Path) -> StudySpec:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise UserError(f"{file}: not valid TOML: {e}") from e
     except ValidationError as e:
-        first = e.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{file}: {key}: {first['msg'].removeprefix('Value error, ')}") from e
+        errors = e.errors()
+        raise UserError(f"{file}: {_why(next((x for x in errors if x['type'] == _UNKNOWN), errors[0]))}") from e
 
 
-def _job(base: Path, folder: Path, spec: StudySpec, form: FormSpec, name: str, seed: int) -> Job:
+def _why(error: Any) -> str:
+    """The fault that pydantic found, with the key and its cure."""
+    parts = [str(part) for part in error["loc"]]
+    key, fields = ".".join(parts), _TABLES.get(parts[0] if len(parts) > 1 else "", StudySpec).model_fields
+    if error["type"] == _UNKNOWN:
+        return f"unknown key {key!r}{suggest(parts[-1], fields)}"
+    if error["type"] == "missing":
+        return f"key {key!r} is missing: {fields[parts[-1]].description}"
+    return f"{key}: {config.wanted(error)}" if key else config.wanted(error)
+
+
+def _job(file: Path, folder: Path, spec: StudySpec, form: FormSpec, name: str, seed: int) -> Job:
     variant = spec.variants[name]
     own = [f"run.dir={folder}", f"run.name={name}-seed{seed}", f"run.seed={seed}"]
     settings = tuple(_fill(s, seed) for s in (*own, *spec.settings, *variant.settings, *form.settings))
-    resolved = config.load(base, list(settings))
+    where = f"{file}: variant {name!r}"
+    try:
+        resolved = config.load(file.parent / spec.base, list(settings))
+    except UserError as e:
+        raise UserError(f"{where}: {str(e).removeprefix(f'{COMMAND_LINE}: ')}") from e
     if resolved.run.resume != "never":
-        raise UserError(f"variant {name}: run.resume is the study's to say; take it out")
+        raise UserError(f"{where}: run.resume is the study's to say; take it out")
     return Job(name, variant.title, seed, settings, resolved)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -88,9 +89,16 @@ def test_a_form_is_smaller_and_has_its_own_folder(file):
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ('"algorithm.method=grpo"', '"algorithm.methud=grpo"', "methud"),
+        (
+            '"algorithm.method=grpo"',
+            '"algorithm.methud=grpo"',
+            r"study.toml: variant 'grpo': unknown key 'algorithm.methud'; did you mean 'algorithm.method'\?",
+        ),
         ('"algorithm.method=grpo"', '"run.resume=auto"', "run.resume"),
-        ("prepare =", "prepared =", "prepared"),
+        ("prepare =", "prepared =", r"study.toml: unknown key 'prepared'; did you mean 'prepare'\?"),
+        ('title = "STARE"', 'titel = "STARE"', r"unknown key 'variants\.stare\.titel'; did you mean 'title'\?"),
+        ('title = "STARE"', "", r"key 'variants\.stare\.title' is missing: How reports call it"),
+        ("seeds = [1, 2]", "seeds = 1", r"seeds: must be a list"),
         ('variants = ["stare"]', 'variants = ["star"]', "star"),
         ('base = "run.toml"', 'base = "none.toml"', "none.toml"),
         ("seeds = [1, 2]", "seeds = []", "seeds"),
@@ -118,6 +126,7 @@ def write(job, steps, exported=True):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if exported:
         (folder / "hf").mkdir(exist_ok=True)
+        (folder / "hf/config.json").write_text("{}")
 
 
 def test_a_run_is_done_when_its_last_step_is_logged_and_its_policy_exported(file):
@@ -126,7 +135,7 @@ def test_a_run_is_done_when_its_last_step_is_logged_and_its_policy_exported(file
     write(job, 4)
     assert not jobs.is_done(jobs.Progress(job))
     write(job, 5, exported=False)
-    (job.config.folder / "hf").rmdir()
+    shutil.rmtree(job.config.folder / "hf")
     assert not jobs.is_done(jobs.Progress(job))
     write(job, 5)
     assert jobs.is_done(jobs.Progress(job))
