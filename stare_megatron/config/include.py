@@ -108,8 +108,12 @@ def _tree(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text())
     except OSError as e:
-        start = "; give the path of a TOML file, or start from one that `stare-megatron example` prints"
-        cure = start if isinstance(e, FileNotFoundError) else ""
+        cure = ""
+        if isinstance(e, FileNotFoundError):
+            cure = "; give the path of a TOML file, or start from one that `stare-megatron example` prints"
+        elif isinstance(e, IsADirectoryError):
+            there = ", ".join(sorted(file.name for file in path.glob("*.toml")))
+            cure = f"; name a file in it: {there}" if there else "; give the path of a TOML file"
         raise UserError(f"{path}: cannot read the configuration: {e.strerror}{cure}") from e
     except (ValueError, RecursionError) as e:  # no UTF-8 and numbers of thousands of digits among them
         raise UserError(f"{path}: not valid TOML: {e}") from e

@@ -46,7 +46,8 @@ Row = dict[str, Any] | Broken
 def fault(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> str:
     """Why a file holds no rows, and the cure; "" where its name and first bytes say nothing against it."""
     if path.suffix not in suffixes:
-        return f"want a file that ends in {', '.join(suffixes)}; convert it"
+        cure = "; convert it" if path.exists() else ", and there is none of this name"
+        return f"want a file that ends in {', '.join(suffixes)}{cure}"
     try:
         what, size = disguise(path), path.stat().st_size
     except OSError as e:

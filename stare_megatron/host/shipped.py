@@ -24,9 +24,11 @@ def shipped(folder: str, name: str) -> str:
     found = [file for pattern in ("*.md", "*/*.*") for file in sorted(root.glob(pattern))]
     files = {file.relative_to(root).as_posix().removesuffix(".md"): file for file in found}
     if name and name not in files:
+        below = ", ".join(file for file in files if file.startswith(f"{name.rstrip('/')}/"))
         within = ", ".join(file for file in files if name.casefold() in file.casefold())
         others = f"; there is {within}" if within else "; without a name they are listed"
-        raise UserError(f"no {name!r} in {folder}{suggest(name, files) or others}")
+        hint = f"; there is {below}" if below else suggest(name, files) or others
+        raise UserError(f"no {name!r} in {folder}{hint}")
     if not name:
         return "\n".join(files)
     text, beside = files[name].read_text(), files[name].parent

@@ -35,7 +35,9 @@ def read_hf_config(path: Path) -> ModelShape:
         raise UserError(f"model.path = {str(path)!r}: no such folder; to fetch it from the Hugging Face hub: {fetch}")
     if not path.exists():
         raise UserError(f"model.path = {str(path)!r}: no such folder; set it, or make what it names first")
-    fields = read_object(file, ": not a Hugging Face checkpoint; set model.path")
+    inner = [found.parent for found in sorted(path.glob("*/config.json"))]
+    meant = f" = {str(inner[0])!r}" if len(inner) == 1 else ""
+    fields = read_object(file, f": not a Hugging Face checkpoint; set model.path{meant}")
     family = FAMILIES.get(str(fields.get("model_type")))
     architectures = fields.get("architectures") or []
     if not isinstance(architectures, list):

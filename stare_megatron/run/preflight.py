@@ -10,6 +10,7 @@ import concurrent.futures
 import importlib.metadata
 import importlib.util
 import os
+import shlex
 import socket
 from collections.abc import Coroutine
 from pathlib import Path
@@ -18,9 +19,10 @@ from typing import Any, TypeVar
 from stare_megatron.config import Config, upstream
 from stare_megatron.config.registry import is_address
 from stare_megatron.data import rows
+from stare_megatron.data.prepare.recipes import RECIPES
 from stare_megatron.data.tokenizer import has_tokenizer, read_files
 from stare_megatron.errors import UserError
-from stare_megatron.host import device
+from stare_megatron.host import device, program
 from stare_megatron.host.ports import connect_error, host_port
 from stare_megatron.metrics import prometheus
 from stare_megatron.models import layout, weights
@@ -254,7 +256,23 @@ def check_files(name: str, paths: list[Path]) -> None:
     """
     for path in paths:
         if why := rows.fault(path):
-            raise UserError(f"{name}: {path}: {why}")
+            raise UserError(f"{name}: {path}: {why}{_published(path)}")
+
+
+def _published(path: Path) -> str:
+    """For a file that is not there, and has the name of a published data set: the command that makes it."""
+    names = {**{recipe.hub.rpartition("/")[2]: recipe.name for recipe in RECIPES.values()}, **{n: n for n in RECIPES}}
+    known = {_letters(name): recipe for name, recipe in names.items()}
+    recipe = known.get(_letters(path.stem))
+    if recipe is None or path.exists():
+        return ""
+    out = path if path.suffix == ".jsonl" else Path("data") / f"{recipe}.jsonl"
+    file = os.path.relpath(out) if out.is_relative_to(Path.cwd()) else str(out)
+    return f"; `{program.called()} prepare-data {recipe} --out {shlex.quote(file)}` makes one"
+
+
+def _letters(name: str) -> str:
+    return "".join(c for c in name.casefold() if c.isalnum())
 
 
 def check_weights(model: Path, shape: ModelShape) -> None:

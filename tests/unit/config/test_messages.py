@@ -54,6 +54,9 @@ def test_a_file_that_is_not_there_is_answered_with_where_to_start(tmp_path):
         UserError, match=r"none\.toml: cannot read .*: No such file or directory; .*`stare-megatron example`"
     ):
         config.load(tmp_path / "none.toml", [])
+    (tmp_path / "run.toml").write_text("")
+    with pytest.raises(UserError, match=r"Is a directory; name a file in it: run\.toml$"):
+        config.load(tmp_path, [])
 
 
 @pytest.mark.parametrize(

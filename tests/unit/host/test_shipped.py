@@ -21,6 +21,8 @@ def test_an_example_that_includes_others_can_be_saved_anywhere(tmp_path, recipe)
     ("folder", "name", "answer"),
     [
         ("examples", "demo", "no 'demo' in examples; there is demo_cpu/README, demo_cpu/run.toml"),
+        ("examples", "demo_cpu", "no 'demo_cpu' in examples; there is demo_cpu/README, demo_cpu/run.toml"),
+        ("examples", "demo_cpu/run.tml", "no 'demo_cpu/run.tml' in examples; did you mean 'demo_cpu/run.toml'?"),
         ("docs", "Pushes", "no 'Pushes' in docs; did you mean 'weight_pushes'?"),
         ("docs", "planing", "no 'planing' in docs; did you mean 'planning'?"),
         ("docs", "qqqq", "no 'qqqq' in docs; without a name they are listed"),

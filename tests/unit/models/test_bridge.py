@@ -232,6 +232,10 @@ def test_no_configuration(tmp_path: Path) -> None:
         read_hf_config(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"config\.json: cannot read it: .*not a Hugging Face checkpoint"):
         read_hf_config(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    with pytest.raises(UserError, match=rf"set model\.path = '{tmp_path}/model'$"):
+        read_hf_config(tmp_path)
     with pytest.raises(UserError, match=r"hf download Qwen/Nowhere-1B --local-dir Qwen/Nowhere-1B$"):
         read_hf_config(Path("Qwen/Nowhere-1B"))
 
