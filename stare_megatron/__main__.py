@@ -342,6 +342,7 @@ def _add_runs(commands: Any) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    what = "the command"
     try:  # of all that takes time, imports included
         parser = _parser()
         completion.check_command(parser, sys.argv[1:] if argv is None else argv)
@@ -350,13 +351,14 @@ def main(argv: list[str] | None = None) -> int:
         takes = args.handler in (_train, _sft, _eval, _plan, _launch)
         if rest and (not takes or any(item.startswith("-") for item in rest)):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        what = {_train: "the run", _sft: "the run", _eval: "the evaluation"}.get(args.handler, what)
         return args.handler(args, rest)
     except UserError as e:
         return _stopped(e, str(e), 2)
     except LostError as e:
-        return _stopped(e, f"the run stopped: {e}", LOST)
+        return _stopped(e, f"{what} stopped: {e}", LOST)
     except RunError as e:
-        return _stopped(e, f"the run stopped: {e}", 1)
+        return _stopped(e, f"{what} stopped: {e}", 1)
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -68,8 +68,10 @@ def how_to_go_on(config: SftConfig, *, finished: bool) -> str:
     folder, saved = config.folder, last_checkpoint(config.folder)
     rows = {"logs": f"{folder}/logs", "saved": str(saved or "no checkpoint was saved")}
     path = shlex.quote(str(folder))
-    if finished:
+    if finished and config.checkpoint.export_final:
         rows["train"] = f"{program.called()} train RUN.toml model.path={path}/hf"
+    elif finished:  # `train` begins with a Hugging Face folder
+        rows["convert"] = f"{program.called()} convert {path} FOLDER"
     else:
         label = "resume" if saved else "start over"
         rows[label] = f"{program.called()} sft {path}/config.toml run.resume=auto"

@@ -97,6 +97,23 @@ def test_an_error_is_followed_by_what_is_left_and_how_to_go_on(end, capsys, erro
     ]
 
 
+@pytest.mark.parametrize(
+    ("words", "where", "text"),
+    [
+        (["study", "study.toml"], "stare_megatron.study.command.run", "the command stopped: make.py failed"),
+        (["eval", "run.toml"], "stare_megatron.run.eval.evaluate", "the evaluation stopped: make.py failed"),
+    ],
+)
+def test_what_is_no_run_is_not_called_one(monkeypatch, capsys, words, where, text):
+    def fails(*_: object, **__: object) -> None:
+        raise RunError("make.py failed")
+
+    monkeypatch.setattr("stare_megatron.config.load", lambda *_: None)
+    monkeypatch.setattr(where, fails)
+    assert program.main(words) == 1
+    assert capsys.readouterr().err == f"stare-megatron: {text}\n"
+
+
 def test_a_bug_shows_its_traceback_and_the_same_below_it(end):
     folder = end(ZeroDivisionError("a bug"))
     with pytest.raises(ZeroDivisionError) as raised:
