@@ -65,12 +65,12 @@ def train(config: Config, *, quiet: bool, command: list[str]) -> int:
     Raises:
         UserError: before anything is started. RunError: the run had to stop.
     """
-    with alone(config.folder):
-        return _train(config, quiet, command)
-
-
-def _train(config: Config, quiet: bool, command: list[str]) -> int:
     console = Console()
+    with alone(config.folder, console.out):
+        return _train(config, quiet, command, console)
+
+
+def _train(config: Config, quiet: bool, command: list[str], console: Console) -> int:
     prepared = prepare(config, console)
     config = prepared.config
     folder = run_folder.open_run(config, command, prepared.sandbox)

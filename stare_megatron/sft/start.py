@@ -67,12 +67,12 @@ def sft(config: SftConfig, *, quiet: bool, command: list[str]) -> int:
     Raises:
         UserError: before anything is started. RunError: the run had to stop.
     """
-    with alone(config.folder):
-        return _sft(config, quiet, command)
-
-
-def _sft(config: SftConfig, quiet: bool, command: list[str]) -> int:
     console = Console()
+    with alone(config.folder, console.out):
+        return _sft(config, quiet, command, console)
+
+
+def _sft(config: SftConfig, quiet: bool, command: list[str], console: Console) -> int:
     say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
     prepared = prepare(config, console)
     config, ranks = prepared.config, prepared.ranks
