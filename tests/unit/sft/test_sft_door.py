@@ -101,3 +101,11 @@ def test_what_was_cut_and_where_engines_would_not_stop_is_said(material: Path, t
     found = start.prepare(made(material, tmp_path, sft={"max_tokens": 11}), CONSOLE)
     cut = "data.train: 10 sequences are longer than sft.max_tokens = 11 and were cut off there"
     assert cut in found.notes
+
+
+def test_what_comes_next_begins_with_what_there_is(material: Path, tmp_path: Path) -> None:
+    config = start.prepare(made(material, tmp_path), CONSOLE).config
+    folder = tmp_path / "runs/run"
+    assert f"train RUN.toml model.path={folder}/hf" in display.how_to_go_on(config, finished=True)
+    config = start.prepare(made(material, tmp_path, checkpoint={"export_final": False}), CONSOLE).config
+    assert display.how_to_go_on(config, finished=True).endswith(f"convert {folder} FOLDER")
