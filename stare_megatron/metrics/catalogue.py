@@ -149,6 +149,13 @@ _ENTRIES = (
         R.MAX,
         "Mean |trainer - engine| log-prob of the probe after the push; the worst engine's.",
     ),
+    Entry(
+        "sync/compared",
+        "fraction",
+        R.MEAN,
+        "Of the tensors, or parts of them, whose checksums were due after the push, those that engines could tell: of "
+        "quantized ones they cannot; NaN when none were due.",
+    ),
     Entry("sync/weight_version", "version", R.ONE, "Policy version in the engines after the push."),
     Entry("sync/staleness", "versions", R.MAX, "Versions a trained trajectory's oldest policy is behind."),
     Entry("sync/staleness_mean", "versions", R.TOKEN_MEAN, "Versions that a trained token's policy is behind."),

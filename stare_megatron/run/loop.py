@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from stare_megatron.rollout.collect import Collected
 from stare_megatron.run.sampling import Sampler
+from stare_megatron.types import Measured
 
 if TYPE_CHECKING:
     import numpy as np
@@ -94,7 +95,7 @@ def train(run: Run[Ref]) -> int:
                     run.sampler.settle()
             probe = _push(run, step)
             run.saving.poll()
-            run.recorder.record(step, batch, control, done, probe)
+            run.recorder.record(step, batch, control, done, (Measured("sync/probe", probe), run.weights.told))
             _evaluate_when_due(run, step)
             stopping = run.stop.asked  # read once: a later wish is granted one step later, and that step saved
             if run.saving.due(step) or stopping:

@@ -22,7 +22,7 @@ from stare_megatron.run.rates import Rates
 from stare_megatron.run.sampling import Sampler
 from stare_megatron.run.step_metrics import Progress, StepCosts, late_metrics, observed, step_metrics
 from stare_megatron.run.timeline import Timeline
-from stare_megatron.types import UNOBSERVED, Control, GateDuty, Group, Observed, StepStats
+from stare_megatron.types import UNOBSERVED, Control, GateDuty, Group, Measured, Observed, StepStats
 
 if TYPE_CHECKING:
     from stare_megatron.run.session import Session
@@ -132,8 +132,11 @@ class Recorder(Generic[Ref]):
         self.remembered = Remembered(trained, observed(done.scores, done.updates), duty)
         self._gain.saw(control)
 
-    def record(self, step: int, batch: Collected[Ref], control: Control, done: StepStats, probe: float) -> None:
-        """Log the step just remembered and write its samples. What it takes from here on is added by `close`."""
+    def record(
+        self, step: int, batch: Collected[Ref], control: Control, done: StepStats, probe: Sequence[Measured]
+    ) -> None:
+        """Log the step just remembered and write its samples. What it takes from here on is added by `close`. `probe`:
+        what was measured of the push."""
         known, taken = self.remembered, self._timeline.gather()
         costs = StepCosts(
             seconds=self._clock.seconds,

@@ -57,12 +57,12 @@ def step_metrics(
     scores: ScoreSummary,
     control: Control,
     updates: Sequence[UpdateStats],
-    probe: float,
+    probe: Sequence[Measured],
     costs: StepCosts,
     progress: Progress,
 ) -> tuple[Metric, ...]:
-    """Metrics of the step that made policy `version`, but for those of `late_metrics`. `probe` is NaN when the push was
-    not probed."""
+    """Metrics of the step that made policy `version`, but for those of `late_metrics`. `probe`: what was measured
+    of the push."""
     driver = (
         Measured("data/epoch", progress.epoch),
         Measured("throughput/trained_tokens_total", progress.trained_tokens),
@@ -75,7 +75,7 @@ def step_metrics(
         Measured("bank/graded", batch.resumed.graded),
         Measured("bank/partial", batch.resumed.partial),
         Measured("bank/again", batch.resumed.again),
-        Measured("sync/probe", probe),
+        *probe,
         Measured("sync/weight_version", version),
         Measured("dynamics/predicted_change_before", progress.before.predicted),
         Measured("dynamics/measured_change", scores["policy/entropy"] - progress.before.entropy),

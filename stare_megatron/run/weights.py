@@ -20,12 +20,16 @@ from stare_megatron.sync.check import (
     require_own_cache,
     require_same,
 )
+from stare_megatron.types import Measured
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from stare_megatron.cluster.engines import EngineGroup
     from stare_megatron.cluster.trainers import Sums, TrainerGroup
+
+
+NOTHING_DUE = Measured("sync/compared", 0, 0)
 
 
 class Weights:
@@ -35,6 +39,7 @@ class Weights:
     |log-prob difference| of a pair that was known to have the same weights, nats, kept with the run; 0 before there is
     one, and where `sync.probe_threshold` or float32 needs none. `under_way`: weights change under requests, which may
     leave what the old ones computed in the prefix caches; so many tokens are drawn after, to find it; 0: never.
+    `told`: of the checksums compared at the last probe, those that engines could tell.
     """
 
     def __init__(
@@ -57,6 +62,7 @@ class Weights:
         self._sent: dict[str, str] = {}
         self._compared = False
         self._version = 0
+        self.told = NOTHING_DUE
         self.baseline = 0.0
         engines.renew = self.renew
 
@@ -85,6 +91,7 @@ class Weights:
             RunError: it is above the bound, or weights differ and `sync.probe_threshold` is 0; names the engine and the
                 first parameter that differs.
         """
+        self.told = NOTHING_DUE
         if ours is None:
             return math.nan
         if self._sent:  # exact, where log-probs would not show a small fault
@@ -114,7 +121,10 @@ class Weights:
 
     def _require_same(self, version: int, ours: Mapping[str, str], names: Collection[str] = ()) -> None:
         """Raises: RunError: an engine's checksums, of `names` or all, differ from the trainer's."""
-        for i, theirs in self._engines.checksums(names).items():
+        found = self._engines.checksums(names)
+        told = sum(len(ours.keys() & theirs.keys()) for theirs in found.values())
+        self.told = Measured("sync/compared", told, len(ours) * len(found))
+        for i, theirs in found.items():
             require_same(f"engine {i}", version, first_difference(ours, theirs))
 
     def _difference(self, engine: int) -> str | None:

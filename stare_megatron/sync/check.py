@@ -24,6 +24,7 @@ from stare_megatron.models.boxes import Box
 from stare_megatron.models.hf_folder import grouped
 from stare_megatron.sync.source import ParamSpec
 
+_EXPERTS = ".experts."  # between a layer and its experts' numbers, in names
 _CHUNK = 1 << 20  # elements hashed at a time: bounds the temporaries to some 30 MB
 _MASK = (1 << 64) - 1
 # Elements whose checksums are compared after a push: well under a second on a GPU; one or two on a core of a CPU, where
@@ -112,12 +113,17 @@ def added(ranks: Iterable[Mapping[str, str]]) -> dict[str, str]:
 
 
 def first_difference(trainer: Mapping[str, str], engine: Mapping[str, str]) -> str | None:
-    """The first parameter, in the trainer's order, whose checksums differ, or that is a bias the engine lacks; then one
+    """The first parameter, in the trainer's order, whose checksums differ, or that the engine lacks though it has what
+    belongs to it: a bias whose weight it has, a matrix of an expert of a layer of whose experts it has others; then one
     that only the engine reports (an LM head that does not equal the embedding it is tied to); None if all agree. Other
     parameters that the engine does not report are not compared."""
+    layers = {name.partition(_EXPERTS)[0] for name in engine if _EXPERTS in name}
     for name, value in trainer.items():
         module, _, kind = name.rpartition(".")
-        if engine.get(name, value) != value or (kind == "bias" and f"{module}.weight" in engine and name not in engine):
+        if name not in engine:
+            if (kind == "bias" and f"{module}.weight" in engine) or name.partition(_EXPERTS)[0] in layers:
+                return name
+        elif engine[name] != value:
             return name
     return next((name for name in engine if name not in trainer), None)
 
@@ -125,9 +131,8 @@ def first_difference(trainer: Mapping[str, str], engine: Mapping[str, str]) -> s
 def share(specs: Sequence[ParamSpec], turn: int, *, on_cpu: bool = False) -> frozenset[str]:
     """Names of the parameters whose checksums are compared at the probe that is number `turn`: the whole of a small
     model; of a large one so many as take no time worth mentioning, others each time, so that all have their turn.
-    `on_cpu`: experts, too; an engine on GPUs, whose kernels keep them in layouts of their own, reports none."""
-    comparable = [spec for spec in specs if on_cpu or ".experts." not in spec.name]
-    turns = grouped(comparable, lambda spec: math.prod(spec.shape), _CPU_SHARE if on_cpu else _SHARE)
+    `on_cpu`: fewer."""
+    turns = grouped(specs, lambda spec: math.prod(spec.shape), _CPU_SHARE if on_cpu else _SHARE)
     return frozenset(spec.name for spec in turns[turn % len(turns)])
 
 

@@ -6,6 +6,7 @@ Each function does nothing on GPUs.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -72,25 +73,28 @@ def _process(method: Any, layer: torch.nn.Module) -> None:
     method.moe_kernel.fused_experts.process_weights_after_loading(layer)
 
 
-def unpacked_experts(module: Any, name: str) -> torch.Tensor | None:
-    """Experts' matrix `name` as it was loaded, [experts, rows, columns], from what vLLM's CPU kernel multiplies with;
-    None where that cannot be told (on GPUs, where kernels keep them in several layouts)."""
+def unpacked(module: Any, name: str) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """What makes of an expert's matrix of the parameter `name`, as vLLM's CPU kernel multiplies with it, that which was
+    loaded, [rows, columns]; None where that cannot be told."""
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
-    method = module.quant_method
-    experts = method.moe_kernel.fused_experts
+    experts = module.quant_method.moe_kernel.fused_experts
     if not isinstance(experts, CPUUnquantizedExperts) or experts._use_zentorch:
         return None
     kept: torch.Tensor = getattr(module, name)
     order = _packing(tuple(kept.shape[1:]), kept.dtype, experts.isa)
-    plain = torch.empty_like(kept).flatten(1)
-    plain[:, order] = kept.data.flatten(1)
-    plain = plain.view(kept.shape)
     size = experts.moe_config.intermediate_size_per_partition
-    if name.startswith("w2"):
-        return plain[:, :, :size]
-    padded = kept.shape[1] // 2
-    return torch.cat([plain[:, :size], plain[:, padded : padded + size]], dim=1)
+
+    def undo(packed: torch.Tensor) -> torch.Tensor:
+        plain = torch.empty_like(packed).flatten()
+        plain[order] = packed.flatten()
+        plain = plain.view(packed.shape)
+        if name.startswith("w2"):
+            return plain[:, :size]
+        padded = plain.shape[0] // 2
+        return torch.cat([plain[:size], plain[padded : padded + size]])
+
+    return undo
 
 
 @functools.lru_cache(maxsize=4)

@@ -10,7 +10,7 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-from stare_megatron.sync.cpu_engine import unpacked_experts
+from stare_megatron.sync.experts import Reader, experts_form
 
 
 def is_quantized(module: torch.nn.Module) -> bool:
@@ -20,14 +20,14 @@ def is_quantized(module: torch.nn.Module) -> bool:
 
 
 @torch.no_grad()
-def loaded_form(module: torch.nn.Module, name: str) -> torch.Tensor | None:
-    """The parameter `name` of a module as it is when weights are loaded, from what the module computes with; None where
-    that cannot be told."""
+def loaded_form(module: torch.nn.Module, name: str) -> Reader | None:
+    """Reads blocks of the parameter `name` of a module as it is when weights are loaded, from what the module computes
+    with; None where that cannot be told."""
     if isinstance(module, RoutedExperts):
-        return unpacked_experts(module, name)
+        return experts_form(module, name)
     if name == "weight" and isinstance(module, LinearBase | ParallelLMHead):
-        return used_weight(module)
-    return getattr(module, name)
+        return used_weight(module).__getitem__
+    return getattr(module, name).__getitem__
 
 
 def used_weight(module: Any) -> torch.Tensor:

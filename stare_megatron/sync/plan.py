@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import collections
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from stare_megatron.errors import RunError
@@ -70,6 +71,22 @@ def plan(
     # By turns, so that senders serve all workers at once.
     turns = itertools.zip_longest(*by_worker)
     return [message for turn in turns for message in turn if message is not None]
+
+
+def require_taken(shapes: Mapping[str, Sequence[int]], workers: Iterable[Party]) -> None:
+    """The workers of an engine must take all of every tensor together, such as each expert of a mixture somewhere.
+
+    Raises:
+        RunError: they do not; names the tensor.
+    """
+    taken: dict[str, int] = collections.Counter()
+    for box in {box for party in workers for box in party.boxes}:
+        taken[box.name] += box.elements
+    for name, shape in shapes.items():
+        if taken[name] < math.prod(shape):
+            raise RunError(
+                f"weight push: the engine's workers take {taken[name]} of the {math.prod(shape)} elements of {name}"
+            )
 
 
 def _by_name(senders: Sequence[Party]) -> dict[str, dict[Box, list[tuple[int, int]]]]:

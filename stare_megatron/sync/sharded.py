@@ -26,7 +26,7 @@ from stare_megatron.sync.check import box_sum
 from stare_megatron.sync.fanout import EngineFanOut
 from stare_megatron.sync.link import Link, Outbox
 from stare_megatron.sync.place import Carrier, Place, carrier, place
-from stare_megatron.sync.plan import BUCKET_BYTES, Message, Party, plan
+from stare_megatron.sync.plan import BUCKET_BYTES, Message, Party, plan, require_taken
 from stare_megatron.sync.source import ParamSpec
 
 Holdings = Callable[[], Iterator[tuple[Box, torch.Tensor]]]
@@ -233,6 +233,7 @@ class ShardedPusher:
         workers = [link.ask(f"worker {w}") for w in range(link.workers)]
         size = self._dtype.itemsize
         holders, takers = [_party(r) for r in ranks], [_party(w) for w in workers]
+        require_taken({spec.name: spec.shape for spec in self._specs}, takers)
         messages = plan(holders, takers, size, self._bucket)
         for r in range(link.senders):
             link.tell(

@@ -115,11 +115,11 @@ class ShardedWeightTransferEngine(WeightTransferEngine[ShardedInitInfo, ShardedU
         found: dict[str, int] = {}
         wanted = [n for n in joined.needs.cut if not labels or label(n.box, joined.worker) in labels]
         for (path, name), needs in itertools.groupby(sorted(wanted, key=_parameter), _parameter):
-            parameter = loaded_form(modules[path], name)
-            if parameter is None:
+            read = loaded_form(modules[path], name)
+            if read is None:
                 continue
             for need in needs:
-                value = parameter[need.target.where].reshape(need.box.shape)
+                value = read(need.target.where).reshape(need.box.shape)
                 found[label(need.box, joined.worker)] = box_sum(value, need.box, joined.specs[need.box.name].shape)
         return found
 

@@ -7,7 +7,7 @@ CPU are empty, so it cannot be compared with a trainer's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -63,8 +63,8 @@ class ChecksumExtension:
         """Parameter name -> checksum of the whole parameter; all workers make the call and return the same. `names`:
         which parameters; empty: all. A head that does not equal the embedding it is tied to is among them in any case.
 
-        Covers linear layers, embeddings, LM heads, unsharded parameters and, on CPUs, experts. Of boxes, by
-        `sharded.label`, where pushes are sharded.
+        Covers linear layers, embeddings, LM heads, unsharded parameters and experts. Of boxes, by `sharded.label`,
+        where pushes are sharded.
         """
         model = self.model_runner.get_model()
         if isinstance(self.weight_transfer_engine, ShardedWeightTransferEngine):
@@ -72,7 +72,7 @@ class ChecksumExtension:
             return _merged({key: (0, value) for key, value in self.weight_transfer_engine.sums(names).items()} | strays)
         mine = {
             p.name: (p.shard, shard_sum(p.tensor, p.row, p.column, p.width))
-            for p in pieces(model, model.packed_modules_mapping)
+            for p in pieces(model, model.packed_modules_mapping, experts=frozenset(names))
             if not names or p.name in names or p.stray
         }
         return _merged(mine)
@@ -86,9 +86,11 @@ def _merged(mine: dict[str, tuple[int, int]]) -> dict[str, str]:
 
 
 @torch.no_grad()
-def pieces(model: torch.nn.Module, packed: Packed, *, heads_only: bool = False) -> Iterator[Piece]:
-    """Every parameter of `model` that can be told by a Hugging Face name and is kept as it was loaded; of LM heads
-    only, if so wanted."""
+def pieces(
+    model: torch.nn.Module, packed: Packed, *, heads_only: bool = False, experts: Collection[str] = ()
+) -> Iterator[Piece]:
+    """Every parameter of `model` that can be told by a Hugging Face name and of which what was loaded can be told; of
+    LM heads only, if so wanted. `experts`: of those of experts the ones of these names; empty: all."""
     embeddings: set[int] = set()
     for path, module in model.named_modules():
         if isinstance(module, ParallelLMHead):
@@ -106,7 +108,7 @@ def pieces(model: torch.nn.Module, packed: Packed, *, heads_only: bool = False) 
         elif isinstance(module, LinearBase):
             yield from _linear(path, module, packed)
         elif isinstance(module, RoutedExperts):
-            yield from _experts(path, module)
+            yield from _experts(path, module, experts)
         else:
             for name, parameter in module.named_parameters(recurse=False):
                 matrix = _matrix(parameter)
@@ -155,22 +157,32 @@ def _columns(path: str, kind: str, module: Any, tensor: torch.Tensor, packed: Pa
         yield Piece(f"{name}.{kind}", part, shard * part.shape[0], 0, part.shape[1], shard)
 
 
-def _experts(path: str, module: Any) -> Iterator[Piece]:
-    """Of each expert that this worker has. None where a kernel keeps them in a layout of its own, as on GPUs."""
+def _experts(path: str, module: Any, names: Collection[str]) -> Iterator[Piece]:
+    """Of each expert that this worker has. None where a kernel keeps them in a layout that is not known here."""
     gate_up, down = loaded_form(module, "w13_weight"), loaded_form(module, "w2_weight")
     if gate_up is None or down is None:
         return
     config, parent = module.moe_config, path.rpartition(".")[0]
-    size, shard = config.intermediate_size_per_partition, config.moe_parallel_config.tp_rank
-    gate, up = gate_up.split(size, dim=1)
-    width, inputs = size * config.moe_parallel_config.tp_size, gate.shape[2]
+    # A kernel may want more rows of each half, and columns of the other matrix, than the checkpoint has.
+    size, half = config.intermediate_size_per_partition_unpadded, config.intermediate_size_per_partition
+    inputs, shard = config.hidden_dim_unpadded, config.moe_parallel_config.tp_rank
+    width = size * config.moe_parallel_config.tp_size
+    parts = (
+        (module.ckpt_gate_proj_name, gate_up, slice(0, size), slice(0, inputs)),
+        (module.ckpt_up_proj_name, gate_up, slice(half, half + size), slice(0, inputs)),
+        (module.ckpt_down_proj_name, down, slice(0, inputs), slice(0, size)),
+    )
     for expert in range(config.num_logical_experts):
         i = module._map_global_expert_id_to_local_expert_id(expert)
-        if i >= 0:
-            name = f"{parent}.{expert}"
-            yield Piece(f"{name}.{module.ckpt_gate_proj_name}.weight", gate[i], shard * size, 0, inputs, shard)
-            yield Piece(f"{name}.{module.ckpt_up_proj_name}.weight", up[i], shard * size, 0, inputs, shard)
-            yield Piece(f"{name}.{module.ckpt_down_proj_name}.weight", down[i], 0, shard * size, width, shard)
+        for kind, read, rows, columns in parts if i >= 0 else ():
+            name = f"{parent}.{expert}.{kind}.weight"
+            if names and name not in names:
+                continue
+            matrix = read((slice(i, i + 1), rows, columns))[0]
+            if read is down:
+                yield Piece(name, matrix, 0, shard * size, width, shard)
+            else:
+                yield Piece(name, matrix, shard * size, 0, inputs, shard)
 
 
 def _stored(module: Any) -> torch.Tensor:

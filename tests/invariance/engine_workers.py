@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import expert_kernels
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -49,12 +50,15 @@ class Nursery:
             text=True,
         )
 
-    def start(self, name: str, model: Path, workers: int, dtype: str, expert_parallel: bool = False) -> Workers:
+    def start(
+        self, name: str, model: Path, workers: int, dtype: str, expert_parallel: bool = False, kernel: str = ""
+    ) -> Workers:
+        """`kernel`: keep experts as this backend of vLLM does (`expert_kernels`)."""
         # Not a port: vLLM names shared memory by it, and what a killed worker left under that name ends the next one.
         address = f"file://{self.folder}/{self._prefix}{name}"
         assert self._process.stdin is not None
         for rank in range(workers):
-            order = [f"{name}.{rank}", str(model), workers, rank, address, dtype, expert_parallel]
+            order = [f"{name}.{rank}", str(model), workers, rank, address, dtype, expert_parallel, kernel]
             print(json.dumps(order), file=self._process.stdin, flush=True)
         return Workers(name, self.folder, workers)
 
@@ -137,7 +141,11 @@ def _connected(path: Path) -> Any:
     return Client(str(path), "AF_UNIX")
 
 
-def _serve(path: str, model: str, workers: int, rank: int, address: str, dtype: str, expert_parallel: bool) -> None:
+def _serve(
+    path: str, model: str, workers: int, rank: int, address: str, dtype: str, expert_parallel: bool, kernel: str
+) -> None:
+    if kernel:
+        expert_kernels.install(kernel)
     worker = _worker(model, workers, rank, address, dtype, expert_parallel)
     with Listener(path, "AF_UNIX") as listener:
         while True:
@@ -187,8 +195,8 @@ def _state(worker: Any) -> dict[str, Any]:
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             found[f"{path}.{name}"] = _plain(parameter)
-            if name == "weight" and (whole := loaded_form(module, name)) is not None:
-                found[f"{path}.{name} as used"] = _plain(whole)
+            if name == "weight" and (read := loaded_form(module, name)) is not None:
+                found[f"{path}.{name} as used"] = _plain(read(()))
     return found
 
 
@@ -220,19 +228,42 @@ def _load_with_swapped_rows(worker: Any, name: str, one: int, other: int, rows: 
 
 
 def _load(worker: Any, changed: Callable[[str, Any], Any]) -> None:
-    """The checkpoint's tensors as `changed` makes them, whole: vLLM's own loading and layerwise reload."""
+    """The checkpoint's tensors as `changed` makes them."""
+    _reload(worker, [(name, changed(name, tensor)) for name, tensor in _checkpoint(worker)])
+
+
+def _checkpoint(worker: Any) -> list[tuple[str, Any]]:
     from safetensors.torch import load_file
+
+    return list(load_file(Path(worker.model_config.model) / "model.safetensors").items())
+
+
+def _reload(worker: Any, weights: Sequence[tuple[str, Any]]) -> None:
+    """Whole tensors: vLLM's own loading and layerwise reload."""
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
     from stare_megatron.sync.cpu_engine import repack_experts, repack_tied_heads
 
     model, config = worker.model_runner.get_model(), worker.model_config
-    weights = load_file(Path(config.model) / "model.safetensors").items()
     repack_experts(model)
     initialize_layerwise_reload(model)
-    model.load_weights([(name, changed(name, t).to(config.dtype)) for name, t in weights])
+    model.load_weights([(name, tensor.to(config.dtype)) for name, tensor in weights])
     finalize_layerwise_reload(model, config)
     repack_tied_heads(model, packed=False)
+
+
+def _load_random(worker: Any, seed: int, instead: dict[str, str | None]) -> dict[str, str]:
+    """Random tensors, whole; what `instead` names is that of another name, or is left out (None). Returns the checksums
+    of what each should be."""
+    import torch
+
+    from stare_megatron.sync.check import checksum
+
+    torch.manual_seed(seed)
+    own = {name: torch.randn_like(tensor).to(worker.model_config.dtype) for name, tensor in _checkpoint(worker)}
+    sources = [(name, instead.get(name, name)) for name in own]
+    _reload(worker, [(name, own[source]) for name, source in sources if source is not None])
+    return {name: checksum(tensor) for name, tensor in own.items()}
 
 
 def _sums(worker: Any) -> dict[str, str]:
@@ -314,6 +345,10 @@ _OWN = {
     "pieces": _pieces,
     "swap_rows": _swap_rows,
     "load_with_swapped_rows": _load_with_swapped_rows,
+    "load_random": _load_random,
+    "swap_experts": expert_kernels.swap_experts,
+    "turn_expert_map": expert_kernels.turn_expert_map,
+    "kernels": expert_kernels.in_use,
     "die_in_push": _die_in_push,
     "needed_bytes": _needed_bytes,
     "unused_packed": _unused_packed,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 
 from stare_megatron.run import loop
-from stare_megatron.types import EntropyReading, ScoreSummary, StepStats
+from stare_megatron.types import EntropyReading, Measured, ScoreSummary, StepStats
 
 SUMMARY = ScoreSummary((), 10)
 
@@ -93,8 +93,12 @@ class Everything:
     def remember(self, control, done):
         assert done.scores is SUMMARY
 
+    told = Measured("sync/compared", 3, 4)
+
     def record(self, step, batch, control, done, probe):
-        self.said.append(f"record {step} {batch} {control} {probe:.0e}")
+        gap, told = probe
+        assert (gap.name, told) == ("sync/probe", self.told)
+        self.said.append(f"record {step} {batch} {control} {gap.value:.0e}")
         self.asked = self.asked or step == self._stop_at
 
     def close(self, step=None):

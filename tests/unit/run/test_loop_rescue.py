@@ -157,7 +157,11 @@ def made(folder: Path, **keep: Any) -> SimpleNamespace:
         controller=Controller(),
         residency=Residency(),
         weights=SimpleNamespace(
-            push=lambda version: None, score_probe=lambda version: None, probe=lambda version, ours: 0.0, baseline=0.02
+            push=lambda version: None,
+            score_probe=lambda version: None,
+            probe=lambda version, ours: 0.0,
+            told=None,
+            baseline=0.02,
         ),
         recorder=Recorder(),
         evaluations=SimpleNamespace(due=lambda step: True, evaluate=lambda step: None),

@@ -66,6 +66,7 @@ SINGLE = (
 
 # Idle seconds, of seconds.
 RESUMED = Resumed(groups=4, graded=9, partial=7, again=6)
+PROBE = (Measured("sync/probe", 1e-6), Measured("sync/compared", 6, 8))
 SAMPLING_S = 1.75
 TAIL_S = 0.625
 AGE = {"tokens": (90,), "entropy": (30.0, 90), "mismatch": (1.5, 90), "ess": (0.75,), "bounded": (9, 90)}
@@ -114,7 +115,7 @@ class Step:
         parts.append(Measured("sync/staleness_p95", age_quantile(self.kept, VERSION - 1, 0.95)))
         parts.append(Measured("fleet/groups_again", 6))  # a batch that was given up
         batch = Collected((), tuple(g for g, _ in self.groups), tuple(parts), SAMPLING_S, TAIL_S, 3, 5, RESUMED)
-        stats = (batch, self.scores, self.control, self.updates, 1e-6, self.costs, self.progress)
+        stats = (batch, self.scores, self.control, self.updates, PROBE, self.costs, self.progress)
         idle = [Measured(f"idle/{kind}", *part) for kind, parts in IDLE.items() for part in parts]
         others = [*idle, Measured("throughput/tokens_per_second_per_device", 90.0, 12.0)]
         late = late_metrics({"save": 1.5, "eval": 2.5}, 4.0, batch.tokens_sampled, others)
@@ -275,7 +276,7 @@ def expected(step: Step) -> dict[str, float]:
             "stare/gain": 0.0625,
             "dynamics/predicted_change_before": -0.25,
             "dynamics/measured_change": found["policy/entropy"] - 0.5,
-            "sync/probe": 1e-6,
+            **{"sync/probe": 1e-6, "sync/compared": 0.75},
             "sync/weight_version": VERSION,
             "throughput/tokens_per_second": tokens / 4.0,
             "throughput/rollout_tokens_per_second": tokens / SAMPLING_S,

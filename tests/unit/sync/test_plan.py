@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from stare_megatron.errors import RunError
 from stare_megatron.models.boxes import Box
 from stare_megatron.sync.place import Carrier, Place, carrier
-from stare_megatron.sync.plan import Party, plan
+from stare_megatron.sync.plan import Party, plan, require_taken
 from tests.properties import bounded
 
 A, B = Place("a"), Place("b")
@@ -121,3 +121,16 @@ def test_what_nobody_holds_is_named() -> None:
     twice = Party(A, (Box("w", (0, 0), (3, 4)), Box("w", (2, 0), (4, 4))))
     with pytest.raises(RunError, match="overlap"):
         plan([twice], [need], 2)
+
+
+def test_a_tensor_that_no_worker_takes_whole_is_named() -> None:
+    halves = [Box("a", (0, 0), (2, 3)), Box("a", (2, 0), (4, 3))]
+    experts = [Box(f"experts.{i}", (0,), (2,)) for i in range(2)]
+    shapes = {"a": (4, 3), "experts.0": (2,), "experts.1": (2,)}
+    workers = [Party(A, (half, experts[i])) for i, half in enumerate(halves)]
+    require_taken(shapes, workers)
+    require_taken(shapes, [*workers, *workers])
+    with pytest.raises(RunError, match=r"take 6 of the 12 elements of a$"):
+        require_taken(shapes, [workers[0], Party(A, (halves[0], experts[1]))])
+    with pytest.raises(RunError, match=r"take 0 of the 2 elements of experts\.1$"):
+        require_taken(shapes, [Party(A, (half, experts[0])) for half in halves])

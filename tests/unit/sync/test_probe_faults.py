@@ -244,15 +244,24 @@ def test_every_parameter_has_its_turn(monkeypatch):
     assert check.share(specs, 4) == turns[0]
 
 
-def test_experts_take_no_turn(monkeypatch):
-    """Engines keep them fused and report them by boxes only."""
-    monkeypatch.setattr(check, "_SHARE", 8)
-    monkeypatch.setattr(check, "_CPU_SHARE", 8)
+def test_on_cpus_turns_are_shorter():
     layer = "model.layers.0."
     names = [layer + "norm", *(layer + f"mlp.experts.{i}.up_proj.weight" for i in range(9)), layer + "mlp.gate.weight"]
-    specs = [ParamSpec(name, torch.bfloat16, (5,)) for name in names]
-    assert [check.share(specs, turn) for turn in range(3)] == [{names[0]}, {names[-1]}, {names[0]}]
-    assert {*names} == frozenset().union(*(check.share(specs, turn, on_cpu=True) for turn in range(11)))
+    specs = [ParamSpec(name, torch.bfloat16, (1 << 24,)) for name in names]
+    assert check.share(specs, 0) == {*names}
+    assert [check.share(specs, turn, on_cpu=True) for turn in range(6)] == [
+        {*names[i : i + 2]} for i in range(0, 12, 2)
+    ]
+
+
+def test_an_expert_that_no_worker_has_is_named():
+    """Where an engine tells others of the layer: one whose experts are quantized tells of none."""
+    ours = {f"layers.{n}.mlp.experts.{i}.up_proj.weight": "1" for n in range(2) for i in range(3)} | {"norm": "1"}
+    left_out = "layers.1.mlp.experts.2.up_proj.weight"
+    theirs = {name: value for name, value in ours.items() if name != left_out}
+    assert check.first_difference(ours, theirs) == left_out
+    assert check.first_difference(ours, ours) is None
+    assert check.first_difference(ours, {n: v for n, v in ours.items() if not n.startswith("layers.1.")}) is None
 
 
 def test_a_rank_takes_turns_by_probes_and_not_by_versions(monkeypatch):
@@ -274,7 +283,7 @@ def test_a_head_that_left_its_embedding_is_reported_whatever_was_asked_for(monke
     rows = torch.arange(6.0).reshape(3, 2)
     head = worker.Piece("lm_head.weight", rows, 0, 0, 2, 0, stray=True)
     parts = [worker.Piece("a.weight", rows, 0, 0, 2, 0), worker.Piece("b.weight", rows, 0, 0, 2, 0), head]
-    monkeypatch.setattr(worker, "pieces", lambda model, packed: iter(parts))
+    monkeypatch.setattr(worker, "pieces", lambda model, packed, experts: iter(parts))
     monkeypatch.setattr(worker, "get_world_group", lambda: SimpleNamespace(world_size=1, cpu_group=None))
     monkeypatch.setattr(torch.distributed, "all_gather_object", lambda out, mine, group: out.__setitem__(0, mine))
     extension = worker.ChecksumExtension()
