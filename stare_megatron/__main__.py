@@ -7,6 +7,7 @@ processes were lost, and may be started again; 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import platform
 import sys
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from stare_megatron import __version__
-from stare_megatron.errors import LOST, LostError, RunError, UserError
+from stare_megatron.errors import RunError, UserError, ending
 from stare_megatron.host import completion, paths, program
 
 Handler = Callable[[argparse.Namespace, list[str]], int]
@@ -352,21 +353,19 @@ def main(argv: list[str] | None = None) -> int:
         if rest and (not takes or any(item.startswith("-") for item in rest)):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         what = {_train: "the run", _sft: "the run", _eval: "the evaluation"}.get(args.handler, what)
-        return args.handler(args, rest)
-    except UserError as e:
-        return _stopped(e, str(e), 2)
-    except LostError as e:
-        return _stopped(e, f"{what} stopped: {e}", LOST)
-    except RunError as e:
-        return _stopped(e, f"{what} stopped: {e}", 1)
+        takes_long = args.handler in (_train, _sft, _eval, _study, _scale)
+        with program.taking_long() if takes_long else contextlib.nullcontext():
+            return args.handler(args, rest)
+    except (UserError, RunError, KeyboardInterrupt) as e:
+        return _stopped(e, *ending(e, what))
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        return _stopped(
-            e, f"{e.filename or 'a file'}: its disk is full ({e.strerror}); free some room and start again", 1
-        )
-    except KeyboardInterrupt as e:
-        return _stopped(e, "interrupted", 130)
+        full = f"{e.filename or 'a file'}: its disk is full ({e.strerror}); free some room and start again"
+        return _stopped(e, full, 1)
+    finally:
+        if argv is None:
+            program.leave()
 
 
 def _stopped(error: BaseException, text: str, code: int) -> int:

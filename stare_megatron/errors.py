@@ -70,6 +70,15 @@ class RanksLostError(LostError):
     """A trainer rank is, so that the others, which wait for it, are of no use either."""
 
 
+def ending(error: UserError | RunError | KeyboardInterrupt, what: str) -> tuple[str, int]:
+    """What a command that this ended says, and its exit code. `what`: the command was at, such as "the run"."""
+    if isinstance(error, UserError):
+        return str(error), 2
+    if isinstance(error, RunError):
+        return f"{what} stopped: {error}", LOST if isinstance(error, LostError) else 1
+    return "interrupted", 130
+
+
 def nearest(word: str, candidates: Iterable[str], synonyms: Mapping[str, str] = _NO_SYNONYMS) -> str:
     """The candidate that `word` most likely means, "" where none is near. Case, `-` for `_` and spaces are no
     difference.

@@ -25,13 +25,13 @@ from ray._private import worker as ray_worker
 from ray._private.services import find_bootstrap_address
 
 from stare_megatron.cluster.families import Family, family
-from stare_megatron.cluster.signals import ENDS, Interrupt, deaf_children, handling
 from stare_megatron.cluster.silence import NO_WATCH, Watch
 from stare_megatron.config import ClusterConfig
 from stare_megatron.data.tokenizer import first_line
 from stare_megatron.errors import GroupsLostError, LostError, RunError, UserError
 from stare_megatron.host import packages, stacks
 from stare_megatron.host.ports import connect_error, host_port, interface_of
+from stare_megatron.host.signals import ENDS, Interrupt, deaf_children, handling
 
 Ref = ray.ObjectRef
 
@@ -78,6 +78,9 @@ def cluster(config: ClusterConfig, actors: int) -> Iterator[None]:
                 with _stderr_to(said):
                     ray.init(address=config.address, **common)
                 install(Interrupt())
+        except (KeyboardInterrupt, SystemExit) as e:  # the latter: Ray's answer to SIGTERM, until ours is in place
+            _shut_down()
+            raise KeyboardInterrupt from e
         except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as e:
             raise UserError(f"cluster.address = {config.address!r}: {_refusal(e, ''.join(said))}") from e
         except Exception as e:  # Ray has no class for this one (node.py), and no setting for its 30 seconds

@@ -31,11 +31,7 @@ def ended(
 ) -> None:
     """Say below an error that ended the run what is left of it. The folder goes if that is nothing, unless its logs are
     needed. For an ExitStack's `push`, the first two arguments given."""
-    if isinstance(error, SystemExit):  # Ray's answer to SIGTERM, until ours is in place
-        error = KeyboardInterrupt()
     if isinstance(error, UserError | KeyboardInterrupt):
         run_folder.discard(folder)
     if error is not None and folder.path.exists():
         error.add_note(how_to_go_on())
-    if kind is SystemExit and error is not None:
-        raise error

@@ -93,6 +93,7 @@ def evaluate(config: Config, *, model: Path | None, out: Path | None) -> Path:
 
     Raises:
         UserError: before anything is started. RunError: the evaluation had to stop; its logs stay, in OUT.partial.
+        KeyboardInterrupt: it was to end at once.
     """
     console = Console()
     say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
@@ -124,13 +125,13 @@ def evaluate(config: Config, *, model: Path | None, out: Path | None) -> Path:
         with _engines(config, policy, partial / "logs", say, sizing.eval_load(benchmarks)) as engines:
             evaluator = Evaluator(config, benchmarks, engines, runtime.fetch, decoder(tokenizer))
             done = evaluator.evaluate()
+        _write(config, policy, benchmarks, done, partial)
+        os.rename(partial, folder)
     except (UserError, KeyboardInterrupt):
-        shutil.rmtree(partial)
+        shutil.rmtree(partial, ignore_errors=True)
         raise
     except RunError as e:
         raise type(e)(f"{e} (logs: {partial / 'logs'})") from e
-    _write(config, policy, benchmarks, done, partial)
-    os.rename(partial, folder)
     for line in (*eval_results.text(done.results), f"results: {folder}"):
         say(line)
     return folder

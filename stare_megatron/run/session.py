@@ -15,6 +15,7 @@ from stare_megatron.cluster.sandboxes import Sandboxes
 from stare_megatron.cluster.trainers import TrainerGroup
 from stare_megatron.config import Config
 from stare_megatron.host import device
+from stare_megatron.host.signals import undisturbed
 from stare_megatron.models.families import read_hf_config
 from stare_megatron.rollout.groups import Runner
 from stare_megatron.run import sizing
@@ -87,7 +88,7 @@ def open_session(
     # share one, and engines import meanwhile. On CPUs and elsewhere all start at once.
     in_turn = trainers and colocated and device.current() is device.Device.CUDA
     lookout = Lookout(config.watchdog, logs.parent, status)
-    with contextlib.ExitStack() as stack:
+    with undisturbed(status, "ending engines and trainer ranks" if trainers else "ending engines") as stack:
         status("starting Ray")
         stack.enter_context(runtime.cluster(config.cluster, placement.actors(config, ranks)))
         doctor.short(config, logs if trainers else None)

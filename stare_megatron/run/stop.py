@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from stare_megatron.cluster.signals import ECHO_SECONDS, ENDS, handling
+from stare_megatron.host.signals import ECHO_SECONDS, ENDS, handling
 
 
 class StopSignal:
@@ -18,6 +18,7 @@ class StopSignal:
         self._note = note
         self.asked = False
         self._asked_at = 0.0
+        self._then: list[Callable[[], None]] = []
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -27,6 +28,17 @@ class StopSignal:
             install(self._handle)
             yield
 
+    @contextlib.contextmanager
+    def calling(self, then: Callable[[], None]) -> Iterator[None]:
+        """Call `then` when an end is asked for within the context, or was before."""
+        self._then.append(then)
+        try:
+            if self.asked:
+                then()
+            yield
+        finally:
+            self._then.remove(then)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
             if time.monotonic() - self._asked_at < ECHO_SECONDS:
@@ -34,3 +46,5 @@ class StopSignal:
             raise KeyboardInterrupt
         self.asked, self._asked_at = True, time.monotonic()
         self._note("stopping after this step; once more to stop at once")
+        for then in self._then:
+            then()

@@ -11,6 +11,7 @@ from stare_megatron.cluster import placement, runtime
 from stare_megatron.cluster.lookout import Lookout
 from stare_megatron.cluster.supervised import SupervisedGroup
 from stare_megatron.config import Config
+from stare_megatron.host.signals import undisturbed
 from stare_megatron.models.families import read_hf_config
 from stare_megatron.run import sizing
 
@@ -45,7 +46,7 @@ def open_ranks(config: Config, logs: Path, status: Callable[[str], None]) -> Ite
     ranks = config.trainer.world_size
     config = sizing.with_time_limits(config)
     lookout = Lookout(config.watchdog, logs.parent, status)
-    with contextlib.ExitStack() as stack:
+    with undisturbed(status, "ending trainer ranks") as stack:
         status("starting Ray")
         stack.enter_context(runtime.cluster(config.cluster, placement.actors(config, ranks)))
         doctor.short(config, logs)

@@ -14,6 +14,7 @@ import ray.exceptions
 from stare_megatron.cluster import runtime
 from stare_megatron.config import ClusterConfig
 from stare_megatron.errors import LostError, RunError
+from tests import programs
 
 
 def test_a_process_ended_for_want_of_memory_is_one_line(monkeypatch):
@@ -191,3 +192,48 @@ def test_who_knows_its_own_name_is_named_once(monkeypatch, said):
         with pytest.raises(RunError) as e:
             runtime.get(reference, name)
         assert str(e.value) == f"{name}: no room"
+
+
+@pytest.mark.parametrize("answer", [KeyboardInterrupt, SystemExit(15)])
+def test_ray_is_ended_when_its_start_is_interrupted(monkeypatch, answer):
+    """By a signal that we hear, or that Ray does and answers with its own exit."""
+    ended = []
+
+    def init(**_):
+        raise answer
+
+    monkeypatch.setattr(runtime.ray, "init", init)
+    monkeypatch.setattr(runtime, "_shut_down", lambda: ended.append(1))
+    with pytest.raises(KeyboardInterrupt), runtime.cluster(ClusterConfig(), 1):
+        raise AssertionError("it has not started")
+    assert ended == [1]
+
+
+_STARTING = """
+import os, signal, time
+
+import psutil
+
+from stare_megatron.cluster import runtime
+from stare_megatron.config import ClusterConfig
+
+try:
+    with runtime.cluster(ClusterConfig(), 1):
+        started = psutil.Process().children(recursive=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+except KeyboardInterrupt:
+    _, alive = psutil.wait_procs(started, timeout=20)
+    print("interrupted; left:", [p.name() for p in alive])
+"""
+
+
+@pytest.mark.parts
+def test_while_engines_start_nobody_is_left_and_ray_says_nothing(tmp_path):
+    """Ray's own handler would write a stack trace and abort the driver."""
+    script = tmp_path / "starting.py"
+    script.write_text(_STARTING)
+    done = programs.run([sys.executable, script])
+    assert done.stdout == "interrupted; left: []\n", done.stderr[-2000:]
+    assert done.returncode == 0
+    assert "SIGTERM received" not in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -68,3 +69,19 @@ def test_what_it_says_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("PATH", SYSTEM)
     done = subprocess.run(f"{program.called()} methods", shell=True, capture_output=True, text=True, check=True)
     assert "grpo" in done.stdout
+
+
+def test_ctrl_c_while_python_ends_says_nothing():
+    """Its own answer would be a traceback below what the command has said."""
+    script = (
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # whoever started the tests may ignore it
+        "from stare_megatron.__main__ import main\n"
+        "sys.argv = ['stare-megatron', 'methods']\n"
+        "assert main() == 0\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+        "time.sleep(60)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600, check=False)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+    assert "stare" in done.stdout

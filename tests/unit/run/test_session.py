@@ -91,6 +91,15 @@ def test_the_arenas_are_told(monkeypatch, order):
     assert not any("offload" in text for text in said)
 
 
+def test_the_user_is_told_what_is_waited_for_at_the_end(monkeypatch, order):
+    monkeypatch.setattr(device, "current", lambda: device.Device.CPU)
+    said: list[str] = []
+    for trainers in (True, False):
+        with session.open_session(configuration(), Path("logs"), said.append, sizing.Load(8, 8), trainers=trainers):
+            said.clear()
+        assert said == ["ending engines and trainer ranks" if trainers else "ending engines"]
+
+
 def test_ranks_that_were_lost_are_started_again_and_engines_stay(monkeypatch, order):
     monkeypatch.setattr(device, "current", lambda: device.Device.CPU)
     with session.open_session(configuration(), Path("logs"), lambda _: None, sizing.Load(8, 8)) as opened:

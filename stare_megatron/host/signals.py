@@ -1,4 +1,5 @@
-"""SIGTERM, and SIGHUP of a terminal that is closed, beside Ray."""
+"""Ctrl-C, SIGTERM, and SIGHUP of a terminal that is closed, beside Ray: while a run starts and while it ends. What they
+do between the two: `run.stop`."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 ENDS = (signal.SIGTERM, signal.SIGHUP)
+ALL = (signal.SIGINT, *ENDS)
 
 # Who sends a signal to a process group and to each process in it, or passes on one that the group gets, says it twice.
 ECHO_SECONDS = 1.0
@@ -53,7 +55,7 @@ def handling(numbers: Sequence[signal.Signals]) -> Iterator[Callable[[Handler], 
 
 class Interrupt:
     """A handler that does what Ctrl-C does. Ray puts one of its own in place when it starts, which answers SIGTERM with
-    a stack trace and `abort()`: nobody would clean up. So this one is installed after that."""
+    a stack trace and `abort()`: nobody would clean up. So this one is installed again after that."""
 
     def __init__(self) -> None:
         self._heard_at = float("-inf")
@@ -62,3 +64,24 @@ class Interrupt:
         before, self._heard_at = self._heard_at, time.monotonic()
         if self._heard_at - before >= ECHO_SECONDS:
             raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM and SIGHUP end what is within as Ctrl-C does, until other handlers are put in place: what it has begun
+    is cleaned up, and the command ends with one line."""
+    with handling(ALL) as install:
+        install(Interrupt())
+        yield
+
+
+@contextlib.contextmanager
+def undisturbed(say: Callable[[str], None], ending: str) -> Iterator[contextlib.ExitStack]:
+    """A stack of what is to be ended on leaving. No signal interrupts that, which takes seconds and would leave
+    processes behind. `ending`: what `say` tells the user then, and again upon a signal."""
+    with handling(ALL) as install, contextlib.ExitStack() as stack:
+        try:
+            yield stack
+        finally:
+            install(lambda number, frame: say(f"{ending}; a moment"))
+            say(ending)

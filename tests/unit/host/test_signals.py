@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
-import sys
 from collections.abc import Iterator
 
 import pytest
 
-from stare_megatron.cluster.signals import ENDS, Interrupt, handling
-from tests import programs
+from stare_megatron.host.signals import ALL, ENDS, Interrupt, handling, interruptible, undisturbed
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +32,7 @@ def test_it_is_an_interrupt_until_the_handler_of_before_is_back(number):
 
 def test_a_signal_that_is_said_twice_does_not_interrupt_the_cleaning_up(monkeypatch):
     now = [10.0]
-    monkeypatch.setattr("stare_megatron.cluster.signals.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("stare_megatron.host.signals.time.monotonic", lambda: now[0])
     with handling(ENDS) as install:
         install(Interrupt())
         with pytest.raises(KeyboardInterrupt):
@@ -55,31 +54,31 @@ def test_nohup_stays_deaf_to_the_terminals_end():
         signal.signal(signal.SIGHUP, before)
 
 
-_STARTING = """
-import os, signal, time
-
-import psutil
-
-from stare_megatron.cluster import runtime
-from stare_megatron.config import ClusterConfig
-
-try:
-    with runtime.cluster(ClusterConfig(), 1):
-        started = psutil.Process().children(recursive=True)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(60)
-except KeyboardInterrupt:
-    _, alive = psutil.wait_procs(started, timeout=20)
-    print("interrupted; left:", [p.name() for p in alive])
-"""
+@pytest.mark.parametrize("number", ALL)
+def test_a_command_that_is_interruptible_ends_at_once(number):
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        signal.raise_signal(number)
+    assert signal.getsignal(number) is before
 
 
-@pytest.mark.parts
-def test_while_engines_start_nobody_is_left_and_ray_says_nothing(tmp_path):
-    """Ray's own handler would write a stack trace and abort the driver."""
-    script = tmp_path / "starting.py"
-    script.write_text(_STARTING)
-    done = programs.run([sys.executable, script])
-    assert done.stdout == "interrupted; left: []\n", done.stderr[-2000:]
-    assert done.returncode == 0
-    assert "SIGTERM received" not in done.stderr
+@pytest.mark.parametrize("number", ALL)
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt, ValueError])
+def test_no_signal_disturbs_the_cleaning_up(number, error):
+    """Of which something else would be left."""
+    before = signal.getsignal(number)
+    said, ended = [], []
+
+    def end(name):
+        signal.raise_signal(number)
+        ended.append(name)
+
+    with pytest.raises(error) if error else contextlib.nullcontext():  # noqa: SIM117
+        with undisturbed(said.append, "ending engines") as stack:
+            for name in ("Ray", "engines"):
+                stack.callback(end, name)
+            if error:
+                raise error
+    assert ended == ["engines", "Ray"]
+    assert said == ["ending engines", *["ending engines; a moment"] * 2]
+    assert signal.getsignal(number) is before
