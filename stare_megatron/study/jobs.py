@@ -23,6 +23,7 @@ import psutil
 from stare_megatron.config import flatten
 from stare_megatron.errors import RunError, UserError
 from stare_megatron.host.exported import exported
+from stare_megatron.host.signals import ALL, handling
 from stare_megatron.metrics import eval_records, jsonl
 from stare_megatron.study.spec import Job, Study
 
@@ -90,7 +91,8 @@ class Runner:
         self._stopping = False
 
     def run(self) -> list[Progress]:
-        """Run what is not done yet; returns the progress of every job. Ctrl-C ends each running one after its step.
+        """Run what is not done yet; returns the progress of every job. Ctrl-C, SIGTERM or a terminal that is closed
+        ends each running one after its step.
 
         Raises:
             UserError: a run folder of another configuration is in the way. RunError: a command of `prepare` failed.
@@ -99,17 +101,16 @@ class Runner:
             refuse_other(p.job)
             if is_done(p):
                 p.state = State.DONE
-        before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            self._prepare()
-            self._loop()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            for process, log in self._running.values():
-                process.kill()
-                process.wait()
-                log.close()
+        with handling(ALL) as install:
+            install(self._stop)
+            try:
+                self._prepare()
+                self._loop()
+            finally:
+                for process, log in self._running.values():
+                    process.kill()
+                    process.wait()
+                    log.close()
         return self.progress
 
     def _prepare(self) -> None:
@@ -151,6 +152,8 @@ class Runner:
             start_new_session=True,  # Ctrl-C reaches it once, through us
         )
         self._running[i] = (process, handle)
+        if self._stopping:  # since it was started, so that it was not told
+            self._tell(i)
 
     def _look_after(self, i: int) -> None:
         p = self.progress[i]
@@ -173,9 +176,12 @@ class Runner:
     def _stop(self, number: int, frame: Any) -> None:
         """The first signal lets every running job finish its step and save; the second ends them at once."""
         self._stopping = True
-        for i, (process, _) in self._running.items():
-            process.send_signal(signal.SIGINT)
-            self.progress[i].state = State.STOPPING
+        for i in self._running:
+            self._tell(i)
+
+    def _tell(self, i: int) -> None:
+        self._running[i][0].send_signal(signal.SIGINT)
+        self.progress[i].state = State.STOPPING
 
 
 def log_file(job: Job) -> Path:

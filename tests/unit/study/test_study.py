@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -215,7 +216,8 @@ while True:
 """
 
 
-def test_ctrl_c_goes_to_what_runs_and_the_next_run_does_not_start(file, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_ctrl_c_goes_to_what_runs_and_the_next_run_does_not_start(file, tmp_path, monkeypatch, number):
     (tmp_path / "stare_megatron.py").write_text(WAITS)  # found first by `python -m` in this folder
     monkeypatch.chdir(tmp_path)
     edit(file, 'prepare = ["{python} make.py --out {seed}"]', "prepare = []")
@@ -224,13 +226,30 @@ def test_ctrl_c_goes_to_what_runs_and_the_next_run_does_not_start(file, tmp_path
     def show(progress):
         log = jobs.log_file(progress[0].job)
         if progress[0].state is jobs.State.RUNNING and log.read_text().strip() == "waiting":
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         seen.append(progress[0].state)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.signal(number, signal.SIG_DFL)
     try:
         progress = jobs.Runner(study, 1, show).run()
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
     assert jobs.State.STOPPING in seen
+    assert [p.state.name for p in progress] == ["STOPPED", "WAITING", "WAITING", "WAITING"]
+
+
+def test_a_run_is_told_that_starts_while_ctrl_c_is_heard(file, tmp_path, monkeypatch):
+    """Else it would run to its end."""
+    (tmp_path / "stare_megatron.py").write_text(WAITS)
+    monkeypatch.chdir(tmp_path)
+    edit(file, 'prepare = ["{python} make.py --out {seed}"]', "prepare = []")
+    popen = subprocess.Popen
+
+    def start(*args, **named):
+        process = popen(*args, **named)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return process
+
+    monkeypatch.setattr(jobs.subprocess, "Popen", start)
+    progress = jobs.Runner(spec.load(file, ""), 2, lambda _: None).run()
     assert [p.state.name for p in progress] == ["STOPPED", "WAITING", "WAITING", "WAITING"]
