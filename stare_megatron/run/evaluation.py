@@ -19,6 +19,7 @@ from stare_megatron.config import Config, Section
 from stare_megatron.config.registry import is_address
 from stare_megatron.config.reward import WorkerConfig
 from stare_megatron.data.benchmarks import Benchmark
+from stare_megatron.errors import GivenUpError
 from stare_megatron.metrics import eval_records, eval_results
 from stare_megatron.metrics.catalogue import Metric
 from stare_megatron.metrics.eval_results import WHOLE, Result, result, result_metrics
@@ -37,6 +38,14 @@ class Dispatcher(GroupDispatcher[Ref_co], Protocol[Ref_co]):
 
     def reset_prefix_cache(self) -> None:
         """Drop what the requests served so far left behind."""
+        ...
+
+    def give_up(self) -> None:
+        """Make `results` end soon, with a GivenUpError."""
+        ...
+
+    def forget(self) -> None:
+        """`results` has ended: drop what it waited for."""
         ...
 
 
@@ -81,7 +90,11 @@ class Evaluator(Generic[Ref]):
         self._decode = decode
 
     def evaluate(self) -> Evaluation:
-        """Sample and grade every benchmark. The engines must be awake and idle, and are left without a trace of it."""
+        """Sample and grade every benchmark. The engines must be awake and idle, and are left without a trace of it.
+
+        Raises:
+            GivenUpError: `give_up` was called.
+        """
         began = time.monotonic()
         questions = list(self._questions())
         summaries: dict[int, GroupSummary] = {}
@@ -101,6 +114,14 @@ class Evaluator(Generic[Ref]):
             metrics=result_metrics(results, time.monotonic() - began),
             rows={b.name: [rows[q.request.order] for q in questions if q.benchmark is b] for b in self._benchmarks},
         )
+
+    def give_up(self) -> None:
+        """End `evaluate` soon; from a signal's handler, or another thread."""
+        self._dispatcher.give_up()
+
+    def forget(self) -> None:
+        """Drop what was asked for, once `evaluate` was given up."""
+        self._dispatcher.forget()
 
     def _questions(self) -> Iterator[_Question]:
         e = self._config.eval
@@ -187,10 +208,18 @@ class Evaluations(Generic[Ref]):
         return self._any and wanted and step not in self._done
 
     def evaluate(self, step: int) -> None:
-        """Evaluate, record and log. A record is in the table when all of it is on disk."""
-        done = self._evaluator.evaluate()
+        """Evaluate, record and log, unless it is given up. A record is in the table when all of it is on disk."""
+        try:
+            done = self._evaluator.evaluate()
+        except GivenUpError:
+            self._evaluator.forget()
+            return
         folder = eval_records.step_folder(self._folder / eval_records.FOLDER, step)
         eval_records.write(folder, self._fingerprint, step, done.results, done.rows)
         eval_records.append(self._folder, step, done.metrics)
         self._done |= {step}
         self._log(step, done.metrics, eval_results.text(done.results))
+
+    def give_up(self) -> None:
+        """End the evaluation under way soon. It stays due."""
+        self._evaluator.give_up()

@@ -126,8 +126,14 @@ def _hand_over(run: Run[Ref], version: int) -> npt.NDArray[np.float32] | None:
 
 
 def _evaluate_when_due(run: Run[Ref], step: int) -> None:
-    # What a stop leaves out is due when the run goes on.
-    if run.evaluations.due(step) and not run.stop.asked:
+    """Not when an end is wanted, nor is one waited for then: what a stop leaves out is due when the run goes on."""
+    if not run.evaluations.due(step):
+        return
+    if not run.stop.asked:
         with run.recorder.phase("eval"):
             run.sampler.drain()
-            run.evaluations.evaluate(step)
+            with run.stop.calling(run.evaluations.give_up):
+                if not run.stop.asked:
+                    run.evaluations.evaluate(step)
+    if run.evaluations.due(step):
+        run.recorder.note(f"the evaluation of step {step} is not waited for: the run that goes on makes it")

@@ -63,7 +63,8 @@ class Sampler(Protocol[Batch_co]):
         ...
 
     def drain(self) -> None:
-        """Before engines serve others: returns when nothing is being sampled. The next batch goes on.
+        """Before engines serve others: returns when nothing is being sampled, or an end is wanted. The next batch goes
+        on.
 
         Raises:
             RunError: an engine failed.

@@ -117,12 +117,12 @@ class StreamSampler(Generic[Ref]):
         self._raise()
 
     def drain(self) -> None:
-        """Wait until nothing is being sampled; the next batch goes on."""
+        """Wait until nothing is being sampled, or an end is wanted; the next batch goes on."""
         with self._changed:
             self._held = True
-            while self._window.running:
+            while self._window.running and not self._stop():
                 self._raise()
-                self._changed.wait()
+                self._changed.wait(_GLANCE_S)
 
     def state(self) -> StreamState:
         return self._stream.state()

@@ -63,7 +63,7 @@ def train(config: Config, *, quiet: bool, command: list[str]) -> int:
     `command`: what started it, for the record.
 
     Raises:
-        UserError: before anything is started. RunError: the run had to stop.
+        UserError: before anything is started. RunError: the run had to stop. KeyboardInterrupt: it was to end at once.
     """
     console = Console()
     with alone(config.folder, console.out):
@@ -74,21 +74,20 @@ def _train(config: Config, quiet: bool, command: list[str], console: Console) ->
     prepared = prepare(config, console)
     config = prepared.config
     folder = run_folder.open_run(config, command, prepared.sandbox)
-    wandb_id.keep(folder.path, prepared.wandb_run)
     say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
-    held_out = {benchmark.name: len(benchmark.prompts) for benchmark in prepared.benchmarks}
-    parameters = run_folder.parameter_count(config.model.path)
-    say(opening(config, parameters, len(prepared.stream.prompts), held_out))
-    expected = forecast.forecast(config)
-    if lines := expected.lines():
-        say(forecast.as_text(lines))
-    for note in prepared.notes:
-        say(f"note: {note}", style="yellow")
     with contextlib.ExitStack() as end:
         end.push(functools.partial(ended, folder, functools.partial(how_to_go_on, config, finished=False)))
+        wandb_id.keep(folder.path, prepared.wandb_run)
+        held_out = {benchmark.name: len(benchmark.prompts) for benchmark in prepared.benchmarks}
+        parameters = run_folder.parameter_count(config.model.path)
+        say(opening(config, parameters, len(prepared.stream.prompts), held_out))
+        expected = forecast.forecast(config)
+        if lines := expected.lines():
+            say(forecast.as_text(lines))
+        for note in prepared.notes:
+            say(f"note: {note}", style="yellow")
         with contextlib.closing(open_sinks(config, folder.path, prepared.restored, quiet, console)) as sinks:
-            done = _run(prepared, folder, sinks)
-        finished = done >= config.run.steps
+            finished = _run(prepared, folder, sinks)
         if run_folder.is_used(folder):
             plot(folder.path)
             planned = expected.against(folder.path)
@@ -151,8 +150,8 @@ def today(config: Root, tokenizer: PreTrainedTokenizerBase) -> Root:
     return config.dated(datetime.date.today().isoformat())
 
 
-def _run(prepared: Prepared, folder: run_folder.RunFolder, sinks: Sinks) -> int:
-    """Start everything and train; returns the steps done."""
+def _run(prepared: Prepared, folder: run_folder.RunFolder, sinks: Sinks) -> bool:
+    """Start everything and train; returns whether all steps are done, and all that is due after the last."""
     config = prepared.config
     load = sizing.rollout_load(config)
     tell = Events(folder.path, sinks.note)
@@ -179,7 +178,7 @@ def _run(prepared: Prepared, folder: run_folder.RunFolder, sinks: Sinks) -> int:
                 with session.lookout.watching():
                     done = loop.train(run)
                 tell.happened("run", "ENDED", f"{done} of {config.run.steps} steps are done")
-                return done
+                return done >= config.run.steps and not run.evaluations.due(done)
             except MissingFilesError as e:
                 prepared = choice.without(prepared, session, str(e))
                 if prepared.resume_from is None:

@@ -10,6 +10,7 @@ from stare_megatron.cluster import runtime
 from stare_megatron.cluster.supervised import SupervisedGroup
 from stare_megatron.config import SftConfig
 from stare_megatron.data.supervised import SequenceSet
+from stare_megatron.errors import GivenUpError
 from stare_megatron.metrics import eval_records
 from stare_megatron.metrics.catalogue import Metric
 from stare_megatron.metrics.reduce import reduce
@@ -68,14 +69,18 @@ class HeldOut:
         regular = step % self._every == 0 if self._every else epoch_is_over
         return regular or step in (0, self._steps)
 
-    def measure(self, trainers: SupervisedGroup, step: int) -> float:
-        """The mean over all learned tokens, nats.
+    def measure(self, trainers: SupervisedGroup, step: int, stop: Callable[[], bool]) -> float:
+        """The mean over all learned tokens, nats. `stop`: whether an end is wanted, asked before each batch.
 
         Raises:
-            RunError: a log-prob is not finite.
+            RunError: a log-prob is not finite. GivenUpError: an end is wanted; nothing is on record.
         """
         assert self._sequences is not None
-        parts = [trainers.held_out(batch_of(self._sequences, chosen)) for chosen in self._batches(self._sequences)]
+        parts = []
+        for chosen in self._batches(self._sequences):
+            if stop():
+                raise GivenUpError("given up (held-out loss)")
+            parts.append(trainers.held_out(batch_of(self._sequences, chosen)))
         metrics = reduce(parts)
         loss = metrics[0].value
         eval_records.append(self._folder, step, metrics)

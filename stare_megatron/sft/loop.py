@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from stare_megatron.errors import GivenUpError
 from stare_megatron.sft.batches import batch_of
 
 if TYPE_CHECKING:
@@ -55,7 +57,16 @@ def learn(run: Run) -> int:
 
 
 def _measure_when_due(run: Run, step: int) -> None:
-    # What a stop leaves out is due when the run goes on.
-    if run.held_out.due(step, epoch_is_over=run.stream.epoch_is_over) and not run.stop.asked:
-        with run.recorder.phase("eval"):
-            run.held_out.measure(run.trainers, step)
+    """Not when an end is wanted, nor is one waited for then: what a stop leaves out is due when the run goes on."""
+    if not held_out_is_due(run, step):
+        return
+    if not run.stop.asked:
+        with run.recorder.phase("eval"), contextlib.suppress(GivenUpError):
+            run.held_out.measure(run.trainers, step, lambda: run.stop.asked)
+    if held_out_is_due(run, step):
+        run.recorder.note(f"the held-out loss of step {step} is not waited for: the run that goes on measures it")
+
+
+def held_out_is_due(run: Run, step: int) -> bool:
+    """Whether the held-out loss after `step`, the newest, is to be measured and was not yet."""
+    return run.held_out.due(step, epoch_is_over=run.stream.epoch_is_over)

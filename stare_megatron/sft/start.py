@@ -24,14 +24,14 @@ from stare_megatron.models.families import read_hf_config
 from stare_megatron.run import folder as run_folder
 from stare_megatron.run import forecast, resuming
 from stare_megatron.run.alone import alone
-from stare_megatron.run.ending import ended
+from stare_megatron.run.ending import ended, on_record
 from stare_megatron.run.rates import rates_of
 from stare_megatron.run.stop import StopSignal
 from stare_megatron.run.train import is_unexplained, today
 from stare_megatron.sft import display
 from stare_megatron.sft.batches import HeldOut
 from stare_megatron.sft.check import check
-from stare_megatron.sft.loop import Run, learn
+from stare_megatron.sft.loop import Run, held_out_is_due, learn
 from stare_megatron.sft.recorder import Recorder
 from stare_megatron.sft.saving import Saving
 from stare_megatron.sft.session import Ranks, open_ranks
@@ -65,7 +65,7 @@ def sft(config: SftConfig, *, quiet: bool, command: list[str]) -> int:
     `command`: what started it, for the record.
 
     Raises:
-        UserError: before anything is started. RunError: the run had to stop.
+        UserError: before anything is started. RunError: the run had to stop. KeyboardInterrupt: it was to end at once.
     """
     console = Console()
     with alone(config.folder, console.out):
@@ -77,16 +77,15 @@ def _sft(config: SftConfig, quiet: bool, command: list[str], console: Console) -
     prepared = prepare(config, console)
     config, ranks = prepared.config, prepared.ranks
     folder = run_folder.open_run(ranks, command, written=prepared.written)
-    wandb_id.keep(folder.path, prepared.wandb_run)
-    say(display.opening(config, run_folder.parameter_count(config.model.path), prepared.train, prepared.held_out))
-    for note in prepared.notes:
-        say(f"note: {note}", style="yellow")
     with contextlib.ExitStack() as end:
         end.push(functools.partial(ended, folder, functools.partial(display.how_to_go_on, config, finished=False)))
+        wandb_id.keep(folder.path, prepared.wandb_run)
+        say(display.opening(config, run_folder.parameter_count(config.model.path), prepared.train, prepared.held_out))
+        for note in prepared.notes:
+            say(f"note: {note}", style="yellow")
         sinks = open_sinks(ranks, folder.path, prepared.restored, quiet, console, written=prepared.written)
         with contextlib.closing(sinks):
-            done = _run(prepared, folder, sinks)
-        finished = done >= config.run.steps
+            finished = _run(prepared, folder, sinks)
         if run_folder.is_used(folder):
             plot(folder.path)
             console.print(display.summary(config, folder.outputs(), finished=finished))
@@ -155,20 +154,24 @@ def _unheard_end(model: Path, tokenizer: PreTrainedTokenizerBase, end: int) -> l
     ]
 
 
-def _run(prepared: Prepared, folder: run_folder.RunFolder, sinks: Sinks) -> int:
-    """Start everything and learn; returns the steps done."""
+def _run(prepared: Prepared, folder: run_folder.RunFolder, sinks: Sinks) -> bool:
+    """Start everything and learn; returns whether all steps are done, and the held-out loss after the last measured."""
     config = prepared.config
-    stop = StopSignal(sinks.note)
     tell = Events(folder.path, sinks.note)
+    stop = StopSignal(tell.noted("run", "STOPPING"))
     start = prepared.stream.state()
-    with open_ranks(prepared.ranks, folder.logs, sinks.status) as session, stop.installed():
+    with on_record(tell), open_ranks(prepared.ranks, folder.logs, sinks.status) as session, stop.installed():
         restarts = 0
         while True:
             try:
                 session.lookout.step = prepared.restored
                 run = _assemble(prepared, folder, sinks, stop, session)
+                if prepared.resume_from is not None:
+                    tell.happened("run", "RESUMED", f"going on from step {prepared.restored}, {prepared.resume_from}")
                 with session.lookout.watching():
-                    return learn(run)
+                    done = learn(run)
+                tell.happened("run", "ENDED", f"{done} of {config.run.steps} steps are done")
+                return done >= config.run.steps and not held_out_is_due(run, done)
             except (RanksLostError, HangError) as e:
                 tell(RunEvent("trainer ranks", "", "HEALTHY", "DEAD", str(e)))
                 if stop.asked or restarts == config.run.restarts or is_unexplained(e):

@@ -12,7 +12,7 @@ from stare_megatron.config import parse
 from stare_megatron.data.benchmarks import MAX_SOURCES, OTHER, load_benchmarks, source_labels
 from stare_megatron.data.prompts import load_prompts
 from stare_megatron.envs.single_turn import SingleTurn
-from stare_megatron.errors import UserError
+from stare_megatron.errors import GivenUpError, UserError
 from stare_megatron.metrics import jsonl
 from stare_megatron.metrics.catalogue import by_name
 from stare_megatron.rewards.base import RewardError
@@ -35,6 +35,7 @@ class Engines:
         self.requests = []
         self.waiting = []
         self.forgotten = 0
+        self.given_up = False
         self._correct, self._fail, self._ungraded = correct, fail, ungraded
 
     async def sample(self, token_ids, sampling):
@@ -58,6 +59,8 @@ class Engines:
         while self.waiting:
             request = self.waiting.pop()  # not the order they were given in
             self.requests.append(request)
+            if self.given_up:
+                raise GivenUpError("given up (sample)")
             group = asyncio.run(
                 run_group(request, make_env=SingleTurn, sampler=self, reward=self._reward, tokenizer=TOKENIZER)
             )
@@ -65,6 +68,12 @@ class Engines:
 
     def reset_prefix_cache(self):
         self.forgotten += 1
+
+    def give_up(self):
+        self.given_up = True
+
+    def forget(self):
+        self.waiting, self.given_up = [], False
 
 
 def write(path, count, source=lambda i: "sums"):
@@ -231,6 +240,26 @@ def test_a_resumed_run_repeats_and_loses_no_evaluation(tmp_path, bench):
     changed.evaluate(2)
     assert [row["step"] for row in jsonl.read(tmp_path / "eval.jsonl")] == [0, 2]
     assert "eval/bench/avg@2" in jsonl.read(tmp_path / "eval.jsonl")[1]
+
+
+def test_an_evaluation_that_is_given_up_is_not_on_record_and_stays_due(tmp_path, bench):
+    config = config_of(tmp_path, [bench], eval={"every": 2})
+
+    def right(token):
+        if len(engines.requests) == 3:
+            made.give_up()
+        return True
+
+    engines = Engines(right)
+    made = evaluations(config, engines, tmp_path)
+    made.evaluate(2)
+    assert made.due(2)
+    assert len(engines.requests) == 4
+    assert not engines.waiting
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.jsonl"]
+    made.evaluate(2)
+    assert not made.due(2)
+    assert [row["step"] for row in jsonl.read(tmp_path / "eval.jsonl")] == [2]
 
 
 def test_a_torn_line_of_the_table_is_an_evaluation_that_was_not_made(tmp_path, bench):

@@ -19,6 +19,7 @@ class Everything:
         self.asked = False
         self._restored, self._stop_at = restored, stop_at
         self._evaluate, self._save, self._export, self._none_at = evaluate, save, export, none_at
+        self.stop_evaluating = None
 
     # sampler
     def next_batch(self, version):
@@ -101,6 +102,15 @@ class Everything:
         self.said.append(f"record {step} {batch} {control} {gap.value:.0e}")
         self.asked = self.asked or step == self._stop_at
 
+    def note(self, text):
+        self.said.append(text)
+
+    # stop
+    @contextlib.contextmanager
+    def calling(self, then):
+        self.then = then
+        yield
+
     def close(self, step=None):
         self.said.append("give up" if step is None else f"close {step}")
 
@@ -129,13 +139,22 @@ class Everything:
 
 class Evaluations:
     def __init__(self, parts, steps):
-        self._parts, self._steps = parts, steps
+        self._parts, self._left = parts, set(steps)
+        self._given_up = False
 
     def due(self, step):
-        return step in self._steps
+        return step in self._left
 
     def evaluate(self, step):
         self._parts.said.append(f"evaluate {step}")
+        if step == self._parts.stop_evaluating:
+            self._parts.asked = True
+            self._parts.then()
+        if not self._given_up:
+            self._left.remove(step)
+
+    def give_up(self):
+        self._given_up = True
 
 
 class Saving:
@@ -225,7 +244,28 @@ def test_the_order_of_a_run():
 def test_a_wish_to_stop_is_granted_after_the_step_which_is_saved_and_not_evaluated():
     parts = Everything(stop_at=1, evaluate=(0, 1))
     assert run(parts, steps=5) == 1
-    assert parts.said[-len(STEP_1) - 4 :] == [*STEP_1, "devices: checkpoint", "save 1 last", "close 1", "give up"]
+    left = "the evaluation of step 1 is not waited for: the run that goes on makes it"
+    assert parts.said[-len(STEP_1) - 5 :] == [*STEP_1, left, "devices: checkpoint", "save 1 last", "close 1", "give up"]
+
+
+def test_an_evaluation_is_given_up_when_an_end_is_wanted_and_the_step_before_it_saved():
+    parts = Everything(evaluate=(1,))
+    parts.stop_evaluating = 1
+    assert run(parts, steps=5) == 1
+    left = "the evaluation of step 1 is not waited for: the run that goes on makes it"
+    saved = ["devices: checkpoint", "save 1 last", "close 1", "give up"]
+    assert parts.said[-len(STEP_1) - 7 :] == [*STEP_1, "drain", "evaluate 1", left, *saved]
+
+
+def test_nothing_is_evaluated_that_had_to_wait_until_an_end_was_wanted():
+    parts = Everything(evaluate=(0,))
+
+    def drain():
+        parts.asked = True
+
+    parts.drain = drain
+    assert run(parts) == 0
+    assert parts.said[-3:-1] == ["the evaluation of step 0 is not waited for: the run that goes on makes it", "close 0"]
 
 
 def test_a_batch_that_is_not_waited_for_ends_the_run():

@@ -18,6 +18,7 @@ from stare_megatron.host import manifest
 from stare_megatron.run import loop
 from stare_megatron.run.recorder import Remembered
 from stare_megatron.run.saving import Saving
+from stare_megatron.run.stop import StopSignal
 from stare_megatron.types import EntropyReading, GateDuty, Observed, ScoreSummary, StepStats
 from tests.configs import configuration
 
@@ -114,6 +115,8 @@ class Recorder:
 
     def status(self, text: str) -> None: ...
 
+    def note(self, text: str) -> None: ...
+
     def shows_tokens(self, step: int) -> bool:
         return False
 
@@ -164,8 +167,8 @@ def made(folder: Path, **keep: Any) -> SimpleNamespace:
             baseline=0.02,
         ),
         recorder=Recorder(),
-        evaluations=SimpleNamespace(due=lambda step: True, evaluate=lambda step: None),
-        stop=SimpleNamespace(asked=False),
+        evaluations=SimpleNamespace(due=lambda step: True, evaluate=lambda step: None, give_up=lambda: None),
+        stop=StopSignal(lambda text: None),
     )
     parts.weights.trainers = parts.trainers
     saver = checkpoint.Saver(

@@ -89,11 +89,14 @@ def made(tmp_path):
     prompts = load_prompts(DataConfig(train=[path]), TOKENIZER)
     samplers: list[StreamSampler[int]] = []
 
-    def make(staleness: int, seed: int = 0) -> tuple[StreamSampler[int], Engines, PromptStream]:
+    def make(
+        staleness: int, seed: int = 0, stop: Callable[[], bool] = lambda: False
+    ) -> tuple[StreamSampler[int], Engines, PromptStream]:
         engines, stream = Engines(seed), PromptStream(prompts, seed=0, shuffle=True)
         window = Window(P, staleness, (staleness + 1) * P, 3, 5 * P, STEPS)
         engines.version = lambda: window.version
-        samplers.append(StreamSampler(Collector(settings(), engines, stream), stream, window, engines))
+        collector = Collector(settings(), engines, stream)
+        samplers.append(StreamSampler(collector, stream, window, engines, stop=stop))
         return samplers[-1], engines, stream
 
     def synchronous() -> tuple[Collector[int], Engines]:
@@ -173,6 +176,24 @@ def test_it_waits_for_nobody_while_the_trainer_learns_and_for_all_before_an_eval
     sampler.drain()
     assert sampler._window.running == 0
     sampler.next_batch(1)  # and it goes on
+
+
+def test_an_end_that_is_wanted_is_not_kept_waiting_for_engines_to_have_nothing_to_do(made):
+    wanted = threading.Event()
+    sampler, engines, _ = made(2, stop=wanted.is_set)
+    engines.go = threading.Semaphore(0)
+    batch = threading.Thread(target=sampler.next_batch, args=(0,))
+    batch.start()
+    while batch.is_alive():  # no more than it takes: others are being sampled then
+        engines.go.release()
+        batch.join(0.01)
+    draining = threading.Thread(target=sampler.drain)
+    draining.start()
+    draining.join(0.1)
+    assert draining.is_alive()
+    wanted.set()
+    draining.join(300)
+    assert sampler._window.running
 
 
 def test_an_engines_death_is_the_loops(made):

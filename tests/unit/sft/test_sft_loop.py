@@ -25,7 +25,7 @@ from stare_megatron.run.rates import Rates
 from stare_megatron.run.stop import StopSignal
 from stare_megatron.sft import batches
 from stare_megatron.sft.batches import Batch, HeldOut
-from stare_megatron.sft.loop import Run, learn
+from stare_megatron.sft.loop import Run, held_out_is_due, learn
 from stare_megatron.sft.recorder import Recorder
 from stare_megatron.sft.saving import Saving
 from stare_megatron.sft.session import Ranks
@@ -153,8 +153,12 @@ def made(tmp_path: Path, tables: dict[str, Any]) -> SftConfig:
     return parse_sft({name: tree.get(name, {}) | tables.get(name, {}) for name in tree | tables}, "test")
 
 
+def steps_of(table: Path) -> list[int]:
+    return [int(row["step"]) for row in jsonl.read(table)] if table.exists() else []
+
+
 def logged(folder: RunFolder) -> list[int]:
-    return [int(row["step"]) for row in jsonl.read(folder.metrics)]
+    return steps_of(folder.metrics)
 
 
 def test_two_epochs(start: Callable[..., Started]) -> None:
@@ -192,6 +196,32 @@ def test_a_stopped_run_is_saved_and_goes_on_as_if_it_never_was(start: Callable[.
     assert learn(again.run) == 6
     assert again.ranks.learned == whole.ranks.learned
     assert logged(again.folder) == [1, 2, 3, 4, 5, 6]
+    tables = [jsonl.read(x.folder.path / "eval.jsonl") for x in (again, whole)]
+    assert tables[0] == tables[1]
+
+
+@pytest.mark.parametrize("at", [0, 3, 6])
+def test_a_measurement_is_not_waited_for_when_an_end_is_wanted(start: Callable[..., Started], at: int) -> None:
+    """It is made up for, also that of the last step, without which a run is not over."""
+    whole = start(run={"name": "whole"})
+    learn(whole.run)
+    small = {"micro_batch_tokens": 1}  # several batches
+    s = start(trainer=small)
+    measure = s.ranks.held_out
+
+    def stops(batch: Batch) -> Measured:
+        s.run.stop.asked = s.ranks.step == at
+        return measure(batch)
+
+    s.ranks.held_out = stops  # type: ignore[method-assign]
+    assert learn(s.run) == at
+    assert held_out_is_due(s.run, at)
+    assert steps_of(s.folder.path / "eval.jsonl") == [step for step in (0, 3, 6) if step < at]
+    assert [store.step_of(f) for f in store.complete(s.folder.checkpoints)][-1:] == ([at] if at else [])
+    again = start(trainer=small, resume=True)
+    assert learn(again.run) == 6
+    assert not held_out_is_due(again.run, 6)
+    assert again.ranks.learned == whole.ranks.learned
     tables = [jsonl.read(x.folder.path / "eval.jsonl") for x in (again, whole)]
     assert tables[0] == tables[1]
 
@@ -237,6 +267,6 @@ def test_held_out_sequences_are_measured_in_batches_of_the_ranks_size(start: Cal
         return measure(batch)
 
     s.ranks.held_out = counted  # type: ignore[method-assign]
-    assert s.run.held_out.measure(cast(Any, s.ranks), 0) == 10
+    assert s.run.held_out.measure(cast(Any, s.ranks), 0, lambda: False) == 10
     assert sum(sizes) == 30
     assert max(sizes) <= 8
