@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from stare_megatron.chat.policy import Message, Policy, Sampling, asks_by_template, hf_folder, template_variables
 from stare_megatron.errors import UserError
+from stare_megatron.host.signals import interruptible
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     """
     how = Sampling(args.max_tokens, args.temperature, args.top_p, args.samples, args.seed)
     how.check()
-    with hf_folder(args.policy, screen.say) as folder:
+    with interruptible(), hf_folder(args.policy, screen.say) as folder:  # which a closed terminal would leave
         policy = Policy(folder, template_variables(args.policy))
         chat = args.chat or (not args.raw and asks_by_template(args.policy, policy.tokenizer))
         if args.system and not chat:

@@ -7,10 +7,7 @@ import errno
 import io
 import os
 import sys
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer
+from typing import Any
 
 _GONE = (errno.EPIPE, errno.EIO)  # of a pipe, of a terminal
 
@@ -19,7 +16,7 @@ class _Lasting(io.FileIO):
     """What is written goes nowhere once nobody reads it any more. Writes all of it, as io.BufferedWriter does, which
     must not be between this and the text: a signal's handler that prints while it writes would find it locked."""
 
-    def write(self, data: ReadableBuffer, /) -> int:
+    def write(self, data: Any, /) -> int:
         left = memoryview(data)
         while left:
             try:

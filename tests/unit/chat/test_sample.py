@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 import transformers
 
 from stare_megatron.__main__ import main
+from stare_megatron.chat import command
 from stare_megatron.chat.policy import Policy, asks_by_template
 from stare_megatron.data.tokenizer import load_tokenizer
 
@@ -150,3 +153,24 @@ def test_what_is_wrong_is_one_line(model, capsys, arguments, words):
     said = capsys.readouterr().err
     assert words in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_policy_that_was_converted_for_this_once_goes_when_the_terminal_is_closed(model, monkeypatch, number):
+    removed = []
+
+    @contextlib.contextmanager
+    def converted(policy: Path, say: Callable[[str], None]) -> Iterator[Path]:
+        try:
+            yield policy
+        finally:
+            removed.append(policy)
+
+    monkeypatch.setattr(command, "hf_folder", converted)
+    monkeypatch.setattr(command, "Policy", lambda *_: signal.raise_signal(number))
+    before = signal.signal(number, signal.SIG_DFL)  # the tests themselves may run under nohup
+    try:
+        assert main(["sample", str(model), PROMPT]) == 130
+    finally:
+        signal.signal(number, before)
+    assert removed == [model]
