@@ -38,6 +38,7 @@ Ref = ray.ObjectRef
 _POLL_S = 5.0
 _TICK_S = 1.0
 _SAY_S = 60.0
+_NODE_DIED = "actor died because its node has died"  # Ray's words (gcs_actor_manager.cc)
 _ERROR_LINE = re.compile(r"\s*[A-Za-z_][\w.]*(Error|Exception|Interrupt): ")
 
 
@@ -334,6 +335,10 @@ def get(ref: ray.ObjectRef, name: str, lost: type[LostError] = LostError) -> Any
             "between the nodes failed"
         ) from e
     except ray.exceptions.RayActorError as e:
+        if _NODE_DIED in str(e):
+            raise lost(
+                f"{name}: Ray gave its node up, which is down or was cut off from the network for too long"
+            ) from e
         raise lost(f"{name}: its process died: {cause(e)}") from e
     except ray.exceptions.ObjectLostError as e:
         raise lost(f"{name}: its answer is lost with its node: {first_line(e)}") from e

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import ray
 import ray.exceptions
+from ray.core.generated.common_pb2 import ActorDiedErrorContext  # pyright: ignore[reportAttributeAccessIssue]
 
 from stare_megatron.cluster import runtime
 from stare_megatron.config import ClusterConfig
@@ -32,6 +33,22 @@ def test_a_process_ended_for_want_of_memory_is_one_line(monkeypatch):
     assert "\n" not in str(e.value)
     assert str(e.value).startswith("trainer 1: Ray ended its process: 1 worker(s) were killed due to the node")
     assert "23.1GB used / 23.5GB limit; run less beside it" in str(e.value)
+
+
+def test_a_node_that_ray_gave_up_is_no_process_that_died(monkeypatch):
+    said = "The actor died because its node has died. Node Id: 5f3a, Ip: 10.0.0.2, unexpectedly"
+    died = ActorDiedErrorContext(class_name="TrainerActor", actor_id=bytes(16), error_message=said)
+
+    def get(ref: Any) -> Any:
+        raise ray.exceptions.ActorDiedError(died)
+
+    monkeypatch.setattr(ray, "get", get)
+    reference: Any = object()
+    with pytest.raises(LostError, match=r"^trainer rank 1 on b: Ray gave its node up, which is down or was cut off"):
+        runtime.get(reference, "trainer rank 1 on b")
+    died.error_message = "Worker exits with an exit code 1."
+    with pytest.raises(LostError, match=r"^trainer rank 1 on b: its process died: "):
+        runtime.get(reference, "trainer rank 1 on b")
 
 
 def test_a_ray_that_starts_too_slowly_may_be_started_again(monkeypatch):
