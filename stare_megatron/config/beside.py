@@ -46,7 +46,10 @@ def serve(folder: Path, module: str) -> None:
 
 
 def hidden(file: Path) -> Path | None:
-    """A file beside `file` that `file` means to import, where a package of that name is what it gets; None: none."""
+    """A file beside `file` that `file` means to import, where a package of that name is what it gets; None: none, or
+    `file` lies in no folder that is served, as a library's."""
+    if not any(isinstance(f, _Beside) and f.folder == str(file.parent) for f in sys.meta_path):
+        return None
     text = file.read_text(errors="replace") if file.is_file() else ""
     for name in dict.fromkeys(_IMPORTS.findall(text)):
         mine, got = file.with_name(f"{name}.py"), sys.modules.get(name)

@@ -67,3 +67,14 @@ def test_a_neighbour_that_a_package_hides_is_named(folder, code):
         load_object(f"{folder}/hidden_of_beside.py:VALUE", "key")
     assert f"{folder}/json.py has the name of a package" in str(e.value)
     assert "rename it" in str(e.value)
+
+
+def test_a_fault_in_a_library_blames_none_of_its_files(folder, tmp_path_factory, monkeypatch):
+    """It has modules of such names on purpose."""
+    library = tmp_path_factory.mktemp("library")
+    (library / "json.py").write_text("")
+    (library / "faulty_of_beside.py").write_text("import json\njson.nothing\n")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(library)])
+    (folder / "mine_of_beside.py").write_text("import faulty_of_beside\n")
+    with pytest.raises(UserError, match=r"AttributeError: module 'json' has no attribute 'nothing'$"):
+        load_object(f"{folder}/mine_of_beside.py:VALUE", "key")
