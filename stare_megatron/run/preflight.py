@@ -16,7 +16,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
-from stare_megatron.config import Config, upstream
+from stare_megatron.config import Config, beside, upstream
 from stare_megatron.config.registry import is_address
 from stare_megatron.data import rows
 from stare_megatron.data.prepare.recipes import RECIPES
@@ -62,8 +62,7 @@ def check(config: Config) -> tuple[str, ...]:
     if config.logging.prometheus_port:
         prometheus.listen(config.logging).close()
     check_engine_options(config, shape)
-    notes = check_method(config) + check_machine(config, shape)
-    return notes
+    return (*beside.shadows(Path.cwd()), *check_method(config), *check_machine(config, shape))
 
 
 def check_method(config: Config) -> tuple[str, ...]:
@@ -181,7 +180,7 @@ def check_eval(config: Config, *, trainers: bool) -> tuple[str, ...]:
     else:
         check_engine_machine(config, shape)
         notes = ()
-    return notes
+    return (*beside.shadows(Path.cwd()), *notes)
 
 
 def check_sandbox(config: Config) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from stare_megatron.config import SftConfig
+from pathlib import Path
+
+from stare_megatron.config import SftConfig, beside
 from stare_megatron.errors import UserError
 from stare_megatron.metrics import prometheus
 from stare_megatron.models.families import read_hf_config
@@ -29,7 +31,7 @@ def check(config: SftConfig) -> tuple[str, ...]:
     preflight.check_cluster(ranks)
     if config.logging.prometheus_port:
         prometheus.listen(config.logging).close()
-    return check_machine(ranks, shape)
+    return (*beside.shadows(Path.cwd()), *check_machine(ranks, shape))
 
 
 def check_files(config: SftConfig) -> None:

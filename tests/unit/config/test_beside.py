@@ -7,8 +7,10 @@ import sys
 
 import pytest
 
+from stare_megatron.config import beside
 from stare_megatron.config.registry import load_object
 from stare_megatron.errors import UserError
+from tests.contracts.source import ROOT
 
 
 @pytest.fixture
@@ -67,6 +69,28 @@ def test_a_neighbour_that_a_package_hides_is_named(folder, code):
         load_object(f"{folder}/hidden_of_beside.py:VALUE", "key")
     assert f"{folder}/json.py has the name of a package" in str(e.value)
     assert "rename it" in str(e.value)
+
+
+def test_names_in_the_current_directory_that_are_something_elses_are_told(tmp_path, monkeypatch):
+    """What is installed is found as ever, also where the directory is on the path."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    for name in ("kernels.py", "queue.py", "numpy.py", "mine.py", "stare_megatron.py"):
+        (tmp_path / name).write_text("")
+    for package in ("datasets", "plain"):
+        (tmp_path / package).mkdir()
+    (tmp_path / "datasets/__init__.py").write_text("")
+    said = {note.partition(";")[0].removeprefix(f"{tmp_path}/") for note in beside.shadows(tmp_path)}
+    assert {
+        "kernels.py has the name of a package that transformers looks for",
+        "queue.py has the name of a module of Python",
+        "numpy.py has the name of an installed package",
+    } <= said
+    assert any(line.startswith("datasets has the name of ") for line in said)
+    assert not any(line.startswith(("mine.py", "plain")) for line in said)
+
+
+def test_this_repository_is_a_directory_to_start_from():
+    assert beside.shadows(ROOT) == []
 
 
 def test_a_fault_in_a_library_blames_none_of_its_files(folder, tmp_path_factory, monkeypatch):
