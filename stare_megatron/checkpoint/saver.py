@@ -79,9 +79,12 @@ class Saver:
         self.durable: Callable[[int], None] = lambda _: None
         """Is told of every step in `root` once it is on disk."""
 
-    def save(self, state: LoopState, ahead: Ahead | Outstanding | None = None, *, last: bool = False) -> bool:
+    def save(
+        self, state: LoopState, ahead: Ahead | Outstanding | None = None, *, last: bool = False, seal: bool = True
+    ) -> bool:
         """Save, with what was sampled ahead, if anything was, after the save before has ended. With
-        `checkpoint.asynchronous` the ranks write on afterwards. `last`: to `root` in any case.
+        `checkpoint.asynchronous` the ranks write on afterwards. `last`: to `root` in any case. Without `seal` it counts
+        only after `seal`, `poll`, `wait` or another save.
 
         A save that the disk has no room for is left out with a warning, if there is an older checkpoint; then False.
 
@@ -105,9 +108,14 @@ class Saver:
             raise RunError(f"{root}: cannot save step {state.step}: {e}") from e
         self._writers.begin_save(partial / store.TRAINER, state.step, place and place.folder)
         self._pending = root, state.step
+        if seal:
+            self.seal()
+        return True
+
+    def seal(self) -> None:
+        """Finish what `save` has begun, unless the ranks write in the background."""
         if not self._config.asynchronous:
             self._finish()
-        return True
 
     @property
     def pending(self) -> bool:

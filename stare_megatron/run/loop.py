@@ -11,7 +11,8 @@
     push       | <---------------- weights of the new version -------------- |
                |       residency: the engines have the devices               :
                | ---- probe: both give a prompt the same log-probs --------> |
-             record the step; evaluate, save and export when due
+             record the step; evaluate, save and export when due; where the ranks' state has been away,
+             a save begins before the push
 
 Each arrow waits for the one before. In `sync` mode nobody samples while the ranks train; in `one_step` the groups that
 come in `rollout` were sampled during the step before, and the engines sample the next ones from then on until the push
@@ -93,15 +94,21 @@ def train(run: Run[Ref]) -> int:
             if run.sampler.busy:
                 with run.recorder.phase("rollout"):
                     run.sampler.settle()
+            early = run.saving.due(step) and run.residency.saves_first
+            if early:
+                with run.recorder.phase("save"):
+                    run.saving.begin(step)
             probe = _push(run, step)
-            run.saving.poll()
             run.recorder.record(step, batch, control, done, (Measured("sync/probe", probe), run.weights.told))
+            run.saving.poll()  # what is saved has its row
             _evaluate_when_due(run, step)
             stopping = run.stop.asked  # read once: a later wish is granted one step later, and that step saved
             if run.saving.due(step) or stopping:
                 with run.recorder.phase("save"):
-                    run.residency.to_checkpoint()
-                    run.saving.save(step, last=stopping or step == run.steps)
+                    last = stopping or step == run.steps
+                    if not early or not run.saving.complete(step, last=last):
+                        run.residency.to_checkpoint()
+                        run.saving.save(step, last=last)
             if run.saving.export_due(step):
                 with run.recorder.phase("save"):
                     run.residency.to_checkpoint()

@@ -62,6 +62,12 @@ class Residency:
     def engines_sleep(self) -> bool:
         return self._asleep
 
+    @property
+    def saves_first(self) -> bool:
+        """Whether a save now, while the ranks have what they save at hand or next to it, spares engines that would have
+        to sleep for it after the push."""
+        return self._saving_needs_room and self._asleep
+
     def to_trainer(self) -> None:
         """The engines sleep; the trainer may use all memory.
 

@@ -48,6 +48,7 @@ class Saving:
         self._recorder = recorder
         self._resume_from = resume_from
         self._learned: tuple[checkpoint.LoopState, Kept] | None = None
+        self._begun = False  # what was begun is the run's last save
 
     def __enter__(self) -> None: ...
 
@@ -97,6 +98,19 @@ class Saving:
         self._saver.save(self._state(step), self._sampler.ahead()(), last=last)
         if last:
             self._saver.wait()
+
+    def begin(self, step: int) -> None:
+        """Begin to save `step` before its push and its row in the metrics; `complete` must follow these."""
+        self._begun = step == self._config.run.steps
+        self._saver.save(self._state(step), self._sampler.ahead()(), last=self._begun, seal=False)
+
+    def complete(self, step: int, *, last: bool) -> bool:
+        """Go on with what `begin` began, as `save` does. False: it is not in the run's folder, as `last` wants it."""
+        if not last:
+            self._saver.seal()
+            return True
+        self._saver.wait()
+        return self._begun or self._saver.is_saved(step)
 
     def stopped(self, step: int) -> None:
         """An end is wanted while the batch after `step` is sampled, which the ranks know nothing of: save `step` with

@@ -13,9 +13,11 @@ SUMMARY = ScoreSummary((), 10)
 class Everything:
     """Every part of a run at once; writes down what is asked of it."""
 
-    def __init__(self, restored=0, stop_at=None, evaluate=(), save=(), export=(), offload=False, none_at=None):
+    def __init__(
+        self, restored=0, stop_at=None, evaluate=(), save=(), export=(), offload=False, none_at=None, completes=True
+    ):
         self.said: list[str] = []
-        self._offload, self.engines_sleep = offload, False
+        self._offload, self.engines_sleep, self._completes = offload, False, completes
         self.asked = False
         self._restored, self._stop_at = restored, stop_at
         self._evaluate, self._save, self._export, self._none_at = evaluate, save, export, none_at
@@ -58,6 +60,10 @@ class Everything:
 
     def to_trainer(self):
         self.said.append("devices: trainer")
+
+    @property
+    def saves_first(self):
+        return self._offload
 
     def to_checkpoint(self):
         self.said.append("devices: checkpoint")
@@ -129,6 +135,13 @@ class Everything:
 
     def save(self, step, *, last):
         self.said.append(f"save {step}{' last' if last else ''}")
+
+    def begin(self, step):
+        self.said.append(f"begin to save {step}")
+
+    def complete(self, step, *, last):
+        self.said.append(f"complete {step}{' last' if last else ''}")
+        return self._completes
 
     def export_due(self, step):
         return step in self._export
@@ -203,8 +216,8 @@ STEP_1 = [
     "score probe 1",
     "devices: engines",
     "probe 1",
-    "poll",
     "record 1 batch 0 H=0.3 1e-06",
+    "poll",
 ]
 
 
@@ -227,8 +240,8 @@ def test_the_order_of_a_run():
         "score probe 2",
         "devices: engines",
         "probe 2",
-        "poll",
         "record 2 batch 1 H=0.3 2e-06",
+        "poll",
         "drain",
         "evaluate 2",
         "devices: checkpoint",
@@ -274,13 +287,28 @@ def test_a_batch_that_is_not_waited_for_ends_the_run():
     assert parts.said[-5:] == ["close 1", "sample 1", "devices: checkpoint", "stopped 1", "give up"]
 
 
-def test_engines_that_slept_for_a_save_get_their_weights_again_if_anybody_samples():
+def test_what_is_away_is_saved_before_the_push_and_engines_sleep_once():
     parts = Everything(save=(1, 2), offload=True)
     assert run(parts) == 2
+    push = STEP_1.index("devices: both")
+    step_1 = [*STEP_1[:push], "begin to save 1", *STEP_1[push:], "complete 1", "close 1", "sample 1"]
+    assert parts.said[len(PUSH_0) + 2 :][: len(step_1)] == step_1
+    assert parts.said[-4:] == ["poll", "complete 2 last", "close 2", "give up"]
+
+
+def test_engines_that_slept_for_an_export_get_their_weights_again_if_anybody_samples():
+    parts = Everything(export=(1, 2), offload=True)
+    assert run(parts) == 2
     hand_over = ["devices: both", "push 1", "score probe 1", "devices: engines"]
-    after_1 = ["devices: checkpoint", "save 1", *hand_over, "close 1", "sample 1"]
+    after_1 = ["devices: checkpoint", "export 1", *hand_over, "close 1", "sample 1"]
     assert parts.said[len(PUSH_0) + 2 + len(STEP_1) :][: len(after_1)] == after_1
-    assert parts.said[-4:] == ["devices: checkpoint", "save 2 last", "close 2", "give up"]
+    assert parts.said[-4:] == ["devices: checkpoint", "export 2", "close 2", "give up"]
+
+
+def test_a_save_that_is_the_last_after_all_and_not_where_that_belongs_is_done_again():
+    parts = Everything(stop_at=1, save=(1,), offload=True, completes=False)
+    assert run(parts, steps=5) == 1
+    assert parts.said[-5:] == ["complete 1 last", "devices: checkpoint", "save 1 last", "close 1", "give up"]
 
 
 def test_a_restored_run_goes_on_where_it_was():

@@ -130,7 +130,7 @@ class Recorder:
 
 
 class Residency:
-    engines_sleep = False
+    engines_sleep = saves_first = False
 
     def __enter__(self) -> None: ...
 
@@ -249,6 +249,38 @@ def test_the_step_learned_last_is_saved_whatever_fails(tmp_path, monkeypatch, ca
     assert state.controller.weight_pos == 1 + last / 8  # not that of the step which failed
     assert (newest / "trainer" / "metadata.json").read_text() == str(last)
     checkpoint.verify(newest, contents=True)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_so_it_is_where_a_save_begins_before_the_push(tmp_path, monkeypatch, call):
+    parts = made(tmp_path, every=2)
+    parts.residency.saves_first = True
+    error = RunError("engine 0: its process died")
+    fail(monkeypatch, parts, call, error)
+    with contextlib.suppress(RunError):  # there is a call that is not made then
+        train(parts)
+    last = parts.recorder.remembered.trained_tokens // 10
+    assert last >= 2
+    newest = store.complete(parts.root)[-1]
+    assert checkpoint.read(newest).step == parts.trainers.held == last
+    checkpoint.verify(newest, contents=True)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_what_begins_before_the_push_counts_when_the_step_has_its_row(tmp_path, asynchronous):
+    """So that a run that goes on from it after a kill has the rows of all of its steps."""
+    parts = made(tmp_path, every=1, keep_last=STEPS, asynchronous=asynchronous)
+    parts.residency.saves_first = True
+    begun, rows = [], []
+
+    def record(step: int, *_: Any) -> None:
+        begun.append((parts.root / f"step_{step:06d}.partial").is_dir())
+        rows.append([store.step_of(folder) for folder in store.complete(parts.root)])
+
+    parts.recorder.record = record
+    assert train(parts) == STEPS
+    assert (begun, rows) == ([True] * STEPS, [list(range(1, step)) for step in range(1, STEPS + 1)])
+    assert [store.step_of(folder) for folder in store.complete(parts.root)] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.parametrize("call", CALLS)

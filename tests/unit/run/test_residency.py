@@ -80,6 +80,25 @@ def test_engines_sleep_for_a_checkpoint_if_part_of_it_is_away(offload, said):
     assert both.said == said
 
 
+@pytest.mark.parametrize(
+    ("shared", "offload", "first"),
+    [
+        (True, ALL, True),
+        (True, ["optimizer"], True),
+        (True, ["gradients"], False),
+        (True, (), False),
+        (False, ALL, False),
+    ],
+)
+def test_what_is_away_is_saved_while_engines_sleep_for_the_update(shared, offload, first):
+    residency, both = made(shared=shared, offload=offload)
+    assert not residency.saves_first
+    residency.to_trainer()
+    assert residency.saves_first is first
+    hand_over(residency, both)
+    assert not residency.saves_first
+
+
 def test_engines_with_devices_of_their_own_never_sleep():
     residency, both = made(shared=False, offload=["optimizer"])
     residency.to_checkpoint()
