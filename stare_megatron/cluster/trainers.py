@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -29,15 +30,7 @@ from stare_megatron.host import device
 from stare_megatron.host.manifest import FileEntry
 from stare_megatron.host.ports import free_port
 from stare_megatron.sync.check import added
-from stare_megatron.types import (
-    Control,
-    EntropyReading,
-    Group,
-    Measured,
-    SequenceCost,
-    StepStats,
-    UpdateShare,
-)
+from stare_megatron.types import Control, EntropyReading, Group, Measured, SequenceCost, StepStats, UpdateShare
 from stare_megatron.types.report import Position, RankReport
 from stare_megatron.types.token_record import TokenRecord, join
 
@@ -77,6 +70,9 @@ class TrainerActor(Answers, HasDisk):
         return runtime.node_address(), self._config.cluster.port or free_port()
 
     def start(self, master_addr: str, master_port: int) -> Position:
+        # Megatron-Core's timers take wandb where they find it: 0.4 CPU seconds, and two empty folders in TMPDIR.
+        absent: Any = None
+        sys.modules.setdefault("wandb", absent)
         from stare_megatron.trainer.supervised import SupervisedRank
 
         self._trainer = SupervisedRank(
