@@ -64,6 +64,7 @@ THOUSANDS = {
     "stare_auto-seed1": "STARE-O1, auto",
     "stare_auto_annealed-seed1": "the same, H_tgt falls from 0.12 to 0.03",
     "stare_auto_annealed-seed2": "the same, seed 2",
+    "grpo_ds-seed2": "GRPO-ds, seed 2",
 }
 RIVALS = ADAPTIVE | {"entropy_bonus": "fixed entropy bonus", "clip_cov": "Clip-Cov"}
 SETTINGS = {
@@ -266,7 +267,6 @@ def thousands_top_p() -> str:
     for name, title in THOUSANDS.items():
         file = ROOT / "examples/entropy_band/results_thousands/top_p_0.7" / f"{name}.jsonl"
         found = json.loads(file.read_text())
-
         distinct = f"{found['eval/test/distinct_correct']:.2f}"
         values = [interval(*(found[f"eval/test/{metric}{end}"] for end in ENDS)) for metric in metrics]
         rows.append([title, *values, distinct])
