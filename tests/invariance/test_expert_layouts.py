@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,11 +29,8 @@ EXPERT = "model.layers.1.mlp.experts.{}.{}_proj.weight"
 
 @pytest.fixture(scope="module")
 def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    made = Nursery(tmp_path_factory.mktemp("workers"))
-    try:
+    with contextlib.closing(Nursery(tmp_path_factory.mktemp("workers"))) as made:
         yield made
-    finally:
-        made.close()
 
 
 @pytest.fixture(scope="module")

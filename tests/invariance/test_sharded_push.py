@@ -3,6 +3,7 @@ the other leaves what loading the checkpoint leaves, bit for bit."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,11 +104,8 @@ def unlike(engine: Workers, states: list[dict[str, np.ndarray]]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    made = Nursery(tmp_path_factory.mktemp("workers"))
-    try:
+    with contextlib.closing(Nursery(tmp_path_factory.mktemp("workers"))) as made:
         yield made
-    finally:
-        made.close()
 
 
 @pytest.fixture(scope="module")
