@@ -3,13 +3,14 @@
 python tools/bench_convert.py [HUGGING FACE FOLDER] [--rounds N] [--processes N]
 
 Both ways, as the command is typed: with the start of its processes and, of the source, its check against the manifest
-where there is one. Load and save is one process that stands already, its imports left out. Without a folder: a Qwen2 of
-536 million random parameters in bfloat16, tied. Times are of what lies in the page cache.
+where there is one. Load and save is measured in this process, its imports left out, and in one of its own. Without a
+folder: a Qwen2 of 536 million random parameters in bfloat16, tied. Times are of what lies in the page cache.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import platform
@@ -73,6 +74,13 @@ def load_and_save(source: Path, out: Path) -> None:
         save_file(load_file(file), out / file.name, metadata={"format": "pt"})
 
 
+def in_a_process(source: Path, out: Path) -> None:
+    """`load_and_save` with the start of Python and of safetensors, and nothing of ours."""
+    imports = "import sys\nfrom pathlib import Path\nfrom safetensors.torch import load_file, save_file\n"
+    code = f"{imports}{inspect.getsource(load_and_save)}load_and_save(*map(Path, sys.argv[1:]))"
+    subprocess.run([sys.executable, "-c", code, str(source), str(out)], check=True)
+
+
 def convert(source: Path, out: Path, processes: int) -> None:
     """The command."""
     command = [sys.executable, "-m", "stare_megatron", "convert", str(source), str(out), "--quiet"]
@@ -85,6 +93,7 @@ def measure(source: Path, here: Path, rounds: int, processes: int) -> dict[str, 
     convert(source, megatron, processes)
     ways: dict[str, Callable[[Path], None]] = {
         "safetensors, load and save": lambda out: load_and_save(source, out),
+        "the same in a process": lambda out: in_a_process(source, out),
         "to Megatron-Core": lambda out: convert(source, out, processes),
         "to Hugging Face": lambda out: convert(megatron, out, processes),
     }

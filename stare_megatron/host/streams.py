@@ -49,7 +49,7 @@ def _lasting(stream: Any) -> Any:
     with contextlib.suppress(OSError):
         stream.flush()
     return io.TextIOWrapper(
-        _Lasting(raw.fileno(), "wb", closefd=False),  # type: ignore[arg-type]  # as Python's own with -u
+        _Lasting(raw.fileno(), "wb", closefd=False),  # as Python's own with -u
         encoding=stream.encoding,
         errors=stream.errors,
         line_buffering=stream.line_buffering,
